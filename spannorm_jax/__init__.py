@@ -1,0 +1,1 @@
+"""Norm placement and ScaleInit for decoder-only language models in JAX."""

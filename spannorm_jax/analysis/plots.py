@@ -1,0 +1,329 @@
+"""The two figures of a report: one colour per placement and one line style per init in both.
+
+Matplotlib is imported where it draws, and only its Agg canvas: nothing here touches pyplot's state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spannorm_jax.analysis.runs import INIT_ORDER, PLACEMENT_ORDER, Group, Row, Run, ranked
+
+# Distinct for colour-blind readers too, and at least 4.5:1 on white.
+_COLOURS = {"pre": "#0067a5", "post": "#c24e00", "span": "#00805b"}
+_MORE_COLOURS = ("#a8437f", "#6d5bb3", "#8a6d00", "#4d4d4d")
+_DASHES = {"plain": (1, 1.3), "gpt2": (5, 1.8), "scale": ()}  # on, off, ... in line widths
+_MORE_DASHES = ((5, 1.5, 1, 1.5), (9, 2), (3, 1.2, 1, 1.2, 1, 1.2))
+_INK, _GREY = "#1f2328", "#59636e"
+
+SMOOTHING = 0.02  # of the logged steps: the width of the running mean
+_DPI = 200  # twice what a README shows
+
+
+def colours(placements: Iterable[str]) -> dict[str, str]:
+    others = [p for p in ranked(placements, PLACEMENT_ORDER) if p not in _COLOURS]
+    return _COLOURS | {p: _MORE_COLOURS[i % len(_MORE_COLOURS)] for i, p in enumerate(others)}
+
+
+def dashes(inits: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Line styles; () is a solid line."""
+    others = [n for n in ranked(inits, INIT_ORDER) if n not in _DASHES]
+    return _DASHES | {n: _MORE_DASHES[i % len(_MORE_DASHES)] for i, n in enumerate(others)}
+
+
+# ---- what is drawn ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line with its band; `label` is empty for a seed that no mean includes."""
+
+    group: Group
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    broken: bool  # it ends because the run diverged
+
+
+def smooth(values: np.ndarray, fraction: float = SMOOTHING) -> np.ndarray:
+    """Centred running mean over `fraction` of the points; narrower (still centred) at the ends."""
+    n = len(values)
+    half = np.minimum(round(fraction * n / 2), np.minimum(np.arange(n), np.arange(n)[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return (sums[np.arange(n) + half + 1] - sums[np.arange(n) - half]) / (2 * half + 1)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _losses(run: Run) -> dict[int, float]:
+    """Step -> smoothed loss, up to the first that is not finite."""
+    steps, losses = [], []
+    for line in run.metrics:
+        loss = _number(line.get("loss"))
+        if not math.isfinite(loss):
+            break
+        steps.append(line["step"])
+        losses.append(loss)
+    return dict(zip(steps, smooth(np.array(losses)).tolist(), strict=True)) if losses else {}
+
+
+def label_of(group: Group) -> str:
+    """placement / init, and how the group differs otherwise: `span / scale, depth=48`."""
+    variant = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in group.variant]
+    label = ", ".join([f"{group.placement} / {group.init}", *variant])
+    return label if len(label) <= 44 else label[:43] + "…"
+
+
+def _curve(group: Group, rows: Sequence[Row], series: Sequence[dict], label: str) -> Curve | None:
+    """The mean of `series` (x -> y) over the x that all hold, with a band of one deviation."""
+    series = [s for s in series if s]
+    xs = sorted(set.intersection(*map(set, series))) if series else []
+    if not xs:
+        return None
+    values = np.array([[s[x] for x in xs] for s in series])
+    mean = values.mean(axis=0)
+    deviation = values.std(axis=0, ddof=1) if len(series) > 1 else np.zeros_like(mean)
+    broken = all(row.outcome.kind == "diverged" for row in rows)
+    return Curve(group, label, np.array(xs), mean, mean - deviation, mean + deviation, broken)
+
+
+def _ending(group: Group) -> str:
+    return "" if group.ending in ("trained", "stalled") else f", {group.ending}"
+
+
+def loss_curves(groups: Sequence[Group]) -> list[Curve]:
+    """The mean curve of each group's counted seeds, then each other seed alone."""
+    made = []
+    for group in groups:
+        loss = group.over_seeds(lambda row: row.train_loss)
+        label = label_of(group) + (f"  {loss.mean:.3f}" if loss else "") + _ending(group)
+        series = [_losses(row.run) for row in group.counted]
+        made.append(_curve(group, group.counted, series, label))
+        for row in group.rows:
+            if row not in group.counted:
+                made.append(_curve(group, (row,), [_losses(row.run)], ""))
+    return [curve for curve in made if curve is not None]
+
+
+def _block_norms(run: Run, last: bool) -> tuple[int, dict[int, float]]:
+    """(step, block -> log10 of its gradient norm) at the initial weights, or at the last record."""
+    found: tuple[int, dict[int, float]] = (0, {})
+    for line in run.metrics:
+        norms = [_number(n) for n in line.get("block_grad_norm") or ()]
+        usable = norms and all(map(math.isfinite, norms))
+        if usable and (line["step"] > 1) == last:
+            logs = {i: math.log10(n) for i, n in enumerate(norms, start=1) if n > 0}
+            found = (line["step"], logs)
+    return found
+
+
+def block_curves(groups: Sequence[Group], last: bool) -> list[Curve]:
+    """log10 of the gradient norm by block; mean and band over seeds are the logarithm's."""
+    made = []
+    for group in groups:
+        found = [_block_norms(row.run, last) for row in group.counted]
+        label = label_of(group)
+        early = {step for (step, _), row in zip(found, group.counted, strict=True)
+                 if step and step != row.run.last_step}  # fmt: skip
+        if last and early:
+            label += f", step {', '.join(map(str, sorted(early)))}"
+        made.append(_curve(group, group.counted, [logs for _, logs in found], label))
+    return [curve for curve in made if curve is not None]
+
+
+def entropies(rows: Iterable[Row]) -> list[float]:
+    """Distinct unigram entropies of the rows' training data."""
+    found = {round(e, 4) for row in rows if (e := row.run.unigram_entropy) is not None}
+    return sorted(found)
+
+
+# ---- drawing ----------------------------------------------------------------------------------
+
+
+def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions in [low, high], `gap` apart or more, nearest to `wanted` in least squares."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    pools: list[list[float]] = []  # [sum, count] of neighbours that touch
+    for rank, i in enumerate(order):
+        pools.append([wanted[i] - rank * gap, 1])
+        while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1] = [pools[-1][0] + total, pools[-1][1] + count]
+    means = [total / count for total, count in pools for _ in range(int(count))]
+    top = max(low, high - (len(wanted) - 1) * gap)
+    placed = [0.0] * len(wanted)
+    for rank, i in enumerate(order):
+        placed[i] = min(max(means[rank], low), top) + rank * gap
+    return placed
+
+
+def _figure(height: float, columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#b8c0c8")
+        axis.tick_params(labelsize=11, labelcolor=_INK, color="#b8c0c8", which="both")
+        axis.grid(axis="y", color="#e6e9ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _style(curve: Curve, groups: Sequence[Group]) -> dict[str, Any]:
+    dash = dashes(g.init for g in groups)[curve.group.init]
+    return {
+        "color": colours(g.placement for g in groups)[curve.group.placement],
+        "linestyle": (0, dash) if dash else "-",
+        "linewidth": 2.0 if curve.label else 1.1,
+        "alpha": 1.0 if curve.label else 0.7,
+    }
+
+
+def _draw(axis: Any, curve: Curve, style: dict[str, Any]) -> None:
+    axis.plot(curve.x, curve.y, **style)
+    if (curve.high > curve.low).any():
+        axis.fill_between(
+            curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0
+        )
+    if curve.broken:
+        axis.plot(curve.x[-1], curve.y[-1], "X", color=style["color"], markersize=9, mec="white")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the legend, beside the height at which its line ends."""
+
+    text: str
+    y: float
+    style: dict[str, Any]
+    meets: bool  # it ends at the axis's right edge; a thin line leads from there to the entry
+
+
+def _direct_legend(figure: Any, axis: Any, entries: Sequence[_Entry]) -> None:
+    """Puts each entry right of `axis`, as near its line's end as the others allow."""
+    texts = [figure.text(0, 0, e.text, va="center", fontsize=11, color=_INK) for e in entries]
+    renderer = figure.canvas.get_renderer()
+    widest = max((t.get_window_extent(renderer).width for t in texts), default=0) / figure.dpi
+    inch = 1 / figure.get_figwidth()
+    right = max(1 - (widest + 0.82) * inch, 0.45)
+    figure.subplots_adjust(
+        left=0.68 * inch,
+        right=right,
+        bottom=0.58 / figure.get_figheight(),
+        top=1 - 0.5 / figure.get_figheight(),
+        wspace=0.06,
+    )
+    to_figure = axis.transData + figure.transFigure.inverted()
+    low, high = axis.get_position().intervaly
+    x_end = axis.get_xlim()[1]
+    ends = [min(max(to_figure.transform((x_end, e.y))[1], low), high) for e in entries]
+    places = spread_out(ends, gap=0.235 / figure.get_figheight(), low=low, high=high)
+
+    def line(x: tuple[float, float], y: tuple[float, float], **style: Any) -> None:
+        from matplotlib.lines import Line2D
+
+        inches = [right + v * inch for v in x]
+        figure.add_artist(Line2D(inches, y, transform=figure.transFigure, **style))
+
+    for entry, text, end, place in zip(entries, texts, ends, places, strict=True):
+        if entry.meets:
+            line((0.03, 0.2), (end, place), color=entry.style["color"], linewidth=0.7, alpha=0.7)
+        line((0.22, 0.62), (place, place), **entry.style)
+        text.set_position((right + 0.7 * inch, place))
+
+
+def _finish(figure: Any, axis: Any, path: Path, title: str) -> Path:
+    left = axis.get_position().x0
+    y = 1 - 0.2 / figure.get_figheight()
+    figure.text(left, y, title, fontsize=13, fontweight="bold", color=_INK, va="center")
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    return path
+
+
+def _height(entries: int) -> float:
+    return max(4.6, 0.235 * entries + 1.1)
+
+
+def plot_losses(groups: Sequence[Group], path: Path) -> Path | None:
+    """Draws training loss over step for all groups; None when no step was logged."""
+    curves = loss_curves(groups)
+    if not curves:
+        return None
+    levels = entropies(row for group in groups for row in group.rows)
+    figure, (axis,) = _figure(_height(len(curves) + len(levels)), columns=1)
+    dashed = {"color": _GREY, "linestyle": "--", "linewidth": 1.3, "zorder": 1.5}
+    entries = []
+    for level in levels:
+        axis.axhline(level, **dashed)
+        entries.append(_Entry(f"unigram entropy  {level:.3f}", level, dashed, True))
+    last = max(curve.x[-1] for curve in curves)
+    for curve in curves:
+        style = _style(curve, groups)
+        _draw(axis, curve, style)
+        if curve.label:
+            entries.append(_Entry(curve.label, curve.y[-1], style, curve.x[-1] == last))
+    starts = [curve.y[0] for curve in curves] + levels
+    highest = max(curve.high.max() for curve in curves)
+    lowest = min([curve.low.min() for curve in curves] + levels)
+    room = 0.04 * (max(starts) - lowest) or 0.1
+    axis.set_ylim(lowest - room, min(max(highest, *starts) + room, 1.25 * max(starts)))
+    axis.set_xlim(0, last if last > 1 else 2)
+    axis.set_xlabel("step", fontsize=12, color=_INK)
+    axis.set_ylabel("nats per token", fontsize=12, color=_INK)
+    _direct_legend(figure, axis, entries)
+    return _finish(figure, axis, path, "Training loss")
+
+
+def plot_block_grad_norms(groups: Sequence[Group], path: Path) -> Path | None:
+    """Draws gradient norm by block at step 0 and at the end; None when no run recorded it."""
+    panels = [block_curves(groups, last=False), block_curves(groups, last=True)]
+    if not any(panels):
+        return None
+    labelled = {id(c.group): c for curves in panels for c in curves}  # at the end, where it can be
+    figure, axes = _figure(_height(len(labelled)), columns=2)
+    deepest = max(curve.x[-1] for curves in panels for curve in curves)
+    for axis, curves, title in zip(axes, panels, ("step 0", "end of training"), strict=True):
+        for curve in curves:
+            power = dataclasses.replace(
+                curve, y=10**curve.y, low=10**curve.low, high=10**curve.high, broken=False
+            )
+            _draw(axis, power, _style(curve, groups) | ({"marker": "o"} if deepest == 1 else {}))
+        axis.set_yscale("log")
+        axis.set_xlim((1, deepest) if deepest > 1 else (0, 2))
+        axis.set_xlabel("block", fontsize=12, color=_INK)
+        axis.xaxis.set_major_locator(_whole_numbers())
+        axis.set_title(title, fontsize=12, color=_INK, loc="left", pad=6)
+        if not curves:
+            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=_GREY)
+    axes[0].set_ylabel("gradient norm", fontsize=12, color=_INK)
+    at_end = {id(curve.group) for curve in panels[1]}
+    entries = [
+        _Entry(
+            curve.label,
+            10 ** curve.y[-1],
+            _style(curve, groups),
+            key in at_end and curve.x[-1] == deepest,
+        )
+        for key, curve in labelled.items()
+    ]
+    _direct_legend(figure, axes[1], entries)
+    return _finish(figure, axes[0], path, "Gradient norm of each block")
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True, nbins=6, steps=[1, 2, 4, 5, 10])

@@ -1,0 +1,470 @@
+"""Results -> a table, two figures and one HTML page that needs nothing beside it.
+
+    python -m spannorm_jax.analysis.report runs/sweep
+
+Reads run folders only. The same folders always give the same bytes.
+"""
+
+import argparse
+import base64
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.analysis import plots
+from spannorm_jax.analysis.runs import (
+    STALL_MARGIN,
+    Group,
+    Row,
+    Run,
+    Spread,
+    differing_keys,
+    find_runs,
+    held_out,
+    is_runtime,
+    over_seeds,
+    read_run,
+    summarise,
+)
+from spannorm_jax.errors import UserError, run_command
+
+__all__ = ["find_runs", "main", "notices", "read_run", "summarise", "text_table", "write_report"]
+
+TITLE = "Norm placement and initialisation"
+
+_DEFINITIONS = {
+    "placement": "Where each block puts its norms (config key <code>model.placement</code>).",
+    "init": "How the weights are initialised (<code>model.init</code>).",
+    "also differs": "Other config keys in which these runs differ from one another.",
+    "seeds": "Runs of this setting that the means are taken over, one per seed; “2 of 3” when the "
+    "third diverged or is unfinished. ± is the sample standard deviation over seeds (n − 1).",
+    "train loss": "Nats per token on the training data, without held-out text: the mean over the "
+    "last 10% of the steps taken. The loss of a step is that of the weights before its update. "
+    "None for a run that diverged.",
+    "held-out bits/byte": "Cross-entropy on the held-out split in bits per byte of text, from the "
+    "newest evaluation at the highest step.",
+    "tokens/s": "Training tokens per second over all devices: the median over the steps after the "
+    "first 5, which hold compilation.",
+    "outcome": "<b>trained</b>: finished, and not stalled. "
+    f"<b>stalled</b>: finished, but the train loss is not at least {STALL_MARGIN:.0%} below the "
+    "unigram entropy of the training data, so the model has learnt little more than token "
+    "frequencies. <b>diverged</b>: a loss or gradient became non-finite at that step. "
+    "<b>unfinished</b>: still running, or stopped early.",
+    "unigram entropy": "Of the training split’s token frequencies, in nats per token: the loss of "
+    "the best model that ignores context.",
+}
+
+
+# ---- the table --------------------------------------------------------------------------------
+
+
+def _spread(spread: Spread | None, form: str, missing: str) -> str:
+    if spread is None:
+        return missing
+    mean = format(spread.mean, form)
+    return mean if spread.deviation is None else f"{mean} ± {format(spread.deviation, form)}"
+
+
+def _table(rows: Sequence[Row], missing: str) -> tuple[list[str], list[tuple[Group, list[str]]]]:
+    """Header and, for each group, its cells. `seeds` and `also differs` stand only where needed."""
+    groups = over_seeds(rows)
+    several = any(len(group.rows) > 1 for group in groups)
+    varied = any(group.variant for group in groups)
+    header = ["placement", "init"]
+    header += ["also differs"] * varied + ["seeds"] * several
+    header += ["train loss", "held-out bits/byte", "tokens/s", "outcome"]
+    body = []
+    for group in groups:
+        count, of = len(group.counted), len(group.rows)
+        cells = [group.placement, group.init]
+        cells += [" ".join(f"{key}={value}" for key, value in group.variant)] * varied
+        cells += [str(of) if count == of else f"{count} of {of}"] * several
+        cells += [
+            _spread(group.over_seeds(lambda r: r.train_loss), ".3f", missing),
+            _spread(group.over_seeds(lambda r: r.bits_per_byte), ".3f", missing),
+            _spread(group.over_seeds(lambda r: r.tokens_per_s), ",.0f", missing),
+            group.ending,
+        ]
+        body.append((group, cells))
+    return header, body
+
+
+_NUMERIC = ("seeds", "train loss", "held-out bits/byte", "tokens/s")
+
+
+def _seeds_line(rows: Sequence[Row]) -> str:
+    seeds = sorted({row.seed for row in rows})
+    if len(seeds) == 1:
+        return f"one seed ({seeds[0]})"
+    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """An aligned table for a terminal, one line for each setting; seeds as mean ± deviation."""
+    header, body = _table(rows, missing="-")
+    lines = [header, *(cells for _, cells in body)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if name in _NUMERIC else cell.ljust(width)
+            for cell, width, name in zip(cells, widths, header, strict=True)
+        ).rstrip()
+        for cells in lines
+    ]
+    aligned.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*aligned, f"{_seeds_line(rows)}; train loss in nats/token"])
+
+
+# ---- what a reader must know first --------------------------------------------------------------
+
+
+def _counted(values: Sequence[str]) -> str:
+    """`300 (4 runs), 600 (1 run)`"""
+    counts = Counter(values)
+    return ", ".join(f"{value} ({n} run{'s'[: n != 1]})" for value, n in counts.items())
+
+
+def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What limits the comparison: ("warning" | "note", text), the gravest first."""
+    runs = [row.run for row in rows]
+    warnings, notes = [], []
+    differing = differing_keys(runs)
+    if "data.fingerprint" in differing:
+        seen = [run.fingerprint or "not recorded" for run in runs]
+        warnings.append(f"The runs did not see the same data. Fingerprints: {_counted(seen)}.")
+    for key, values in differing.items():
+        if key == "data.fingerprint":
+            continue
+        text = f"Runs differ in {key}: {_counted(values)}."
+        if is_runtime(key):
+            notes.append(text + " This changes speed or bookkeeping, not the result.")
+        else:
+            warnings.append(text)
+    twice = [
+        f"{group.placement} / {group.init}, seed {seed}"
+        for group in over_seeds(rows)
+        for seed, n in Counter(row.seed for row in group.rows).items()
+        if n > 1
+    ]
+    if twice:
+        warnings.append(f"The same setting and seed stands in several folders: {'; '.join(twice)}.")
+    seeds = {tuple(sorted({row.seed for row in group.rows})) for group in over_seeds(rows)}
+    if len(seeds) > 1:
+        notes.append("Not every setting has the same seeds.")
+    unknown = sum(run.unigram_entropy is None for run in runs)
+    if unknown:
+        notes.append(f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: these "
+                     "cannot be called stalled.")  # fmt: skip
+    evaluations = [e for e in map(held_out, runs) if e is not None]
+    for key in ("split", "tokens"):
+        values = [str(e.get(key, "not recorded")) for e in evaluations]
+        if len(set(values)) > 1:
+            warnings.append(f"Held-out {key} differ: {_counted(values)}.")
+    early = [e["step"] for run in runs if (e := held_out(run)) and e["step"] != run.last_step]
+    if early:
+        notes.append(f"Held-out numbers of {len(early)} runs are from before their last step "
+                     f"(step {', '.join(map(str, sorted(set(early))))}).")  # fmt: skip
+    for name, values in {
+        "device": [_device(run) for run in runs],
+        "git commit": [_over_starts(run, "git_commit") for run in runs],
+        "library versions": [_versions(run) for run in runs],
+    }.items():
+        if len(set(values)) > 1:
+            notes.append(f"Runs differ in {name}: {_counted(values)}.")
+    return [("warning", w) for w in warnings] + [("note", n) for n in notes]
+
+
+def _over_starts(run: Run, key: str) -> str:
+    """A fact that each start recorded, told again wherever it changed between starts."""
+    told = [start.get(key) for start in run.starts]
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in told if value]
+    return ", then ".join(dict.fromkeys(texts)) or "not recorded"
+
+
+def _device(run: Run) -> str:
+    told = [f"{s.get('num_devices', '?')} × {s['device']}" for s in run.starts if s.get("device")]
+    return ", then ".join(dict.fromkeys(told)) or "not recorded"
+
+
+def _versions(run: Run) -> str:
+    told = [
+        " ".join(f"{name} {version}" for name, version in sorted(start["versions"].items()))
+        for start in run.starts
+        if isinstance(start.get("versions"), dict)
+    ]
+    return ", then ".join(dict.fromkeys(told)) or "not recorded"
+
+
+# ---- the page ---------------------------------------------------------------------------------
+
+_CSS = """
+:root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --rule: #dfe3e8; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: #fff;
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; }
+.lead, figcaption, .small { color: var(--soft); }
+.small, figcaption { font-size: .9rem; }
+.notices { list-style: none; margin: 1.4rem 0 0; padding: 0; }
+.notices li { margin: .5rem 0; padding: .55rem .9rem; border-left: 4px solid #9aa4ae;
+  background: #f5f6f8; overflow-wrap: anywhere; }
+.notices .warning { border-color: #c24e00; background: #fff4ea; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .8rem; text-align: left; white-space: nowrap; }
+th { font-size: .85rem; color: var(--soft); border-bottom: 2px solid var(--rule); }
+td { border-bottom: 1px solid var(--rule); }
+tbody tr.first td { border-top: 2px solid var(--rule); }
+.number { text-align: right; }
+.diverged, .stalled { color: #a33b00; font-weight: 600; }
+.unfinished { color: var(--soft); font-style: italic; }
+svg { vertical-align: middle; margin-right: .5rem; }
+figure { margin: 2rem 0 0; }
+img { display: block; width: 100%; min-width: 40rem; height: auto; }
+dl { margin: 0; display: grid; grid-template-columns: minmax(8rem, max-content) 1fr;
+  gap: .35rem 1.2rem; }
+dt { font-weight: 600; }
+dd { margin: 0; overflow-wrap: anywhere; }
+code, pre { font: .87em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: 0; padding: .6rem .8rem; background: #f5f6f8; white-space: pre-wrap;
+  overflow-wrap: anywhere; border-radius: 4px; }
+details { border-top: 1px solid var(--rule); padding: .55rem 0; }
+details dl { padding: .6rem 0 .8rem; }
+summary { cursor: pointer; }
+@media (max-width: 36rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .6rem; }
+  body { padding-top: 1.5rem; } }
+"""
+
+
+def _swatch(group: Group, groups: Sequence[Group]) -> str:
+    """The group's line as the figures draw it."""
+    colour = plots.colours(g.placement for g in groups)[group.placement]
+    dash = plots.dashes(g.init for g in groups)[group.init]
+    pattern = " ".join(str(2.5 * d) for d in dash)
+    return (
+        '<svg width="34" height="8" aria-hidden="true"><line x1="0" x2="34" y1="4" y2="4" '
+        f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{pattern}"/></svg>'
+    )
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    header, body = _table(rows, missing="–")
+    groups = [group for group, _ in body]
+    number = [' class="number"' if name in _NUMERIC else "" for name in header]
+    heads = "".join(f"<th{n}>{escape(h)}</th>" for n, h in zip(number, header, strict=True))
+    lines = []
+    for i, (group, cells) in enumerate(body):
+        html = [f"<td{n}>{escape(c)}</td>" for n, c in zip(number, cells, strict=True)]
+        html[0] = f"<td>{_swatch(group, groups)}{escape(cells[0])}</td>"
+        worst = {row.outcome.kind for row in group.rows} - {"trained"}
+        kind = next((k for k in ("diverged", "stalled", "unfinished") if k in worst), "trained")
+        html[-1] = f'<td class="{kind}">{escape(cells[-1])}</td>'
+        first = i > 0 and group.placement != groups[i - 1].placement
+        lines.append(f"<tr{' class=first' if first else ''}>{''.join(html)}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _definitions(names: Sequence[str]) -> str:
+    return "".join(f"<dt>{escape(n)}</dt><dd>{_DEFINITIONS[n]}</dd>" for n in names)
+
+
+def _facts(items: dict[str, Any]) -> str:
+    return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in items.items())
+
+
+def _run_details(row: Row, root: Path, is_open: bool) -> str:
+    run = row.run
+    last = run.starts[-1] if run.starts else {}
+    commands = list(dict.fromkeys(s["command"] for s in run.starts if s.get("command")))
+    data = {k: v for k, v in run.data.items() if k != "fingerprint"}
+    ended = str(row.outcome)
+    if run.diverged and run.diverged.get("where"):
+        ended += f", {run.diverged['where']}"
+    facts = {
+        "folder": os.path.relpath(run.folder, root),
+        "seed": run.seed,
+        "steps": f"{run.last_step} of {run.steps}",
+        "outcome": ended,
+        "data fingerprint": run.fingerprint or "not recorded",
+        "data": ", ".join(f"{k} {_plain(v)}" for k, v in data.items()) or "not recorded",
+        "versions": _versions(run),
+        "device": _device(run),
+        "mesh": _over_starts(run, "mesh"),
+        "parameters": _plain(last.get("num_params")),
+        "FLOPs per token": _plain(last.get("flops_per_token")),
+        "git commit": _over_starts(run, "git_commit"),
+        "started": _over_starts(run, "time"),
+    }
+    command = escape("\n".join(commands)) or "not recorded"
+    name = f"{row.placement} / {row.init}, seed {row.seed}"
+    return (
+        f"<details{' open' * is_open}><summary>{escape(name)}</summary><dl>"
+        f"<dt>command</dt><dd><pre>{command}</pre></dd>{_facts(facts)}</dl></details>"
+    )
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _figure(path: Path | None, title: str, caption: str) -> str:
+    if path is None:
+        return f'<p class="small">{title}: no run recorded it.</p>'
+    image = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><div class="scroll"><img alt="{title}" src="data:image/png;base64,{image}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _lead(rows: Sequence[Row]) -> str:
+    """What the runs have in common, in a line."""
+    options = [row.run.options for row in rows]
+    parts = [f"{len(rows)} run{'s'[: len(rows) != 1]}", _seeds_line(rows)]
+    for key, form in {
+        "model.depth": "{} blocks",
+        "model.width": "width {}",
+        "training.steps": "{} steps",
+        "training.batch_size": "batches of {}",
+        "data.seq_len": "sequences of {} tokens",
+        "data.dataset": "{}",
+    }.items():
+        values = {str(o.get(key)) for o in options}
+        if len(values) == 1 and None not in (o.get(key) for o in options):
+            parts.append(form.format(*values))
+    prints = {row.run.fingerprint for row in rows}
+    if len(prints) == 1 and prints != {""}:
+        parts.append(f"fingerprint {prints.pop()}")
+    return escape(" · ".join(parts))
+
+
+def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | None]) -> str:
+    groups = over_seeds(rows)
+    several = any(len(group.counted) > 1 for group in groups)
+    header, _ = _table(rows, missing="–")
+    said = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in notices(rows))
+    levels = plots.entropies(rows)
+    bounds = ", ".join(f"{(1 - STALL_MARGIN) * e:.3f} (entropy {e:.3f})" for e in levels)
+    band = " The band is one sample standard deviation over seeds." if several else ""
+    alone = "A thin line is a seed that the mean leaves out. " if several else ""
+    runs = [row.run for row in rows]
+    differing = set(differing_keys(runs))
+    common = {
+        key: json.dumps(value).strip('"')
+        for key, value in runs[0].options.items()
+        if key not in differing and not is_runtime(key)
+        and len({json.dumps(r.options.get(key)) for r in runs}) == 1
+    }  # fmt: skip
+    loss = _figure(
+        figures[0],
+        "Training loss by step",
+        "Training loss by step. Smoothed by a centred running mean over "
+        f"{plots.SMOOTHING:.0%} of the logged steps, narrower towards both ends. Dashed grey: the "
+        "unigram entropy. The number beside a name is its train loss in the table. A cross marks "
+        f"where a run diverged. {alone}Curves may leave the top of the figure.{band}",
+    )
+    grads = _figure(
+        figures[1],
+        "Gradient norm of each block",
+        "Norm of the loss gradient with respect to each block’s weights, block 1 nearest the input. "
+        "Left: at the initial weights. Right: at the last step that recorded it, named where that "
+        "is not the run’s last."
+        + (
+            " Over seeds: the geometric mean; the band is one deviation of the logarithm." * several
+        ),
+    )
+    stall = f"<p class=small>Stalled: a train loss above {bounds} nats/token.</p>" if bounds else ""
+    details = "".join(_run_details(row, root, len(rows) == 1) for g in groups for row in g.rows)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+<p class="lead">{_lead(rows)}</p>
+{f'<ul class="notices">{said}</ul>' if said else ""}
+<h2>Results</h2>
+{_html_table(rows)}
+{stall}
+{loss}
+{grads}
+<h2>What the columns mean</h2>
+<dl>{_definitions([*header, "unigram entropy"])}</dl>
+<h2>Reproduce</h2>
+{details}
+<details><summary>Config common to all runs</summary><dl>{_facts(common)}</dl></details>
+</body>
+</html>
+"""
+
+
+def write_report(
+    root: str | os.PathLike[str], out_dir: str | os.PathLike[str], title: str = TITLE
+) -> Path:
+    """Writes report.html, loss.png and block_grad_norm.png for the runs below `root`.
+
+    A figure that no run has numbers for is not written. Returns the page's path.
+
+    Raises:
+      UserError: there is nothing to report, a run's folder is damaged, or `out_dir` cannot be made.
+    """
+    return _write([summarise(run) for run in find_runs(root)], Path(root), Path(out_dir), title)
+
+
+def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out_dir} cannot be made: {error.strerror}; choose another --out"
+        ) from error
+    groups = over_seeds(rows)
+    drawn: list[Path | None] = []
+    for name, draw in {
+        "loss.png": plots.plot_losses,
+        "block_grad_norm.png": plots.plot_block_grad_norms,
+    }.items():
+        (out_dir / name).unlink(missing_ok=True)  # an older report's
+        drawn.append(draw(groups, out_dir / name))
+    page = out_dir / "report.html"
+    page.write_text(_page(rows, title, root, drawn), encoding="utf-8")
+    return page
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m spannorm_jax.analysis.report",
+        description="Tables, figures and one HTML page from the runs below a folder.",
+    )
+    parser.add_argument("root", type=Path, help="the folder that holds the runs")
+    parser.add_argument("--out", type=Path, help="where the page goes (default: ROOT/report)")
+    parser.add_argument("--title", default=TITLE, help="the page's title")
+    args = parser.parse_args(argv)
+    rows = [summarise(run) for run in find_runs(args.root)]
+    page = _write(rows, args.root, args.out or args.root / "report", args.title)
+    print(text_table(rows))
+    for kind, text in notices(rows):
+        print(f"{kind}: {text}", file=sys.stderr)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,165 @@
+"""From `--config FILE.py[:arg]` and `--config.a.b=value` to a validated `Config`.
+
+A config file (`configs/*.py`) defines `get_config(arg)`, which edits `default_config()` and returns it.
+Every failure on this way is the user's to mend, and is one line.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import traceback
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spannorm_jax.config import Config, flatten, from_dict, kind_name, validate
+from spannorm_jax.data.tokenizer import TOKENIZERS
+from spannorm_jax.errors import UserError, did_you_mean, one_line
+from spannorm_jax.model.attention import IMPLEMENTATIONS
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
+
+
+def default_config() -> ConfigDict:
+    """The defaults as a locked ConfigDict, for `get_config` in configs/*.py to edit and return."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def parse_arg(arg: str | None, presets: tuple[str, ...] = (), **defaults: Any) -> types.SimpleNamespace:
+    """Parses a config file's `name=value,...` argument strictly against typed defaults.
+
+    A bare word is short for `preset=word`. Raises UserError for an unknown name or a wrong type.
+    """
+    values = dict(defaults)
+    if presets:
+        values["preset"] = presets[0]
+    for item in filter(None, (arg or "").split(",")):
+        name, equals, text = item.partition("=")
+        if not equals:
+            if name not in presets:
+                raise UserError(
+                    f"config argument {name!r} is no preset; {did_you_mean(name, presets)} "
+                    "Other arguments are written name=value"
+                )
+            name, text = "preset", name
+        if name not in values:
+            raise UserError(f"unknown config argument {name!r}; {did_you_mean(name, values)}")
+        if name == "preset" and text not in presets:
+            raise UserError(f"unknown preset {text!r}; {did_you_mean(text, presets)}")
+        values[name] = _parse_text(text, type(values[name]), f"config argument {name}")
+    return types.SimpleNamespace(**values)
+
+
+def _parse_text(text: str, kind: Any, where: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if typing.get_origin(kind) is tuple:
+            return tuple(filter(None, text.split(",")))
+        value = kind(text)
+    except (ValueError, KeyError, OverflowError):
+        value = None
+    if value is None or (kind is float and not math.isfinite(value)):
+        raise UserError(f"{where}={text!r} must be {kind_name(kind)}")
+    return value
+
+
+def _apply_override(config: ConfigDict, key: str, text: str) -> None:
+    cls: Any = Config
+    node = config
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        kinds = typing.get_type_hints(cls)
+        if part not in kinds:
+            near = did_you_mean(part, kinds)
+            if near.startswith("valid") and i == len(parts) - 1:  # maybe the right key, wrong group
+                near = did_you_mean(key, flatten(Config()))
+            raise UserError(f"unknown config key {key}; {near}")
+        kind = kinds[part]
+        group = dataclasses.is_dataclass(kind)
+        if i == len(parts) - 1:
+            if group:
+                raise UserError(f"config key {key} is a group; set one of its keys: {key}.NAME=VALUE")
+            node[part] = _parse_text(text, kind, f"config key {key}")
+        elif not group:
+            raise UserError(f"unknown config key {key}; {'.'.join(parts[: i + 1])} holds no further keys")
+        else:
+            node, cls = node[part], kind
+
+
+def read_config_file(spec: str) -> ConfigDict:
+    """Runs `get_config(arg)` of `FILE.py[:arg]`; any failure inside it is the file author's to mend."""
+    path, _, arg = spec.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
+    module_spec = importlib.util.spec_from_file_location("_config_file", path)
+    if module_spec is None:
+        raise UserError(f"config file {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"config file {path} defines no get_config(arg)")
+        config = module.get_config(arg or None)
+    except UserError:
+        raise
+    except Exception as error:  # a config file is the user's input: its line and message are the report
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
+        raise UserError(f"config file {path} line {line}: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def load(spec: str, overrides: list[tuple[str, str]] = ()) -> Config:
+    """Reads a config file, applies `(dotted key, text)` overrides and validates the result.
+
+    Raises:
+      UserError: with one line that names the key, the value and what to write instead.
+    """
+    config = read_config_file(spec).copy_and_resolve_references()
+    for key, text in overrides:
+        _apply_override(config, key, text)
+    made = from_dict(config)
+    validate(made)
+    _check_names(made)
+    return made
+
+
+def _check_names(config: Config) -> None:
+    choices = {
+        "model.placement": PLACEMENTS,
+        "model.init": INITS,
+        "model.attention": IMPLEMENTATIONS,
+        "data.tokenizer": TOKENIZERS,
+    }
+    values = flatten(config)
+    for key, valid in choices.items():
+        if values[key] not in valid:
+            raise UserError(f"config key {key}={values[key]!r} is unknown; {did_you_mean(values[key], valid)}")
+    for target in config.model.init_targets:
+        if target not in OUTPUT_SITES:
+            raise UserError(f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}")
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=value` (or `--config.a.b value`) out of argv; returns (rest, overrides)."""
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    items = iter(argv)
+    for item in items:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        key, equals, text = item[len("--config.") :].partition("=")
+        if not equals:
+            following = next(items, None)
+            if following is None or following.startswith("--"):
+                raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+            text = following
+        overrides.append((key, text))
+    return rest, overrides

@@ -1,0 +1,76 @@
+"""Batches: training rows as a function of (seed, step), and an exact pass over held-out data."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from spannorm_jax.data.tokens import TokenStore, Windows
+
+
+class TrainLoader:
+    """Training batches without state: any process may ask for any rows of any step.
+
+    Row r of step s (the first is step 1) is element (s - 1) * batch_size + r of an infinite order
+    in which every epoch holds each window once, freshly shuffled from the seed. Batches run on
+    across epochs, so no window is dropped.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int):
+        """Raises UserError if the store is shorter than one window of seq_len + 1 tokens."""
+        self._batch_size = batch_size
+        windows = Windows(store, seq_len)
+        self._order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start .. stop - 1 (None: to the end) of a step's batch, int32 [stop - start, T + 1].
+
+        Raises:
+          ValueError: the step is below 1 or the rows are not within the batch.
+        """
+        stop = self._batch_size if stop is None else stop
+        if step < 1 or not 0 <= start < stop <= self._batch_size:
+            raise ValueError(f"no rows {start} .. {stop} of {self._batch_size} in step {step}")
+        first = (step - 1) * self._batch_size
+        return np.stack([self._order[i] for i in range(first + start, first + stop)])
+
+
+def eval_batches(
+    store: TokenStore, seq_len: int, num_tokens: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterates over (tokens int32 [B, T + 1], weights float32 [B, T]), always the same.
+
+    weights[b, t] is 1 where predicting tokens[b, t + 1] counts; padding has weight 0 and token 0.
+
+    Args:
+      store: held-out tokens.
+      seq_len: T.
+      num_tokens: predictions to make, rounded up to full windows, which are spread evenly over the
+        split and taken at most once each. 0: every token but the first exactly once, the short
+        tail included.
+      batch_size: B.
+
+    Raises:
+      UserError: num_tokens is not 0 and the store is shorter than one window of T + 1 tokens.
+    """
+    tokens = np.asarray(store.tokens)
+    if num_tokens == 0:
+        starts = np.arange(0, store.num_tokens - 1, seq_len)
+    else:
+        available = len(Windows(store, seq_len))
+        wanted = min(-(-num_tokens // seq_len), available)
+        starts = np.arange(wanted) * available // wanted * seq_len
+    return _batches(tokens, starts, seq_len, batch_size)
+
+
+def _batches(
+    tokens: np.ndarray, starts: np.ndarray, seq_len: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for first in range(0, len(starts), batch_size):
+        batch = np.zeros((batch_size, seq_len + 1), np.int32)
+        weights = np.zeros((batch_size, seq_len), np.float32)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            window = tokens[start : start + seq_len + 1]
+            batch[row, : len(window)] = window
+            weights[row, : len(window) - 1] = 1
+        yield batch, weights

@@ -1,0 +1,207 @@
+"""TFDS split -> token store on disk -> windows of sequence length + 1.
+
+A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
+and `meta.json`. It appears atomically and never changes, so any number of processes may share it.
+"""
+
+import hashlib
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spannorm_jax.config import DataConfig
+from spannorm_jax.data import atomic, stdlib_files
+from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
+from spannorm_jax.errors import UserError, did_you_mean
+
+FORMAT = 1  # of the store; another format is another folder
+_TOKENS = "tokens.bin"
+_META = "meta.json"
+_WRITE_AT_ONCE = 1 << 20  # tokens held in memory before they are written
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """The tokens of one split.
+
+    Attributes:
+      path: folder of the store.
+      tokens: [num_tokens] of the tokenizer's dtype, memory-mapped, read only.
+      dataset: TFDS full name, with config and version.
+      split, text_feature, tokenizer: where the tokens come from, by name.
+      num_docs: documents, and so end-of-text tokens.
+      num_bytes: bytes of text that all tokens stand for.
+      sha256: hash of tokens.bin, hex.
+      unigram_entropy: nats per token of the token frequencies; the loss of a model that knows
+        nothing else.
+    """
+
+    path: Path
+    tokens: np.memmap
+    dataset: str
+    split: str
+    text_feature: str
+    tokenizer: str
+    num_docs: int
+    num_bytes: int
+    sha256: str
+    unigram_entropy: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+def open_store(data: DataConfig, split: str) -> TokenStore:
+    """Opens the token store of `split`, building it first if it is not in `data.cache_dir`.
+
+    Raises:
+      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split
+        holds no text, a folder cannot be written, or a store on disk is damaged.
+    """
+    if data.tokenizer not in TOKENIZERS:
+        raise UserError(
+            f"config key data.tokenizer={data.tokenizer!r} is unknown; "
+            f"{did_you_mean(data.tokenizer, TOKENIZERS)}"
+        )
+    if data.dataset == stdlib_files.DATASET:
+        # The name of the default dataset is known without TFDS, whose import takes its time.
+        store = _read(_store_path(data, stdlib_files.full_name(), split))
+        if store is not None:
+            return store
+    from spannorm_jax.data import tfds_text
+
+    builder = tfds_text.open_dataset(data)
+    texts = tfds_text.open_split(builder, data, split)
+    path = _store_path(data, tfds_text.identity(builder), split)
+    store = _read(path)
+    if store is None:
+        facts = {
+            "format": FORMAT,
+            "dataset": builder.info.full_name,
+            "split": split,
+            "text_feature": data.text_feature,
+            "tokenizer": data.tokenizer,
+        }
+        _build(path, texts, TOKENIZERS[data.tokenizer], facts)
+        store = _read(path)
+    return store
+
+
+def fingerprint(*stores: TokenStore) -> str:
+    """Returns 16 hex digits that change with any token, tokenizer or the order of the stores."""
+    facts = "\n".join(f"{store.tokenizer} {store.sha256}" for store in stores)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+class Windows:
+    """Random access to a store's full windows: window i is int32 [seq_len + 1].
+
+    Window i starts at token i * seq_len, so neighbours share one token: the last target of one is
+    the first input of the next, and each token is predicted once.
+
+    Raises:
+      UserError: the store is shorter than one window.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int):
+        if store.num_tokens < seq_len + 1:
+            raise UserError(
+                f"config key data.seq_len={seq_len} is too long for split {store.split!r} of "
+                f"{store.dataset}, which has {store.num_tokens} tokens; a window takes "
+                f"seq_len + 1: write {max(store.num_tokens - 1, 1)} or less, or take more data"
+            )
+        # A plain view of the map: slicing a np.memmap costs several times as much.
+        self._tokens = np.asarray(store.tokens)
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = int(index) * self._seq_len
+        return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+
+
+def _store_path(data: DataConfig, dataset: str, split: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = Path(data.cache_dir or Path(base, "spannorm_jax", "tokens")).expanduser().absolute()
+    # Splits may be slices such as train[:90%].
+    split_folder = urllib.parse.quote(split, safe="")
+    return cache / f"v{FORMAT}" / dataset / data.tokenizer / data.text_feature / split_folder
+
+
+def _read(path: Path) -> TokenStore | None:
+    """Returns the store in folder `path`, None if there is no such folder."""
+    if not path.is_dir():
+        return None
+    remedy = f"delete {path}, and it is rebuilt"
+    try:
+        meta = json.loads((path / _META).read_text())
+        num_bytes_on_disk = (path / _TOKENS).stat().st_size
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"token store {path} cannot be read ({error}); {remedy}") from error
+    dtype = np.dtype(meta.pop("dtype"))
+    num_tokens = meta.pop("num_tokens")
+    if num_bytes_on_disk != num_tokens * dtype.itemsize:
+        raise UserError(
+            f"{path / _TOKENS} has {num_bytes_on_disk} bytes where its {_META} says "
+            f"{num_tokens * dtype.itemsize}; {remedy}"
+        )
+    del meta["format"]
+    tokens = np.memmap(path / _TOKENS, dtype, mode="r", shape=(num_tokens,))
+    return TokenStore(path=path, tokens=tokens, **meta)
+
+
+def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    digest = hashlib.sha256()
+    with atomic.temporary_folder(path.parent, "data.cache_dir") as temp:
+        with open(temp / _TOKENS, "wb") as file:
+            for tokens in _chunks(texts, tokenizer):
+                counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
+                digest.update(tokens.tobytes())
+                file.write(tokens.tobytes())
+        num_bytes = int(counts @ tokenizer.token_bytes)
+        if num_bytes == 0:
+            raise UserError(
+                f"split {facts['split']!r} of {facts['dataset']} holds no text in feature "
+                f"{facts['text_feature']!r}; set config key data.text_feature or another split"
+            )
+        meta = facts | {
+            "dtype": tokenizer.dtype.str,
+            "num_tokens": int(counts.sum()),
+            "num_docs": int(counts[tokenizer.end_of_text]),
+            "num_bytes": num_bytes,
+            "sha256": digest.hexdigest(),
+            "unigram_entropy": _entropy(counts),
+        }
+        (temp / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        atomic.publish(temp, path)
+
+
+def _chunks(texts: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Joins documents into arrays large enough that counting and writing them is cheap."""
+    end = np.array([tokenizer.end_of_text], tokenizer.dtype)
+    pending, size = [], 0
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        pending += [tokens, end]
+        size += len(tokens) + 1
+        if size >= _WRITE_AT_ONCE:
+            yield np.concatenate(pending)
+            pending, size = [], 0
+    if pending:
+        yield np.concatenate(pending)
+
+
+def _entropy(counts: np.ndarray) -> float:
+    p = counts[counts > 0] / counts.sum()
+    return float(-np.sum(p * np.log(p)))

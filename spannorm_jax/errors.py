@@ -1,0 +1,40 @@
+"""Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+USER_ERROR_EXIT = 2
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for.
+
+    The message is one line that says what was wrong, where, and what to write instead.
+    Everything else that goes wrong keeps its traceback.
+    """
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Returns a hint that ends an error line: the nearest valid name, or all of them."""
+    names = [str(v) for v in valid]
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if len(names) > 12:
+        return f"valid ones are {', '.join(sorted(names)[:12])}, ..."
+    return f"valid ones are {', '.join(sorted(names))}"
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Runs a command line's `main(argv)` and exits with its code; a UserError exits with 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = USER_ERROR_EXIT
+    sys.exit(code)

@@ -1,0 +1,24 @@
+"""Causal attention behind one function, whatever implementation the device runs best."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+
+def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    return jax.nn.dot_product_attention(
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla"
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"auto": _xla, "xla": _xla}
+
+
+def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementation: str) -> Array:
+    """Causal softmax attention with logits q.k / sqrt(K), softmax in float32.
+
+    H query heads share G key-value heads (G divides H). Returns (B, T, H, K) in q's dtype.
+    """
+    with jax.named_scope("dot_product_attention"):
+        return IMPLEMENTATIONS[implementation](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)

@@ -1,0 +1,124 @@
+"""Norms, attention and feed-forward as modules that own their weights. No layer has a bias.
+
+Shapes stand in names: B batch, T time, D width, H query heads, G key-value heads, K head size, F hidden units.
+Weights are float32 and are cast to the compute dtype where they are used; norms compute in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.attention import attention
+
+ROLES = ("embedding", "hidden", "output", "norm")
+
+
+def weight(
+    rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str
+) -> nnx.Param:
+    """Declares a weight, drawn from N(0, std^2): the one place that fixes its shape, axes, role and site.
+
+    Sharding reads `axes` (logical axis names, one a dimension), weight decay and FLOP counting read `role`,
+    initialisation reads `site`.
+    """
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, role=role, site=site)
+
+
+def gain(size: int, axis: str) -> nnx.Param:
+    """Declares a norm's gain, which starts at one."""
+    return nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,), role="norm", site="norm")
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
+
+    def __init__(self, kind: str, size: int, eps: float, axis: str = "embed"):
+        self.kind, self.eps = kind, eps
+        self.gain = gain(size, axis)
+
+    def __call__(self, x: Array) -> Array:
+        with jax.named_scope("norm"):
+            y = x.astype(jnp.float32)
+            if self.kind == "layernorm":
+                y = y - jnp.mean(y, axis=-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            return (y * self.gain[...]).astype(x.dtype)
+
+
+class Norms(nnx.Module):
+    """The norms of a block, or of the model's ends, as attributes named by the placement."""
+
+    def __init__(self, cfg: ModelConfig, names: tuple[str, ...]):
+        for name in names:
+            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps))
+
+
+def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
+    """(T, K/2) float32 angles: position times theta^(-2i/K) (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+
+
+def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
+    """Turns the pairs (i, i + K/2) of each head by the angles, in float32."""
+    cos, sin = jnp.cos(angles_TxK2)[:, None, :], jnp.sin(angles_TxK2)[:, None, :]
+    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxTxHxK.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention: RoPE, grouped queries, optional QK-norm (Henry et al. 2020)."""
+
+    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
+        D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
+        K = D // H
+        self.implementation = cfg.attention
+        self.q = weight(rngs, stds["q"], (D, H, K), ("embed", "heads", "head_dim"), "hidden", "q")
+        self.k = weight(rngs, stds["k"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "k")
+        self.v = weight(rngs, stds["v"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "v")
+        self.out = weight(
+            rngs, stds["attn_out"], (H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out"
+        )
+        # Heads share one gain: RMSNorm whatever `norm` is, since a mean over a head has no meaning here.
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm:
+            self.q_norm = Norm("rmsnorm", K, cfg.norm_eps, axis="head_dim")
+            self.k_norm = Norm("rmsnorm", K, cfg.norm_eps, axis="head_dim")
+
+    def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
+        with jax.named_scope("attention"):
+            dtype = x_BxTxD.dtype
+            q = jnp.einsum("btd,dhk->bthk", x_BxTxD, self.q[...].astype(dtype))
+            k = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.k[...].astype(dtype))
+            v = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.v[...].astype(dtype))
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, angles_TxK2), rotate(k, angles_TxK2)
+            heads = attention(q, k, v, self.implementation)
+            return jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(dtype))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a))."""
+
+    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
+        D, F = cfg.width, cfg.ffn_dim
+        self.kind = cfg.ffn
+        parts = 2 if cfg.ffn == "swiglu" else 1  # a and b of SwiGLU come from one matmul
+        self.in_ = weight(
+            rngs, stds["ffn_in"], (D, parts, F), ("embed", "parts", "ffn"), "hidden", "ffn_in"
+        )
+        self.out = weight(rngs, stds["ffn_out"], (F, D), ("ffn", "embed"), "hidden", "ffn_out")
+
+    def __call__(self, x_BxTxD: Array) -> Array:
+        with jax.named_scope("ffn"):
+            dtype = x_BxTxD.dtype
+            hidden = jnp.einsum("btd,dpf->btpf", x_BxTxD, self.in_[...].astype(dtype))
+            if self.kind == "swiglu":
+                h_BxTxF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
+            else:
+                h_BxTxF = jax.nn.gelu(hidden[:, :, 0], approximate=False)
+            return jnp.einsum("btf,fd->btd", h_BxTxF, self.out[...].astype(dtype))

@@ -1,0 +1,111 @@
+"""ScaleInit and the other initialisations: model config -> std of each weight, and what they predict.
+
+A site names a kind of weight: embed, q, k, v, attn_out, ffn_in, ffn_out, head. Every initialisation is a function
+from the model config to one std per site, so any of them goes with any placement.
+
+ScaleInit (Wang et al. 2026, arXiv 2601.22580; its exact published form is not public, so the principle is stated
+here with its free choices as config keys):
+  base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input;
+         the activation's second moment comes from Gauss-Hermite quadrature.
+  depth  the output projections in `init_targets` are multiplied by sqrt(c / n): c = `variance_budget`, n = the
+         number of residual additions the stream passes. SpanNorm's stream is added to once a block (n = L), by the
+         feed-forward; PreNorm's and PostNorm's twice (n = 2L).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.placement import PLACEMENTS
+
+OUTPUT_SITES = ("v", "attn_out", "ffn_in", "ffn_out")  # what `init_targets` may name
+SITES = ("embed", "q", "k", "v", "attn_out", "ffn_in", "ffn_out", "head")
+
+
+def fan_in(cfg: ModelConfig) -> dict[str, int]:
+    """Inputs summed by one output of each site. An embedding lookup sums one row, so that plain 1/sqrt(fan_in)
+    lets the stream start at unit variance; a tied embedding is the head's weight, and the lookup is multiplied by
+    sqrt(D) to the same end (Vaswani et al. 2017, section 3.4)."""
+    D = cfg.width
+    return {
+        "embed": D if cfg.tied_head else 1,
+        "q": D,
+        "k": D,
+        "v": D,
+        "attn_out": D,
+        "ffn_in": D,
+        "ffn_out": cfg.ffn_dim,
+        "head": D,
+    }
+
+
+def _activation(name: str, x: np.ndarray) -> np.ndarray:
+    if name == "swiglu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    raise ValueError(f"no activation for ffn={name!r}")
+
+
+def hidden_second_moment(ffn: str, std: float = 1.0) -> float:
+    """E[h^2] of a hidden unit whose pre-activations are N(0, std^2).
+
+    h = gelu(a) or h = silu(a) b with independent a, b. Gauss-Hermite quadrature with 128 nodes, whose error for
+    these smooth integrands is below 1e-9.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(128)
+    moment = weights @ _activation(ffn, std * nodes) ** 2 / weights.sum()
+    return float(moment * std**2 if ffn == "swiglu" else moment)
+
+
+def residual_additions(cfg: ModelConfig) -> int:
+    """Times that the stream is added to on its way through the model: n of ScaleInit."""
+    return len(PLACEMENTS[cfg.placement].stream_branches) * cfg.depth
+
+
+def plain(cfg: ModelConfig) -> dict[str, float]:
+    """1 / sqrt(fan_in) everywhere (LeCun et al. 1998), nothing scaled by depth."""
+    return {site: n**-0.5 for site, n in fan_in(cfg).items()}
+
+
+def gpt2(cfg: ModelConfig) -> dict[str, float]:
+    """0.02 everywhere, output projections times 1 / sqrt(2L) (Radford et al. 2019, section 2.3)."""
+    stds = dict.fromkeys(SITES, 0.02)
+    for site in ("attn_out", "ffn_out"):
+        stds[site] *= (2 * cfg.depth) ** -0.5
+    return stds
+
+
+def scale(cfg: ModelConfig) -> dict[str, float]:
+    """ScaleInit: unit-variance branches, their output projections times sqrt(variance_budget / n)."""
+    stds = plain(cfg)
+    stds["ffn_out"] /= math.sqrt(hidden_second_moment(cfg.ffn))
+    factor = math.sqrt(cfg.variance_budget / residual_additions(cfg))
+    for site in cfg.init_targets or PLACEMENTS[cfg.placement].stream_branches:
+        stds[site] *= factor
+    return stds
+
+
+INITS: dict[str, Callable[[ModelConfig], dict[str, float]]] = {"plain": plain, "gpt2": gpt2, "scale": scale}
+
+
+def weight_stds(cfg: ModelConfig) -> dict[str, float]:
+    """Std of each site's weights under the config's initialisation."""
+    return INITS[cfg.init](cfg)
+
+
+def predicted_branch_variance(cfg: ModelConfig) -> dict[str, float]:
+    """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input.
+
+    The feed-forward's holds at every position. The attention's holds where a token attends to itself alone (the first
+    position) and bounds the others: averaging unrelated values over t positions lowers it towards 1/t.
+    """
+    stds, fan = weight_stds(cfg), fan_in(cfg)
+    value = fan["v"] * stds["v"] ** 2
+    hidden = hidden_second_moment(cfg.ffn, stds["ffn_in"] * math.sqrt(fan["ffn_in"]))
+    return {
+        "attn": value * fan["attn_out"] * stds["attn_out"] ** 2,
+        "ffn": hidden * fan["ffn_out"] * stds["ffn_out"] ** 2,
+    }

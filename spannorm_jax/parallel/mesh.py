@@ -1,0 +1,107 @@
+"""The device mesh, and the one table that maps logical axes of weights and activations to mesh axes."""
+
+import dataclasses
+import math
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spannorm_jax.config import Config, MeshConfig
+from spannorm_jax.errors import UserError
+
+# logical axis -> mesh axes that shard it. A batch is split over every device that does not share its work.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": (),
+    "activation": (),  # the width of activations; weights have "embed"
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "parts": (),
+    "ffn": ("tensor",),
+}
+
+
+def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec of an array with these logical axes.
+
+    Raises:
+      KeyError: an axis is not in LOGICAL_AXES.
+      ValueError: two logical axes want the same mesh axis.
+    """
+    spec = [LOGICAL_AXES[axis] for axis in axes]
+    used = [m for mesh_axes in spec for m in mesh_axes]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
+    return PartitionSpec(*(m or None for m in spec))
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Axis sizes with -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and num_devices % known == 0:
+        sizes[free[0]] = num_devices // known
+    if math.prod(sizes.values()) != num_devices:
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(config).items())
+        raise UserError(
+            f"{asked} does not multiply to the {num_devices} devices here; "
+            "write -1 for one axis to give it the devices that are left"
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """Builds the mesh over `devices` (default: all).
+
+    Raises:
+      UserError: the config does not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(
+        tuple(shape.values()),
+        tuple(shape),
+        # Auto: the compiler propagates shardings from the weights; jax.make_mesh defaults to Explicit.
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=devices,
+    )
+
+
+def sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def constrain(x: Array, axes: tuple[str, ...]) -> Array:
+    """Pins an activation's sharding under `jax.set_mesh`; without a mesh it is `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def check_divisible(config: Config, shape: dict[str, int]) -> None:
+    """Raises UserError where the mesh does not divide what it shards (`config` resolved: no zeros left)."""
+    model = config.model
+    batch = shape["data"] * shape["fsdp"]
+    microbatch = config.training.batch_size // config.training.num_microbatches
+    wants = [
+        ("training.batch_size / num_microbatches", microbatch, "mesh.data x mesh.fsdp", batch),
+        ("eval.batch_size", config.eval.batch_size, "mesh.data x mesh.fsdp", batch),
+        ("model.width", model.width, "mesh.fsdp", shape["fsdp"]),
+        ("model.num_heads", model.num_heads, "mesh.tensor", shape["tensor"]),
+        ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", shape["tensor"]),
+        ("model.ffn_dim", model.ffn_dim, "mesh.tensor", shape["tensor"]),
+        ("model.vocab_size", model.vocab_size, "mesh.tensor", shape["tensor"]),
+    ]
+    for key, value, axes, size in wants:
+        if value % size:
+            raise UserError(f"{key}={value} is not divisible by {axes}={size}; change one of them")

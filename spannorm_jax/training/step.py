@@ -1,0 +1,227 @@
+"""The loss, the train step and the evaluation step: free functions over pytrees, jitted with shardings at the edge.
+
+Sums of losses and counts are carried everywhere and divided once, so that accumulation over microbatches, padding
+and any mesh give the mean of the full batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spannorm_jax.config import Config
+from spannorm_jax.model.decoder import Decoder, ModelDef
+from spannorm_jax.parallel.mesh import sharding
+from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclass
+class TrainState:
+    """All that a run is, besides its config: updates made (int32), weights, optimiser state."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+# ---- loss -------------------------------------------------------------------------------------
+
+
+def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> int:
+    """Pieces of the time axis whose float32 logits fit in training.max_logits_mib on each device."""
+    seq_len, limit = config.data.seq_len, config.training.max_logits_mib * 2**20
+    rows_here = -(-rows // (mesh_shape["data"] * mesh_shape["fsdp"]))
+    per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
+    for chunks in range(1, seq_len + 1):
+        if seq_len % chunks == 0 and per_token * seq_len // chunks <= limit:
+            return chunks
+    return seq_len
+
+
+def loss_sums(
+    decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int
+) -> dict[str, Array]:
+    """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`.
+
+    tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
+    for one piece of the time axis at once, and are made again in the backward pass.
+    """
+    inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
+    features = decoder.features(inputs)
+
+    def sums(features: Array, targets: Array, weights: Array) -> dict[str, Array]:
+        with jax.named_scope("loss"):
+            logits = decoder.logits(features)
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            correct = jnp.argmax(logits, axis=-1) == targets
+            return {
+                "nll": jnp.sum((log_z - target_logits) * weights),
+                "z": jnp.sum(jnp.square(log_z) * weights),
+                "correct": jnp.sum(correct * weights),
+                "count": jnp.sum(weights),
+            }
+
+    if num_chunks == 1:
+        return sums(features, targets, weights_BxT)
+
+    def chunked(x: Array) -> Array:  # (B, T, ...) -> (chunks, B, T / chunks, ...): every chunk has every row
+        B, T = x.shape[:2]
+        return x.reshape(B, num_chunks, T // num_chunks, *x.shape[2:]).swapaxes(0, 1)
+
+    def add_chunk(total: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None
+
+    zeros = dict.fromkeys(("nll", "z", "correct", "count"), jnp.zeros(()))
+    total, _ = jax.lax.scan(
+        add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT))
+    )
+    return total
+
+
+# ---- steps ------------------------------------------------------------------------------------
+
+
+def gradients(
+    config: Config, model: ModelDef, params: Any, tokens_BxT1: Array, num_chunks: int
+) -> tuple[Any, dict[str, Array]]:
+    """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch."""
+    k = config.training.num_microbatches
+
+    def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
+        sums = loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
+        return sums["nll"] + config.training.z_loss * sums["z"], sums
+
+    grad_fn = jax.grad(objective, has_aux=True)
+    if k == 1:
+        grads, sums = grad_fn(params, tokens_BxT1)
+    else:
+        # Microbatch i takes rows i, i + k, ...: rows stay on the device that holds them.
+        B, T1 = tokens_BxT1.shape
+        pieces = tokens_BxT1.reshape(B // k, k, T1).swapaxes(0, 1)
+
+        def add_piece(total: Any, tokens: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(params, tokens)), None
+
+        shapes = jax.eval_shape(grad_fn, params, pieces[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(add_piece, zeros, pieces)
+    return jax.tree.map(lambda g: g / sums["count"], grads), sums
+
+
+def gradient_norms(grads: Any) -> dict[str, Array]:
+    """`grad_norm`, `block_grad_norm` (L,) and the norm of each part outside the blocks, before clipping."""
+
+    def squares(tree: Any, keep: int) -> Array:
+        return sum(
+            jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree)
+        )
+
+    blocks = squares(grads["blocks"], keep=1)
+    others = {name: squares(g, keep=0) for name, g in grads.items() if name != "blocks"}
+    return {
+        "grad_norm": jnp.sqrt(jnp.sum(blocks) + sum(others.values())),
+        "block_grad_norm": jnp.sqrt(blocks),
+        "other_grad_norm": {name: jnp.sqrt(s) for name, s in others.items()},
+    }
+
+
+def train_step(
+    config: Config,
+    model: ModelDef,
+    optimizer: optax.GradientTransformation,
+    num_chunks: int,
+    state: TrainState,
+    tokens_BxT1: Array,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update. The metrics are those of the weights before it; `step` numbers updates from 1."""
+    grads, sums = gradients(config, model, state.params, tokens_BxT1, num_chunks)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    metrics = {
+        "loss": sums["nll"] / sums["count"],
+        "accuracy": sums["correct"] / sums["count"],
+        "z_loss": config.training.z_loss * sums["z"] / sums["count"],
+        "lr": learning_rate(config, step),
+        **gradient_norms(grads),
+    }
+    return TrainState(step, params, opt_state), metrics
+
+
+def init_state(
+    model: ModelDef, optimizer: optax.GradientTransformation, seed: Array
+) -> TrainState:
+    params = model.init(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+# ---- the jitted edge ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model's compiled functions on a mesh, with the shardings that they share.
+
+    init(seed) -> state; train(state, tokens_BxT1) -> (state, metrics), which donates the state;
+    evaluate(params, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
+    """
+
+    mesh: Mesh
+    abstract_state: TrainState  # ShapeDtypeStructs with shardings: what a checkpoint is restored to
+    batch_sharding: NamedSharding
+    init: Callable[[int], TrainState]
+    train: Callable[[TrainState, Array], tuple[TrainState, dict[str, Any]]]
+    evaluate: Callable[[Any, Array, Array], dict[str, Array]]
+
+
+def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
+    """Binds the step functions of a resolved config to a mesh; compiles nothing yet."""
+    optimizer = make_optimizer(config, model)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    batch_sharding = sharding(mesh, ("batch", "time"))
+    params_shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
+    abstract_params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+    shardings = TrainState(
+        replicated,
+        params_shardings,
+        optimizer_shardings(optimizer, abstract_params, params_shardings, replicated),
+    )
+    init = partial(init_state, model, optimizer)
+    abstract_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(init, 0),
+        shardings,
+    )
+    microbatch = config.training.batch_size // config.training.num_microbatches
+    train_chunks = num_loss_chunks(config, dict(mesh.shape), microbatch)
+    eval_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
+
+    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        return loss_sums(model.bind(params), tokens, weights, eval_chunks)
+
+    return Program(
+        mesh=mesh,
+        abstract_state=abstract_state,
+        batch_sharding=batch_sharding,
+        init=jax.jit(init, out_shardings=shardings),
+        train=jax.jit(
+            partial(train_step, config, model, optimizer, train_chunks),
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(
+            evaluate,
+            in_shardings=(params_shardings, batch_sharding, batch_sharding),
+            out_shardings=replicated,
+        ),
+    )
