@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config import Config, flatten, from_dict, kind_name, validate
+from spannorm_jax.config import Config, flatten, from_dict, kind_name, to_dict, validate
 from spannorm_jax.data.tokenizer import TOKENIZERS
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.attention import IMPLEMENTATIONS
@@ -163,3 +163,13 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
             text = following
         overrides.append((key, text))
     return rest, overrides
+
+
+def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
+    """`config` with `(dotted key, text)` overrides, validated. Raises UserError."""
+    values = ConfigDict(to_dict(config))
+    for key, text in overrides:
+        _apply_override(values, key, text)
+    made = from_dict(values)
+    validate(made)
+    return made

@@ -122,9 +122,8 @@ def identity(builder: tfds.core.DatasetBuilder) -> str:
     if builder.name == stdlib_files.DATASET:  # its config name is a hash of the contents
         return builder.info.full_name
     sizes = [(s.name, s.num_bytes, s.shard_lengths) for s in builder.info.splits.values()]
-    return (
-        f"{builder.info.full_name}-{hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
+    return f"{builder.info.full_name}-{digest[:8]}"
 
 
 def _is_default(config: str | None, version: str | None) -> bool:

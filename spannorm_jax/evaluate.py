@@ -1,0 +1,47 @@
+"""Evaluates a run's checkpoint: python -m spannorm_jax.evaluate --workdir runs/x [--step N] [--json]
+
+The folder is all it needs. It runs on all devices here, whatever mesh trained the run; another mesh is
+--config.mesh.tensor=2, more held-out text --config.eval.tokens=0 (all of it).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from spannorm_jax.config_file import override, split_overrides
+from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.training.evaluation import evaluate, here
+from spannorm_jax.training.run_folder import read_config
+
+# What may differ from the run's own config; anything else would evaluate another model.
+_OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir")
+
+
+def main(argv: list[str]) -> int:
+    rest, overrides = split_overrides(argv)
+    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
+    args = parser.parse_args(rest)
+    for key, _ in overrides:
+        if not key.startswith(_OVERRIDABLE):
+            raise UserError(
+                f"--config.{key} cannot be changed for evaluation, the run's own config holds; "
+                f"these can: {', '.join(k + '*' if k.endswith('.') else k for k in _OVERRIDABLE)}"
+            )
+    config = override(here(read_config(args.workdir)), overrides)
+    result = evaluate(config, args.workdir, args.step)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "
+            f"{result['bits_per_byte']:.4f} bits/byte  accuracy {result['accuracy']:.4f}  "
+            f"({result['tokens']:,} tokens of {result['split']})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,71 @@
+"""Held-out loss of a run's checkpoint, from its folder alone."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spannorm_jax.config import Config, MeshConfig
+from spannorm_jax.data.loader import eval_batches
+from spannorm_jax.model.decoder import define
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
+from spannorm_jax.training import run_folder
+from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.training.setup import Data, open_data, use_platform
+from spannorm_jax.training.step import Program, make_program
+
+
+def here(config: Config) -> Config:
+    """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
+    return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
+
+
+def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
+    """Evaluates a checkpoint (default: the newest), appends to eval.jsonl and returns that line.
+
+    `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
+    (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
+
+    Raises:
+      UserError: there is no such checkpoint, the data differ from the run's, or the mesh does not fit.
+    """
+    checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
+    try:
+        step = checkpoints.find(step)
+        use_platform(config.platform)
+        data, config = open_data(config)
+        check_divisible(config, mesh_shape(config.mesh, jax.device_count()))
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            program = make_program(config, define(config.model), mesh)
+            params = checkpoints.restore_params(step, program.abstract_state.params)
+            result = {"step": step, **held_out(config, program, params, data)}
+    finally:
+        checkpoints.close()
+    line = result | {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
+    run_folder.append_line(workdir / run_folder.EVAL, line)
+    return line
+
+
+def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[str, float]:
+    """Loss, perplexity, bits per byte and accuracy over the fixed part of the held-out split."""
+    totals = {"nll": 0.0, "correct": 0.0, "count": 0.0}
+    num_bytes = 0
+    batches = eval_batches(data.eval, config.data.seq_len, config.eval.tokens, config.eval.batch_size)
+    for tokens, weights in batches:
+        num_bytes += int(np.sum(data.tokenizer.token_bytes[tokens[:, 1:]] * weights))
+        arrays = (jax.device_put(x, program.batch_sharding) for x in (tokens, weights))
+        sums = jax.device_get(program.evaluate(params, *arrays))
+        totals = {key: total + float(sums[key]) for key, total in totals.items()}
+    loss = totals["nll"] / totals["count"]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": totals["nll"] / math.log(2) / num_bytes,
+        "accuracy": totals["correct"] / totals["count"],
+        "tokens": int(totals["count"]),
+        "bytes": num_bytes,
+    }

@@ -1,0 +1,240 @@
+"""The training story, straight from top to bottom."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import jax
+from jax import Array
+
+from spannorm_jax.config import Config, to_dict
+from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.model.decoder import count_params, define, flops_per_token
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
+from spannorm_jax.training import run_folder
+from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.training.metrics import (
+    MetricsWriter,
+    Progress,
+    first_nonfinite,
+    host_metrics,
+    memory_bytes,
+    peak_flops,
+)
+from spannorm_jax.training.setup import open_data, start_record, use_platform
+from spannorm_jax.training.step import Program, make_program
+
+DIVERGED_EXIT = 3
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite."""
+
+    def __init__(self, step: int, where: str, loss: float):
+        super().__init__(f"step {step}: {where} is not finite (loss {loss})")
+        self.record = {"step": step, "where": where, "loss": str(loss)}
+
+
+def train(config: Config, workdir: Path, argv: list[str]) -> int:
+    """Trains until `training.steps`, a signal, or a non-finite number; returns the exit code.
+
+    Started again with the same config and folder, it goes on from the newest committed checkpoint.
+
+    Raises:
+      UserError: the config does not fit the devices, the data or the folder; nothing is written then.
+    """
+    # ---- what is asked for, against what is here
+    use_platform(config.platform)
+    data, config = open_data(config)
+    steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, mesh_shape(config.mesh, jax.device_count()))
+    loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
+    run_folder.open_run(workdir, config)
+    if (workdir / run_folder.DONE).exists():
+        print(f"{workdir} is done already (step {steps})")
+        return 0
+
+    model = define(config.model)
+    flops = flops_per_token(model, seq_len)
+    facts = {"mesh": dict(mesh.shape), "num_params": count_params(model), "flops_per_token": flops}
+    start = start_record(argv, data, facts)
+    print(
+        f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
+        f"{facts['num_params']:,} parameters (all active), {flops / 1e6:,.1f} MFLOP a token\n"
+        f"{start['num_devices']} x {start['device']}, mesh {facts['mesh']}, compute {config.model.dtype}, "
+        f"attention {config.model.attention}\n"
+        f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
+        f"fingerprint {config.data.fingerprint}",
+        flush=True,
+    )
+
+    # ---- state: the newest committed checkpoint, or a new one
+    with jax.set_mesh(mesh):
+        program = make_program(config, model, mesh)
+        checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)
+        try:
+            restored = checkpoints.latest_step()
+            if restored is None:
+                state = program.init(config.seed)
+            else:
+                state = checkpoints.restore(restored, program.abstract_state)
+                print(f"continuing after step {restored}", flush=True)
+            done = restored or 0
+            run_folder.append_line(workdir / run_folder.STARTS, start | {"restored_step": done})
+            (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
+            tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
+            writer = MetricsWriter(workdir / run_folder.METRICS, tensorboard, done)
+            progress = Progress(steps, config.metrics.console_every_s)
+
+            # ---- steps
+            shape = (batch_size, seq_len + 1)
+            with _stop_signals() as stop, _batches(loader, program, shape, done + 1, steps) as batches:
+                began = time.monotonic()
+                train_step = program.train.lower(state, batches.abstract).compile()
+                print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
+                log = _StepLog(config, program, flops, writer, progress)
+                for step in range(done + 1, steps + 1):
+                    state, metrics = train_step(state, next(batches))
+                    log.read_previous()  # waits for the step before, while the device works on this one
+                    log.dispatched(step, metrics)
+                    due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+                    if due or stop.requested or step == steps:
+                        log.read_previous()  # a state is saved only when its own step is known to be finite
+                        checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
+                    if stop.requested:
+                        break
+        except Diverged as diverged:
+            checkpoints.wait()
+            progress.end_line()
+            run_folder.write_json(workdir / run_folder.DIVERGED, diverged.record)
+            kept = checkpoints.latest_step()
+            last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
+            print(f"stopped: {diverged}; {last}", flush=True)
+            return DIVERGED_EXIT
+        finally:
+            checkpoints.close()
+    writer.close()
+    if step == steps:
+        run_folder.write_json(workdir / run_folder.DONE, {"step": step})
+        print(f"done: {workdir}", flush=True)
+    else:
+        progress.end_line()
+        print(f"stopped by {stop.requested} and saved at step {step}; the same command goes on", flush=True)
+    return 0
+
+
+class _StepLog:
+    """Reads a step's metrics one step late, so that the device never waits for the host."""
+
+    def __init__(self, config: Config, program: Program, flops: int, writer: MetricsWriter, progress: Progress):
+        self._config, self._writer, self._progress = config, writer, progress
+        self._device = program.mesh.devices.flat[0]
+        self._tokens = config.training.batch_size * config.data.seq_len
+        self._flops = flops * self._tokens
+        self._peak = peak_flops(self._device, config.metrics.peak_flops)
+        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._last_read = time.monotonic()
+
+    def dispatched(self, step: int, metrics: dict[str, Array]) -> None:
+        self._pending = (step, metrics)
+
+    def read_previous(self) -> None:
+        """Logs the pending step. Raises Diverged if its loss or gradient is not finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = host_metrics(metrics)
+        now = time.monotonic()
+        step_time, self._last_read = now - self._last_read, now
+        where = first_nonfinite(values)
+        if where:
+            raise Diverged(step, where, values["loss"])
+        steps, every = self._config.training.steps, self._config.metrics
+        self._progress.show(step, values["loss"], self._tokens / step_time)
+        if step % every.log_every and step not in (1, steps):
+            return
+        line = {
+            "step": step,
+            **{key: values[key] for key in ("loss", "accuracy", "grad_norm", "lr", "z_loss")},
+            "tokens": step * self._tokens,
+        }
+        if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
+            line["block_grad_norm"] = values["block_grad_norm"]
+        flops_per_s = self._flops / step_time
+        line |= {
+            "tokens_per_s": self._tokens / step_time,
+            "step_time_s": step_time,
+            "model_flops_per_s": flops_per_s,
+            "machine_s": {
+                "mfu": flops_per_s / (self._peak * jax.device_count()) if self._peak else None,
+                "memory_bytes": memory_bytes(self._device),
+            },
+        }
+        self._writer.write(line)
+
+
+class _Batches:
+    """Iterates over device batches; the next one is read while the device works on this one."""
+
+    def __init__(self, loader: TrainLoader, program: Program, shape: tuple[int, int], steps: range):
+        self.abstract = jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding)
+        self._loader = loader
+        self._steps = iter(steps)
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._next = self._reader.submit(self._read, next(self._steps))
+
+    def _read(self, step: int) -> Array:
+        def rows(index: tuple[slice, ...]):  # each process reads the rows of its own devices
+            start, stop, _ = index[0].indices(self.abstract.shape[0])
+            return self._loader.rows(step, start, stop)
+
+        return jax.make_array_from_callback(self.abstract.shape, self.abstract.sharding, rows)
+
+    def __next__(self) -> Array:
+        batch = self._next.result()
+        following = next(self._steps, None)
+        if following is not None:
+            self._next = self._reader.submit(self._read, following)
+        return batch
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _batches(loader: TrainLoader, program: Program, shape: tuple[int, int], first: int, last: int) -> Iterator[_Batches]:
+    batches = _Batches(loader, program, shape, range(first, last + 1))
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+class _Stop:
+    requested: str | None = None  # name of the first signal
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGTERM and Ctrl-C ask for a stop after the step in flight; a second one has its usual effect."""
+    stop = _Stop()
+    usual: dict[int, object] = {}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.requested = signal.Signals(number).name
+        for n, h in usual.items():
+            signal.signal(n, h)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        usual[number] = signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, previous in usual.items():
+            signal.signal(number, previous)

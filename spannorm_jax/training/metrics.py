@@ -1,0 +1,133 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard, and a progress line.
+
+Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `step_time_s`, and `machine_s`, which
+holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from spannorm_jax.training.run_folder import keep_lines_until
+
+# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+_TERMINAL_REFRESH_S = 0.5
+
+
+def peak_flops(device: jax.Device, configured: float) -> float | None:
+    """FLOP/s that MFU is a share of: the configured one, else the table's, else None (a CPU has no one peak)."""
+    if configured:
+        return configured
+    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """Peak bytes in use on the device; on the CPU, of the process."""
+    stats = device.memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Device metrics as Python floats and lists; waits for the step that makes them."""
+
+    def plain(x: np.ndarray) -> float | list[float]:
+        return np.asarray(x, np.float64).tolist()
+
+    return jax.tree.map(plain, jax.device_get(metrics))
+
+
+def first_nonfinite(metrics: dict[str, Any]) -> str | None:
+    """Names what was not finite first, in forward order: a block's gradient, another part's, or the loss alone."""
+    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+        return None
+    others = metrics["other_grad_norm"]
+    blocks = np.flatnonzero(~np.isfinite(metrics["block_grad_norm"]))
+    if not np.isfinite(others["embed"]) and not blocks.size:
+        return "the gradient of embed"
+    if blocks.size:
+        return f"the gradient of block {blocks[0]}"
+    bad = [name for name, norm in others.items() if not np.isfinite(norm)]
+    return f"the gradient of {bad[0]}" if bad else "the loss"
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard, from the step after `last_step` on."""
+
+    def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int):
+        keep_lines_until(metrics_path, last_step)
+        self._file = open(metrics_path, "a")
+        self._tensorboard = None
+        if tensorboard is not None:
+            self._tensorboard = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._tensorboard is None:
+            return
+        for key, value in {**line, **line["machine_s"]}.items():
+            if isinstance(value, float):
+                self._tensorboard.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class Progress:
+    """One line that says where the run is: redrawn on a terminal, repeated every `every_s` in a log."""
+
+    def __init__(self, total_steps: int, every_s: float):
+        self._total = total_steps
+        self._terminal = sys.stdout.isatty()
+        self._every_s = _TERMINAL_REFRESH_S if self._terminal else every_s
+        self._started = time.monotonic()
+        self._shown = self._started - self._every_s
+        self._first_step: int | None = None
+
+    def show(self, step: int, loss: float, tokens_per_s: float) -> None:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step
+        if now - self._shown < self._every_s and step != self._total:
+            return
+        self._shown = now
+        done = step - self._first_step
+        left = (now - self._started) / done * (self._total - step) if done else None
+        text = f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        text += f"  {format_seconds(left)} left" if left is not None else ""
+        if self._terminal:
+            print(f"\r{text:<78}", end="\n" if step == self._total else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def end_line(self) -> None:
+        """Leaves the progress line, so that the next print starts on its own."""
+        if self._terminal:
+            print(flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

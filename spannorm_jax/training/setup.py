@@ -1,0 +1,107 @@
+"""What a command line needs before it can compute: platform, token stores, resolved config, records of the start."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spannorm_jax.config import Config, resolve
+from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
+from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store
+from spannorm_jax.errors import UserError, one_line
+
+_RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclass(frozen=True)
+class Data:
+    train: TokenStore
+    eval: TokenStore
+    tokenizer: Tokenizer
+
+
+def use_platform(name: str) -> None:
+    """Makes JAX run on `name` (cpu, gpu, tpu; auto: its own choice). Call it before anything touches a device.
+
+    Raises:
+      UserError: the platform is absent here.
+    """
+    if name == "auto":
+        return
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"config key platform={name}: there is none here ({one_line(error)[:120]}); "
+            "install the extra for it, or write platform=auto"
+        ) from error
+
+
+def open_data(config: Config) -> tuple[Data, Config]:
+    """Opens (or builds) the token stores, and resolves the config against them and the platform."""
+    data = Data(
+        open_store(config.data, config.data.train_split),
+        open_store(config.data, config.data.eval_split),
+        TOKENIZERS[config.data.tokenizer],
+    )
+    resolved = resolve(
+        config,
+        vocab_size=data.tokenizer.vocab_size,
+        platform=jax.default_backend(),
+        fingerprint=fingerprint(data.train, data.eval),
+    )
+    return data, resolved
+
+
+def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str, Any]:
+    """One line of starts.jsonl: what it takes to repeat the run, besides its config."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", "spannorm_jax.train", *argv]),
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        },
+        "device": jax.devices()[0].device_kind + _cpu_name(),
+        "num_devices": jax.device_count(),
+        "data": {
+            "dataset": data.train.dataset,
+            "fingerprint": fingerprint(data.train, data.eval),
+            "train_tokens": data.train.num_tokens,
+            "eval_tokens": data.eval.num_tokens,
+            "unigram_entropy": data.train.unigram_entropy,
+        },
+        **facts,
+    }
+
+
+def _cpu_name() -> str:
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
+        return ""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f" ({names[0]}, {len(names)} cores)" if names else ""
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with -dirty if it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() if out.returncode == 0 else None
