@@ -88,7 +88,7 @@ class EvalConfig:
 class MetricsConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
     block_grad_every: int = 50  # steps between gradient norms per block; 0: only the first and last step
-    console_every_s: float = 1.0  # seconds between progress reports
+    console_every_s: float = 5.0  # seconds between progress lines in a log; a terminal's is redrawn in place
     tensorboard: bool = True
     peak_flops: float = 0.0  # FLOP/s of one device for MFU; 0: from the table of known accelerators
 

@@ -22,6 +22,7 @@ _MORE_DASHES = ((5, 1.5, 1, 1.5), (9, 2), (3, 1.2, 1, 1.2, 1, 1.2))
 _INK, _GREY = "#1f2328", "#59636e"
 
 SMOOTHING = 0.02  # of the logged steps: the width of the running mean
+_LINE = 0.235  # inches between the legend's lines
 _DPI = 200  # twice what a README shows
 
 
@@ -34,6 +35,22 @@ def dashes(inits: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """Line styles; () is a solid line."""
     others = [n for n in ranked(inits, INIT_ORDER) if n not in _DASHES]
     return _DASHES | {n: _MORE_DASHES[i % len(_MORE_DASHES)] for i, n in enumerate(others)}
+
+
+def svg_line(group: Group, groups: Iterable[Group]) -> str:
+    """The group's line as the figures draw it, to stand inside a line of HTML."""
+    colour, dash = _look(group, groups)
+    pattern = " ".join(str(2.5 * d) for d in dash)
+    return (
+        '<svg width="34" height="8" aria-hidden="true"><line x1="0" x2="34" y1="4" y2="4" '
+        f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{pattern}"/></svg>'
+    )
+
+
+def _look(group: Group, groups: Iterable[Group]) -> tuple[str, tuple[float, ...]]:
+    groups = list(groups)
+    colour = colours(g.placement for g in groups)[group.placement]
+    return colour, dashes(g.init for g in groups)[group.init]
 
 
 # ---- what is drawn ----------------------------------------------------------------------------
@@ -53,11 +70,17 @@ class Curve:
 
 
 def smooth(values: np.ndarray, fraction: float = SMOOTHING) -> np.ndarray:
-    """Centred running mean over `fraction` of the points; narrower (still centred) at the ends."""
+    """Centred running mean over `fraction` of the points.
+
+    Near the start the window shrinks but stays centred, for the loss falls fast there; near the end
+    it loses its right part only.
+    """
     n = len(values)
-    half = np.minimum(round(fraction * n / 2), np.minimum(np.arange(n), np.arange(n)[::-1]))
+    index, half = np.arange(n), round(fraction * n / 2)
+    first = index - np.minimum(half, index)
+    after = np.minimum(2 * index - first, n - 1) + 1
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return (sums[np.arange(n) + half + 1] - sums[np.arange(n) - half]) / (2 * half + 1)
+    return (sums[after] - sums[first]) / (after - first)
 
 
 def _number(value: Any) -> float:
@@ -80,7 +103,7 @@ def label_of(group: Group) -> str:
     """placement / init, and how the group differs otherwise: `span / scale, depth=48`."""
     variant = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in group.variant]
     label = ", ".join([f"{group.placement} / {group.init}", *variant])
-    return label if len(label) <= 44 else label[:43] + "…"
+    return label if len(label) <= 36 else label[:35] + "…"
 
 
 def _curve(group: Group, rows: Sequence[Row], series: Sequence[dict], label: str) -> Curve | None:
@@ -97,7 +120,14 @@ def _curve(group: Group, rows: Sequence[Row], series: Sequence[dict], label: str
 
 
 def _ending(group: Group) -> str:
-    return "" if group.ending in ("trained", "stalled") else f", {group.ending}"
+    counted, seeds = len(group.counted), len(group.rows)
+    if counted < seeds:
+        return f" ({counted} of {seeds} seeds)"
+    return (
+        ""
+        if {row.outcome.kind for row in group.rows} <= {"trained", "stalled"}
+        else f", {group.ending}"
+    )
 
 
 def loss_curves(groups: Sequence[Group]) -> list[Curve]:
@@ -183,9 +213,9 @@ def _figure(height: float, columns: int) -> tuple[Any, list[Any]]:
 
 
 def _style(curve: Curve, groups: Sequence[Group]) -> dict[str, Any]:
-    dash = dashes(g.init for g in groups)[curve.group.init]
+    colour, dash = _look(curve.group, groups)
     return {
-        "color": colours(g.placement for g in groups)[curve.group.placement],
+        "color": colour,
         "linestyle": (0, dash) if dash else "-",
         "linewidth": 2.0 if curve.label else 1.1,
         "alpha": 1.0 if curve.label else 0.7,
@@ -204,45 +234,43 @@ def _draw(axis: Any, curve: Curve, style: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of the legend, beside the height at which its line ends."""
-
     text: str
-    y: float
     style: dict[str, Any]
-    meets: bool  # it ends at the axis's right edge; a thin line leads from there to the entry
+    y: float | None = None  # where its line ends; None: it ends before the right edge
+    near: float = 0.0  # the height that the entry should be near
 
 
-def _direct_legend(figure: Any, axis: Any, entries: Sequence[_Entry]) -> None:
-    """Puts each entry right of `axis`, as near its line's end as the others allow."""
+def _legend(figure: Any, axis: Any, entries: Sequence[_Entry], direct: bool) -> None:
+    """A legend right of `axis`: each entry beside the end of its line, or all in order from the top."""
+    from matplotlib.lines import Line2D
+
     texts = [figure.text(0, 0, e.text, va="center", fontsize=11, color=_INK) for e in entries]
     renderer = figure.canvas.get_renderer()
-    widest = max((t.get_window_extent(renderer).width for t in texts), default=0) / figure.dpi
-    inch = 1 / figure.get_figwidth()
+    widest = max(text.get_window_extent(renderer).width for text in texts) / figure.dpi
+    inch, height = 1 / figure.get_figwidth(), figure.get_figheight()
     right = max(1 - (widest + 0.82) * inch, 0.45)
     figure.subplots_adjust(
-        left=0.68 * inch,
-        right=right,
-        bottom=0.58 / figure.get_figheight(),
-        top=1 - 0.5 / figure.get_figheight(),
-        wspace=0.06,
+        left=0.8 * inch, right=right, bottom=0.58 / height, top=1 - 0.72 / height, wspace=0.07
     )
-    to_figure = axis.transData + figure.transFigure.inverted()
     low, high = axis.get_position().intervaly
-    x_end = axis.get_xlim()[1]
-    ends = [min(max(to_figure.transform((x_end, e.y))[1], low), high) for e in entries]
-    places = spread_out(ends, gap=0.235 / figure.get_figheight(), low=low, high=high)
+    to_figure = axis.transData + figure.transFigure.inverted()
 
-    def line(x: tuple[float, float], y: tuple[float, float], **style: Any) -> None:
-        from matplotlib.lines import Line2D
+    def place(y: float) -> float:
+        return min(max(to_figure.transform((axis.get_xlim()[1], y))[1], low), high)
 
-        inches = [right + v * inch for v in x]
-        figure.add_artist(Line2D(inches, y, transform=figure.transFigure, **style))
-
-    for entry, text, end, place in zip(entries, texts, ends, places, strict=True):
-        if entry.meets:
-            line((0.03, 0.2), (end, place), color=entry.style["color"], linewidth=0.7, alpha=0.7)
-        line((0.22, 0.62), (place, place), **entry.style)
-        text.set_position((right + 0.7 * inch, place))
+    gap = _LINE / height
+    places = [high - (i + 0.5) * gap for i in range(len(entries))]
+    if direct:
+        places = spread_out([place(e.near) for e in entries], gap, low, high)
+    for entry, text, y in zip(entries, texts, places, strict=True):
+        parts = [((0.22, 0.62), (y, y), entry.style)]
+        if direct and entry.y is not None:
+            thin = {"color": entry.style["color"], "linewidth": 0.7, "alpha": 0.7}
+            parts.append(((0.03, 0.2), (place(entry.y), y), thin))
+        for x, ys, style in parts:
+            inches = [right + v * inch for v in x]
+            figure.add_artist(Line2D(inches, ys, transform=figure.transFigure, **style))
+        text.set_position((right + 0.7 * inch, y))
 
 
 def _finish(figure: Any, axis: Any, path: Path, title: str) -> Path:
@@ -254,7 +282,7 @@ def _finish(figure: Any, axis: Any, path: Path, title: str) -> Path:
 
 
 def _height(entries: int) -> float:
-    return max(4.6, 0.235 * entries + 1.1)
+    return max(4.6, _LINE * entries + 1.1)
 
 
 def plot_losses(groups: Sequence[Group], path: Path) -> Path | None:
@@ -268,13 +296,16 @@ def plot_losses(groups: Sequence[Group], path: Path) -> Path | None:
     entries = []
     for level in levels:
         axis.axhline(level, **dashed)
-        entries.append(_Entry(f"unigram entropy  {level:.3f}", level, dashed, True))
+        entries.append(_Entry(f"unigram entropy  {level:.3f}", dashed, level, level))
     last = max(curve.x[-1] for curve in curves)
     for curve in curves:
         style = _style(curve, groups)
         _draw(axis, curve, style)
         if curve.label:
-            entries.append(_Entry(curve.label, curve.y[-1], style, curve.x[-1] == last))
+            loss = curve.group.over_seeds(lambda row: row.train_loss)  # what the label says
+            end = curve.y[-1] if curve.x[-1] == last else None
+            near = curve.y[-1] if loss is None else loss.mean
+            entries.append(_Entry(curve.label, style, end, near))
     starts = [curve.y[0] for curve in curves] + levels
     highest = max(curve.high.max() for curve in curves)
     lowest = min([curve.low.min() for curve in curves] + levels)
@@ -283,7 +314,7 @@ def plot_losses(groups: Sequence[Group], path: Path) -> Path | None:
     axis.set_xlim(0, last if last > 1 else 2)
     axis.set_xlabel("step", fontsize=12, color=_INK)
     axis.set_ylabel("nats per token", fontsize=12, color=_INK)
-    _direct_legend(figure, axis, entries)
+    _legend(figure, axis, entries, direct=True)
     return _finish(figure, axis, path, "Training loss")
 
 
@@ -309,17 +340,12 @@ def plot_block_grad_norms(groups: Sequence[Group], path: Path) -> Path | None:
         if not curves:
             axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=_GREY)
     axes[0].set_ylabel("gradient norm", fontsize=12, color=_INK)
-    at_end = {id(curve.group) for curve in panels[1]}
-    entries = [
-        _Entry(
-            curve.label,
-            10 ** curve.y[-1],
-            _style(curve, groups),
-            key in at_end and curve.x[-1] == deepest,
-        )
-        for key, curve in labelled.items()
-    ]
-    _direct_legend(figure, axes[1], entries)
+    low, high = axes[0].get_ylim()
+    if high < 20 * low:  # a flat profile should look flat
+        middle = math.sqrt(low * high)
+        axes[0].set_ylim(middle / math.sqrt(20), middle * math.sqrt(20))
+    entries = [_Entry(curve.label, _style(curve, groups)) for curve in labelled.values()]
+    _legend(figure, axes[1], entries, direct=False)
     return _finish(figure, axes[0], path, "Gradient norm of each block")
 
 

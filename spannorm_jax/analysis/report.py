@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from spannorm_jax.analysis import plots
 from spannorm_jax.analysis.runs import (
@@ -24,6 +23,7 @@ from spannorm_jax.analysis.runs import (
     Run,
     Spread,
     differing_keys,
+    fact,
     find_runs,
     held_out,
     is_runtime,
@@ -43,9 +43,9 @@ _DEFINITIONS = {
     "also differs": "Other config keys in which these runs differ from one another.",
     "seeds": "Runs of this setting that the means are taken over, one per seed; “2 of 3” when the "
     "third diverged or is unfinished. ± is the sample standard deviation over seeds (n − 1).",
-    "train loss": "Nats per token on the training data, without held-out text: the mean over the "
-    "last 10% of the steps taken. The loss of a step is that of the weights before its update. "
-    "None for a run that diverged.",
+    "train loss": "Cross-entropy on the training data in nats per token: the mean over the last 10% "
+    "of the steps taken. The loss of a step is that of the weights before its update. A run that "
+    "diverged has none.",
     "held-out bits/byte": "Cross-entropy on the held-out split in bits per byte of text, from the "
     "newest evaluation at the highest step.",
     "tokens/s": "Training tokens per second over all devices: the median over the steps after the "
@@ -82,7 +82,7 @@ def _table(rows: Sequence[Row], missing: str) -> tuple[list[str], list[tuple[Gro
     for group in groups:
         count, of = len(group.counted), len(group.rows)
         cells = [group.placement, group.init]
-        cells += [" ".join(f"{key}={value}" for key, value in group.variant)] * varied
+        cells += [", ".join(f"{key}={value}" for key, value in group.variant)] * varied
         cells += [str(of) if count == of else f"{count} of {of}"] * several
         cells += [
             _spread(group.over_seeds(lambda r: r.train_loss), ".3f", missing),
@@ -170,34 +170,13 @@ def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
         notes.append(f"Held-out numbers of {len(early)} runs are from before their last step "
                      f"(step {', '.join(map(str, sorted(set(early))))}).")  # fmt: skip
     for name, values in {
-        "device": [_device(run) for run in runs],
-        "git commit": [_over_starts(run, "git_commit") for run in runs],
-        "library versions": [_versions(run) for run in runs],
+        "device": [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs],
+        "git commit": [fact(run, "git_commit") for run in runs],
+        "library versions": [fact(run, "versions") for run in runs],
     }.items():
         if len(set(values)) > 1:
             notes.append(f"Runs differ in {name}: {_counted(values)}.")
     return [("warning", w) for w in warnings] + [("note", n) for n in notes]
-
-
-def _over_starts(run: Run, key: str) -> str:
-    """A fact that each start recorded, told again wherever it changed between starts."""
-    told = [start.get(key) for start in run.starts]
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in told if value]
-    return ", then ".join(dict.fromkeys(texts)) or "not recorded"
-
-
-def _device(run: Run) -> str:
-    told = [f"{s.get('num_devices', '?')} × {s['device']}" for s in run.starts if s.get("device")]
-    return ", then ".join(dict.fromkeys(told)) or "not recorded"
-
-
-def _versions(run: Run) -> str:
-    told = [
-        " ".join(f"{name} {version}" for name, version in sorted(start["versions"].items()))
-        for start in run.starts
-        if isinstance(start.get("versions"), dict)
-    ]
-    return ", then ".join(dict.fromkeys(told)) or "not recorded"
 
 
 # ---- the page ---------------------------------------------------------------------------------
@@ -217,6 +196,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; }
 .notices .warning { border-color: #c24e00; background: #fff4ea; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.wide { white-space: normal; min-width: 14rem; }
 th, td { padding: .5rem .8rem; text-align: left; white-space: nowrap; }
 th { font-size: .85rem; color: var(--soft); border-bottom: 2px solid var(--rule); }
 td { border-bottom: 1px solid var(--rule); }
@@ -242,17 +222,6 @@ summary { cursor: pointer; }
 """
 
 
-def _swatch(group: Group, groups: Sequence[Group]) -> str:
-    """The group's line as the figures draw it."""
-    colour = plots.colours(g.placement for g in groups)[group.placement]
-    dash = plots.dashes(g.init for g in groups)[group.init]
-    pattern = " ".join(str(2.5 * d) for d in dash)
-    return (
-        '<svg width="34" height="8" aria-hidden="true"><line x1="0" x2="34" y1="4" y2="4" '
-        f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{pattern}"/></svg>'
-    )
-
-
 def _html_table(rows: Sequence[Row]) -> str:
     header, body = _table(rows, missing="–")
     groups = [group for group, _ in body]
@@ -261,7 +230,11 @@ def _html_table(rows: Sequence[Row]) -> str:
     lines = []
     for i, (group, cells) in enumerate(body):
         html = [f"<td{n}>{escape(c)}</td>" for n, c in zip(number, cells, strict=True)]
-        html[0] = f"<td>{_swatch(group, groups)}{escape(cells[0])}</td>"
+        html = [
+            f'<td class="wide">{escape(c)}</td>' if n == "also differs" else h
+            for h, c, n in zip(html, cells, header, strict=True)
+        ]
+        html[0] = f"<td>{plots.svg_line(group, groups)}{escape(cells[0])}</td>"
         worst = {row.outcome.kind for row in group.rows} - {"trained"}
         kind = next((k for k in ("diverged", "stalled", "unfinished") if k in worst), "trained")
         html[-1] = f'<td class="{kind}">{escape(cells[-1])}</td>'
@@ -277,15 +250,13 @@ def _definitions(names: Sequence[str]) -> str:
     return "".join(f"<dt>{escape(n)}</dt><dd>{_DEFINITIONS[n]}</dd>" for n in names)
 
 
-def _facts(items: dict[str, Any]) -> str:
+def _facts(items: dict[str, object]) -> str:
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in items.items())
 
 
 def _run_details(row: Row, root: Path, is_open: bool) -> str:
     run = row.run
-    last = run.starts[-1] if run.starts else {}
     commands = list(dict.fromkeys(s["command"] for s in run.starts if s.get("command")))
-    data = {k: v for k, v in run.data.items() if k != "fingerprint"}
     ended = str(row.outcome)
     if run.diverged and run.diverged.get("where"):
         ended += f", {run.diverged['where']}"
@@ -295,14 +266,15 @@ def _run_details(row: Row, root: Path, is_open: bool) -> str:
         "steps": f"{run.last_step} of {run.steps}",
         "outcome": ended,
         "data fingerprint": run.fingerprint or "not recorded",
-        "data": ", ".join(f"{k} {_plain(v)}" for k, v in data.items()) or "not recorded",
-        "versions": _versions(run),
-        "device": _device(run),
-        "mesh": _over_starts(run, "mesh"),
-        "parameters": _plain(last.get("num_params")),
-        "FLOPs per token": _plain(last.get("flops_per_token")),
-        "git commit": _over_starts(run, "git_commit"),
-        "started": _over_starts(run, "time"),
+        "data": fact(run, "data"),
+        "versions": fact(run, "versions"),
+        "device": fact(run, "device"),
+        "devices": fact(run, "num_devices"),
+        "mesh": fact(run, "mesh"),
+        "parameters": fact(run, "num_params"),
+        "FLOPs per token": fact(run, "flops_per_token"),
+        "git commit": fact(run, "git_commit"),
+        "started": fact(run, "time"),
     }
     command = escape("\n".join(commands)) or "not recorded"
     name = f"{row.placement} / {row.init}, seed {row.seed}"
@@ -310,14 +282,6 @@ def _run_details(row: Row, root: Path, is_open: bool) -> str:
         f"<details{' open' * is_open}><summary>{escape(name)}</summary><dl>"
         f"<dt>command</dt><dd><pre>{command}</pre></dd>{_facts(facts)}</dl></details>"
     )
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _figure(path: Path | None, title: str, caption: str) -> str:
@@ -357,7 +321,13 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
     header, _ = _table(rows, missing="–")
     said = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in notices(rows))
     levels = plots.entropies(rows)
-    bounds = ", ".join(f"{(1 - STALL_MARGIN) * e:.3f} (entropy {e:.3f})" for e in levels)
+    below = [
+        f"Stalled: above {(1 - STALL_MARGIN) * e:.3f} nats/token, {STALL_MARGIN:.0%} below the "
+        f"unigram entropy of {e:.3f}."
+        for e in levels
+    ]
+    if len({row.seed for row in rows}) == 1:
+        below.append("One seed: no spread is known, so small differences may be chance.")
     band = " The band is one sample standard deviation over seeds." if several else ""
     alone = "A thin line is a seed that the mean leaves out. " if several else ""
     runs = [row.run for row in rows]
@@ -372,7 +342,7 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
         figures[0],
         "Training loss by step",
         "Training loss by step. Smoothed by a centred running mean over "
-        f"{plots.SMOOTHING:.0%} of the logged steps, narrower towards both ends. Dashed grey: the "
+        f"{plots.SMOOTHING:.0%} of the logged steps, narrower at both ends. Dashed grey: the "
         "unigram entropy. The number beside a name is its train loss in the table. A cross marks "
         f"where a run diverged. {alone}Curves may leave the top of the figure.{band}",
     )
@@ -386,7 +356,6 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
             " Over seeds: the geometric mean; the band is one deviation of the logarithm." * several
         ),
     )
-    stall = f"<p class=small>Stalled: a train loss above {bounds} nats/token.</p>" if bounds else ""
     details = "".join(_run_details(row, root, len(rows) == 1) for g in groups for row in g.rows)
     return f"""<!doctype html>
 <html lang="en">
@@ -402,7 +371,7 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
 {f'<ul class="notices">{said}</ul>' if said else ""}
 <h2>Results</h2>
 {_html_table(rows)}
-{stall}
+<p class="small">{" ".join(below)}</p>
 {loss}
 {grads}
 <h2>What the columns mean</h2>

@@ -14,7 +14,7 @@ from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
-from spannorm_jax.training.setup import Data, open_data, use_platform
+from spannorm_jax.training.setup import Data, open_data, start_jax
 from spannorm_jax.training.step import Program, make_program
 
 
@@ -35,7 +35,7 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
         step = checkpoints.find(step)
-        use_platform(config.platform)
+        start_jax(config.platform)
         data, config = open_data(config)
         check_divisible(config, mesh_shape(config.mesh, jax.device_count()))
         mesh = make_mesh(config.mesh)

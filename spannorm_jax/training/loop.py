@@ -25,7 +25,7 @@ from spannorm_jax.training.metrics import (
     memory_bytes,
     peak_flops,
 )
-from spannorm_jax.training.setup import open_data, start_record, use_platform
+from spannorm_jax.training.setup import open_data, start_record, start_jax
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
@@ -48,7 +48,7 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
       UserError: the config does not fit the devices, the data or the folder; nothing is written then.
     """
     # ---- what is asked for, against what is here
-    use_platform(config.platform)
+    start_jax(config.platform)
     data, config = open_data(config)
     steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     mesh = make_mesh(config.mesh)

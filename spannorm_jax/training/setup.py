@@ -1,10 +1,11 @@
 """What a command line needs before it can compute: platform, token stores, resolved config, records of the start."""
 
 import datetime
+import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,21 @@ class Data:
     tokenizer: Tokenizer
 
 
-def use_platform(name: str) -> None:
+def start_jax(name: str) -> None:
     """Makes JAX run on `name` (cpu, gpu, tpu; auto: its own choice). Call it before anything touches a device.
+
+    Compiled programs are kept in $XDG_CACHE_HOME/spannorm_jax/xla, unless JAX_COMPILATION_CACHE_DIR names another
+    folder, so that a second start takes a fraction of the first's time.
 
     Raises:
       UserError: the platform is absent here.
     """
+    if not jax.config.jax_compilation_cache_dir:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        # One folder per kind of host: a home shared by unlike machines must not mix their CPU code.
+        host = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
+        jax.config.update("jax_compilation_cache_dir", str(base / "spannorm_jax" / "xla" / host))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if name == "auto":
         return
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
@@ -83,12 +93,20 @@ def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str
     }
 
 
+def _cpu_info(field: str) -> list[str]:
+    """A field of /proc/cpuinfo, once a core; empty where there is no such file or field."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
+
+
 def _cpu_name() -> str:
-    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
-        return ""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = _cpu_info("model name") if jax.default_backend() == "cpu" else []
     return f" ({names[0]}, {len(names)} cores)" if names else ""
+
+
+def _cpu_features() -> str:
+    return platform.machine() + "".join(_cpu_info("flags")[:1])
 
 
 def _git_commit() -> str | None:

@@ -54,6 +54,7 @@ def test_the_split_of_a_file_never_changes():
 def test_which_files_belong(tmp_path):
     names = ["a.py", "b/c.py", "b/test.py", "b/data.txt", "test/t.py", "b/tests/t.py"]
     names += ["site-packages/p.py", "dist-packages/p.py", "b/__pycache__/c.py", "idle_test/t.py"]
+    names += ["pydoc_data/topics.py"]
     write(tmp_path, dict.fromkeys(names, b""))
     assert stdlib_files.list_files(tmp_path) == ["a.py", "b/c.py", "b/test.py"]
 
