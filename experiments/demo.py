@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from spannorm_jax.analysis.report import print_report
+from spannorm_jax.analysis import report
 from spannorm_jax.errors import run_command
 from spannorm_jax.training.loop import DIVERGED_EXIT
 from spannorm_jax.training.metrics import format_seconds
@@ -55,8 +55,7 @@ def main(argv: list[str]) -> int:
             return code
         done_here += 1
     print(flush=True)
-    print_report(args.out, args.out, TITLE)
-    return 0
+    return report.main([str(args.out), "--out", str(args.out), "--title", TITLE])
 
 
 def _ended(workdir: Path) -> bool:

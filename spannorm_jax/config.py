@@ -359,4 +359,3 @@ def _validate_shapes(config: Config) -> None:
             raise UserError(f"config key mesh.{axis}=0 must be at least 1, or -1 for the devices that are left")
     if sum(size == -1 for size in axes.values()) > 1:
         raise UserError(f"config group mesh={axes} has more than one -1; only one axis can take what is left")
-

@@ -143,7 +143,9 @@ def _check_names(config: Config) -> None:
             raise UserError(f"config key {key}={values[key]!r} is unknown; {did_you_mean(values[key], valid)}")
     for target in config.model.init_targets:
         if target not in OUTPUT_SITES:
-            raise UserError(f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}")
+            raise UserError(
+                f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}"
+            )
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -37,4 +38,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = USER_ERROR_EXIT
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.exit(code)

@@ -20,7 +20,6 @@ from spannorm_jax.analysis.runs import (
     STALL_MARGIN,
     Group,
     Row,
-    Run,
     Spread,
     differing_keys,
     fact,

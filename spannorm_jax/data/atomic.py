@@ -29,8 +29,7 @@ def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"cannot write to {parent} ({error.strerror}); set config key {key} to a folder "
-            "that you may write"
+            f"cannot write to {parent} ({error.strerror}); set config key {key} to a folder that you may write"
         ) from error
     try:
         yield folder

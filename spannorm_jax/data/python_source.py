@@ -43,18 +43,14 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Python files found on this machine, split by the hash of their path.",
-            features=tfds.features.FeaturesDict(
-                {"text": tfds.features.Text(), "path": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         root = stdlib_files.stdlib_root()
         files = stdlib_files.list_files(root)
         return {
-            split: self._generate_examples(
-                root, [f for f in files if stdlib_files.split_of(f) == split]
-            )
+            split: self._generate_examples(root, [f for f in files if stdlib_files.split_of(f) == split])
             for split in ("train", "validation")
         }
 

@@ -48,9 +48,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     configs |= set(builder_class.builder_configs) if builder_class else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
-        raise UserError(
-            f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}"
-        )
+        raise UserError(f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}")
     wanted = [p for p in prepared if not version or p.endswith("/" + version)]
     try:
         builder = tfds.builder(data.dataset, data_dir=root) if wanted else None
@@ -84,8 +82,7 @@ def open_split(builder: tfds.core.DatasetBuilder, data: DataConfig, split: str) 
         num_examples = splits[split].num_examples
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(
-            f"config key {key}={split!r} is no split of {builder.info.full_name}; "
-            f"{did_you_mean(split, splits)}"
+            f"config key {key}={split!r} is no split of {builder.info.full_name}; {did_you_mean(split, splits)}"
         ) from error
     if not num_examples:
         raise UserError(
@@ -98,8 +95,7 @@ def open_split(builder: tfds.core.DatasetBuilder, data: DataConfig, split: str) 
         fault = "is not text" if data.text_feature in features else "is unknown"
         hint = did_you_mean(data.text_feature, text_features) if text_features else "it has no text"
         raise UserError(
-            f"config key data.text_feature={data.text_feature!r} {fault} in "
-            f"{builder.info.full_name}; {hint}"
+            f"config key data.text_feature={data.text_feature!r} {fault} in {builder.info.full_name}; {hint}"
         )
     return _texts(builder, split, data.text_feature)
 

@@ -66,8 +66,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
     """
     if data.tokenizer not in TOKENIZERS:
         raise UserError(
-            f"config key data.tokenizer={data.tokenizer!r} is unknown; "
-            f"{did_you_mean(data.tokenizer, TOKENIZERS)}"
+            f"config key data.tokenizer={data.tokenizer!r} is unknown; {did_you_mean(data.tokenizer, TOKENIZERS)}"
         )
     if data.dataset == stdlib_files.DATASET:
         # The name of the default dataset is known without TFDS, whose import takes its time.

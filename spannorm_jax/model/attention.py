@@ -7,9 +7,7 @@ from jax import Array
 
 
 def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    return jax.nn.dot_product_attention(
-        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla"
-    )
+    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"auto": _xla, "xla": _xla}

@@ -180,4 +180,3 @@ def flops_per_token(model: ModelDef, seq_len: int) -> int:
     """
     matmul = sum(math.prod(spec.shape) for spec in model.specs() if spec.role in ("hidden", "output"))
     return 6 * matmul + 6 * model.cfg.depth * model.cfg.width * seq_len
-

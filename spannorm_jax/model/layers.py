@@ -79,9 +79,7 @@ class Attention(nnx.Module):
         self.q = weight(rngs, stds["q"], (D, H, K), ("embed", "heads", "head_dim"), "hidden", "q")
         self.k = weight(rngs, stds["k"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "k")
         self.v = weight(rngs, stds["v"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "v")
-        self.out = weight(
-            rngs, stds["attn_out"], (H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out"
-        )
+        self.out = weight(rngs, stds["attn_out"], (H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out")
         # Heads share one gain: RMSNorm whatever `norm` is, since a mean over a head has no meaning here.
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm:
@@ -108,9 +106,7 @@ class FeedForward(nnx.Module):
         D, F = cfg.width, cfg.ffn_dim
         self.kind = cfg.ffn
         parts = 2 if cfg.ffn == "swiglu" else 1  # a and b of SwiGLU come from one matmul
-        self.in_ = weight(
-            rngs, stds["ffn_in"], (D, parts, F), ("embed", "parts", "ffn"), "hidden", "ffn_in"
-        )
+        self.in_ = weight(rngs, stds["ffn_in"], (D, parts, F), ("embed", "parts", "ffn"), "hidden", "ffn_in")
         self.out = weight(rngs, stds["ffn_out"], (F, D), ("ffn", "embed"), "hidden", "ffn_out")
 
     def __call__(self, x_BxTxD: Array) -> Array:

@@ -86,10 +86,7 @@ class Checkpoints:
         if step is None:
             return steps[-1]
         if step not in steps:
-            raise UserError(
-                f"{self.folder} holds no checkpoint of step {step}; "
-                f"there are {', '.join(map(str, steps))}"
-            )
+            raise UserError(f"{self.folder} holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         return step
 
     def wait(self) -> None:

@@ -25,7 +25,7 @@ from spannorm_jax.training.metrics import (
     memory_bytes,
     peak_flops,
 )
-from spannorm_jax.training.setup import open_data, start_record, start_jax
+from spannorm_jax.training.setup import open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
@@ -208,7 +208,9 @@ class _Batches:
 
 
 @contextmanager
-def _batches(loader: TrainLoader, program: Program, shape: tuple[int, int], first: int, last: int) -> Iterator[_Batches]:
+def _batches(
+    loader: TrainLoader, program: Program, shape: tuple[int, int], first: int, last: int
+) -> Iterator[_Batches]:
     batches = _Batches(loader, program, shape, range(first, last + 1))
     try:
         yield batches

@@ -74,7 +74,7 @@ class MetricsWriter:
 
     def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int):
         keep_lines_until(metrics_path, last_step)
-        self._file = open(metrics_path, "a")
+        self._file = open(metrics_path, "a")  # noqa: SIM115 (closed by close())
         self._tensorboard = None
         if tensorboard is not None:
             self._tensorboard = SummaryWriter(str(tensorboard), purge_step=last_step + 1)

@@ -1,13 +1,13 @@
 """A run's folder, the interface between programs.
 
-  config.json    the resolved config; continuing the run with another one is refused
-  starts.jsonl   one line a start: command, versions, devices, mesh, data (what makes a record reproducible)
-  metrics.jsonl  one line a logged step; lines beyond a restored step are dropped, so no step stands twice
-  checkpoints/   Orbax
-  tensorboard/   the scalars of metrics.jsonl
-  eval.jsonl     one line an evaluation
-  DONE           {"step": n}, once the last checkpoint is committed
-  DIVERGED       what was not finite, and at which step, if that stopped the run
+config.json    the resolved config; continuing the run with another one is refused
+starts.jsonl   one line a start: command, versions, devices, mesh, data (what makes a record reproducible)
+metrics.jsonl  one line a logged step; lines beyond a restored step are dropped, so no step stands twice
+checkpoints/   Orbax
+tensorboard/   the scalars of metrics.jsonl
+eval.jsonl     one line an evaluation
+DONE           {"step": n}, once the last checkpoint is committed
+DIVERGED       what was not finite, and at which step, if that stopped the run
 """
 
 import json

@@ -45,9 +45,7 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
     return seq_len
 
 
-def loss_sums(
-    decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int
-) -> dict[str, Array]:
+def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Array]:
     """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`.
 
     tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
@@ -80,9 +78,7 @@ def loss_sums(
         return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None
 
     zeros = dict.fromkeys(("nll", "z", "correct", "count"), jnp.zeros(()))
-    total, _ = jax.lax.scan(
-        add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT))
-    )
+    total, _ = jax.lax.scan(add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT)))
     return total
 
 
@@ -120,9 +116,7 @@ def gradient_norms(grads: Any) -> dict[str, Array]:
     """`grad_norm`, `block_grad_norm` (L,) and the norm of each part outside the blocks, before clipping."""
 
     def squares(tree: Any, keep: int) -> Array:
-        return sum(
-            jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree)
-        )
+        return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
     blocks = squares(grads["blocks"], keep=1)
     others = {name: squares(g, keep=0) for name, g in grads.items() if name != "blocks"}
@@ -157,9 +151,7 @@ def train_step(
     return TrainState(step, params, opt_state), metrics
 
 
-def init_state(
-    model: ModelDef, optimizer: optax.GradientTransformation, seed: Array
-) -> TrainState:
+def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:
     params = model.init(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 

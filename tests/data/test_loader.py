@@ -27,10 +27,7 @@ def test_any_number_of_processes_makes_the_same_batch(store, processes):
     share = B // processes
     whole = TrainLoader(store, T, B, seed=3)
     for step in (1, 2, 77):
-        shares = [
-            TrainLoader(store, T, B, seed=3).rows(step, p * share, (p + 1) * share)
-            for p in range(processes)
-        ]
+        shares = [TrainLoader(store, T, B, seed=3).rows(step, p * share, (p + 1) * share) for p in range(processes)]
         assert shares[0].dtype == np.int32 and shares[0].shape == (share, T + 1)
         np.testing.assert_array_equal(np.concatenate(shares), whole.rows(step))
 

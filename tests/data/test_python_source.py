@@ -89,9 +89,7 @@ def test_no_sources_is_the_users_to_mend(tmp_path):
         stdlib_files.content_hash(tmp_path)
 
 
-def test_preparing_is_silent_reproducible_and_safe_in_two_processes(
-    builder, tmp_path, start_python
-):
+def test_preparing_is_silent_reproducible_and_safe_in_two_processes(builder, tmp_path, start_python):
     # Equal seeds: TFDS alone would give both the same temporary folder.
     code = """
 import random, sys

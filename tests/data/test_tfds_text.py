@@ -42,9 +42,7 @@ def test_known_but_not_prepared_says_where_it_looked_and_how_to_prepare(tiny):
 
 def test_a_version_that_is_not_there_names_those_that_are(tiny):
     assert "tiny_lines/1.2.3" in error_of(tiny, dataset="tiny_lines:9.0.0")
-    assert (
-        open_store(dataclasses.replace(tiny, dataset="tiny_lines:1.2.3"), "train").num_docs == 100
-    )
+    assert open_store(dataclasses.replace(tiny, dataset="tiny_lines:1.2.3"), "train").num_docs == 100
 
 
 def test_another_file_format_says_so(tiny, tmp_path):

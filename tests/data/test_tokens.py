@@ -134,9 +134,7 @@ open_store(data, 'train')
     process = start_python(code, tiny.data_dir, tiny.cache_dir)
     process.communicate(timeout=60)
     assert process.returncode == -9
-    assert list(Path(tiny.cache_dir).rglob("tokens.bin")), (
-        "the kill came too early to test anything"
-    )
+    assert list(Path(tiny.cache_dir).rglob("tokens.bin")), "the kill came too early to test anything"
     assert open_store(tiny, "train").num_docs == len(TINY_TRAIN)
 
 
@@ -205,7 +203,5 @@ def test_windows_predict_each_token_once(tiny):
 
 def test_a_window_longer_than_the_split_names_the_key(tiny):
     store = open_store(tiny, "test")
-    with pytest.raises(
-        UserError, match=rf"data\.seq_len={store.num_tokens} .*{store.num_tokens - 1}"
-    ):
+    with pytest.raises(UserError, match=rf"data\.seq_len={store.num_tokens} .*{store.num_tokens - 1}"):
         Windows(store, store.num_tokens)

@@ -1,0 +1,30 @@
+# make demo | demo-smoke | test | test-slow | lint | env.  PYTHON is the interpreter that .venv is made with (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env demo demo-smoke test test-slow lint
+
+env: .venv/installed
+
+.venv/installed: setup.cfg requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spannorm_jax needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
+	touch $@
+
+demo: env
+	$(BIN)/python -m experiments.demo --out runs/demo
+
+demo-smoke: env
+	rm -rf runs/demo-smoke
+	$(BIN)/python -m experiments.demo --out runs/demo-smoke --smoke
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,46 @@
+"""Prints each weight's std and the predicted branch variance: python -m spannorm_jax.show_init --config FILE.py[:arg]
+
+Nothing is allocated and no data is read, so it answers for any size at once.
+"""
+
+import argparse
+
+from spannorm_jax.config import resolve
+from spannorm_jax.config_file import load, split_overrides
+from spannorm_jax.data.tokenizer import TOKENIZERS
+from spannorm_jax.errors import run_command
+from spannorm_jax.model.decoder import count_params, define
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.scale_init import fan_in, predicted_branch_variance, residual_additions, weight_stds
+
+
+def main(argv: list[str]) -> int:
+    rest, overrides = split_overrides(argv)
+    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.show_init", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    args = parser.parse_args(rest)
+    config = load(args.config, overrides)
+    tokenizer = TOKENIZERS[config.data.tokenizer]
+    config = resolve(config, vocab_size=tokenizer.vocab_size, platform="cpu", fingerprint=config.data.fingerprint)
+    cfg = config.model
+    model, stds, fan = define(cfg), weight_stds(cfg), fan_in(cfg)
+    print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
+    print(f"{'weight':<10}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
+    for spec in model.specs():
+        if spec.site in stds:
+            std, n = stds[spec.site], fan[spec.site]
+            shape = " x ".join(map(str, spec.shape))
+            print(f"{spec.site:<10}{spec.role:<11}{shape:<22}{n:>7}{std:>12.6f}{std * n**0.5:>20.4f}")
+    variance = predicted_branch_variance(cfg)
+    branches = PLACEMENTS[cfg.placement].stream_branches
+    total = cfg.depth * sum(variance[name.removesuffix("_out")] for name in branches)
+    print(
+        f"\npredicted branch variance at unit-variance input: attention {variance['attn']:.6f} (at the first position; "
+        f"less where values are averaged), feed-forward {variance['ffn']:.6f}"
+        f"\nadded to the stream over its {residual_additions(cfg)} additions ({', '.join(branches)}): {total:.4f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
