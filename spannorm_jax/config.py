@@ -326,8 +326,8 @@ def validate(config: Config) -> None:
 def _validate_shapes(config: Config) -> None:
     model, training, mesh = config.model, config.training, config.mesh
     if model.width % model.num_heads:
-        divisors = [h for h in range(1, model.width + 1) if model.width % h == 0]
-        near = sorted(sorted(divisors, key=lambda h: abs(h - model.num_heads))[:2])
+        fits = [h for h in range(1, model.width + 1) if model.width % h == 0 and model.width // h % 2 == 0]
+        near = [*[h for h in fits if h < model.num_heads][-1:], *[h for h in fits if h > model.num_heads][:1]]
         raise UserError(
             f"config key model.num_heads={model.num_heads} does not divide model.width={model.width}; "
             f"write {' or '.join(map(str, near))}, or change the width"

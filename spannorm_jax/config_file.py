@@ -74,9 +74,9 @@ def _apply_override(config: ConfigDict, key: str, text: str) -> None:
     for i, part in enumerate(parts):
         kinds = typing.get_type_hints(cls)
         if part not in kinds:
-            near = did_you_mean(part, kinds)
-            if near.startswith("valid") and i == len(parts) - 1:  # maybe the right key, wrong group
-                near = did_you_mean(key, flatten(Config()))
+            # The right name in the wrong group is likelier than another name of this group.
+            elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == parts[-1]]
+            near = f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(part, kinds)
             raise UserError(f"unknown config key {key}; {near}")
         kind = kinds[part]
         group = dataclasses.is_dataclass(kind)

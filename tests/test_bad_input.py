@@ -1,0 +1,140 @@
+"""A user's mistake is one line that names the thing and the remedy, exit code 2, and nothing lost."""
+
+import json
+
+import pytest
+
+from spannorm_jax import evaluate, show_init, train
+from spannorm_jax.errors import run_command
+
+CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path):
+    """Runs a command line and returns the one line it was refused with."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(command, *argv):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(command.main)
+        printed = capsys.readouterr()
+        assert exit_.value.code == 2
+        assert printed.err.count("\n") == 1 and "Traceback" not in printed.err + printed.out
+        return printed.err
+
+    return run
+
+
+@pytest.fixture
+def refuse_train(refuse, tmp_path):
+    """Starts a training that must be refused before it touches its folder."""
+
+    def run(*overrides, config=CONFIG):
+        workdir = tmp_path / "run"
+        line = refuse(train, "--config", config, "--workdir", workdir, *overrides)
+        assert not workdir.exists()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--config.modle.depth=4", ["modle.depth", "'model.depth'"]),
+        ("--config.model.detph=4", ["model.detph", "'depth'"]),
+        ("--config.optim.steps=4", ["optim.steps", "'training.steps'"]),
+        ("--config.training.steps=ten", ["training.steps='ten'", "an integer"]),
+        ("--config.training.steps=2.5", ["training.steps='2.5'", "an integer"]),
+        ("--config.training.steps=-1", ["training.steps=-1", "1 or more"]),
+        ("--config.training.steps=99999999999999999999", ["training.steps=99999999999999999999", "2147483647"]),
+        ("--config.optim.lr=fast", ["optim.lr='fast'", "a finite number"]),
+        ("--config.optim.lr=nan", ["optim.lr='nan'", "a finite number"]),
+        ("--config.optim.b2=1", ["optim.b2=1.0", "below 1"]),
+        ("--config.optim.warmup_fraction=3", ["optim.warmup_fraction=3.0", "between 0 and 1"]),
+        ("--config.model.qk_norm=maybe", ["model.qk_norm='maybe'", "true or false"]),
+        ("--config.model=small", ["config key model", "group"]),
+        ("--config.model.depth.x=1", ["model.depth.x", "no further keys"]),
+        ("--config.model.depth", ["--config.model.depth", "=VALUE"]),
+        ("--config.model.placement=spam", ["model.placement='spam'", "'span'"]),
+        ("--config.model.init=scaled", ["model.init='scaled'", "'scale'"]),
+        ("--config.model.init_targets=ffn_uot", ["model.init_targets='ffn_uot'", "'ffn_out'"]),
+        ("--config.model.attention=xal", ["model.attention='xal'", "'xla'"]),
+        ("--config.model.num_heads=5", ["model.num_heads=5", "model.width=32", "4 or 8"]),
+        ("--config.model.num_heads=32", ["odd", "even head size"]),
+        ("--config.model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=2"]),
+        ("--config.model.scan_unroll=3", ["model.scan_unroll=3", "model.depth=2"]),
+        ("--config.model.vocab_size=100", ["model.vocab_size=100", "256"]),
+        ("--config.training.num_microbatches=3", ["num_microbatches=3", "batch_size=8"]),
+        ("--config.mesh.data=3", ["mesh.data=3", "devices", "-1"]),
+        ("--config.mesh.fsdp=-1", ["mesh=", "more than one -1"]),
+        ("--config.mesh.tensor=0", ["mesh.tensor=0", "at least 1"]),
+        ("--config.data.tokenizer=words", ["data.tokenizer='words'", "bytes"]),
+        ("--config.data.dataset=python_sauce", ["python_sauce", "python_source"]),
+        ("--config.data.train_split=trian", ["data.train_split", "trian", "train"]),
+        ("--config.data.eval_split=test", ["data.eval_split", "test", "validation"]),
+        ("--config.data.text_feature=txet", ["data.text_feature", "txet", "text"]),
+        ("--config.data.seq_len=100000000", ["data.seq_len=100000000", "too long"]),
+        ("--config.data.fingerprint=0123456789abcdef", ["0123456789abcdef", "data.fingerprint", "restore"]),
+        ("--config.platform=cuda", ["platform='cuda'", "cpu"]),
+    ],
+)
+def test_a_config_value_that_cannot_be(refuse_train, override, says):
+    line = refuse_train(override)
+    assert all(part in line for part in says), line
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("configs/dence.py", ["configs/dence.py", "does not exist"]),
+        ("configs/dense.py:huge", ["'huge'", "preset", "tiny"]),
+        ("configs/dense.py:350M", ["'350M'", "'350m'"]),
+        ("configs/dense.py:detph=3", ["'detph'", "'depth'"]),
+        ("configs/dense.py:depth=three", ["depth='three'", "an integer"]),
+        ("configs/dense.py:placement=mid", ["model.placement='mid'", "span"]),
+    ],
+)
+def test_a_config_file_argument_that_cannot_be(refuse_train, config, says):
+    line = refuse_train(config=config)
+    assert all(part in line for part in says), line
+
+
+def test_a_typo_inside_a_config_file_names_its_line(refuse_train, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from spannorm_jax.config_file import default_config\n\n\ndef get_config(arg=None):\n"
+        "    config = default_config()\n    config.model.detph = 8\n    return config\n"
+    )
+    line = refuse_train(config=str(path))
+    assert "line 6" in line and "detph" in line and "depth" in line
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(refuse, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    line = refuse(train, "--config", CONFIG, "--workdir", tmp_path / "thesis")
+    assert "thesis" in line and "not a run" in line
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_evaluating_a_folder_that_is_not_a_run(refuse, tmp_path):
+    line = refuse(evaluate, "--workdir", tmp_path)
+    assert str(tmp_path) in line and "not a run" in line
+
+
+def test_evaluation_keeps_the_runs_own_model(refuse, tmp_path):
+    line = refuse(evaluate, "--workdir", tmp_path, "--config.model.depth=3")
+    assert "--config.model.depth" in line and "mesh.*" in line
+
+
+def test_a_damaged_config_of_a_run(refuse, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 0})[:-1])
+    assert "config.json is damaged" in refuse(evaluate, "--workdir", tmp_path)
+
+
+def test_show_init_refuses_as_train_does(refuse):
+    assert "'depth'" in refuse(show_init, "--config", CONFIG, "--config.model.detph=2")
