@@ -123,11 +123,7 @@ def _ending(group: Group) -> str:
     counted, seeds = len(group.counted), len(group.rows)
     if counted < seeds:
         return f" ({counted} of {seeds} seeds)"
-    return (
-        ""
-        if {row.outcome.kind for row in group.rows} <= {"trained", "stalled"}
-        else f", {group.ending}"
-    )
+    return "" if {row.outcome.kind for row in group.rows} <= {"trained", "stalled"} else f", {group.ending}"
 
 
 def loss_curves(groups: Sequence[Group]) -> list[Curve]:
@@ -151,7 +147,7 @@ def _block_norms(run: Run, last: bool) -> tuple[int, dict[int, float]]:
         norms = [_number(n) for n in line.get("block_grad_norm") or ()]
         usable = norms and all(map(math.isfinite, norms))
         if usable and (line["step"] > 1) == last:
-            logs = {i: math.log10(n) for i, n in enumerate(norms, start=1) if n > 0}
+            logs = {i: math.log10(n) for i, n in enumerate(norms) if n > 0}
             found = (line["step"], logs)
     return found
 
@@ -202,7 +198,7 @@ def _figure(height: float, columns: int) -> tuple[Any, list[Any]]:
 
     figure = Figure(figsize=(9.0, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#b8c0c8")
@@ -225,9 +221,7 @@ def _style(curve: Curve, groups: Sequence[Group]) -> dict[str, Any]:
 def _draw(axis: Any, curve: Curve, style: dict[str, Any]) -> None:
     axis.plot(curve.x, curve.y, **style)
     if (curve.high > curve.low).any():
-        axis.fill_between(
-            curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0
-        )
+        axis.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0)
     if curve.broken:
         axis.plot(curve.x[-1], curve.y[-1], "X", color=style["color"], markersize=9, mec="white")
 
@@ -240,8 +234,11 @@ class _Entry:
     near: float = 0.0  # the height that the entry should be near
 
 
-def _legend(figure: Any, axis: Any, entries: Sequence[_Entry], direct: bool) -> None:
-    """A legend right of `axis`: each entry beside the end of its line, or all in order from the top."""
+def _legend(figure: Any, axis: Any, entries: Sequence[_Entry], direct: bool, above: float) -> None:
+    """A legend right of `axis`: each entry beside the end of its line, or all in order from the top.
+
+    Leaves `above` inches over the axes for titles.
+    """
     from matplotlib.lines import Line2D
 
     texts = [figure.text(0, 0, e.text, va="center", fontsize=11, color=_INK) for e in entries]
@@ -249,9 +246,7 @@ def _legend(figure: Any, axis: Any, entries: Sequence[_Entry], direct: bool) -> 
     widest = max(text.get_window_extent(renderer).width for text in texts) / figure.dpi
     inch, height = 1 / figure.get_figwidth(), figure.get_figheight()
     right = max(1 - (widest + 0.82) * inch, 0.45)
-    figure.subplots_adjust(
-        left=0.8 * inch, right=right, bottom=0.58 / height, top=1 - 0.72 / height, wspace=0.07
-    )
+    figure.subplots_adjust(left=0.8 * inch, right=right, bottom=0.58 / height, top=1 - above / height, wspace=0.2)
     low, high = axis.get_position().intervaly
     to_figure = axis.transData + figure.transFigure.inverted()
 
@@ -314,7 +309,7 @@ def plot_losses(groups: Sequence[Group], path: Path) -> Path | None:
     axis.set_xlim(0, last if last > 1 else 2)
     axis.set_xlabel("step", fontsize=12, color=_INK)
     axis.set_ylabel("nats per token", fontsize=12, color=_INK)
-    _legend(figure, axis, entries, direct=True)
+    _legend(figure, axis, entries, direct=True, above=0.5)
     return _finish(figure, axis, path, "Training loss")
 
 
@@ -328,25 +323,23 @@ def plot_block_grad_norms(groups: Sequence[Group], path: Path) -> Path | None:
     deepest = max(curve.x[-1] for curves in panels for curve in curves)
     for axis, curves, title in zip(axes, panels, ("step 0", "end of training"), strict=True):
         for curve in curves:
-            power = dataclasses.replace(
-                curve, y=10**curve.y, low=10**curve.low, high=10**curve.high, broken=False
-            )
-            _draw(axis, power, _style(curve, groups) | ({"marker": "o"} if deepest == 1 else {}))
+            power = dataclasses.replace(curve, y=10**curve.y, low=10**curve.low, high=10**curve.high, broken=False)
+            _draw(axis, power, _style(curve, groups) | ({"marker": "o"} if deepest == 0 else {}))
         axis.set_yscale("log")
-        axis.set_xlim((1, deepest) if deepest > 1 else (0, 2))
+        low, high = axis.get_ylim()
+        if high < 20 * low:  # a flat profile should look flat
+            middle = math.sqrt(low * high)
+            axis.set_ylim(middle / math.sqrt(20), middle * math.sqrt(20))
+        axis.set_xlim((0, deepest) if deepest else (-1, 1))
         axis.set_xlabel("block", fontsize=12, color=_INK)
         axis.xaxis.set_major_locator(_whole_numbers())
         axis.set_title(title, fontsize=12, color=_INK, loc="left", pad=6)
         if not curves:
             axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=_GREY)
     axes[0].set_ylabel("gradient norm", fontsize=12, color=_INK)
-    low, high = axes[0].get_ylim()
-    if high < 20 * low:  # a flat profile should look flat
-        middle = math.sqrt(low * high)
-        axes[0].set_ylim(middle / math.sqrt(20), middle * math.sqrt(20))
     entries = [_Entry(curve.label, _style(curve, groups)) for curve in labelled.values()]
-    _legend(figure, axes[1], entries, direct=False)
-    return _finish(figure, axes[0], path, "Gradient norm of each block")
+    _legend(figure, axes[1], entries, direct=False, above=0.72)
+    return _finish(figure, axes[0], path, "Gradient norm of each block (each panel has its own scale)")
 
 
 def _whole_numbers() -> Any:

@@ -128,6 +128,10 @@ def _counted(values: Sequence[str]) -> str:
     return ", ".join(f"{value} ({n} run{'s'[: n != 1]})" for value, n in counts.items())
 
 
+def _name(row: Row) -> str:
+    return f"{row.placement} / {row.init}, seed {row.seed}"
+
+
 def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What limits the comparison: ("warning" | "note", text), the gravest first."""
     runs = [row.run for row in rows]
@@ -144,12 +148,7 @@ def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
             notes.append(text + " This changes speed or bookkeeping, not the result.")
         else:
             warnings.append(text)
-    twice = [
-        f"{group.placement} / {group.init}, seed {seed}"
-        for group in over_seeds(rows)
-        for seed, n in Counter(row.seed for row in group.rows).items()
-        if n > 1
-    ]
+    twice = [name for group in over_seeds(rows) for name, n in Counter(map(_name, group.rows)).items() if n > 1]
     if twice:
         warnings.append(f"The same setting and seed stands in several folders: {'; '.join(twice)}.")
     seeds = {tuple(sorted({row.seed for row in group.rows})) for group in over_seeds(rows)}
@@ -157,17 +156,21 @@ def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
         notes.append("Not every setting has the same seeds.")
     unknown = sum(run.unigram_entropy is None for run in runs)
     if unknown:
-        notes.append(f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: these "
-                     "cannot be called stalled.")  # fmt: skip
+        notes.append(
+            f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: whether they stalled is unknown."
+        )
     evaluations = [e for e in map(held_out, runs) if e is not None]
     for key in ("split", "tokens"):
         values = [str(e.get(key, "not recorded")) for e in evaluations]
         if len(set(values)) > 1:
             warnings.append(f"Held-out {key} differ: {_counted(values)}.")
-    early = [e["step"] for run in runs if (e := held_out(run)) and e["step"] != run.last_step]
-    if early:
-        notes.append(f"Held-out numbers of {len(early)} runs are from before their last step "
-                     f"(step {', '.join(map(str, sorted(set(early))))}).")  # fmt: skip
+    for row in rows:
+        evaluation = held_out(row.run)
+        if evaluation and evaluation["step"] != row.run.last_step:
+            notes.append(
+                f"{_name(row)}: held-out numbers are those of step {evaluation['step']}, not of its last, "
+                f"{row.run.last_step}."
+            )
     for name, values in {
         "device": [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs],
         "git commit": [fact(run, "git_commit") for run in runs],
@@ -239,10 +242,7 @@ def _html_table(rows: Sequence[Row]) -> str:
         html[-1] = f'<td class="{kind}">{escape(cells[-1])}</td>'
         first = i > 0 and group.placement != groups[i - 1].placement
         lines.append(f"<tr{' class=first' if first else ''}>{''.join(html)}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _definitions(names: Sequence[str]) -> str:
@@ -276,9 +276,8 @@ def _run_details(row: Row, root: Path, is_open: bool) -> str:
         "started": fact(run, "time"),
     }
     command = escape("\n".join(commands)) or "not recorded"
-    name = f"{row.placement} / {row.init}, seed {row.seed}"
     return (
-        f"<details{' open' * is_open}><summary>{escape(name)}</summary><dl>"
+        f"<details{' open' * is_open}><summary>{escape(_name(row))}</summary><dl>"
         f"<dt>command</dt><dd><pre>{command}</pre></dd>{_facts(facts)}</dl></details>"
     )
 
@@ -348,12 +347,10 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
     grads = _figure(
         figures[1],
         "Gradient norm of each block",
-        "Norm of the loss gradient with respect to each block’s weights, block 1 nearest the input. "
+        "Norm of the loss gradient with respect to each block’s weights, block 0 nearest the input. "
         "Left: at the initial weights. Right: at the last step that recorded it, named where that "
         "is not the run’s last."
-        + (
-            " Over seeds: the geometric mean; the band is one deviation of the logarithm." * several
-        ),
+        + (" Over seeds: the geometric mean; the band is one deviation of the logarithm." * several),
     )
     details = "".join(_run_details(row, root, len(rows) == 1) for g in groups for row in g.rows)
     return f"""<!doctype html>
@@ -383,9 +380,7 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
 """
 
 
-def write_report(
-    root: str | os.PathLike[str], out_dir: str | os.PathLike[str], title: str = TITLE
-) -> Path:
+def write_report(root: str | os.PathLike[str], out_dir: str | os.PathLike[str], title: str = TITLE) -> Path:
     """Writes report.html, loss.png and block_grad_norm.png for the runs below `root`.
 
     A figure that no run has numbers for is not written. Returns the page's path.
@@ -400,9 +395,7 @@ def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{out_dir} cannot be made: {error.strerror}; choose another --out"
-        ) from error
+        raise UserError(f"{out_dir} cannot be made: {error.strerror}; choose another --out") from error
     groups = over_seeds(rows)
     drawn: list[Path | None] = []
     for name, draw in {
@@ -419,6 +412,7 @@ def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m spannorm_jax.analysis.report",
+        allow_abbrev=False,
         description="Tables, figures and one HTML page from the runs below a folder.",
     )
     parser.add_argument("root", type=Path, help="the folder that holds the runs")

@@ -128,11 +128,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, less half a last line, which a killed writer leaves."""
     lines = (_read_bytes(path) or b"").split(b"\n")
-    objects = [
-        _parse(line, f"{path} line {number}")
-        for number, line in enumerate(lines[:-1], start=1)
-        if line.strip()
-    ]
+    objects = [_parse(line, f"{path} line {number}") for number, line in enumerate(lines[:-1], start=1) if line.strip()]
     with contextlib.suppress(UserError):  # nothing, half a line or a whole one
         objects.append(_parse(lines[-1], str(path)))
     return objects
@@ -388,6 +384,4 @@ def over_seeds(rows: Sequence[Row]) -> list[Group]:
     placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
     inits = ranked((row.init for row in rows), INIT_ORDER)
     made = [Group(*key, tuple(sorted(g, key=lambda r: r.seed))) for key, g in groups.items()]
-    return sorted(
-        made, key=lambda g: (placements.index(g.placement), inits.index(g.init), g.variant)
-    )
+    return sorted(made, key=lambda g: (placements.index(g.placement), inits.index(g.init), g.variant))

@@ -1,0 +1,29 @@
+"""JAX as the tests see it: on the CPU, eight fake devices, and programs kept from one run of the tests to the next.
+
+Mesh tests use all eight devices, the others `jax.devices()[:1]`. The environment is put back once JAX has read it, so
+that a program which a test starts sees what a user's would.
+"""
+
+import os
+from pathlib import Path
+
+FLAG = "--xla_force_host_platform_device_count=8"
+
+_flags = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{_flags or ''} {FLAG}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+assert jax.device_count() == 8, "JAX was started before tests/conftest.py could ask for eight devices"
+
+if _flags is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = _flags
+
+if not jax.config.jax_compilation_cache_dir:
+    _cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spannorm_jax" / "xla-tests"
+    jax.config.update("jax_compilation_cache_dir", str(_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,201 @@
+"""Placements against the equations: in the whole model, and as functions of plain callables."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.decoder import define
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.training.step import loss_sums
+
+TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
+# theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
+TINY |= {"rope_theta": 20.0, "norm_eps": 1e-2}
+VARIANTS = {
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "gqa": {"num_kv_heads": 2},
+    "mqa_qk_norm": {"num_kv_heads": 1, "qk_norm": True},
+    "layernorm": {"norm": "layernorm"},
+    "gelu": {"ffn": "gelu"},
+    "tied": {"tied_head": True},
+    "all": {"qk_norm": True, "num_kv_heads": 2, "norm": "layernorm", "ffn": "gelu", "tied_head": True},
+}
+# Every placement with the plain variant and with all options at once; each option alone with one placement in turn.
+CASES = [(p, v) for p in PLACEMENTS for v in ("plain", "all")]
+CASES += [(tuple(PLACEMENTS)[i % len(PLACEMENTS)], v) for i, v in enumerate(VARIANTS) if v not in ("plain", "all")]
+
+
+def make(placement, variant="plain", **changes):
+    """(model, params, tokens, reference options): weights of a size that bends every nonlinearity, gains apart."""
+    cfg = ModelConfig(placement=placement, **TINY | VARIANTS[variant] | changes)
+    model = define(cfg)
+    rng = np.random.default_rng(0)
+
+    def draw(spec):
+        if spec.role == "norm":
+            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        return (0.4 * rng.standard_normal(spec.shape)).astype(np.float32)
+
+    tokens = rng.integers(cfg.vocab_size, size=(2, 7)).astype(np.int32)
+    options = reference.Options(placement, cfg.norm, cfg.ffn, cfg.norm_eps, cfg.rope_theta)
+    return model, model.map_weights(draw), tokens, options
+
+
+def mean_loss(model, params, tokens):
+    sums = loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks=1)
+    return sums["nll"] / sums["count"]
+
+
+@pytest.mark.parametrize(("placement", "variant"), CASES)
+def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant):
+    """Logits and loss against the float64 reference; the gradient, weight by weight, against its central differences.
+
+    Directions are taken within one weight at a time, so that no large gradient hides the error of a small one.
+    """
+    model, params, tokens, options = make(placement, variant)
+    exact = reference.to_float64(params)
+
+    def both(params):
+        return jax.value_and_grad(lambda p: mean_loss(model, p, tokens))(params), model.bind(params)(tokens[:, :-1])
+
+    (loss, grads), logits = jax.jit(both)(params)
+    want = reference.logits(exact, tokens[:, :-1], options)
+    # float32 rounding through three blocks: largest seen over all cases is LOGITS_SEEN of the logits' size.
+    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(loss, reference.loss(exact, tokens, options), rtol=2e-6)
+
+    rng = np.random.default_rng(1)
+    leaves, treedef = jax.tree.flatten(exact)
+    for i, (path, grad) in enumerate(jax.tree.leaves_with_path(grads)):
+        grad = np.asarray(grad, np.float64)
+        direction = rng.standard_normal(grad.shape)
+        direction /= np.linalg.norm(direction)
+
+        def loss_at(step, i=i, direction=direction):
+            moved = [leaf + step * direction if j == i else leaf for j, leaf in enumerate(leaves)]
+            return reference.loss(jax.tree.unflatten(treedef, moved), tokens, options)
+
+        # Error of the difference: h^2 f''' / 6 + 1e-16 f / h, about 1e-10 at h = 1e-5: nothing beside float32's.
+        h = 1e-5
+        difference = (loss_at(h) - loss_at(-h)) / (2 * h)
+        # A unit direction meets the gradient with |g| / sqrt(n); largest error seen GRADS_SEEN of that.
+        size = np.linalg.norm(grad) / grad.size**0.5
+        assert size > 0
+        assert abs(np.vdot(grad, direction) - difference) < 2e-5 * size, f"gradient of {jax.tree_util.keystr(path)}"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_reference_tells_placements_apart(placement):
+    """No two placements agree on these weights, so that agreement above means that equation and no other."""
+    model, params, tokens, _ = make(placement)
+    params["ends"] = {"entry": {"gain": np.full(16, 0.7)}, "final": {"gain": np.full(16, 0.7)}}
+    exact = reference.to_float64(params)
+    mine = reference.logits(exact, tokens, reference.Options(placement))
+    for other in set(PLACEMENTS) - {placement}:
+        difference = np.abs(mine - reference.logits(exact, tokens, reference.Options(other))).max()
+        assert difference > 1e-2 * np.abs(mine).max(), other
+
+
+# ---- placement functions on plain callables -------------------------------------------------------
+
+# Sub-layers and norms as affine maps with coprime numbers: every path through a block leaves its own trace.
+attn = lambda x: 2 * x + 3  # noqa: E731
+ffn = lambda x: 5 * x + 7  # noqa: E731
+block_norms = types.SimpleNamespace(attn=lambda x: 11 * x + 13, ffn=lambda x: 17 * x + 19)
+end_norms = types.SimpleNamespace(entry=lambda x: 23 * x + 29, final=lambda x: 31 * x + 37)
+
+
+def run_block(placement, stream):
+    return PLACEMENTS[placement].block(stream, attn, ffn, block_norms, 0, 1)
+
+
+def test_a_pre_block_adds_twice_to_an_unnormed_stream():
+    x = 1.0
+    y = x + (2 * (11 * x + 13) + 3)
+    assert run_block("pre", x) == y + (5 * (17 * y + 19) + 7)
+
+
+def test_a_post_block_norms_each_sum():
+    x = 1.0
+    y = 11 * (x + (2 * x + 3)) + 13
+    assert run_block("post", x) == 17 * (y + (5 * y + 7)) + 19
+
+
+def test_a_span_block_skips_from_its_input():
+    x = 1.0
+    y = 11 * (x + (2 * x + 3)) + 13
+    assert run_block("span", x) == 17 * (x + (5 * y + 7)) + 19
+    assert run_block("span", x) != run_block("post", x)
+
+
+def test_without_a_feed_forward_a_span_block_forgets_its_attention():
+    """The second skip starts at the block input: with F = 0 the block is n.ffn(x), whatever attention did."""
+    out = PLACEMENTS["span"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1)
+    assert out == 17 * 1.0 + 19
+    assert PLACEMENTS["post"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1) != out
+
+
+def test_span_and_span_raw_differ_in_the_first_skip_alone():
+    x = 1.0
+    normed = 23 * x + 29
+    span, raw = PLACEMENTS["span"], PLACEMENTS["span_raw"]
+    assert span.enter(x, end_norms) == normed
+    y = 11 * (x + (2 * normed + 3)) + 13
+    x2 = 17 * (x + (5 * y + 7)) + 19
+    stream = raw.block(raw.enter(x, end_norms), attn, ffn, block_norms, 0, 2)
+    assert raw.leave(stream, end_norms) == x2
+    # From the second block on they are the same function.
+    stream = raw.block(stream, attn, ffn, block_norms, 1, 2)
+    assert raw.leave(stream, end_norms) == run_block("span", x2)
+
+
+@pytest.mark.parametrize(
+    ("placement", "entered", "left"), [("pre", 1.0, 31 * 1.0 + 37), ("post", 1.0, 1.0), ("span", 23 * 1.0 + 29, 1.0)]
+)
+def test_how_the_stream_is_entered_and_left(placement, entered, left):
+    assert PLACEMENTS[placement].enter(1.0, end_norms) == entered
+    assert PLACEMENTS[placement].leave(1.0, end_norms) == left
+
+
+@pytest.mark.parametrize(
+    ("placement", "ends"), [("pre", {"final"}), ("post", set()), ("span", {"entry"}), ("span_raw", {"entry"})]
+)
+def test_norms_owned(placement, ends):
+    """Two norms a block everywhere; PreNorm has a final one, SpanNorm one at the entry, PostNorm none."""
+    weights = define(ModelConfig(placement=placement, **TINY)).weights
+    assert set(weights["blocks"]["norms"]) == {"attn", "ffn"}
+    assert set(weights.get("ends", {})) == ends
+    gains = [spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"]
+    assert sorted(gains) == sorted([(3, 16)] * 2 + [(16,)] * len(ends))
+
+
+# ---- causality ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_position_t_sees_positions_up_to_t_and_no_more(placement, variant):
+    """d logits[t] / d input[s] is exactly 0 for s > t and is not 0 for s <= t.
+
+    The row holds every token once and the head is separate, so the gradient by row s of the embedding is the gradient
+    by the input at position s. A masked logit gets the probability exp(-large) = 0 exactly, and what multiplies 0 has
+    the gradient 0 exactly: one wrong position in the mask, or a norm or mean over time, gives a number. The logits are
+    summed with random weights, since the plain sum of a normed vector may have no gradient.
+    """
+    model, params, _, _ = make(placement, variant, tied_head=False)
+    T = model.cfg.vocab_size
+    tokens = jnp.asarray([np.random.default_rng(2).permutation(T)])
+    mix = np.random.default_rng(3).standard_normal(T).astype(np.float32)
+
+    def logits_mixed(embed):
+        return (model.bind(params | {"embed": embed})(tokens) @ mix)[0]
+
+    gradient = np.asarray(jax.jit(jax.jacrev(logits_mixed))(jnp.asarray(params["embed"])))[:, tokens[0]]  # t, s, D
+    sees = np.any(gradient != 0, axis=-1)
+    np.testing.assert_array_equal(sees, np.tril(np.ones((T, T), bool)))

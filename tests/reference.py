@@ -1,0 +1,155 @@
+"""A decoder in plain float64 NumPy, written from the equations with a loop over every head and position.
+
+It shares nothing with the package but the names and shapes of the weights:
+
+    embed (V, D), head (D, V) if not tied, ends.<norm>.gain (D,), and with a leading axis of L blocks
+    blocks.norms.{attn,ffn}.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
+    blocks.attn.{q_norm,k_norm}.gain (K,) with QK-norm, blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the weights do not tell."""
+
+    placement: str
+    norm: str = "rmsnorm"
+    ffn: str = "swiglu"
+    eps: float = 1e-6
+    theta: float = 10000.0
+
+
+def to_float64(tree):
+    if isinstance(tree, dict):
+        return {name: to_float64(node) for name, node in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def rms_norm(x, gain, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * gain
+
+
+def layer_norm(x, gain, eps):
+    mean = np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean((x - mean) ** 2, axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * gain
+
+
+def rope(x_K, position, theta):
+    """Rotates the pair (i, i + K/2) by position * theta^(-2i/K)."""
+    half = len(x_K) // 2
+    out = np.empty_like(x_K)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x_K))
+        out[i] = x_K[i] * math.cos(angle) - x_K[i + half] * math.sin(angle)
+        out[i + half] = x_K[i] * math.sin(angle) + x_K[i + half] * math.cos(angle)
+    return out
+
+
+def attention(w, x_TxD, options):
+    """Causal softmax attention of one sequence; query head h reads key-value head h // (H / G)."""
+    T, D = x_TxD.shape
+    H, K = w["q"].shape[1:]
+    G = w["k"].shape[1]
+    y = np.zeros((T, D))
+    for h in range(H):
+        g = h // (H // G)
+        q, k, v = x_TxD @ w["q"][:, h], x_TxD @ w["k"][:, g], x_TxD @ w["v"][:, g]
+        if "q_norm" in w:
+            q = rms_norm(q, w["q_norm"]["gain"], options.eps)
+            k = rms_norm(k, w["k_norm"]["gain"], options.eps)
+        q = np.stack([rope(q[t], t, options.theta) for t in range(T)])
+        k = np.stack([rope(k[t], t, options.theta) for t in range(T)])
+        for t in range(T):
+            logits = k[: t + 1] @ q[t] / math.sqrt(K)
+            p = np.exp(logits - logits.max())
+            y[t] += (p / p.sum()) @ v[: t + 1] @ w["out"][h]
+    return y
+
+
+def feed_forward(w, x_TxD, options):
+    a = x_TxD @ w["in_"][:, 0]
+    if options.ffn == "swiglu":
+        hidden = a / (1 + np.exp(-a)) * (x_TxD @ w["in_"][:, 1])
+    else:
+        hidden = a * (1 + erf(a / math.sqrt(2))) / 2
+    return hidden @ w["out"]
+
+
+def _stream(params, tokens_T, options):
+    """What the head reads, for one sequence."""
+    norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
+    blocks, ends = params["blocks"], params.get("ends", {})
+    depth = len(blocks["ffn"]["out"])
+
+    def end_norm(name, x):
+        return norm_fn(x, ends[name]["gain"], options.eps)
+
+    x = params["embed"][tokens_T]
+    if "head" not in params:
+        x = x * math.sqrt(x.shape[-1])
+    for layer in range(depth):
+        w = {
+            part: {
+                name: leaf["gain"][layer] if part == "norms" else _at(leaf, layer)
+                for name, leaf in blocks[part].items()
+            }
+            for part in ("attn", "ffn", "norms")
+        }
+
+        def attn(x, w=w):
+            return attention(w["attn"], x, options)
+
+        def ffn(x, w=w):
+            return feed_forward(w["ffn"], x, options)
+
+        def n_attn(x, w=w):
+            return norm_fn(x, w["norms"]["attn"], options.eps)
+
+        def n_ffn(x, w=w):
+            return norm_fn(x, w["norms"]["ffn"], options.eps)
+
+        if options.placement == "pre":
+            x = x + attn(n_attn(x))
+            x = x + ffn(n_ffn(x))
+        elif options.placement == "post":
+            x = n_attn(x + attn(x))
+            x = n_ffn(x + ffn(x))
+        else:  # Y = N(X + A(X')), X = N(X + F(Y)); X' = N0(X) before the first block only
+            x_attn = x
+            if layer == 0:
+                x_attn = end_norm("entry", x)
+                if options.placement == "span":  # the skip of block 1 carries the normed embeddings too
+                    x = x_attn
+            y = n_attn(x + attn(x_attn))
+            x = n_ffn(x + ffn(y))
+    return end_norm("final", x) if options.placement == "pre" else x
+
+
+def _at(leaf, layer):
+    if isinstance(leaf, dict):
+        return {name: _at(node, layer) for name, node in leaf.items()}
+    return leaf[layer]
+
+
+def logits(params, tokens_BxT, options):
+    head = params["head"] if "head" in params else params["embed"].T
+    return np.stack([_stream(params, tokens, options) @ head for tokens in tokens_BxT])
+
+
+def loss(params, tokens_BxT1, options):
+    """Mean cross-entropy in nats of predicting token t + 1 at position t."""
+    z = logits(params, tokens_BxT1[:, :-1], options)
+    total = 0.0
+    for row, targets in zip(z, tokens_BxT1[:, 1:], strict=True):
+        for at_t, target in zip(row, targets, strict=True):
+            top = at_t.max()
+            total += top + math.log(np.sum(np.exp(at_t - top))) - at_t[target]
+    return total / (z.shape[0] * z.shape[1])
