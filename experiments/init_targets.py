@@ -3,7 +3,7 @@
     python -m experiments.init_targets --out runs/init_targets
 
 {pre, post, span} x {ffn_out; attn_out and ffn_out} x three seeds on the demo's recipe: every placement gets both,
-so that no arm is tuned alone. Prints mean and range over seeds of the held-out loss.
+so that no arm is tuned alone.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.demo import FULL
 from experiments.runner import run_all
-from spannorm_jax.analysis.runs import find_runs, summarise
+from spannorm_jax.analysis import report
 from spannorm_jax.errors import run_command
 
 PLACEMENTS = ("pre", "post", "span")
@@ -37,22 +37,9 @@ def main(argv: list[str]) -> int:
     }
     code = run_all(args.out, runs)
     if code == 0:
-        print_table(args.out)
+        print()
+        code = report.main([str(args.out), "--out", str(args.out), "--title", "Which projections ScaleInit damps"])
     return code
-
-
-def print_table(out: Path) -> None:
-    rows = [summarise(run) for run in find_runs(out)]
-    print(f"\n{'placement':<11}{'init_targets':<20}{'seeds':>5}{'held-out bits/byte, mean (range)':>36}")
-    for placement in PLACEMENTS:
-        for targets in TARGETS:
-            bits = [
-                row.bits_per_byte
-                for row in rows
-                if row.run.placement == placement and row.run.options["model.init_targets"] == targets.split(",")
-            ]
-            spread = f"{sum(bits) / len(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})"
-            print(f"{placement:<11}{targets:<20}{len(bits):>5}{spread:>36}")
 
 
 if __name__ == "__main__":

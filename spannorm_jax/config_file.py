@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from spannorm_jax.config import Config, flatten, from_dict, kind_name, to_dict, validate
 from spannorm_jax.data.tokenizer import TOKENIZERS
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.model.attention import IMPLEMENTATIONS
+from spannorm_jax.model.attention import CHOICES
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
 
@@ -134,7 +134,7 @@ def _check_names(config: Config) -> None:
     choices = {
         "model.placement": PLACEMENTS,
         "model.init": INITS,
-        "model.attention": IMPLEMENTATIONS,
+        "model.attention": CHOICES,
         "data.tokenizer": TOKENIZERS,
     }
     values = flatten(config)

@@ -38,6 +38,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = USER_ERROR_EXIT
+    except KeyboardInterrupt:  # before there was anything to save
+        print("interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(env, unbroken, tmp_pat
     out, _ = train(env, workdir)
     assert f"continuing after step {saved}" in out
     assert metrics(workdir) == metrics(unbroken)
+
+
+def test_killed_after_the_last_save_a_run_is_only_declared_done(env, unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken, workdir)
+    (workdir / "DONE").unlink()
+    train(env, workdir)
+    assert (workdir / "DONE").exists() and metrics(workdir) == metrics(unbroken)
 
 
 def test_a_finished_run_is_not_run_again(env, unbroken):

@@ -246,7 +246,14 @@ def _legend(figure: Any, axis: Any, entries: Sequence[_Entry], direct: bool, abo
     widest = max(text.get_window_extent(renderer).width for text in texts) / figure.dpi
     inch, height = 1 / figure.get_figwidth(), figure.get_figheight()
     right = max(1 - (widest + 0.82) * inch, 0.45)
-    figure.subplots_adjust(left=0.8 * inch, right=right, bottom=0.58 / height, top=1 - above / height, wspace=0.2)
+    left, between = 0.8 * inch, 0.62 * inch  # room for tick labels
+    figure.subplots_adjust(
+        left=left,
+        right=right,
+        bottom=0.58 / height,
+        top=1 - above / height,
+        wspace=2 * between / (right - left - between),
+    )
     low, high = axis.get_position().intervaly
     to_figure = axis.transData + figure.transFigure.inverted()
 

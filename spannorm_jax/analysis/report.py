@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,21 +17,16 @@ from pathlib import Path
 from spannorm_jax.analysis import plots
 from spannorm_jax.analysis.runs import (
     STALL_MARGIN,
-    Group,
     Row,
-    Spread,
     differing_keys,
     fact,
     find_runs,
-    held_out,
     is_runtime,
     over_seeds,
-    read_run,
     summarise,
 )
+from spannorm_jax.analysis.tables import NUMERIC, notices, run_name, seeds_line, table_cells, text_table
 from spannorm_jax.errors import UserError, run_command
-
-__all__ = ["find_runs", "main", "notices", "read_run", "summarise", "text_table", "write_report"]
 
 TITLE = "Norm placement and initialisation"
 
@@ -57,128 +51,6 @@ _DEFINITIONS = {
     "unigram entropy": "Of the training split’s token frequencies, in nats per token: the loss of "
     "the best model that ignores context.",
 }
-
-
-# ---- the table --------------------------------------------------------------------------------
-
-
-def _spread(spread: Spread | None, form: str, missing: str) -> str:
-    if spread is None:
-        return missing
-    mean = format(spread.mean, form)
-    return mean if spread.deviation is None else f"{mean} ± {format(spread.deviation, form)}"
-
-
-def _table(rows: Sequence[Row], missing: str) -> tuple[list[str], list[tuple[Group, list[str]]]]:
-    """Header and, for each group, its cells. `seeds` and `also differs` stand only where needed."""
-    groups = over_seeds(rows)
-    several = any(len(group.rows) > 1 for group in groups)
-    varied = any(group.variant for group in groups)
-    header = ["placement", "init"]
-    header += ["also differs"] * varied + ["seeds"] * several
-    header += ["train loss", "held-out bits/byte", "tokens/s", "outcome"]
-    body = []
-    for group in groups:
-        count, of = len(group.counted), len(group.rows)
-        cells = [group.placement, group.init]
-        cells += [", ".join(f"{key}={value}" for key, value in group.variant)] * varied
-        cells += [str(of) if count == of else f"{count} of {of}"] * several
-        cells += [
-            _spread(group.over_seeds(lambda r: r.train_loss), ".3f", missing),
-            _spread(group.over_seeds(lambda r: r.bits_per_byte), ".3f", missing),
-            _spread(group.over_seeds(lambda r: r.tokens_per_s), ",.0f", missing),
-            group.ending,
-        ]
-        body.append((group, cells))
-    return header, body
-
-
-_NUMERIC = ("seeds", "train loss", "held-out bits/byte", "tokens/s")
-
-
-def _seeds_line(rows: Sequence[Row]) -> str:
-    seeds = sorted({row.seed for row in rows})
-    if len(seeds) == 1:
-        return f"one seed ({seeds[0]})"
-    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-
-
-def text_table(rows: Sequence[Row]) -> str:
-    """An aligned table for a terminal, one line for each setting; seeds as mean ± deviation."""
-    header, body = _table(rows, missing="-")
-    lines = [header, *(cells for _, cells in body)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.rjust(width) if name in _NUMERIC else cell.ljust(width)
-            for cell, width, name in zip(cells, widths, header, strict=True)
-        ).rstrip()
-        for cells in lines
-    ]
-    aligned.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*aligned, f"{_seeds_line(rows)}; train loss in nats/token"])
-
-
-# ---- what a reader must know first --------------------------------------------------------------
-
-
-def _counted(values: Sequence[str]) -> str:
-    """`300 (4 runs), 600 (1 run)`"""
-    counts = Counter(values)
-    return ", ".join(f"{value} ({n} run{'s'[: n != 1]})" for value, n in counts.items())
-
-
-def _name(row: Row) -> str:
-    return f"{row.placement} / {row.init}, seed {row.seed}"
-
-
-def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What limits the comparison: ("warning" | "note", text), the gravest first."""
-    runs = [row.run for row in rows]
-    warnings, notes = [], []
-    differing = differing_keys(runs)
-    if "data.fingerprint" in differing:
-        seen = [run.fingerprint or "not recorded" for run in runs]
-        warnings.append(f"The runs did not see the same data. Fingerprints: {_counted(seen)}.")
-    for key, values in differing.items():
-        if key == "data.fingerprint":
-            continue
-        text = f"Runs differ in {key}: {_counted(values)}."
-        if is_runtime(key):
-            notes.append(text + " This changes speed or bookkeeping, not the result.")
-        else:
-            warnings.append(text)
-    twice = [name for group in over_seeds(rows) for name, n in Counter(map(_name, group.rows)).items() if n > 1]
-    if twice:
-        warnings.append(f"The same setting and seed stands in several folders: {'; '.join(twice)}.")
-    seeds = {tuple(sorted({row.seed for row in group.rows})) for group in over_seeds(rows)}
-    if len(seeds) > 1:
-        notes.append("Not every setting has the same seeds.")
-    unknown = sum(run.unigram_entropy is None for run in runs)
-    if unknown:
-        notes.append(
-            f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: whether they stalled is unknown."
-        )
-    evaluations = [e for e in map(held_out, runs) if e is not None]
-    for key in ("split", "tokens"):
-        values = [str(e.get(key, "not recorded")) for e in evaluations]
-        if len(set(values)) > 1:
-            warnings.append(f"Held-out {key} differ: {_counted(values)}.")
-    for row in rows:
-        evaluation = held_out(row.run)
-        if evaluation and evaluation["step"] != row.run.last_step:
-            notes.append(
-                f"{_name(row)}: held-out numbers are those of step {evaluation['step']}, not of its last, "
-                f"{row.run.last_step}."
-            )
-    for name, values in {
-        "device": [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs],
-        "git commit": [fact(run, "git_commit") for run in runs],
-        "library versions": [fact(run, "versions") for run in runs],
-    }.items():
-        if len(set(values)) > 1:
-            notes.append(f"Runs differ in {name}: {_counted(values)}.")
-    return [("warning", w) for w in warnings] + [("note", n) for n in notes]
 
 
 # ---- the page ---------------------------------------------------------------------------------
@@ -225,9 +97,9 @@ summary { cursor: pointer; }
 
 
 def _html_table(rows: Sequence[Row]) -> str:
-    header, body = _table(rows, missing="–")
+    header, body = table_cells(rows, missing="–")
     groups = [group for group, _ in body]
-    number = [' class="number"' if name in _NUMERIC else "" for name in header]
+    number = [' class="number"' if name in NUMERIC else "" for name in header]
     heads = "".join(f"<th{n}>{escape(h)}</th>" for n, h in zip(number, header, strict=True))
     lines = []
     for i, (group, cells) in enumerate(body):
@@ -277,7 +149,7 @@ def _run_details(row: Row, root: Path, is_open: bool) -> str:
     }
     command = escape("\n".join(commands)) or "not recorded"
     return (
-        f"<details{' open' * is_open}><summary>{escape(_name(row))}</summary><dl>"
+        f"<details{' open' * is_open}><summary>{escape(run_name(row))}</summary><dl>"
         f"<dt>command</dt><dd><pre>{command}</pre></dd>{_facts(facts)}</dl></details>"
     )
 
@@ -295,7 +167,7 @@ def _figure(path: Path | None, title: str, caption: str) -> str:
 def _lead(rows: Sequence[Row]) -> str:
     """What the runs have in common, in a line."""
     options = [row.run.options for row in rows]
-    parts = [f"{len(rows)} run{'s'[: len(rows) != 1]}", _seeds_line(rows)]
+    parts = [f"{len(rows)} run{'s'[: len(rows) != 1]}", seeds_line(rows)]
     for key, form in {
         "model.depth": "{} blocks",
         "model.width": "width {}",
@@ -316,7 +188,7 @@ def _lead(rows: Sequence[Row]) -> str:
 def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | None]) -> str:
     groups = over_seeds(rows)
     several = any(len(group.counted) > 1 for group in groups)
-    header, _ = _table(rows, missing="–")
+    header, _ = table_cells(rows, missing="–")
     said = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in notices(rows))
     levels = plots.entropies(rows)
     below = [

@@ -10,7 +10,13 @@ def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
     return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"auto": _xla, "xla": _xla}
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla}
+CHOICES = ("auto", *IMPLEMENTATIONS)
+
+
+def chosen(name: str) -> str:
+    """The implementation that runs for a config's `model.attention`: `auto` is XLA's on every device so far."""
+    return "xla" if name == "auto" else name
 
 
 def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementation: str) -> Array:
@@ -19,4 +25,4 @@ def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementati
     H query heads share G key-value heads (G divides H). Returns (B, T, H, K) in q's dtype.
     """
     with jax.named_scope("dot_product_attention"):
-        return IMPLEMENTATIONS[implementation](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+        return IMPLEMENTATIONS[chosen(implementation)](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)

@@ -88,14 +88,15 @@ def constrain(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def check_divisible(config: Config, shape: dict[str, int]) -> None:
-    """Raises UserError where the mesh does not divide what it shards (`config` resolved: no zeros left)."""
+def check_divisible(config: Config, shape: dict[str, int], rows_key: str, rows: int) -> None:
+    """Checks that the mesh divides what it shards; `config` is resolved: no zeros left.
+
+    Raises:
+      UserError: it does not divide the weights, or the `rows` of a batch that `rows_key` sets.
+    """
     model = config.model
-    batch = shape["data"] * shape["fsdp"]
-    microbatch = config.training.batch_size // config.training.num_microbatches
     wants = [
-        ("training.batch_size / num_microbatches", microbatch, "mesh.data x mesh.fsdp", batch),
-        ("eval.batch_size", config.eval.batch_size, "mesh.data x mesh.fsdp", batch),
+        (rows_key, rows, "mesh.data x mesh.fsdp", shape["data"] * shape["fsdp"]),
         ("model.width", model.width, "mesh.fsdp", shape["fsdp"]),
         ("model.num_heads", model.num_heads, "mesh.tensor", shape["tensor"]),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", shape["tensor"]),

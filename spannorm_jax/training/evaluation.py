@@ -11,7 +11,7 @@ import numpy as np
 from spannorm_jax.config import Config, MeshConfig
 from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.model.decoder import define
-from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.setup import Data, open_data, start_jax
@@ -37,8 +37,8 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
         step = checkpoints.find(step)
         start_jax(config.platform)
         data, config = open_data(config)
-        check_divisible(config, mesh_shape(config.mesh, jax.device_count()))
         mesh = make_mesh(config.mesh)
+        check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
         with jax.set_mesh(mesh):
             program = make_program(config, define(config.model), mesh)
             params = checkpoints.restore_params(step, program.abstract_state.params)

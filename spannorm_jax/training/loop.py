@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -13,8 +13,9 @@ from jax import Array
 
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
-from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.metrics import (
@@ -52,7 +53,8 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
     data, config = open_data(config)
     steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh_shape(config.mesh, jax.device_count()))
+    microbatch = batch_size // config.training.num_microbatches
+    check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
     loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
     run_folder.open_run(workdir, config)
     if (workdir / run_folder.DONE).exists():
@@ -67,38 +69,39 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
         f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
         f"{facts['num_params']:,} parameters (all active), {flops / 1e6:,.1f} MFLOP a token\n"
         f"{start['num_devices']} x {start['device']}, mesh {facts['mesh']}, compute {config.model.dtype}, "
-        f"attention {config.model.attention}\n"
+        f"attention {chosen(config.model.attention)}\n"
         f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
         f"fingerprint {config.data.fingerprint}",
         flush=True,
     )
 
-    # ---- state: the newest committed checkpoint, or a new one
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints:
+        # ---- state: the newest committed checkpoint, or a new one
         program = make_program(config, model, mesh)
-        checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)
-        try:
-            restored = checkpoints.latest_step()
-            if restored is None:
-                state = program.init(config.seed)
-            else:
-                state = checkpoints.restore(restored, program.abstract_state)
-                print(f"continuing after step {restored}", flush=True)
-            done = restored or 0
-            run_folder.append_line(workdir / run_folder.STARTS, start | {"restored_step": done})
-            (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
-            tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
-            writer = MetricsWriter(workdir / run_folder.METRICS, tensorboard, done)
-            progress = Progress(steps, config.metrics.console_every_s)
+        restored = checkpoints.latest_step()
+        if restored is None:
+            state = program.init(config.seed)
+        else:
+            state = checkpoints.restore(restored, program.abstract_state)
+            print(f"continuing after step {restored}", flush=True)
+        first = (restored or 0) + 1
+        run_folder.append_line(workdir / run_folder.STARTS, start | {"first_step": first})
+        (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
+        tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
 
-            # ---- steps
-            shape = (batch_size, seq_len + 1)
-            with _stop_signals() as stop, _batches(loader, program, shape, done + 1, steps) as batches:
-                began = time.monotonic()
-                train_step = program.train.lower(state, batches.abstract).compile()
-                print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
-                log = _StepLog(config, program, flops, writer, progress)
-                for step in range(done + 1, steps + 1):
+        # ---- steps
+        with (
+            closing(MetricsWriter(workdir / run_folder.METRICS, tensorboard, first - 1)) as writer,
+            closing(_Batches(loader, program, (batch_size, seq_len + 1), range(first, steps + 1))) as batches,
+            _stop_signals() as stop,
+        ):
+            began = time.monotonic()
+            train_step = program.train.lower(state, batches.abstract).compile()
+            print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
+            progress = Progress(steps, config.metrics.console_every_s)
+            log = _StepLog(config, program, flops, writer, progress)
+            try:
+                for step in range(first, steps + 1):
                     state, metrics = train_step(state, next(batches))
                     log.read_previous()  # waits for the step before, while the device works on this one
                     log.dispatched(step, metrics)
@@ -106,25 +109,23 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
                     if due or stop.requested or step == steps:
                         log.read_previous()  # a state is saved only when its own step is known to be finite
                         checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
-                    if stop.requested:
-                        break
-        except Diverged as diverged:
-            checkpoints.wait()
-            progress.end_line()
-            run_folder.write_json(workdir / run_folder.DIVERGED, diverged.record)
-            kept = checkpoints.latest_step()
-            last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
-            print(f"stopped: {diverged}; {last}", flush=True)
-            return DIVERGED_EXIT
-        finally:
-            checkpoints.close()
-    writer.close()
-    if step == steps:
-        run_folder.write_json(workdir / run_folder.DONE, {"step": step})
-        print(f"done: {workdir}", flush=True)
-    else:
-        progress.end_line()
-        print(f"stopped by {stop.requested} and saved at step {step}; the same command goes on", flush=True)
+                    if stop.requested and step < steps:
+                        progress.end_line()
+                        checkpoints.wait()
+                        print(
+                            f"stopped by {stop.requested}, saved at step {step}; the same command goes on", flush=True
+                        )
+                        return 0
+            except Diverged as diverged:
+                progress.end_line()
+                checkpoints.wait()
+                run_folder.write_json(workdir / run_folder.DIVERGED, diverged.record)
+                kept = checkpoints.latest_step()
+                last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
+                print(f"stopped: {diverged}; {last}", flush=True)
+                return DIVERGED_EXIT
+    run_folder.write_json(workdir / run_folder.DONE, {"step": steps})
+    print(f"done: {workdir}", flush=True)
     return 0
 
 
@@ -187,7 +188,7 @@ class _Batches:
         self._loader = loader
         self._steps = iter(steps)
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._next = self._reader.submit(self._read, next(self._steps))
+        self._submit()
 
     def _read(self, step: int) -> Array:
         def rows(index: tuple[slice, ...]):  # each process reads the rows of its own devices
@@ -196,26 +197,18 @@ class _Batches:
 
         return jax.make_array_from_callback(self.abstract.shape, self.abstract.sharding, rows)
 
+    def _submit(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._next = self._reader.submit(self._read, step)
+
     def __next__(self) -> Array:
         batch = self._next.result()
-        following = next(self._steps, None)
-        if following is not None:
-            self._next = self._reader.submit(self._read, following)
+        self._submit()
         return batch
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _batches(
-    loader: TrainLoader, program: Program, shape: tuple[int, int], first: int, last: int
-) -> Iterator[_Batches]:
-    batches = _Batches(loader, program, shape, range(first, last + 1))
-    try:
-        yield batches
-    finally:
-        batches.close()
 
 
 class _Stop:

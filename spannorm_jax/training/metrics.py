@@ -56,17 +56,16 @@ def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_nonfinite(metrics: dict[str, Any]) -> str | None:
-    """Names what was not finite first, in forward order: a block's gradient, another part's, or the loss alone."""
+    """Names what is not finite, the first part of the model in forward order; None if all is well."""
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return None
-    others = metrics["other_grad_norm"]
-    blocks = np.flatnonzero(~np.isfinite(metrics["block_grad_norm"]))
-    if not np.isfinite(others["embed"]) and not blocks.size:
-        return "the gradient of embed"
-    if blocks.size:
-        return f"the gradient of block {blocks[0]}"
-    bad = [name for name, norm in others.items() if not np.isfinite(norm)]
-    return f"the gradient of {bad[0]}" if bad else "the loss"
+    others = dict(metrics["other_grad_norm"])
+    parts = {"embed": others.pop("embed")}
+    parts |= {f"block {i} (the first is 0)": norm for i, norm in enumerate(metrics["block_grad_norm"])}
+    for name, norm in (parts | others).items():
+        if not np.isfinite(norm):
+            return f"the gradient of {name}"
+    return "the gradient norm" if np.isfinite(metrics["loss"]) else "the loss"
 
 
 class MetricsWriter:

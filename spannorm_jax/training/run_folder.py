@@ -34,8 +34,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    """Appends a line, after dropping a last one that a crash cut short."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write(json.dumps(value).encode() + b"\n")
 
 
 def read_config(workdir: Path) -> Config:

@@ -1,0 +1,385 @@
+"""Initialisations: drawn weights and measured variances against what the package predicts, within sampling error.
+
+Inputs are orthogonal rows of unit mean square, so that pre-activations are exactly Gaussian and independent between
+rows, and the sampling error of a branch's variance can be written down (`branch_error`). Weights are drawn once per
+case from a fixed seed; a bound is FIVE standard errors.
+"""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+from spannorm_jax.config import ModelConfig, default_ffn_dim
+from spannorm_jax.model.decoder import define
+from spannorm_jax.model.layers import rotary_angles
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.scale_init import (
+    INITS,
+    fan_in,
+    hidden_second_moment,
+    predicted_branch_variance,
+    residual_additions,
+    weight_stds,
+)
+
+FIVE = 5
+
+
+def config(**changes):
+    cfg = {"depth": 8, "width": 64, "num_heads": 4, "vocab_size": 64, "dtype": "float32"} | changes
+    cfg.setdefault("num_kv_heads", cfg["num_heads"])
+    cfg.setdefault("ffn_dim", default_ffn_dim(cfg["width"], cfg.get("ffn", "swiglu")))
+    return ModelConfig(**cfg)
+
+
+def draw(cfg, seed=0):
+    model = define(cfg)
+    return model, jax.jit(model.init)(jax.random.key(seed))
+
+
+def moments(ffn, std):
+    """E h, E h^2, E h^4 of a hidden unit whose pre-activations are N(0, std^2), by the trapezoidal rule.
+
+    Against a Gaussian the rule converges like exp(-2 pi d / step), d the distance of the integrand's nearest pole
+    from the real axis (pi / std for silu, none for gelu): at step 1/64 far below rounding.
+    """
+    z = np.arange(-40 * 64, 40 * 64 + 1, dtype=np.longdouble) / 64
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.longdouble(np.pi)) / 64
+    a = std * z
+    if ffn == "gelu":
+        h = a * (1 + reference.erf(np.float64(a) / math.sqrt(2))) / 2
+        return tuple(float(np.sum(density * h**p)) for p in (1, 2, 4))
+    silu = a / (1 + np.exp(-a))
+    second, fourth = (float(np.sum(density * silu**p)) for p in (2, 4))
+    return 0.0, second * std**2, fourth * 3 * std**4  # times the moments of b
+
+
+# ---- the hidden unit's second moment -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std", [0.05, 0.3, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+def test_second_moment_is_the_integral(ffn, std):
+    assert hidden_second_moment(ffn, std) == pytest.approx(moments(ffn, std)[1], rel=1e-9)
+
+
+def test_second_moment_of_gelu_in_closed_form():
+    """E gelu(x)^2 for x ~ N(0, 1) is 1/4 + asin(1/2) / (2 pi) + 1 / (2 pi sqrt(3)).
+
+    By Stein's lemma twice: E x^2 Phi(x)^2 = E Phi^2 + E (Phi^2)'' with E Phi^2 = 1/4 + asin(1/2) / (2 pi) = 1/3, and
+    E (Phi^2)'' = E[2 phi^2 - 2 x phi Phi] = 2 / (2 pi sqrt(3)) - 1 / (2 pi sqrt(3)) = 1 / (2 pi sqrt(3)).
+    """
+    want = 1 / 4 + math.asin(1 / 2) / (2 * math.pi) + 1 / (2 * math.pi * math.sqrt(3))
+    assert hidden_second_moment("gelu") == pytest.approx(want, rel=1e-12)
+
+
+# ---- the weights as drawn --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+@pytest.mark.parametrize("init", INITS)
+def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_head):
+    """Empirical std of n Gaussian draws: relative standard error 1 / sqrt(2n); mean: 1 / sqrt(n) of the std."""
+    cfg = config(init=init, ffn=ffn, tied_head=tied_head, num_kv_heads=2, init_targets=("v", "ffn_in", "ffn_out"))
+    model, params = draw(cfg)
+    stds, sites = weight_stds(cfg), set()
+
+    def check(spec, values):
+        values = np.asarray(values, np.float64)
+        sites.add(spec.site)
+        if spec.role == "norm":
+            np.testing.assert_array_equal(values, 1)
+            return
+        for block in values if spec.axes[0] == "layers" else [values]:
+            n = block.size
+            assert abs(block.std() / stds[spec.site] - 1) < FIVE / math.sqrt(2 * n), spec
+            assert abs(block.mean()) < FIVE * stds[spec.site] / math.sqrt(n), spec
+
+    model.map_weights(check, params)
+    assert sites == set(stds) - ({"head"} if tied_head else set()) | {"norm"}
+
+
+def test_no_two_blocks_and_no_two_weights_share_their_draw():
+    _, params = draw(config())
+    blocks = params["blocks"]
+    q, k, v = (np.asarray(blocks["attn"][name]).reshape(8, -1) for name in "qkv")
+    draws = np.concatenate([q, k, v])
+    # n = 4096 samples: correlations of independent draws have the standard error 1 / 64.
+    correlations = np.corrcoef(draws) - np.eye(len(draws))
+    assert np.abs(correlations).max() < 6 / 64
+
+
+def test_the_published_numbers_of_plain_and_gpt2():
+    cfg = config(width=64, depth=8, ffn_dim=176)
+    assert weight_stds(config(init="plain", ffn_dim=176)) == pytest.approx(
+        {site: 1 / 8 for site in ("q", "k", "v", "attn_out", "ffn_in", "head")}
+        | {"ffn_out": 176**-0.5, "embed": 1.0}
+    )
+    gpt2 = weight_stds(config(init="gpt2"))
+    assert gpt2.pop("attn_out") == pytest.approx(0.02 / 4)  # 1 / sqrt(2 * 8)
+    assert gpt2.pop("ffn_out") == pytest.approx(0.02 / 4)
+    assert set(gpt2.values()) == {0.02}
+    assert fan_in(cfg)["ffn_out"] == 176
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_embeddings_enter_with_unit_variance(tied_head):
+    """n = 64 * 64 draws: relative standard error of the variance sqrt(2 / n)."""
+    cfg = config(tied_head=tied_head, placement="post")
+    model, params = draw(cfg)
+    entered = []
+    placement = PLACEMENTS["post"]
+    decoder = model.bind(params)
+    stream_in = decoder.embed[...] * (8.0 if tied_head else 1.0)
+    entered = np.asarray(placement.enter(stream_in, decoder.ends), np.float64)
+    assert np.mean(entered**2) == pytest.approx(1, abs=FIVE * math.sqrt(2 / entered.size))
+
+
+# ---- branch variance -------------------------------------------------------------------------------------
+
+
+def orthogonal_rows(n, width, seed=5):
+    """(n, width): orthogonal, each row of mean square 1."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, n)))
+    return (q.T * math.sqrt(width)).astype(np.float32)
+
+
+def block_modules(cfg, params, layer):
+    model = define(cfg)
+    graph, weights = nnx.split(model.bind(params).blocks)
+    return nnx.merge(graph, jax.tree.map(lambda w: w[layer], weights))
+
+
+def measure_branches(cfg, params, x_NxD):
+    """Mean square of both branches, block by block: (L,) each. A row is a sequence of one token, its own position 0."""
+
+    def one(layer):
+        block = block_modules(cfg, params, layer)
+        x = x_NxD[:, None]
+        angles = rotary_angles(1, cfg.width // cfg.num_heads, cfg.rope_theta)
+        return jnp.mean(block.attn(x, angles) ** 2), jnp.mean(block.ffn(x) ** 2)
+
+    attn, ffn = jax.jit(lambda: jax.lax.map(one, jnp.arange(cfg.depth)))()
+    return {"attn": np.asarray(attn, np.float64), "ffn": np.asarray(ffn, np.float64)}
+
+
+def branch_error(N, D, F, mean_share, kurtosis, copies=1):
+    """Relative standard error of the mean square of y = h W over N rows and D outputs, W Gaussian, in one block.
+
+    h holds F numbers a row, independent between rows, `copies` equal ones each (heads that share a value), with E h^2 =
+    m, (E h)^2 = mean_share * m and E h^4 = kurtosis * m^2. Given h, y is Gaussian with row covariance H H^T, so the
+    variance from W is 2 / D * |H H^T|^2 / tr(H H^T)^2 with |H H^T|^2 = N (F m)^2 + N^2 (copies F m^2 + (F m
+    mean_share)^2), and h's own fluctuation adds copies (kurtosis - 1) / (N F).
+    """
+    from_weights = 2 / D * (1 / N + copies / F + mean_share**2)
+    return math.sqrt(from_weights + copies * (kurtosis - 1) / (N * F))
+
+
+CASES = [
+    {"placement": placement, "init": init, "ffn": ffn}
+    for placement in ("pre", "span")
+    for init in INITS
+    for ffn in ("swiglu", "gelu")
+]
+CASES += [
+    {"placement": "post", "init": "scale", "variance_budget": 0.25, "depth": 3},
+    {"placement": "span_raw", "init": "scale", "variance_budget": 4.0, "depth": 24, "width": 32},
+    {"placement": "span", "init": "scale", "width": 128, "depth": 48, "num_kv_heads": 1},
+    {"placement": "span", "init": "scale", "init_targets": ("attn_out", "ffn_out")},
+    {"placement": "pre", "init": "scale", "init_targets": ("v", "attn_out", "ffn_in", "ffn_out"), "ffn": "gelu"},
+    {"placement": "post", "init": "scale", "init_targets": ("v", "attn_out", "ffn_in", "ffn_out"), "depth": 2},
+    {"placement": "pre", "init": "scale", "init_targets": ("ffn_in",), "variance_budget": 2.0, "num_kv_heads": 2},
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_branches_have_the_predicted_variance(changes):
+    """Feed-forward at every position, attention at position 0, for input of unit variance."""
+    cfg = config(**changes)
+    D, F, L = cfg.width, cfg.ffn_dim, cfg.depth
+    N = D // 2
+    model, params = draw(cfg)
+    measured = measure_branches(cfg, params, orthogonal_rows(N, D))
+    predicted = predicted_branch_variance(cfg)
+
+    mean, second, fourth = moments(cfg.ffn, weight_stds(cfg)["ffn_in"] * math.sqrt(D))
+    errors = {
+        "attn": branch_error(N, D, D, 0.0, 3.0, copies=cfg.num_heads // cfg.num_kv_heads),
+        "ffn": branch_error(N, D, F, mean**2 / second, fourth / second**2),
+    }
+    for branch, error in errors.items():
+        ratio = measured[branch] / predicted[branch]
+        # Blocks are drawn independently. At most 3% of a mean, at most 15% of a block: the bounds can fail.
+        assert FIVE * error / math.sqrt(L) < 0.25
+        assert abs(ratio.mean() - 1) < FIVE * error / math.sqrt(L), (branch, ratio.mean())
+        assert np.abs(ratio - 1).max() < (FIVE + 1) * error, (branch, ratio)
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+@pytest.mark.parametrize("init", INITS)
+def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
+    """Var F = F * Var W_out * E h^2 with pre-activations of variance D * Var W_in, from an independent integral."""
+    cfg = config(init=init, ffn=ffn, init_targets=("ffn_in", "ffn_out"))
+    stds = weight_stds(cfg)
+    second = moments(ffn, stds["ffn_in"] * math.sqrt(cfg.width))[1]
+    assert predicted_branch_variance(cfg)["ffn"] == pytest.approx(cfg.ffn_dim * stds["ffn_out"] ** 2 * second, rel=1e-9)
+
+
+@pytest.mark.parametrize("budget", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+@pytest.mark.parametrize("depth", [1, 12, 100])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_scale_spends_the_budget_over_the_streams_additions(placement, depth, ffn, budget):
+    """SpanNorm's stream is added to by F alone, once a block; PreNorm's and PostNorm's by A and F."""
+    cfg = config(placement=placement, depth=depth, ffn=ffn, variance_budget=budget, init="scale")
+    variance = predicted_branch_variance(cfg)
+    if placement in ("span", "span_raw"):
+        assert residual_additions(cfg) == depth
+        assert depth * variance["ffn"] == pytest.approx(budget)
+        assert variance["attn"] == pytest.approx(1)  # off the stream: not damped
+    else:
+        assert residual_additions(cfg) == 2 * depth
+        assert depth * (variance["attn"] + variance["ffn"]) == pytest.approx(budget)
+        assert variance["attn"] == pytest.approx(variance["ffn"])
+
+
+@pytest.mark.parametrize("target", ["v", "attn_out", "ffn_in", "ffn_out"])
+def test_init_targets_take_the_factor_and_no_other_weight_does(target):
+    base = weight_stds(config(placement="pre", init="scale", init_targets=("v", "attn_out", "ffn_in", "ffn_out")))
+    one = weight_stds(config(placement="pre", init="scale", init_targets=(target,), variance_budget=3.0))
+    for site in ("v", "attn_out", "ffn_in", "ffn_out"):
+        # sqrt(c / 2L): budget 3 against 1 for the target, none against sqrt(1 / 16) for the others.
+        assert one[site] / base[site] == pytest.approx(math.sqrt(3) if site == target else 4.0)
+    for site in ("embed", "q", "k", "head"):
+        assert one[site] == base[site]
+
+
+# ---- the whole model --------------------------------------------------------------------------------------
+
+
+def run_recording(cfg, params, tokens):
+    """(final stream, mean square entering each norm): runs the blocks one by one with norms that record."""
+    decoder = define(cfg).bind(params)
+    placement = PLACEMENTS[cfg.placement]
+    angles = rotary_angles(tokens.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
+
+    def run():
+        seen = []
+        stream = placement.enter(decoder.embed[...][tokens], decoder.ends)
+        for layer in range(cfg.depth):
+            block = block_modules(cfg, params, layer)
+
+            def recorder(name, block=block):
+                def norm(x):
+                    seen.append((name, jnp.mean(x**2)))
+                    return getattr(block.norms, name)(x)
+
+                return norm
+
+            norms = types.SimpleNamespace(attn=recorder("attn"), ffn=recorder("ffn"))
+            attn = lambda x, block=block: block.attn(x, angles)  # noqa: E731
+            stream = placement.block(stream, attn, block.ffn, norms, layer, cfg.depth)
+        names = [name for name, _ in seen]
+        return stream, jnp.stack([value for _, value in seen]), names
+
+    names = []
+
+    def traced():
+        stream, values, seen_names = run()
+        names.extend(seen_names)
+        return stream, values
+
+    stream, values = jax.jit(traced)()
+    return np.asarray(stream, np.float64), np.asarray(values, np.float64), np.array(names)
+
+
+def cross_error(N, D, additions_variance):
+    """Standard error of 2 mean(x y), the cross term that a zero-mean branch y = h W of the given variance adds.
+
+    Var = 4 s^2 sum_nm (x_n x_m)(h_n h_m) / (N D)^2 |h|^2: N D from the diagonal, N^2 from rows that are independent
+    and whose overlaps are of the order 1 / sqrt(D).
+    """
+    return 2 * math.sqrt(additions_variance * (1 / (N * D) + 1 / D**2))
+
+
+@pytest.mark.parametrize("depth", [4, 16])
+@pytest.mark.parametrize("budget", [1.0, 3.0])
+def test_prenorm_with_scale_ends_at_one_plus_the_budget(depth, budget):
+    """Each of the 2L branches adds its variance: 1 + c for sequences of one token, at any depth."""
+    N = D = 128
+    cfg = config(placement="pre", init="scale", width=D, depth=depth, vocab_size=N, variance_budget=budget)
+    finals = []
+    for seed in range(2):
+        _, params = draw(cfg, seed)
+        stream, _, _ = run_recording(cfg, params, np.arange(N)[:, None])
+        finals.append(np.mean(stream**2))
+    # Cross terms meet a stream of variance up to 1 + c; embeddings: sqrt(2 / ND); branches: each one's own error.
+    error = math.hypot(
+        cross_error(N, D, budget * (1 + budget)),
+        math.sqrt(2 / (N * D)),
+        budget * branch_error(N, D, D, 0.0, 10.0) / math.sqrt(2 * depth),
+    ) / math.sqrt(len(finals))
+    assert FIVE * error < 0.12 * (1 + budget)
+    assert abs(np.mean(finals) - (1 + budget)) < FIVE * error
+
+
+def test_prenorm_with_scale_stays_within_the_budget_over_a_sequence():
+    """Later positions average values of several tokens, which lowers attention's share: between 1 + c/2 and 1 + c."""
+    cfg = config(placement="pre", init="scale", width=128, depth=8, vocab_size=128)
+    _, params = draw(cfg)
+    tokens = np.random.default_rng(0).permutation(128)[None]
+    stream, _, _ = run_recording(cfg, params, tokens)
+    last_half = np.mean(stream[:, 64:] ** 2)
+    error = cross_error(64, 128, 2.0)
+    assert 1.5 - FIVE * error < last_half < 2.0 - 0.1
+
+
+@pytest.mark.parametrize("depth", [4, 32])
+def test_prenorm_with_plain_init_grows_with_depth(depth):
+    """1 + L (Var A + Var F), unbounded: what ScaleInit's budget prevents."""
+    N = D = 128
+    cfg = config(placement="pre", init="plain", width=D, depth=depth, vocab_size=N)
+    _, params = draw(cfg)
+    stream, _, _ = run_recording(cfg, params, np.arange(N)[:, None])
+    want = 1 + depth * sum(predicted_branch_variance(cfg).values())
+    # Cross terms of branch l meet a stream of variance up to `want`.
+    assert abs(np.mean(stream**2) - want) < FIVE * cross_error(N, D, want**2 / 2)
+
+
+@pytest.mark.parametrize("budget", [1.0, 2.0])
+@pytest.mark.parametrize("depth", [4, 24])
+@pytest.mark.parametrize(("placement", "init"), [("span", "scale"), ("post", "scale"), ("span", "plain"), ("post", "plain")])
+def test_skip_path_gain(placement, init, depth, budget):
+    """A norm after the sum divides the skip by the sum's root mean square; the product over the norms on the skip path.
+
+    SpanNorm has one such norm a block, gain (1 + Var F)^(-L/2), PostNorm two, [(1 + Var A)(1 + Var F)]^(-L/2). With
+    scale both stay near exp(-c/2) at any depth; with plain init they fall exponentially.
+    """
+    N = D = 128
+    cfg = config(placement=placement, init=init, width=D, depth=depth, vocab_size=N, variance_budget=budget)
+    _, params = draw(cfg)
+    # The first block's skip is the embeddings in PostNorm: their variance is 1 within sqrt(2 / ND).
+    _, mean_squares, names = run_recording(cfg, params, np.arange(N)[:, None])
+    on_skip = mean_squares[names == "ffn"] if placement == "span" else mean_squares
+    log_gain = -np.sum(np.log(on_skip)) / 2
+
+    variance = predicted_branch_variance(cfg)
+    branches = [variance["ffn"]] if placement == "span" else [variance["attn"], variance["ffn"]]
+    want = -depth / 2 * sum(math.log1p(v) for v in branches)
+    # Half the sum of relative errors: cross terms and the branch's own, over 1 + v, independent between branches.
+    each = [
+        math.hypot(cross_error(N, D, v), v * branch_error(N, D, D, 0.0, 10.0)) / (1 + v) / 2 for v in branches
+    ]
+    error = math.hypot(*each, 0) * math.sqrt(depth) + (placement == "post") * math.sqrt(2 / (N * D)) / 2
+    assert abs(log_gain - want) < FIVE * error
+    if init == "scale":  # at most exp(-c/2), whatever the depth; less deep, less decay
+        assert -budget / 2 - FIVE * error < log_gain < -budget / 2 + budget**2 / (2 * depth) + FIVE * error
+    else:
+        assert log_gain < -0.1 * depth
