@@ -66,7 +66,10 @@ class Decoder(nnx.Module):
         """What the head reads: (B, T, D) in the compute dtype."""
         cfg, placement = self.cfg, PLACEMENTS[self.cfg.placement]
         with jax.named_scope("embed"):
-            x = self.embed[...].astype(cfg.dtype)[tokens_BxT]
+            # Gathered over `embed` first, as every weight is where it is used: the partitioner cannot look rows up in
+            # a table that is split along the rows' width without replicating the result.
+            table = constrain(self.embed[...].astype(cfg.dtype), ("vocab", "activation"))
+            x = table[tokens_BxT]
             if cfg.tied_head:
                 x = x * jnp.asarray(cfg.width**0.5, x.dtype)
             x = constrain(x, ACTIVATION)
