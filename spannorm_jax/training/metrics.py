@@ -84,7 +84,7 @@ class MetricsWriter:
         if self._tensorboard is None:
             return
         for key, value in {**line, **line["machine_s"]}.items():
-            if isinstance(value, float):
+            if isinstance(value, int | float):
                 self._tensorboard.add_scalar(key, value, line["step"])
 
     def close(self) -> None:
