@@ -56,13 +56,13 @@ def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_nonfinite(metrics: dict[str, Any]) -> str | None:
-    """Names what is not finite, the first part of the model in forward order; None if all is well."""
+    """Names what is not finite: the first block's gradient, else another part's, else the loss; None if all is well."""
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return None
-    others = dict(metrics["other_grad_norm"])
-    parts = {"embed": others.pop("embed")}
-    parts |= {f"block {i} (the first is 0)": norm for i, norm in enumerate(metrics["block_grad_norm"])}
-    for name, norm in (parts | others).items():
+    blocks = np.flatnonzero(~np.isfinite(metrics["block_grad_norm"]))
+    if blocks.size:
+        return f"the gradient of block {blocks[0]} (counted from 0, the first of {blocks.size} such blocks)"
+    for name, norm in metrics["other_grad_norm"].items():
         if not np.isfinite(norm):
             return f"the gradient of {name}"
     return "the gradient norm" if np.isfinite(metrics["loss"]) else "the loss"
