@@ -32,7 +32,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    attention: str = "auto"  # auto | xla; auto: the best that this device runs, printed at start
+    attention: str = "auto"  # auto | xla | blocked; auto: the best that this device runs, printed at start
     remat: str = "none"  # none | block (save block inputs only) | dots (save matmul outputs)
     scan_unroll: int = 1  # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
 
