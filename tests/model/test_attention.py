@@ -1,4 +1,4 @@
-"""Every implementation against a float64 loop over heads and positions, and its gradient against central differences."""
+"""Every implementation against a float64 loop over heads and positions, its gradient against central differences."""
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,8 @@ def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant
 
     (loss, grads), logits = jax.jit(both)(params)
     want = reference.logits(exact, tokens[:, :-1], options)
-    # float32 rounding through three blocks: largest seen over all cases is LOGITS_SEEN of the logits' size.
+    # float32 rounding through three blocks: largest error seen is 2.6e-6 of the largest logit, and
+    # 5e-7 of the loss.
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
     np.testing.assert_allclose(loss, reference.loss(exact, tokens, options), rtol=2e-6)
 
@@ -84,16 +85,16 @@ def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant
         # Error of the difference: h^2 f''' / 6 + 1e-16 f / h, about 1e-10 at h = 1e-5: nothing beside float32's.
         h = 1e-5
         difference = (loss_at(h) - loss_at(-h)) / (2 * h)
-        # A unit direction meets the gradient with |g| / sqrt(n); largest error seen GRADS_SEEN of that.
+        # A unit direction meets the gradient with |g| / sqrt(n); largest error seen 1.8e-5 of that.
         size = np.linalg.norm(grad) / grad.size**0.5
         assert size > 0
-        assert abs(np.vdot(grad, direction) - difference) < 2e-5 * size, f"gradient of {jax.tree_util.keystr(path)}"
+        assert abs(np.vdot(grad, direction) - difference) < 1e-4 * size, f"gradient of {jax.tree_util.keystr(path)}"
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_reference_tells_placements_apart(placement):
     """No two placements agree on these weights, so that agreement above means that equation and no other."""
-    model, params, tokens, _ = make(placement)
+    _, params, tokens, _ = make(placement)
     params["ends"] = {"entry": {"gain": np.full(16, 0.7)}, "final": {"gain": np.full(16, 0.7)}}
     exact = reference.to_float64(params)
     mine = reference.logits(exact, tokens, reference.Options(placement))
@@ -171,7 +172,9 @@ def test_norms_owned(placement, ends):
     weights = define(ModelConfig(placement=placement, **TINY)).weights
     assert set(weights["blocks"]["norms"]) == {"attn", "ffn"}
     assert set(weights.get("ends", {})) == ends
-    gains = [spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"]
+    gains = [
+        spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"
+    ]
     assert sorted(gains) == sorted([(3, 16)] * 2 + [(16,)] * len(ends))
 
 

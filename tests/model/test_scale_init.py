@@ -5,6 +5,7 @@ rows, and the sampling error of a branch's variance can be written down (`branch
 case from a fixed seed; a bound is FIVE standard errors.
 """
 
+import functools
 import math
 import types
 
@@ -38,6 +39,7 @@ def config(**changes):
     return ModelConfig(**cfg)
 
 
+@functools.cache
 def draw(cfg, seed=0):
     model = define(cfg)
     return model, jax.jit(model.init)(jax.random.key(seed))
@@ -82,8 +84,7 @@ def test_second_moment_of_gelu_in_closed_form():
 # ---- the weights as drawn --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("ffn", "tied_head"), [("swiglu", False), ("gelu", True)])
 @pytest.mark.parametrize("init", INITS)
 def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_head):
     """Empirical std of n Gaussian draws: relative standard error 1 / sqrt(2n); mean: 1 / sqrt(n) of the std."""
@@ -119,8 +120,7 @@ def test_no_two_blocks_and_no_two_weights_share_their_draw():
 def test_the_published_numbers_of_plain_and_gpt2():
     cfg = config(width=64, depth=8, ffn_dim=176)
     assert weight_stds(config(init="plain", ffn_dim=176)) == pytest.approx(
-        {site: 1 / 8 for site in ("q", "k", "v", "attn_out", "ffn_in", "head")}
-        | {"ffn_out": 176**-0.5, "embed": 1.0}
+        {site: 1 / 8 for site in ("q", "k", "v", "attn_out", "ffn_in", "head")} | {"ffn_out": 176**-0.5, "embed": 1.0}
     )
     gpt2 = weight_stds(config(init="gpt2"))
     assert gpt2.pop("attn_out") == pytest.approx(0.02 / 4)  # 1 / sqrt(2 * 8)
@@ -132,14 +132,16 @@ def test_the_published_numbers_of_plain_and_gpt2():
 @pytest.mark.parametrize("tied_head", [False, True])
 def test_embeddings_enter_with_unit_variance(tied_head):
     """n = 64 * 64 draws: relative standard error of the variance sqrt(2 / n)."""
-    cfg = config(tied_head=tied_head, placement="post")
+    cfg = config(tied_head=tied_head, placement="post", depth=1)
     model, params = draw(cfg)
-    entered = []
-    placement = PLACEMENTS["post"]
-    decoder = model.bind(params)
-    stream_in = decoder.embed[...] * (8.0 if tied_head else 1.0)
-    entered = np.asarray(placement.enter(stream_in, decoder.ends), np.float64)
-    assert np.mean(entered**2) == pytest.approx(1, abs=FIVE * math.sqrt(2 / entered.size))
+    embed = np.asarray(params["embed"], np.float64) * (8 if tied_head else 1)
+    assert np.mean(embed**2) == pytest.approx(1, abs=FIVE * math.sqrt(2 / embed.size))
+    # PostNorm's block sees the embeddings as they are: a block whose branches are 0 norms them and nothing else.
+    silent = jax.tree.map(jnp.zeros_like, params["blocks"])
+    silent["norms"] = jax.tree.map(jnp.ones_like, silent["norms"])
+    tokens = np.arange(cfg.vocab_size)[None]
+    features = model.bind(params | {"blocks": silent}).features(tokens)
+    np.testing.assert_allclose(features[0], embed / np.sqrt(np.mean(embed**2, axis=1, keepdims=True)), rtol=1e-4)
 
 
 # ---- branch variance -------------------------------------------------------------------------------------
@@ -151,17 +153,18 @@ def orthogonal_rows(n, width, seed=5):
     return (q.T * math.sqrt(width)).astype(np.float32)
 
 
-def block_modules(cfg, params, layer):
-    model = define(cfg)
+def block_modules(model, params, layer):
     graph, weights = nnx.split(model.bind(params).blocks)
     return nnx.merge(graph, jax.tree.map(lambda w: w[layer], weights))
 
 
-def measure_branches(cfg, params, x_NxD):
+def measure_branches(model, params, x_NxD):
     """Mean square of both branches, block by block: (L,) each. A row is a sequence of one token, its own position 0."""
 
+    cfg = model.cfg
+
     def one(layer):
-        block = block_modules(cfg, params, layer)
+        block = block_modules(model, params, layer)
         x = x_NxD[:, None]
         angles = rotary_angles(1, cfg.width // cfg.num_heads, cfg.rope_theta)
         return jnp.mean(block.attn(x, angles) ** 2), jnp.mean(block.ffn(x) ** 2)
@@ -184,14 +187,13 @@ def branch_error(N, D, F, mean_share, kurtosis, copies=1):
 
 CASES = [
     {"placement": placement, "init": init, "ffn": ffn}
-    for placement in ("pre", "span")
-    for init in INITS
-    for ffn in ("swiglu", "gelu")
+    for init, swiglu, gelu in (("plain", "pre", "post"), ("gpt2", "span", "pre"), ("scale", "pre", "span"))
+    for placement, ffn in ((swiglu, "swiglu"), (gelu, "gelu"))
 ]
 CASES += [
     {"placement": "post", "init": "scale", "variance_budget": 0.25, "depth": 3},
     {"placement": "span_raw", "init": "scale", "variance_budget": 4.0, "depth": 24, "width": 32},
-    {"placement": "span", "init": "scale", "width": 128, "depth": 48, "num_kv_heads": 1},
+    {"placement": "span", "init": "scale", "width": 128, "depth": 16, "num_kv_heads": 1},
     {"placement": "span", "init": "scale", "init_targets": ("attn_out", "ffn_out")},
     {"placement": "pre", "init": "scale", "init_targets": ("v", "attn_out", "ffn_in", "ffn_out"), "ffn": "gelu"},
     {"placement": "post", "init": "scale", "init_targets": ("v", "attn_out", "ffn_in", "ffn_out"), "depth": 2},
@@ -206,7 +208,7 @@ def test_branches_have_the_predicted_variance(changes):
     D, F, L = cfg.width, cfg.ffn_dim, cfg.depth
     N = D // 2
     model, params = draw(cfg)
-    measured = measure_branches(cfg, params, orthogonal_rows(N, D))
+    measured = measure_branches(model, params, orthogonal_rows(N, D))
     predicted = predicted_branch_variance(cfg)
 
     mean, second, fourth = moments(cfg.ffn, weight_stds(cfg)["ffn_in"] * math.sqrt(D))
@@ -264,40 +266,29 @@ def test_init_targets_take_the_factor_and_no_other_weight_does(target):
 # ---- the whole model --------------------------------------------------------------------------------------
 
 
-def run_recording(cfg, params, tokens):
-    """(final stream, mean square entering each norm): runs the blocks one by one with norms that record."""
-    decoder = define(cfg).bind(params)
+def run_recording(model, params, tokens):
+    """(final stream, {norm: (L,) mean square of what enters it}): the blocks, with norms that record."""
+    cfg, decoder = model.cfg, model.bind(params)
     placement = PLACEMENTS[cfg.placement]
     angles = rotary_angles(tokens.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
 
-    def run():
-        seen = []
-        stream = placement.enter(decoder.embed[...][tokens], decoder.ends)
-        for layer in range(cfg.depth):
-            block = block_modules(cfg, params, layer)
+    def run_block(stream, layer):
+        block, seen = block_modules(model, params, layer), {}
 
-            def recorder(name, block=block):
-                def norm(x):
-                    seen.append((name, jnp.mean(x**2)))
-                    return getattr(block.norms, name)(x)
+        def recorder(name):
+            def norm(x):
+                seen[name] = jnp.mean(x**2)
+                return getattr(block.norms, name)(x)
 
-                return norm
+            return norm
 
-            norms = types.SimpleNamespace(attn=recorder("attn"), ffn=recorder("ffn"))
-            attn = lambda x, block=block: block.attn(x, angles)  # noqa: E731
-            stream = placement.block(stream, attn, block.ffn, norms, layer, cfg.depth)
-        names = [name for name, _ in seen]
-        return stream, jnp.stack([value for _, value in seen]), names
+        norms = types.SimpleNamespace(attn=recorder("attn"), ffn=recorder("ffn"))
+        out = placement.block(stream, lambda x: block.attn(x, angles), block.ffn, norms, layer, cfg.depth)
+        return out, seen
 
-    names = []
-
-    def traced():
-        stream, values, seen_names = run()
-        names.extend(seen_names)
-        return stream, values
-
-    stream, values = jax.jit(traced)()
-    return np.asarray(stream, np.float64), np.asarray(values, np.float64), np.array(names)
+    entered = placement.enter(decoder.embed[...][tokens], decoder.ends)
+    out = jax.jit(lambda: jax.lax.scan(run_block, entered, jnp.arange(cfg.depth)))()
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), out)
 
 
 def cross_error(N, D, additions_variance):
@@ -309,16 +300,15 @@ def cross_error(N, D, additions_variance):
     return 2 * math.sqrt(additions_variance * (1 / (N * D) + 1 / D**2))
 
 
-@pytest.mark.parametrize("depth", [4, 16])
-@pytest.mark.parametrize("budget", [1.0, 3.0])
+@pytest.mark.parametrize(("depth", "budget"), [(4, 1.0), (16, 3.0)])
 def test_prenorm_with_scale_ends_at_one_plus_the_budget(depth, budget):
     """Each of the 2L branches adds its variance: 1 + c for sequences of one token, at any depth."""
     N = D = 128
     cfg = config(placement="pre", init="scale", width=D, depth=depth, vocab_size=N, variance_budget=budget)
     finals = []
     for seed in range(2):
-        _, params = draw(cfg, seed)
-        stream, _, _ = run_recording(cfg, params, np.arange(N)[:, None])
+        model, params = draw(cfg, seed)
+        stream, _ = run_recording(model, params, np.arange(N)[:, None])
         finals.append(np.mean(stream**2))
     # Cross terms meet a stream of variance up to 1 + c; embeddings: sqrt(2 / ND); branches: each one's own error.
     error = math.hypot(
@@ -333,29 +323,28 @@ def test_prenorm_with_scale_ends_at_one_plus_the_budget(depth, budget):
 def test_prenorm_with_scale_stays_within_the_budget_over_a_sequence():
     """Later positions average values of several tokens, which lowers attention's share: between 1 + c/2 and 1 + c."""
     cfg = config(placement="pre", init="scale", width=128, depth=8, vocab_size=128)
-    _, params = draw(cfg)
+    model, params = draw(cfg)
     tokens = np.random.default_rng(0).permutation(128)[None]
-    stream, _, _ = run_recording(cfg, params, tokens)
+    stream, _ = run_recording(model, params, tokens)
     last_half = np.mean(stream[:, 64:] ** 2)
     error = cross_error(64, 128, 2.0)
     assert 1.5 - FIVE * error < last_half < 2.0 - 0.1
 
 
-@pytest.mark.parametrize("depth", [4, 32])
+@pytest.mark.parametrize("depth", [4, 16])
 def test_prenorm_with_plain_init_grows_with_depth(depth):
     """1 + L (Var A + Var F), unbounded: what ScaleInit's budget prevents."""
     N = D = 128
     cfg = config(placement="pre", init="plain", width=D, depth=depth, vocab_size=N)
-    _, params = draw(cfg)
-    stream, _, _ = run_recording(cfg, params, np.arange(N)[:, None])
+    model, params = draw(cfg)
+    stream, _ = run_recording(model, params, np.arange(N)[:, None])
     want = 1 + depth * sum(predicted_branch_variance(cfg).values())
     # Cross terms of branch l meet a stream of variance up to `want`.
     assert abs(np.mean(stream**2) - want) < FIVE * cross_error(N, D, want**2 / 2)
 
 
-@pytest.mark.parametrize("budget", [1.0, 2.0])
-@pytest.mark.parametrize("depth", [4, 24])
-@pytest.mark.parametrize(("placement", "init"), [("span", "scale"), ("post", "scale"), ("span", "plain"), ("post", "plain")])
+@pytest.mark.parametrize(("init", "depth", "budget"), [("scale", 4, 1.0), ("scale", 16, 2.0), ("plain", 16, 1.0)])
+@pytest.mark.parametrize("placement", ["span", "post"])
 def test_skip_path_gain(placement, init, depth, budget):
     """A norm after the sum divides the skip by the sum's root mean square; the product over the norms on the skip path.
 
@@ -364,20 +353,18 @@ def test_skip_path_gain(placement, init, depth, budget):
     """
     N = D = 128
     cfg = config(placement=placement, init=init, width=D, depth=depth, vocab_size=N, variance_budget=budget)
-    _, params = draw(cfg)
+    model, params = draw(cfg)
     # The first block's skip is the embeddings in PostNorm: their variance is 1 within sqrt(2 / ND).
-    _, mean_squares, names = run_recording(cfg, params, np.arange(N)[:, None])
-    on_skip = mean_squares[names == "ffn"] if placement == "span" else mean_squares
-    log_gain = -np.sum(np.log(on_skip)) / 2
+    _, mean_squares = run_recording(model, params, np.arange(N)[:, None])
+    on_skip = ("ffn",) if placement == "span" else ("attn", "ffn")
+    log_gain = -sum(np.sum(np.log(mean_squares[name])) for name in on_skip) / 2
 
     variance = predicted_branch_variance(cfg)
-    branches = [variance["ffn"]] if placement == "span" else [variance["attn"], variance["ffn"]]
+    branches = [variance[name] for name in on_skip]
     want = -depth / 2 * sum(math.log1p(v) for v in branches)
     # Half the sum of relative errors: cross terms and the branch's own, over 1 + v, independent between branches.
-    each = [
-        math.hypot(cross_error(N, D, v), v * branch_error(N, D, D, 0.0, 10.0)) / (1 + v) / 2 for v in branches
-    ]
-    error = math.hypot(*each, 0) * math.sqrt(depth) + (placement == "post") * math.sqrt(2 / (N * D)) / 2
+    each = [math.hypot(cross_error(N, D, v), v * branch_error(N, D, D, 0.0, 10.0)) / (1 + v) / 2 for v in branches]
+    error = math.hypot(*each) * math.sqrt(depth) + (placement == "post") * math.sqrt(2 / (N * D)) / 2
     assert abs(log_gain - want) < FIVE * error
     if init == "scale":  # at most exp(-c/2), whatever the depth; less deep, less decay
         assert -budget / 2 - FIVE * error < log_gain < -budget / 2 + budget**2 / (2 * depth) + FIVE * error

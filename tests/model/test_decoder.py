@@ -1,0 +1,237 @@
+"""The whole decoder: sizes, FLOPs, and that scan, unroll, remat and compute dtype change what they say and no more."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import spannorm_jax
+from spannorm_jax import config_file
+from spannorm_jax.config import Config, replace, resolve
+from spannorm_jax.model import layers
+from spannorm_jax.model.decoder import Block, count_params, define, flops_per_token
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.training.step import loss_sums, make_program
+
+DENSE = Path(spannorm_jax.__file__).parents[1] / "configs" / "dense.py"
+PRESETS = ("tiny", "124m", "350m", "1b")
+
+
+def resolved(config, vocab_size=256):
+    return resolve(config, vocab_size=vocab_size, platform="cpu", fingerprint="none")
+
+
+def small(**changes):
+    return resolved(replace(Config(), model__depth=4, model__width=16, model__vocab_size=32, **changes), 32).model
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------
+
+
+def hand_count(m):
+    """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, 2 gains) + ends + V D."""
+    D, K = m.width, m.width // m.num_heads
+    attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
+    feed_forward = {"swiglu": 3, "gelu": 2}[m.ffn] * D * m.ffn_dim
+    end_norms = {"pre": 1, "post": 0, "span": 1, "span_raw": 1}[m.placement]
+    return m.depth * (attention + feed_forward + 2 * D) + end_norms * D + m.vocab_size * D * (1 if m.tied_head else 2)
+
+
+def hand_flops(m, seq_len):
+    """6 a weight in a matmul and token (2 forward, 4 backward), the lookup none; and for the two matmuls of attention,
+    at position t over t + 1 of the T positions, so T / 2 on average: 2 matmuls x 2 x 3 x T / 2 x H K a block."""
+    D, K = m.width, m.width // m.num_heads
+    block = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + {"swiglu": 3, "gelu": 2}[m.ffn] * D * m.ffn_dim
+    return 6 * (m.depth * block + m.vocab_size * D) + m.depth * 2 * 2 * 3 * seq_len // 2 * m.num_heads * K
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_size_that_their_table_says(preset):
+    config = resolved(config_file.load(f"{DENSE}:{preset}", []))
+    m, row = config.model, re.search(rf"^{preset} .*$", DENSE.read_text(), re.MULTILINE).group()
+    model = define(m)
+    assert count_params(model) == hand_count(m)
+    depth, width, heads, kv_heads, ffn_dim, vocab = re.match(
+        r"\S+ +(\d+) +(\d+) +(\d+) \((\d+)\) +(\d+) +(\d+)", row
+    ).groups()
+    assert (m.depth, m.width, m.num_heads, m.num_kv_heads, m.ffn_dim, m.vocab_size) == tuple(
+        map(int, (depth, width, heads, kv_heads, ffn_dim, vocab))
+    )
+    assert int(re.search(r"\d+(,\d{3})+", row).group().replace(",", "")) == hand_count(m)
+    assert ("tied" in row) == m.tied_head
+    assert flops_per_token(model, config.data.seq_len) == hand_flops(m, config.data.seq_len)
+    # The table of weights is what init makes, without making it.
+    made = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.map(lambda x: x.shape, made) == model.map_weights(lambda spec: spec.shape)
+    assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("changes", [{"model__ffn": "gelu", "model__qk_norm": True}, {"model__num_kv_heads": 2}])
+def test_sizes_of_the_variants(placement, changes):
+    m = small(model__placement=placement, **changes)
+    assert count_params(define(m)) == hand_count(m)
+    assert flops_per_token(define(m), 24) == hand_flops(m, 24)
+
+
+def test_define_allocates_nothing():
+    """A model of a trillion weights has a table."""
+    m = small(model__ffn_dim=2**28)
+    m = dataclasses.replace(m, width=2**12, num_heads=2**6, num_kv_heads=2**6)
+    live = len(jax.live_arrays())
+    assert count_params(define(m)) == hand_count(m) > 1e12
+    assert len(jax.live_arrays()) <= live + 1  # at most a random key
+
+
+# ---- what must not change the result -----------------------------------------------------------------------
+
+
+def loss_and_gradients(m, seed=0):
+    model = define(m)
+    params = jax.jit(model.init)(jax.random.key(seed))
+    tokens = np.random.default_rng(1).integers(m.vocab_size, size=(2, 9))
+
+    def loss(params):
+        sums = loss_sums(model.bind(params), tokens, jnp.ones((2, 8)), num_chunks=1)
+        return sums["nll"] / sums["count"]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def looped():
+    return loss_and_gradients(small())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan_unroll": 2},
+        {"scan_unroll": 4},
+        {"remat": "block"},
+        {"remat": "dots"},
+        {"remat": "dots", "scan_unroll": 4},
+    ],
+    ids=str,
+)
+def test_unroll_and_remat_change_nothing(changes, looped):
+    """Same operations, other fusions: float32 rounding apart. None was seen
+    without compiler optimisation; a few parts in 10^7 of a weight's largest gradient are legal with it."""
+    loss, grads = loss_and_gradients(dataclasses.replace(small(), **changes))
+    np.testing.assert_allclose(loss, looped[0], rtol=1e-6)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(close, grads, looped[1])
+
+
+def count_equations(jaxpr, name=None):
+    """Equations of a jaxpr and of all jaxprs inside; only those of one primitive if `name` is given."""
+    n = 0
+    for eqn in jaxpr.eqns:
+        n += name is None or eqn.primitive.name == name
+        for inner in jaxprs_in_params(eqn.params):
+            n += count_equations(inner, name)
+    return n
+
+
+def test_remat_recomputes_what_it_says():
+    """Remat is there at all: the gradient's program has matmuls of a block a second time."""
+
+    def matmuls(**changes):
+        m = dataclasses.replace(small(), **changes)
+        model = define(m)
+        tokens = np.zeros((2, 9), np.int32)
+
+        def loss(params):
+            return loss_sums(model.bind(params), tokens, jnp.ones((2, 8)), num_chunks=1)["nll"]
+
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        return count_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, "dot_general")
+
+    # A block has 8 matmuls: q, k, v, out, in, out and attention's two. Each is one forward and two backward, as is the
+    # head's. Remat repeats forward ones: `dots` attention's, which have batch dimensions, `block` all that it needs.
+    assert matmuls(remat="none") == 3 * (8 + 1)
+    assert matmuls(remat="dots") == 3 * (8 + 1) + 2
+    assert matmuls(remat="block") in (3 * (8 + 1) + 7, 3 * (8 + 1) + 8)  # the last result is no gradient's input
+
+
+def test_one_block_is_traced_whatever_the_depth(monkeypatch):
+    """A train step at 128 blocks traces `Block.__call__` as often as at 12, and its program has as many equations.
+
+    This is what keeps compile time flat in depth; seconds would depend on the machine.
+    """
+    calls = 0
+    original = Block.__call__
+
+    def counted(self, *args):
+        nonlocal calls
+        calls += 1
+        return original(self, *args)
+
+    monkeypatch.setattr(Block, "__call__", counted)
+
+    def trace(depth):
+        nonlocal calls
+        config = replace(Config(), model__depth=depth, model__width=16, data__seq_len=8, training__num_microbatches=2)
+        config = resolved(config)
+        program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+        calls = 0
+        jaxpr = program.train.trace(program.abstract_state, jax.ShapeDtypeStruct((8, 9), "int32")).jaxpr
+        return calls, count_equations(jaxpr.jaxpr)
+
+    shallow = trace(12)
+    assert shallow == trace(128)
+    assert 1 <= shallow[0] <= 3  # forward, and again where microbatches ask for shapes first
+
+
+# ---- declarations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("site", "change"), [("q", {"role": "hiden"}), ("head", {"axes": ("embed", "vocabulary")})])
+def test_an_unknown_role_or_axis_is_an_error(monkeypatch, site, change):
+    declare = layers.weight
+
+    def misdeclared(rngs, std, shape, axes, role, name):
+        meta = {"axes": axes, "role": role} | (change if name == site else {})
+        return declare(rngs, std, shape, meta["axes"], meta["role"], name)
+
+    monkeypatch.setattr(layers, "weight", misdeclared)
+    monkeypatch.setattr("spannorm_jax.model.decoder.weight", misdeclared)
+    with pytest.raises(ValueError, match=site) as error:
+        define(small())
+    assert ("hiden" if "role" in change else "vocabulary") in str(error.value)
+
+
+# ---- compute dtype ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(placement):
+    """Weights, logits and gradients stay float32; the result is float32's within bfloat16's 8 bits, and not equal."""
+    m = small(model__placement=placement, model__init="plain", model__qk_norm=True)
+    half = dataclasses.replace(m, dtype="bfloat16")
+    params = jax.jit(define(half).init)(jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(m.vocab_size, size=(2, 8))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+    def run(m):
+        model = define(m)
+        return jax.jit(lambda params: (model.bind(params)(tokens), model.bind(params).features(tokens)))(params)
+
+    (full_logits, full_features), (half_logits, half_features) = run(m), run(half)
+    assert (full_logits.dtype, full_features.dtype) == (jnp.float32, jnp.float32)
+    assert (half_logits.dtype, half_features.dtype) == (jnp.float32, jnp.bfloat16)
+    error = np.sqrt(np.mean((half_logits - full_logits) ** 2) / np.mean(full_logits**2))
+    # One rounding is 2^-9 of the size; 4 blocks with about ten roundings each and equal shares give sqrt(40) 2^-9.
+    assert 2**-11 < error < 40**0.5 * 2**-9 * 2
+    model = define(half)
+    grads = jax.eval_shape(jax.grad(lambda p: model.bind(p)(tokens).sum()), params)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
