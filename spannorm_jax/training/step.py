@@ -141,13 +141,14 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    metrics = {
-        "loss": sums["nll"] / sums["count"],
-        "accuracy": sums["correct"] / sums["count"],
-        "z_loss": config.training.z_loss * sums["z"] / sums["count"],
-        "lr": learning_rate(config, step),
-        **gradient_norms(grads),
-    }
+    with jax.named_scope("metrics"):
+        metrics = {
+            "loss": sums["nll"] / sums["count"],
+            "accuracy": sums["correct"] / sums["count"],
+            "z_loss": config.training.z_loss * sums["z"] / sums["count"],
+            "lr": learning_rate(config, step),
+            **gradient_norms(grads),
+        }
     return TrainState(step, params, opt_state), metrics
 
 
