@@ -58,8 +58,9 @@ class Norms(nnx.Module):
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
     """(T, K/2) float32 angles: position times theta^(-2i/K) (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    with jax.named_scope("rope"):
+        frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
 
 
 def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:

@@ -232,7 +232,7 @@ def _check_length(config: Config, rows: int, prompt_tokens: int, options: Sample
             f"keys and values of {rows} rows of {prompt_tokens} + {options.max_tokens} tokens take {mib:,.0f} MiB, "
             f"above --max_cache_mib {options.max_cache_mib}; lower --max_tokens, or raise that limit"
         )
-    if tokens > config.data.seq_len:
+    if tokens > config.data.seq_len:  # rotary embeddings go on for ever; what was learnt does not
         print(
             f"note: the run was trained on {config.data.seq_len} tokens at a time; what stands beyond "
             f"them (of {tokens}) it continues without having learnt to",

@@ -104,12 +104,15 @@ def gradients(
         pieces = tokens_BxT1.reshape(B // k, k, T1).swapaxes(0, 1)
 
         def add_piece(total: Any, tokens: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad_fn(params, tokens)), None
+            grads = grad_fn(params, tokens)
+            with jax.named_scope("accumulate"):
+                return jax.tree.map(jnp.add, total, grads), None
 
         shapes = jax.eval_shape(grad_fn, params, pieces[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(add_piece, zeros, pieces)
-    return jax.tree.map(lambda g: g / sums["count"], grads), sums
+    with jax.named_scope("accumulate"):
+        return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
 def gradient_norms(grads: Any) -> dict[str, Array]:

@@ -1,12 +1,13 @@
 """The loss, its gradient, and the update: against plain NumPy, and against themselves done another way."""
 
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from spannorm_jax.config import Config, MeshConfig, replace, resolve
+from spannorm_jax.config import Config, MeshConfig, replace, resolve, validate
 from spannorm_jax.model.decoder import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
@@ -167,6 +168,58 @@ def test_the_learning_rate_warms_up_and_ends_where_it_should():
     assert float(learning_rate(make_config(optim__warmup_fraction=0.0), 1)) == pytest.approx(3e-3, rel=1e-2)
     # All warm-up: the peak is the last update.
     assert float(learning_rate(make_config(optim__warmup_fraction=1.0), 20)) == pytest.approx(3e-3)
+
+
+def test_wsd_warms_up_stays_and_decays_in_straight_lines():
+    shape = {"optim__warmup_fraction": 0.2, "optim__decay_fraction": 0.3, "optim__final_lr_fraction": 0.1}
+    config = make_config(training__steps=100, optim__lr=0.5, optim__schedule="wsd", **shape)
+    rates = np.array([float(learning_rate(config, s)) for s in range(1, 101)])
+    s = np.arange(1, 101)
+    want = np.where(s <= 20, 0.5 * s / 20, np.where(s <= 70, 0.5, 0.5 * (1 - 0.9 * (s - 70) / 30)))
+    np.testing.assert_allclose(rates, want, rtol=1e-6)
+
+    def ends(**changes):
+        config = make_config(training__steps=3, optim__lr=0.5, optim__schedule="wsd", **shape | changes)
+        return [float(learning_rate(config, s)) for s in (1, 2, 3)]
+
+    # No decay: the peak to the end. Halves of three updates round to two and two: the warm-up keeps its two.
+    assert ends(optim__warmup_fraction=0.0, optim__decay_fraction=0.0) == pytest.approx([0.5, 0.5, 0.5])
+    assert ends(optim__warmup_fraction=0.5, optim__decay_fraction=0.5) == pytest.approx([0.25, 0.5, 0.05])
+    assert ends(optim__warmup_fraction=0.0, optim__decay_fraction=1.0) == pytest.approx([0.35, 0.2, 0.05])
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (96, 1), (97, 2), (960, 10), (961, 11)])
+def test_tokens_become_the_least_steps_that_see_them(tokens, steps):
+    """An update sees 8 x 12 = 96 tokens. The resolved config holds both numbers, is valid, and resolves to itself."""
+    config = make_config(training__steps=0, training__tokens=tokens, optim__warmup_fraction=0.0)
+    assert (config.training.steps, config.training.tokens) == (steps, tokens)
+    validate(config)
+    assert resolve(config, vocab_size=256, platform="cpu", fingerprint="") == config
+    by_steps = make_config(training__steps=steps, optim__warmup_fraction=0.0)
+    for update in (1, steps):
+        assert learning_rate(config, update) == learning_rate(by_steps, update)
+
+
+def test_a_profile_of_the_train_step_reads_like_the_paper(one_device):
+    """Each stage has its name in the compiled step, and every matmul, forward or backward, stands under one."""
+    config = make_config(model__qk_norm=True, training__num_microbatches=2)
+    program = make_program(config, define(config.model), one_device)
+    tokens = jax.ShapeDtypeStruct((8, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
+    text = program.train.lower(program.abstract_state, tokens).compile().as_text()
+    names = re.findall(r'op_name="(jit\(train_step\)[^"]*)"', text)
+    stages = ["block/attention/" + s for s in ("qkv", "rope", "norm/q", "norm/k", "dot_product_attention", "out")]
+    stages += ["block/norm/attn", "block/norm/ffn", "block/ffn", "embed", "norm/entry", "head", "loss", "accumulate"]
+    stages += ["optimizer", "metrics"]
+
+    def under(stage, name):  # a scope of the backward pass reads transpose(jvp(loss))
+        return f"/{stage}/" in re.sub(r"\b(?:transpose|jvp)\(|\)", "", name)
+
+    for stage in stages:
+        assert any(under(stage, name) for name in names), stage
+    matmuls = [name for name in names if name.endswith("dot_general")]
+    assert matmuls
+    for name in matmuls:
+        assert any(under(stage, name) for stage in stages), name
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
