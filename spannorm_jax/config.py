@@ -52,7 +52,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 300  # optimiser updates
+    steps: int = 300  # optimiser updates; 0: as many as training.tokens takes
+    tokens: int = 0  # tokens trained on, rounded up to whole updates; 0: training.steps decides. Never both
     batch_size: int = 8  # sequences an update, over all devices and microbatches
     num_microbatches: int = 1  # gradient accumulation; the result equals one full batch
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1
@@ -62,8 +63,10 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 3e-3  # peak learning rate of AdamW
-    warmup_fraction: float = 0.1  # of training.steps, linear from 0
-    final_lr_fraction: float = 0.1  # of lr, where the cosine ends
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay); both warm up and end alike
+    warmup_fraction: float = 0.1  # of all updates, linear from 0
+    decay_fraction: float = 0.2  # of all updates, linear at the end; wsd only, the cosine takes all after warm-up
+    final_lr_fraction: float = 0.1  # of lr, where the decay ends
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -90,6 +93,7 @@ class MetricsConfig:
     block_grad_every: int = 50  # steps between gradient norms per block; 0: only the first and last step
     console_every_s: float = 5.0  # seconds between progress lines in a log; a terminal's is redrawn in place
     tensorboard: bool = True
+    wandb_project: str = ""  # also log to this Weights & Biases project (pip install wandb); "": do not
     peak_flops: float = 0.0  # FLOP/s of one device for MFU; 0: from the table of known accelerators
 
 
@@ -120,6 +124,7 @@ RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "d
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 NORMS = ("rmsnorm", "layernorm")
 FFNS = ("swiglu", "gelu")
+SCHEDULES = ("cosine", "wsd")
 DTYPES = ("auto", "float32", "bfloat16")
 REMATS = ("none", "block", "dots")
 
@@ -249,6 +254,7 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str)
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),
         data=dataclasses.replace(data, fingerprint=fingerprint),
+        training=dataclasses.replace(config.training, steps=num_steps(config)),
     )
 
 
@@ -265,7 +271,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "model.variance_budget": 0,
     "model.scan_unroll": 1,
     "data.seq_len": 1,
-    "training.steps": 1,
+    "training.tokens": 0,
     "training.batch_size": 1,
     "training.num_microbatches": 1,
     "training.z_loss": 0,
@@ -287,7 +293,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "mesh.tensor": -1,
 }
 _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.variance_budget")
-_FRACTIONS = ("optim.warmup_fraction", "optim.final_lr_fraction")  # in [0, 1]
+_FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 
@@ -299,7 +305,7 @@ def validate(config: Config) -> None:
         if flat[key] < least:
             raise UserError(f"config key {key}={flat[key]} is too small; write {least} or more")
     for key, value in flat.items():
-        if isinstance(value, int) and value > _MAX_INT:
+        if isinstance(value, int) and value > _MAX_INT and key != "training.tokens":
             raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
     for key in _ABOVE_ZERO:
         if flat[key] <= 0:
@@ -316,11 +322,43 @@ def validate(config: Config) -> None:
         "model.ffn": FFNS,
         "model.dtype": DTYPES,
         "model.remat": REMATS,
+        "optim.schedule": SCHEDULES,
     }
     for key, valid in choices.items():
         if flat[key] not in valid:
             raise UserError(f"config key {key}={flat[key]!r} is unknown; {did_you_mean(flat[key], valid)}")
     _validate_shapes(config)
+    _validate_length(config)
+
+
+def num_steps(config: Config) -> int:
+    """Updates of a run: training.steps, or the least that see training.tokens if that is set."""
+    training = config.training
+    if training.tokens == 0:
+        return training.steps
+    return -(-training.tokens // (training.batch_size * config.data.seq_len))
+
+
+def _validate_length(config: Config) -> None:
+    training, optim = config.training, config.optim
+    if training.tokens == 0 and training.steps < 1:
+        raise UserError(
+            f"config key training.steps={training.steps} is too small; write 1 or more, or 0 and training.tokens"
+        )
+    steps = num_steps(config)
+    # A resolved config holds both, and they agree.
+    if training.steps not in (0, steps):
+        raise UserError(
+            f"config key training.tokens={training.tokens} makes {steps} updates, not training.steps={training.steps}; "
+            "write training.steps=0 to go by tokens, or training.tokens=0 to go by steps"
+        )
+    if steps > _MAX_INT:
+        raise UserError(f"config key training.tokens={training.tokens} makes more than {_MAX_INT} updates; write less")
+    if optim.schedule == "wsd" and optim.warmup_fraction + optim.decay_fraction > 1:
+        raise UserError(
+            f"config key optim.decay_fraction={optim.decay_fraction} and optim.warmup_fraction="
+            f"{optim.warmup_fraction} are together more than the whole run; lower one of them"
+        )
 
 
 def _validate_shapes(config: Config) -> None:

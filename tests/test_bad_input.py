@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spannorm_jax import evaluate, show_init, train
+from spannorm_jax import evaluate, sample, show_init, train
 from spannorm_jax.errors import run_command
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
@@ -51,6 +51,13 @@ def refuse_train(refuse, tmp_path):
         ("--config.training.steps=2.5", ["training.steps='2.5'", "an integer"]),
         ("--config.training.steps=-1", ["training.steps=-1", "1 or more"]),
         ("--config.training.steps=99999999999999999999", ["training.steps=99999999999999999999", "2147483647"]),
+        ("--config.training.steps=0", ["training.steps=0", "training.tokens"]),
+        ("--config.training.tokens=-5", ["training.tokens=-5", "0 or more"]),
+        ("--config.training.tokens=5000", ["training.tokens=5000", "5 updates", "training.steps=300", "steps=0"]),
+        ("--config.training.tokens=1e9", ["training.tokens='1e9'", "an integer"]),
+        ("--config.optim.schedule=wds", ["optim.schedule='wds'", "'wsd'"]),
+        ("--config.optim.decay_fraction=1.5", ["optim.decay_fraction=1.5", "between 0 and 1"]),
+        ("--config.metrics.wandb_project=norms", ["metrics.wandb_project='norms'", "pip install wandb"]),
         ("--config.optim.lr=fast", ["optim.lr='fast'", "a finite number"]),
         ("--config.optim.lr=nan", ["optim.lr='nan'", "a finite number"]),
         ("--config.optim.b2=1", ["optim.b2=1.0", "below 1"]),
@@ -85,6 +92,24 @@ def refuse_train(refuse, tmp_path):
 def test_a_config_value_that_cannot_be(refuse_train, override, says):
     line = refuse_train(override)
     assert all(part in line for part in says), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("optim.schedule=wsd", "optim.decay_fraction=0.7", "optim.warmup_fraction=0.4"), ["0.7", "0.4", "lower one"]),
+        (("training.steps=0", "training.tokens=99999999999999"), ["training.tokens=99999999999999", "2147483647"]),
+    ],
+)
+def test_config_values_that_contradict_each_other(refuse_train, overrides, says):
+    line = refuse_train(*(f"--config.{override}" for override in overrides))
+    assert all(part in line for part in says), line
+
+
+@pytest.mark.parametrize("steps", ["", "ten", "-3:5", "3:", "5:3", "0:2", "1:2:3", "7:301", "٣x"])
+def test_steps_that_cannot_be_traced(refuse_train, steps):
+    line = refuse_train("--profile_steps", steps) if steps[:1] != "-" else refuse_train(f"--profile_steps={steps}")
+    assert "--profile_steps" in line and steps in line and any(s in line for s in ("A:B", "300"))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +163,22 @@ def test_a_damaged_config_of_a_run(refuse, tmp_path):
 
 def test_show_init_refuses_as_train_does(refuse):
     assert "'depth'" in refuse(show_init, "--config", CONFIG, "--config.model.detph=2")
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--temperature=-0.5", ["--temperature -0.5", "0 or more"]),
+        ("--temperature=nan", ["--temperature nan", "0 or more"]),
+        ("--temperature=inf", ["--temperature inf", "0 or more"]),
+        ("--top_k=-1", ["--top_k -1", "0 or more"]),
+        ("--max_tokens=0", ["--max_tokens 0", "1 or more"]),
+        ("--max_tokens=99999999999", ["--max_tokens 99999999999", "2147483647"]),
+        ("--seed=-1", ["--seed -1", "0 or more"]),
+        ("--config.model.depth=3", ["--config.model.depth", "mesh.*"]),
+        ("--temperature=0", ["not a run"]),
+    ],
+)
+def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
+    line = refuse(sample, "--workdir", tmp_path, "--prompt", "def ", option)
+    assert all(part in line for part in says), line

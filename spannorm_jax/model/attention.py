@@ -58,3 +58,15 @@ def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementati
     """
     with jax.named_scope("dot_product_attention"):
         return IMPLEMENTATIONS[chosen(implementation)](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+
+
+def cached_attention(q_BxTxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, positions_BxT: Array) -> Array:
+    """Softmax attention over a cache: the query at position p sees the cache's slots 0..p, as `attention` does.
+
+    Slots beyond p may hold anything finite. Returns (B, T, H, K) in q's dtype.
+    """
+    with jax.named_scope("dot_product_attention"):
+        seen_BxTxS = jnp.arange(k_BxSxGxK.shape[1]) <= positions_BxT[..., None]
+        return jax.nn.dot_product_attention(
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=seen_BxTxS[:, None], implementation="xla"
+        )

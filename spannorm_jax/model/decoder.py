@@ -62,9 +62,9 @@ class Decoder(nnx.Module):
         if not cfg.tied_head:
             self.head = weight(rngs, stds["head"], (D, V), ("embed", "vocab"), "output", "head")
 
-    def features(self, tokens_BxT: Array) -> Array:
-        """What the head reads: (B, T, D) in the compute dtype."""
-        cfg, placement = self.cfg, PLACEMENTS[self.cfg.placement]
+    def embeddings(self, tokens_BxT: Array) -> Array:
+        """What enters the placement's stream: (B, T, D) in the compute dtype."""
+        cfg = self.cfg
         with jax.named_scope("embed"):
             # Gathered over `embed` first, as every weight is where it is used: the partitioner cannot look rows up in
             # a table that is split along the rows' width without replicating the result.
@@ -72,7 +72,11 @@ class Decoder(nnx.Module):
             x = table[tokens_BxT]
             if cfg.tied_head:
                 x = x * jnp.asarray(cfg.width**0.5, x.dtype)
-            x = constrain(x, ACTIVATION)
+            return constrain(x, ACTIVATION)
+
+    def features(self, tokens_BxT: Array) -> Array:
+        """What the head reads: (B, T, D) in the compute dtype."""
+        cfg, placement = self.cfg, PLACEMENTS[self.cfg.placement]
         angles = rotary_angles(tokens_BxT.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
         graph, stacked_weights = nnx.split(self.blocks)
 
@@ -83,7 +87,7 @@ class Decoder(nnx.Module):
 
         stream, _ = jax.lax.scan(
             _remat(block, cfg.remat),
-            placement.enter(x, self.ends),
+            placement.enter(self.embeddings(tokens_BxT), self.ends),
             (jnp.arange(cfg.depth), stacked_weights),
             unroll=cfg.scan_unroll,
         )

@@ -35,12 +35,12 @@ def gain(size: int, axis: str) -> nnx.Param:
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float, axis: str = "embed"):
-        self.kind, self.eps = kind, eps
+    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed"):
+        self.kind, self.eps, self.site = kind, eps, site  # the site tells norms apart in a profile
         self.gain = gain(size, axis)
 
     def __call__(self, x: Array) -> Array:
-        with jax.named_scope("norm"):
+        with jax.named_scope("norm"), jax.named_scope(self.site):
             y = x.astype(jnp.float32)
             if self.kind == "layernorm":
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -53,18 +53,19 @@ class Norms(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, names: tuple[str, ...]):
         for name in names:
-            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps))
+            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
     """(T, K/2) float32 angles: position times theta^(-2i/K) (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    with jax.named_scope("rope"):
+        frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
 
 
 def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
-    """Turns the pairs (i, i + K/2) of each head by the angles, in float32."""
-    cos, sin = jnp.cos(angles_TxK2)[:, None, :], jnp.sin(angles_TxK2)[:, None, :]
+    """Turns the pairs (i, i + K/2) of each head by the angles, in float32; the angles may differ by row (B, T, K/2)."""
+    cos, sin = jnp.cos(angles_TxK2)[..., None, :], jnp.sin(angles_TxK2)[..., None, :]
     a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxTxHxK.dtype)
 
@@ -83,20 +84,29 @@ class Attention(nnx.Module):
         # Heads share one gain: RMSNorm whatever `norm` is, since a mean over a head has no meaning here.
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm:
-            self.q_norm = Norm("rmsnorm", K, cfg.norm_eps, axis="head_dim")
-            self.k_norm = Norm("rmsnorm", K, cfg.norm_eps, axis="head_dim")
+            self.q_norm = Norm("rmsnorm", K, cfg.norm_eps, "q", axis="head_dim")
+            self.k_norm = Norm("rmsnorm", K, cfg.norm_eps, "k", axis="head_dim")
 
     def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
         with jax.named_scope("attention"):
-            dtype = x_BxTxD.dtype
+            q, k, v = self.qkv(x_BxTxD, angles_TxK2)
+            return self.project(attention(q, k, v, self.implementation))
+
+    def qkv(self, x_BxTxD: Array, angles: Array) -> tuple[Array, Array, Array]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2)."""
+        dtype = x_BxTxD.dtype
+        with jax.named_scope("qkv"):
             q = jnp.einsum("btd,dhk->bthk", x_BxTxD, self.q[...].astype(dtype))
             k = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.k[...].astype(dtype))
             v = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.v[...].astype(dtype))
-            if self.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, angles_TxK2), rotate(k, angles_TxK2)
-            heads = attention(q, k, v, self.implementation)
-            return jnp.einsum("bthk,hkd->btd", heads, self.out[...].astype(dtype))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        with jax.named_scope("rope"):
+            return rotate(q, angles), rotate(k, angles), v
+
+    def project(self, heads_BxTxHxK: Array) -> Array:
+        with jax.named_scope("out"):
+            return jnp.einsum("bthk,hkd->btd", heads_BxTxHxK, self.out[...].astype(heads_BxTxHxK.dtype))
 
 
 class FeedForward(nnx.Module):

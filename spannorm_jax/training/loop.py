@@ -16,7 +16,7 @@ from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
-from spannorm_jax.training import run_folder
+from spannorm_jax.training import run_folder, wandb_log
 from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.metrics import (
     MetricsWriter,
@@ -26,6 +26,7 @@ from spannorm_jax.training.metrics import (
     memory_bytes,
     peak_flops,
 )
+from spannorm_jax.training.profiling import StepTrace, check_steps
 from spannorm_jax.training.setup import open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
@@ -40,10 +41,11 @@ class Diverged(Exception):
         self.record = {"step": step, "where": where, "loss": str(loss)}
 
 
-def train(config: Config, workdir: Path, argv: list[str]) -> int:
+def train(config: Config, workdir: Path, argv: list[str], profile_steps: range = range(0)) -> int:
     """Trains until `training.steps`, a signal, or a non-finite number; returns the exit code.
 
-    Started again with the same config and folder, it goes on from the newest committed checkpoint.
+    Started again with the same config and folder, it goes on from the newest committed checkpoint. `profile_steps`
+    are traced by the profiler, as far as they are still to come.
 
     Raises:
       UserError: the config does not fit the devices, the data or the folder; nothing is written then.
@@ -56,6 +58,8 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
     microbatch = batch_size // config.training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
     loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
+    check_steps(profile_steps, steps)
+    wandb = wandb_log.load(config)
     run_folder.open_run(workdir, config)
     if (workdir / run_folder.DONE).exists():
         print(f"{workdir} is done already (step {steps})")
@@ -91,8 +95,16 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
 
         # ---- steps
         with (
-            closing(MetricsWriter(workdir / run_folder.METRICS, tensorboard, first - 1)) as writer,
+            closing(
+                MetricsWriter(
+                    workdir / run_folder.METRICS,
+                    tensorboard,
+                    first - 1,
+                    wandb_log.open_run(wandb, config, workdir),
+                )
+            ) as writer,
             closing(_Batches(loader, program, (batch_size, seq_len + 1), range(first, steps + 1))) as batches,
+            closing(StepTrace(profile_steps, first, workdir / run_folder.PROFILE)) as trace,
             _stop_signals() as stop,
         ):
             began = time.monotonic()
@@ -102,7 +114,10 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
             log = _StepLog(config, program, flops, writer, progress)
             try:
                 for step in range(first, steps + 1):
-                    state, metrics = train_step(state, next(batches))
+                    trace.before(step, state)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                        state, metrics = train_step(state, next(batches))
+                    trace.after(step, state)
                     log.read_previous()  # waits for the step before, while the device works on this one
                     log.dispatched(step, metrics)
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0

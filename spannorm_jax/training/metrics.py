@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard, and a progress line.
+"""Where numbers go: metrics.jsonl always, TensorBoard, Weights & Biases if asked for, and a progress line.
 
 Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `step_time_s`, and `machine_s`, which
 holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
@@ -69,9 +69,10 @@ def first_nonfinite(metrics: dict[str, Any]) -> str | None:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard, from the step after `last_step` on."""
+    """Appends to metrics.jsonl, TensorBoard and an open wandb run, from the step after `last_step` on."""
 
-    def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int):
+    def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
+        self._wandb_run = wandb_run
         keep_lines_until(metrics_path, last_step)
         self._file = open(metrics_path, "a")  # noqa: SIM115 (closed by close())
         self._tensorboard = None
@@ -81,16 +82,19 @@ class MetricsWriter:
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._tensorboard is None:
-            return
-        for key, value in {**line, **line["machine_s"]}.items():
-            if isinstance(value, int | float):
+        scalars = {key: x for key, x in {**line, **line["machine_s"]}.items() if isinstance(x, int | float)}
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
                 self._tensorboard.add_scalar(key, value, line["step"])
+        if self._wandb_run is not None:
+            self._wandb_run.log(scalars, step=line["step"])
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
 
 class Progress:

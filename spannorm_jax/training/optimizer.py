@@ -11,15 +11,22 @@ DECAYED_ROLES = ("hidden", "output")
 
 
 def learning_rate(config: Config, update: Array | int) -> Array:
-    """Learning rate of update 1..steps: linear warm-up that reaches the peak, then a cosine to the final rate."""
+    """Learning rate of update 1..steps: linear warm-up that reaches the peak, then a decay to the final rate.
+
+    `cosine` decays at once; `wsd` stays at the peak and decays linearly over the last updates (Hu et al. 2024,
+    arXiv 2404.06395; linear after Hägele et al. 2024, arXiv 2405.18392). `config` is resolved.
+    """
     optim, steps = config.optim, config.training.steps
     warmup = round(optim.warmup_fraction * steps)
+    stable = 0
+    decay = optax.cosine_decay_schedule(optim.lr, max(steps - warmup, 1), optim.final_lr_fraction)
+    if optim.schedule == "wsd":
+        last = min(round(optim.decay_fraction * steps), steps - warmup)  # both may have been rounded up
+        stable = steps - warmup - last
+        decay = optax.linear_schedule(optim.lr, optim.lr * optim.final_lr_fraction, last)
     schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, optim.lr, warmup),
-            optax.cosine_decay_schedule(optim.lr, max(steps - warmup, 1), optim.final_lr_fraction),
-        ],
-        [warmup],
+        [optax.linear_schedule(0.0, optim.lr, warmup), optax.constant_schedule(optim.lr), decay],
+        [warmup, warmup + stable],
     )
     return schedule(update)
 

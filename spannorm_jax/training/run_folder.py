@@ -5,6 +5,8 @@ starts.jsonl   one line a start: command, versions, devices, mesh, data (what ma
 metrics.jsonl  one line a logged step; lines beyond a restored step are dropped, so no step stands twice
 checkpoints/   Orbax
 tensorboard/   the scalars of metrics.jsonl
+profile/       traces of the profiler, if asked for
+wandb.json     the id of the run at Weights & Biases, whose own files are in wandb/, if asked for
 eval.jsonl     one line an evaluation
 DONE           {"step": n}, once the last checkpoint is committed
 DIVERGED       what was not finite, and at which step, if that stopped the run
@@ -19,7 +21,7 @@ from spannorm_jax.config import Config, changed_keys, from_dict, to_dict
 from spannorm_jax.errors import UserError
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+CHECKPOINTS, TENSORBOARD, PROFILE, WANDB = "checkpoints", "tensorboard", "profile", "wandb.json"
 DONE, DIVERGED = "DONE", "DIVERGED"
 
 

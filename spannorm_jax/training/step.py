@@ -104,12 +104,15 @@ def gradients(
         pieces = tokens_BxT1.reshape(B // k, k, T1).swapaxes(0, 1)
 
         def add_piece(total: Any, tokens: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad_fn(params, tokens)), None
+            grads = grad_fn(params, tokens)
+            with jax.named_scope("accumulate"):
+                return jax.tree.map(jnp.add, total, grads), None
 
         shapes = jax.eval_shape(grad_fn, params, pieces[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(add_piece, zeros, pieces)
-    return jax.tree.map(lambda g: g / sums["count"], grads), sums
+    with jax.named_scope("accumulate"):
+        return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
 def gradient_norms(grads: Any) -> dict[str, Array]:
@@ -141,13 +144,14 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     step = state.step + 1
-    metrics = {
-        "loss": sums["nll"] / sums["count"],
-        "accuracy": sums["correct"] / sums["count"],
-        "z_loss": config.training.z_loss * sums["z"] / sums["count"],
-        "lr": learning_rate(config, step),
-        **gradient_norms(grads),
-    }
+    with jax.named_scope("metrics"):
+        metrics = {
+            "loss": sums["nll"] / sums["count"],
+            "accuracy": sums["correct"] / sums["count"],
+            "z_loss": config.training.z_loss * sums["z"] / sums["count"],
+            "lr": learning_rate(config, step),
+            **gradient_norms(grads),
+        }
     return TrainState(step, params, opt_state), metrics
 
 

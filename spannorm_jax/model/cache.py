@@ -1,0 +1,86 @@
+"""The decoder over a cache of keys and values: new tokens attend to what was computed before.
+
+The cache is a plain pytree, {"k", "v"} of (L, B, S, G, K) in the compute dtype. Slot s of a row holds its token at
+position s, so rows of different lengths share a batch exactly: prompts are padded on the right, no token sees a later
+slot, and the tokens that follow a prompt overwrite its padding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.attention import cached_attention
+from spannorm_jax.model.decoder import ACTIVATION, Block, Decoder
+from spannorm_jax.model.layers import rotary_angles
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.parallel.mesh import constrain
+
+Cache = dict[str, Array]
+_LAYER_AXES = ("batch", "time", "kv_heads", "head_dim")
+
+
+def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Cache:
+    """Zeros for `rows` sequences of up to `slots` tokens, of a resolved config."""
+    shape = (cfg.depth, rows, slots, cfg.num_kv_heads, cfg.width // cfg.num_heads)
+    zeros = constrain(jnp.zeros(shape, cfg.dtype), ("layers", *_LAYER_AXES))
+    return {"k": zeros, "v": zeros}
+
+
+def cache_bytes(cfg: ModelConfig, rows: int, slots: int) -> int:
+    """What `empty_cache` takes, without making it."""
+    values = 2 * cfg.depth * rows * slots * cfg.num_kv_heads * (cfg.width // cfg.num_heads)
+    return values * jnp.dtype(cfg.dtype).itemsize
+
+
+def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, cache: Cache) -> tuple[Array, Cache]:
+    """`decoder.features` of tokens at these positions (0..S-1), given the cache of the tokens before them.
+
+    Returns what the head reads, (B, T, D), and the cache with these tokens in it.
+    """
+    cfg, placement = decoder.cfg, PLACEMENTS[decoder.cfg.placement]
+    slots = cache["k"].shape[2]
+    angles_BxTxK2 = rotary_angles(slots, cfg.width // cfg.num_heads, cfg.rope_theta)[positions_BxT]
+    graph, stacked_weights = nnx.split(decoder.blocks)
+
+    def block(stream: Any, layer_weights_cache: tuple[Array, Any, Cache]) -> tuple[Any, Cache]:
+        layer, weights, cache = layer_weights_cache
+        stream, cache = _cached_block(nnx.merge(graph, weights), stream, layer, angles_BxTxK2, positions_BxT, cache)
+        return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), cache
+
+    stream, cache = jax.lax.scan(
+        block,
+        placement.enter(decoder.embeddings(tokens_BxT), decoder.ends),
+        (jnp.arange(cfg.depth), stacked_weights, cache),
+        unroll=cfg.scan_unroll,
+    )
+    return placement.leave(stream, decoder.ends), cache
+
+
+def _cached_block(
+    block: Block, stream: Any, layer: Array, angles_BxTxK2: Array, positions_BxT: Array, cache: Cache
+) -> tuple[Any, Cache]:
+    """The placement's own block function; its attention also leaves the new cache of one layer, (B, S, G, K)."""
+
+    def attn(x_BxTxD: Array) -> Array:
+        nonlocal cache
+        with jax.named_scope("attention"):
+            q, k, v = block.attn.qkv(x_BxTxD, angles_BxTxK2)
+            cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
+            return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
+
+    with jax.named_scope("block"):
+        placement = PLACEMENTS[block.placement]
+        stream = placement.block(stream, attn, block.ffn, block.norms, layer, block.depth)
+    return stream, cache
+
+
+def _write(slots_BxSxGxK: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:
+    # vmap keeps the batch a batch: rows stay on the device that holds them.
+    written = jax.vmap(lambda slots, positions, new: slots.at[positions].set(new))(
+        slots_BxSxGxK, positions_BxT, new_BxTxGxK
+    )
+    return constrain(written, _LAYER_AXES)

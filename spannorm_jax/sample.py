@@ -1,0 +1,53 @@
+"""Continues text with a run's checkpoint: python -m spannorm_jax.sample --workdir runs/x --prompt "def " [--prompt ...]
+
+The folder is all it needs; no data are read. Prompts of any length are continued together. A model that takes
+several devices is split by --config.mesh.tensor=2.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spannorm_jax.config_file import override, split_overrides
+from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.training.evaluation import here
+from spannorm_jax.training.run_folder import read_config
+from spannorm_jax.training.sampling import SampleOptions, check_options, sample
+
+_OVERRIDABLE = ("platform", "mesh.")
+
+
+def main(argv: list[str]) -> int:
+    rest, overrides = split_overrides(argv)
+    usual = SampleOptions()
+    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.sample", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: '')")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--max_tokens", type=int, default=usual.max_tokens, help="new tokens a prompt, at most")
+    parser.add_argument("--temperature", type=float, default=usual.temperature, help="0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=usual.top_k, help="draw from the likeliest k; 0: from all")
+    parser.add_argument("--seed", type=int, default=usual.seed, help="the same seed gives the same text")
+    parser.add_argument("--max_cache_mib", type=int, default=usual.max_cache_mib, help="memory for keys and values")
+    args = parser.parse_args(rest)
+    for key, _ in overrides:
+        if not key.startswith(_OVERRIDABLE):
+            raise UserError(
+                f"--config.{key} cannot be changed for sampling, the run's own config holds; "
+                f"these can: {', '.join(k + '*' if k.endswith('.') else k for k in _OVERRIDABLE)}"
+            )
+    options = SampleOptions(args.max_tokens, args.temperature, args.top_k, args.seed, args.max_cache_mib)
+    check_options(options)
+    config = override(here(read_config(args.workdir)), overrides)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")
+    sample(config, args.workdir, args.step, args.prompt or [""], options, write)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,64 @@
+"""A profiler trace of a few steps, under the run's folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spannorm_jax.errors import UserError
+
+
+def parse_steps(text: str) -> range:
+    """`A:B` -> steps A to B, both included; `A` is `A:A`.
+
+    Raises:
+      UserError: it is neither, or there are no such steps.
+    """
+    first, colon, last = text.partition(":")
+    if not (first.isdecimal() and (last.isdecimal() or not colon)):
+        raise UserError(f"--profile_steps {text!r} must be A:B, the first and the last step to trace, as in 10:12")
+    steps = range(int(first), int(last or first) + 1)
+    if steps.start < 1 or not steps:
+        raise UserError(f"--profile_steps {text!r} holds no step; steps count from 1, and A:B needs A <= B")
+    return steps
+
+
+def check_steps(steps: range, total: int) -> None:
+    """Raises UserError if the run of `total` steps ends before the last of `steps`."""
+    if steps and steps[-1] > total:
+        raise UserError(
+            f"--profile_steps {steps[0]}:{steps[-1]} goes beyond the run's last step {total}; write {total} or less"
+        )
+
+
+class StepTrace:
+    """Traces `steps` (none: an empty range) of a loop that calls `before` and `after` around each step's dispatch.
+
+    The device is waited for at both ends, so that the trace holds these steps and no others. A run that is continued
+    within the range traces what is left of it. `close` ends a trace that an early stop has left open.
+    """
+
+    def __init__(self, steps: range, first_step: int, folder: Path):
+        self._steps = range(max(steps.start, first_step), steps.stop)
+        self._folder = folder
+        self._running = False
+        if self._steps:
+            print(f"steps {self._steps[0]} to {self._steps[-1]} are traced into {folder}", flush=True)
+        elif steps:
+            print(f"no trace: the run goes on at step {first_step}, after --profile_steps", flush=True)
+
+    def before(self, step: int, state: Any) -> None:
+        if step in self._steps and not self._running:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._running and step == self._steps[-1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

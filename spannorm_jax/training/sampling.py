@@ -1,0 +1,240 @@
+"""Text from a run's checkpoint, from its folder alone: prompts are read at once, then one token a step over a cache."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spannorm_jax.config import Config
+from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
+from spannorm_jax.model.decoder import Decoder, ModelDef, define
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.training import run_folder
+from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.training.setup import start_jax
+from spannorm_jax.training.step import make_program
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    max_tokens: int = 200  # new tokens a prompt, at most; an end of text comes earlier
+    temperature: float = 0.8  # of the softmax; 0: always the likeliest token
+    top_k: int = 40  # only the likeliest k tokens are drawn; 0, or the vocabulary or more: all of them
+    seed: int = 0  # a row's text depends on its prompt, its place among the prompts and this
+    max_cache_mib: int = 4096  # keys and values of all prompts; above it the request is refused
+
+
+_LEAST = {"max_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "max_cache_mib": 1}
+
+
+def check_options(options: SampleOptions) -> None:
+    """Raises UserError for the first option that is out of range."""
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if not math.isfinite(value) or value < least:
+            raise UserError(f"--{name} {value} cannot be; write {least} or more")
+        if value > 2**31 - 1:
+            raise UserError(f"--{name} {value} is too large; write {2**31 - 1} or less")
+
+
+# ---- pure functions ----------------------------------------------------------------------------------
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "positions", "keys"], meta_fields=[])
+@dataclass
+class Rows:
+    """What stands between two steps: the cache, each row's newest token, its position, and its random key; (B,)."""
+
+    cache: Any
+    tokens: Array
+    positions: Array
+    keys: Array
+
+
+def choose(logits_BxV: Array, keys_B: Array, temperature: float, top_k: int, vocab_size: int) -> Array:
+    """The next token of each row, int32 (B,): drawn with its own key, or the likeliest if the temperature is 0.
+
+    Ids from vocab_size on pad the model's vocabulary, stand for no text and are never chosen.
+    """
+    with jax.named_scope("choose"):
+        logits_BxV = logits_BxV[:, :vocab_size]
+        if temperature == 0:
+            return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        # Best first, and the best at 0: no temperature, however small, can overflow.
+        top_BxN, ids_BxN = jax.lax.top_k(logits_BxV, min(top_k or vocab_size, vocab_size))
+        scaled = (top_BxN - top_BxN[:, :1]) / max(temperature, float(jnp.finfo(jnp.float32).tiny))
+        drawn = jax.vmap(jax.random.categorical)(keys_B, scaled)
+        return jnp.take_along_axis(ids_BxN, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _advance(
+    decoder: Decoder, pick: Callable, tokens_BxT: Array, positions_BxT: Array, last: Array, rows: Rows
+) -> Rows:
+    """Reads tokens into the cache and chooses each row's next one from the logits at its index `last`."""
+    features, cache = cached_features(decoder, tokens_BxT, positions_BxT, rows.cache)
+    logits = decoder.logits(jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0])
+    positions = jnp.take_along_axis(positions_BxT, last[:, None], axis=1)[:, 0] + 1
+    # Keyed by row and position: a text is the same whatever else is in the batch.
+    return Rows(cache, pick(logits, jax.vmap(jax.random.fold_in)(rows.keys, positions)), positions, rows.keys)
+
+
+def prefill(
+    model: ModelDef, pick: Callable, slots: int, params: Any, tokens_BxP: Array, lengths_B: Array, seed: Array
+) -> Rows:
+    """Reads prompts, padded on the right to P tokens, into a cache of `slots`, and chooses the first new tokens."""
+    B, P = tokens_BxP.shape
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    empty = Rows(empty_cache(model.cfg, B, slots), tokens_BxP[:, 0], lengths_B, keys)
+    positions = jnp.broadcast_to(jnp.arange(P), (B, P))
+    return _advance(model.bind(params), pick, tokens_BxP, positions, lengths_B - 1, empty)
+
+
+def decode(model: ModelDef, pick: Callable, params: Any, rows: Rows) -> Rows:
+    """One token more for every row."""
+    first = jnp.zeros_like(rows.positions)
+    return _advance(model.bind(params), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
+
+
+def generate(
+    model: ModelDef,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: list[np.ndarray],
+    options: SampleOptions,
+    show: Callable[[np.ndarray], None] = lambda tokens: None,
+    rows_multiple: int = 1,
+) -> list[np.ndarray]:
+    """Continues prompts (ids, at least one each); returns each one's new ids, without the end of text.
+
+    `show` is given every step's tokens, (number of prompts,), as they come; rows that have ended repeat the end of
+    text. The batch is filled up to a multiple of `rows_multiple`, which the mesh may need.
+    """
+    B, end = len(prompts), tokenizer.end_of_text
+    lengths = np.ones(-(-B // rows_multiple) * rows_multiple, np.int32)
+    lengths[:B] = [len(prompt) for prompt in prompts]
+    tokens = np.full((len(lengths), lengths.max()), end, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    pick = partial(choose, temperature=options.temperature, top_k=options.top_k, vocab_size=tokenizer.vocab_size)
+    slots = int(lengths.max()) + options.max_tokens
+    first = jax.jit(partial(prefill, model, pick, slots))
+    step = jax.jit(partial(decode, model, pick), donate_argnums=1)
+
+    rows = first(params, tokens, lengths, options.seed)
+    made = np.full((B, options.max_tokens), end, np.int32)
+    ended = np.zeros(B, bool)
+    for t in range(options.max_tokens):
+        # A copy: the next step takes the rows' buffers, and is dispatched before this one's tokens are read.
+        newest = jnp.copy(rows.tokens)
+        if t + 1 < options.max_tokens:
+            rows = step(params, rows)
+        made[:, t] = np.where(ended, end, np.asarray(newest)[:B])
+        ended |= made[:, t] == end
+        show(made[:, t])
+        if ended.all():
+            break
+    return [row[: np.argmax(row == end)] if end in row else row for row in made]
+
+
+# ---- a run's folder -> text ------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back the bytes of a character that is not complete."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]):
+        self._tokenizer, self._write = tokenizer, write
+        self._tokens: list[int] = []
+        self._written = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        self._tokens.extend(int(token) for token in tokens)
+        self._write_until(self._text().rstrip("\ufffd"))  # such an end may be the start of a character
+
+    def close(self) -> None:
+        self._write_until(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(np.asarray(self._tokens, np.int64))
+
+    def _write_until(self, text: str) -> None:
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """Ids of a prompt. An empty one becomes an end of text: what follows is the beginning of a document."""
+    tokens = tokenizer.encode(prompt.encode("utf-8", "surrogateescape"))
+    return tokens if len(tokens) else np.array([tokenizer.end_of_text], tokenizer.dtype)
+
+
+def sample(
+    config: Config,
+    workdir: Path,
+    step: int | None,
+    prompts: list[str],
+    options: SampleOptions,
+    write: Callable[[str], None],
+) -> None:
+    """Continues prompts with a run's checkpoint (default: the newest) and writes prompts and continuations.
+
+    One prompt's text is written as it comes; those of several, under a heading each, when all are complete.
+
+    Raises:
+      UserError: an option is out of range, there is no such checkpoint, the cache would be too large, or the mesh
+        does not fit.
+    """
+    check_options(options)
+    checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
+    try:
+        step = checkpoints.find(step)
+        start_jax(config.platform)
+        tokenizer = TOKENIZERS[config.data.tokenizer]
+        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        mesh = make_mesh(config.mesh)
+        rows_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = -(-len(ids) // rows_multiple) * rows_multiple
+        check_divisible(config, dict(mesh.shape), "rows", rows)
+        _check_length(config, rows, max(map(len, ids)), options)
+        with jax.set_mesh(mesh):
+            model = define(config.model)
+            params = checkpoints.restore_params(step, make_program(config, model, mesh).abstract_state.params)
+            run = partial(generate, model, params, tokenizer, ids, options, rows_multiple=rows_multiple)
+            if len(ids) == 1:
+                stream = TextStream(tokenizer, write)
+                stream.add(ids[0])
+                run(show=stream.add)
+                stream.close()
+                write("\n")
+                return
+            for number, (prompt, new) in enumerate(zip(ids, run(), strict=True), 1):
+                write(f"--- {number} of {len(ids)}\n{tokenizer.decode(np.concatenate([prompt, new]))}\n")
+    finally:
+        checkpoints.close()
+
+
+def _check_length(config: Config, rows: int, prompt_tokens: int, options: SampleOptions) -> None:
+    tokens = prompt_tokens + options.max_tokens
+    mib = cache_bytes(config.model, rows, tokens) / 2**20
+    if mib > options.max_cache_mib:
+        raise UserError(
+            f"keys and values of {rows} rows of {prompt_tokens} + {options.max_tokens} tokens take {mib:,.0f} MiB, "
+            f"above --max_cache_mib {options.max_cache_mib}; lower --max_tokens, or raise that limit"
+        )
+    if tokens > config.data.seq_len:  # rotary embeddings go on for ever; what was learnt does not
+        print(
+            f"note: the run was trained on {config.data.seq_len} tokens at a time; what stands beyond "
+            f"them (of {tokens}) it continues without having learnt to",
+            file=sys.stderr,
+        )
