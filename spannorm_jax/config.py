@@ -43,7 +43,12 @@ class DataConfig:
     text_feature: str = "text"  # the feature that holds the text
     train_split: str = "train"
     eval_split: str = "validation"
-    tokenizer: str = "bytes"  # UTF-8 bytes; 0xFF, which UTF-8 never uses, ends a document
+    tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    bpe_vocab_size: int = 8192  # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
+    bpe_train_mib: int = 256  # text of the training split that bpe is trained on, from its front; 0: all of it
+    tokenizer_hash: str = (
+        ""  # of bpe's tokenizer.json, which the fingerprint alone could not tell from the text; "": filled in
+    )
     seq_len: int = 128  # tokens the model sees, T; a window has one more
     data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
@@ -221,8 +226,8 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not runtime(k)]
 
 
-def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str) -> Config:
-    """Fills in what a config leaves open: zeros, 'auto' compute dtype and the data's fingerprint.
+def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str, tokenizer_hash: str = "") -> Config:
+    """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash and the data's fingerprint.
 
     Raises:
       UserError: the vocabulary is too small for the tokenizer, or the data are not those asked for.
@@ -232,6 +237,11 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str)
         raise UserError(
             f"config key model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of "
             f"data.tokenizer={data.tokenizer}; write {vocab_size} or more, or 0"
+        )
+    if data.tokenizer_hash not in ("", tokenizer_hash):
+        raise UserError(
+            f"config key data.tokenizer_hash={data.tokenizer_hash} is not the hash of data.tokenizer={data.tokenizer}, "
+            f"{tokenizer_hash!r}; leave it out, and it is filled in"
         )
     if data.fingerprint not in ("", fingerprint):
         raise UserError(
@@ -248,7 +258,7 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str)
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),
-        data=dataclasses.replace(data, fingerprint=fingerprint),
+        data=dataclasses.replace(data, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
     )
 
 
@@ -265,6 +275,8 @@ _AT_LEAST = {  # key -> smallest legal value
     "model.variance_budget": 0,
     "model.scan_unroll": 1,
     "data.seq_len": 1,
+    "data.bpe_vocab_size": 257,  # the bytes and end-of-text
+    "data.bpe_train_mib": 0,
     "training.steps": 1,
     "training.batch_size": 1,
     "training.num_microbatches": 1,
