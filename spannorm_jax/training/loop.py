@@ -57,6 +57,8 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
     loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
     run_folder.open_run(workdir, config)
+    if data.tokenizer.source:
+        run_folder.write_text(workdir / run_folder.TOKENIZER, data.tokenizer.source)
     if (workdir / run_folder.DONE).exists():
         print(f"{workdir} is done already (step {steps})")
         return 0
