@@ -46,9 +46,7 @@ class DataConfig:
     tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
     bpe_vocab_size: int = 8192  # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
     bpe_train_mib: int = 256  # text of the training split that bpe is trained on, from its front; 0: all of it
-    tokenizer_hash: str = (
-        ""  # of bpe's tokenizer.json, which the fingerprint alone could not tell from the text; "": filled in
-    )
+    tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
     seq_len: int = 128  # tokens the model sees, T; a window has one more
     data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
