@@ -1,7 +1,7 @@
-"""Every option of a run: frozen dataclasses with defaults and reasons, and what makes a config valid.
+"""Every option of a run: frozen dataclasses with defaults and reasons, and their form as dictionaries.
 
-Unknown keys, wrong types and impossible combinations raise `UserError` with one line that names the key,
-the value and the remedy. `config_file.py` reads configs from files and command lines.
+Unknown keys and wrong types raise `UserError` with one line that names the key, the value and the remedy; so do the
+impossible combinations of `validation.py`. `config_file.py` reads configs from files and command lines.
 """
 
 import dataclasses
@@ -43,7 +43,10 @@ class DataConfig:
     text_feature: str = "text"  # the feature that holds the text
     train_split: str = "train"
     eval_split: str = "validation"
-    tokenizer: str = "bytes"  # UTF-8 bytes; 0xFF, which UTF-8 never uses, ends a document
+    tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    bpe_vocab_size: int = 8192  # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
+    bpe_train_mib: int = 256  # text of the training split that bpe is trained on, from its front; 0: all of it
+    tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
     seq_len: int = 128  # tokens the model sees, T; a window has one more
     data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
@@ -70,7 +73,9 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on hidden matrices and the head; never on norms and embeddings
+    weight_decay: float = (
+        0.1  # on hidden matrices and the head (a tied embedding is the head); never on norms, other embeddings
+    )
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
 
 
@@ -226,8 +231,16 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not runtime(k)]
 
 
-def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str) -> Config:
-    """Fills in what a config leaves open: zeros, 'auto' compute dtype and the data's fingerprint.
+def num_steps(config: Config) -> int:
+    """Updates of a run: training.steps, or the least that see training.tokens if that is set."""
+    training = config.training
+    if training.tokens == 0:
+        return training.steps
+    return -(-training.tokens // (training.batch_size * config.data.seq_len))
+
+
+def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str, tokenizer_hash: str = "") -> Config:
+    """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash and the data's fingerprint.
 
     Raises:
       UserError: the vocabulary is too small for the tokenizer, or the data are not those asked for.
@@ -237,6 +250,11 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str)
         raise UserError(
             f"config key model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of "
             f"data.tokenizer={data.tokenizer}; write {vocab_size} or more, or 0"
+        )
+    if data.tokenizer_hash not in ("", tokenizer_hash):
+        raise UserError(
+            f"config key data.tokenizer_hash={data.tokenizer_hash} is not the hash of data.tokenizer={data.tokenizer}, "
+            f"{tokenizer_hash!r}; leave it out, and it is filled in"
         )
     if data.fingerprint not in ("", fingerprint):
         raise UserError(
@@ -253,147 +271,6 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str)
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),
-        data=dataclasses.replace(data, fingerprint=fingerprint),
+        data=dataclasses.replace(data, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
         training=dataclasses.replace(config.training, steps=num_steps(config)),
     )
-
-
-# ---- validation -------------------------------------------------------------------------------
-
-_AT_LEAST = {  # key -> smallest legal value
-    "seed": 0,
-    "model.depth": 1,
-    "model.width": 2,
-    "model.num_heads": 1,
-    "model.num_kv_heads": 0,
-    "model.ffn_dim": 0,
-    "model.vocab_size": 0,
-    "model.variance_budget": 0,
-    "model.scan_unroll": 1,
-    "data.seq_len": 1,
-    "training.tokens": 0,
-    "training.batch_size": 1,
-    "training.num_microbatches": 1,
-    "training.z_loss": 0,
-    "training.max_logits_mib": 1,
-    "optim.lr": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_norm": 0,
-    "checkpoint.every_steps": 0,
-    "checkpoint.keep_last": 1,
-    "checkpoint.keep_every": 0,
-    "eval.tokens": 0,
-    "eval.batch_size": 1,
-    "metrics.log_every": 1,
-    "metrics.block_grad_every": 0,
-    "metrics.console_every_s": 0,
-    "metrics.peak_flops": 0,
-    "mesh.data": -1,
-    "mesh.fsdp": -1,
-    "mesh.tensor": -1,
-}
-_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.variance_budget")
-_FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
-_BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
-_MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
-
-
-def validate(config: Config) -> None:
-    """Raises UserError for the first value that is out of range or contradicts another."""
-    flat = flatten(config)
-    for key, least in _AT_LEAST.items():
-        if flat[key] < least:
-            raise UserError(f"config key {key}={flat[key]} is too small; write {least} or more")
-    for key, value in flat.items():
-        if isinstance(value, int) and value > _MAX_INT and key != "training.tokens":
-            raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
-    for key in _ABOVE_ZERO:
-        if flat[key] <= 0:
-            raise UserError(f"config key {key}={flat[key]} must be above 0")
-    for key in _FRACTIONS:
-        if not 0 <= flat[key] <= 1:
-            raise UserError(f"config key {key}={flat[key]} must be between 0 and 1")
-    for key in _BELOW_ONE:
-        if not 0 <= flat[key] < 1:
-            raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1")
-    choices = {
-        "platform": PLATFORMS,
-        "model.norm": NORMS,
-        "model.ffn": FFNS,
-        "model.dtype": DTYPES,
-        "model.remat": REMATS,
-        "optim.schedule": SCHEDULES,
-    }
-    for key, valid in choices.items():
-        if flat[key] not in valid:
-            raise UserError(f"config key {key}={flat[key]!r} is unknown; {did_you_mean(flat[key], valid)}")
-    _validate_shapes(config)
-    _validate_length(config)
-
-
-def num_steps(config: Config) -> int:
-    """Updates of a run: training.steps, or the least that see training.tokens if that is set."""
-    training = config.training
-    if training.tokens == 0:
-        return training.steps
-    return -(-training.tokens // (training.batch_size * config.data.seq_len))
-
-
-def _validate_length(config: Config) -> None:
-    training, optim = config.training, config.optim
-    if training.tokens == 0 and training.steps < 1:
-        raise UserError(
-            f"config key training.steps={training.steps} is too small; write 1 or more, or 0 and training.tokens"
-        )
-    steps = num_steps(config)
-    # A resolved config holds both, and they agree.
-    if training.steps not in (0, steps):
-        raise UserError(
-            f"config key training.tokens={training.tokens} makes {steps} updates, not training.steps={training.steps}; "
-            "write training.steps=0 to go by tokens, or training.tokens=0 to go by steps"
-        )
-    if steps > _MAX_INT:
-        raise UserError(f"config key training.tokens={training.tokens} makes more than {_MAX_INT} updates; write less")
-    if optim.schedule == "wsd" and optim.warmup_fraction + optim.decay_fraction > 1:
-        raise UserError(
-            f"config key optim.decay_fraction={optim.decay_fraction} and optim.warmup_fraction="
-            f"{optim.warmup_fraction} are together more than the whole run; lower one of them"
-        )
-
-
-def _validate_shapes(config: Config) -> None:
-    model, training, mesh = config.model, config.training, config.mesh
-    if model.width % model.num_heads:
-        fits = [h for h in range(1, model.width + 1) if model.width % h == 0 and model.width // h % 2 == 0]
-        near = [*[h for h in fits if h < model.num_heads][-1:], *[h for h in fits if h > model.num_heads][:1]]
-        raise UserError(
-            f"config key model.num_heads={model.num_heads} does not divide model.width={model.width}; "
-            f"write {' or '.join(map(str, near))}, or change the width"
-        )
-    head_dim = model.width // model.num_heads
-    if head_dim % 2:
-        raise UserError(
-            f"model.width / model.num_heads = {head_dim} is odd, and rotary embeddings turn pairs; "
-            "choose an even head size"
-        )
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"config key model.num_kv_heads={model.num_kv_heads} does not divide "
-            f"model.num_heads={model.num_heads}; write a divisor, or 0 for as many"
-        )
-    if model.depth % model.scan_unroll:
-        raise UserError(
-            f"config key model.scan_unroll={model.scan_unroll} does not divide model.depth={model.depth}; "
-            "write a divisor (1 for a loop, the depth for none)"
-        )
-    if training.batch_size % training.num_microbatches:
-        raise UserError(
-            f"config key training.num_microbatches={training.num_microbatches} does not divide "
-            f"training.batch_size={training.batch_size}; write a divisor"
-        )
-    axes = dataclasses.asdict(mesh)
-    for axis, size in axes.items():
-        if size == 0:
-            raise UserError(f"config key mesh.{axis}=0 must be at least 1, or -1 for the devices that are left")
-    if sum(size == -1 for size in axes.values()) > 1:
-        raise UserError(f"config group mesh={axes} has more than one -1; only one axis can take what is left")

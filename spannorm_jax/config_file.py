@@ -15,12 +15,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config import Config, flatten, from_dict, kind_name, to_dict, validate
+from spannorm_jax.config import Config, flatten, from_dict, kind_name, to_dict
 from spannorm_jax.data.tokenizer import TOKENIZERS
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.attention import CHOICES
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
+from spannorm_jax.validation import validate
 
 
 def default_config() -> ConfigDict:

@@ -7,7 +7,7 @@ import argparse
 
 from spannorm_jax.config import resolve
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.data.tokenizer import TOKENIZERS
+from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import run_command
 from spannorm_jax.model.decoder import count_params, define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -20,8 +20,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
-    tokenizer = TOKENIZERS[config.data.tokenizer]
-    config = resolve(config, vocab_size=tokenizer.vocab_size, platform="cpu", fingerprint=config.data.fingerprint)
+    data = config.data
+    config = resolve(
+        config,
+        vocab_size=vocab_size(data),
+        platform="cpu",
+        fingerprint=data.fingerprint,
+        tokenizer_hash=data.tokenizer_hash,
+    )
     cfg = config.model
     model, stds, fan = define(cfg), weight_stds(cfg), fan_in(cfg)
     print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")

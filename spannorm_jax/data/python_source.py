@@ -1,43 +1,39 @@
-"""The embedded TFDS dataset `python_source`: sources of the running Python's standard library.
+"""The embedded TFDS dataset `python_source`: Python sources that lie on this machine.
 
+Its default config holds the standard library, config `sys_path` every .py file on sys.path.
 Importing this module registers the builder, so that `tfds.load('python_source')` finds it.
 """
 
 import contextlib
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from spannorm_jax.data import atomic, stdlib_files
-
-
-@functools.cache
-def _configs() -> list[tfds.core.BuilderConfig]:
-    return [
-        tfds.core.BuilderConfig(
-            name=stdlib_files.config_name(),
-            description="The .py files of the standard library, without tests.",
-        )
-    ]
+from spannorm_jax.data import atomic, stdlib_files, sys_path_files
 
 
 class _LazyConfigs:
-    """`BUILDER_CONFIGS` that are computed when first read: their names hash 12 MB of files."""
+    """`BUILDER_CONFIGS` that are computed when first read: their names hash all the files."""
+
+    def __init__(self, name: Callable[[], str], description: str):
+        self._make = functools.cache(lambda: [tfds.core.BuilderConfig(name=name(), description=description)])
 
     def __get__(self, instance: Any, owner: type) -> list[tfds.core.BuilderConfig]:
-        return _configs()
+        return self._make()
 
 
 class PythonSource(tfds.core.GeneratorBasedBuilder):
     """One example a file. The config's name holds the files' hash: other contents, other data."""
 
     VERSION = tfds.core.Version(stdlib_files.VERSION)
-    RELEASE_NOTES = {stdlib_files.VERSION: "Standard library without tests; 1/16 held out."}  # noqa: RUF012
-    BUILDER_CONFIGS = _LazyConfigs()
+    RELEASE_NOTES = {stdlib_files.VERSION: "Python files of this machine; 1/16 held out."}  # noqa: RUF012
+    BUILDER_CONFIGS = _LazyConfigs(
+        stdlib_files.config_name, description="The .py files of the standard library, without tests."
+    )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -46,34 +42,61 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    def _files(self) -> list[tuple[str, Path]]:
         root = stdlib_files.stdlib_root()
-        files = stdlib_files.list_files(root)
+        return [(path, root / path) for path in stdlib_files.list_files(root)]
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        files = self._files()
         return {
-            split: self._generate_examples(root, [f for f in files if stdlib_files.split_of(f) == split])
+            split: self._generate_examples([f for f in files if stdlib_files.split_of(f[0]) == split])
             for split in ("train", "validation")
         }
 
-    def _generate_examples(self, root: Path, files: list[str]) -> Iterator[tuple[str, dict]]:
-        for path in files:
-            text = stdlib_files.read_source(root / path)
+    def _generate_examples(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, dict]]:
+        copies: dict[str, int] = {}  # two roots may have files of one path and unlike contents
+        for path, file in files:
+            copies[path] = copies.get(path, 0) + 1
+            text = stdlib_files.read_source(file)
             if text is not None:
-                yield path, {"text": text, "path": path}
+                yield path if copies[path] == 1 else f"{path}#{copies[path]}", {"text": text, "path": path}
 
 
-def prepare(data_dir: Path) -> tfds.core.DatasetBuilder:
-    """Returns the builder of the default config, written below `data_dir` if it was not there.
+class SysPathSource(PythonSource, skip_registration=True):
+    """The same for the files on sys.path.
+
+    A class of its own, since TFDS reads the names of all of a builder's configs whenever it opens
+    one, and this one's name takes the reading of some hundred megabytes.
+    """
+
+    name = stdlib_files.DATASET
+    BUILDER_CONFIGS = _LazyConfigs(lambda: sys_path_files.here()[1], description="The .py files on sys.path.")
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return sys_path_files.here()[0]
+
+
+def prepare(data_dir: Path, dataset: str = stdlib_files.DATASET) -> tfds.core.DatasetBuilder:
+    """Returns the builder of `dataset`, written below `data_dir` if it was not there.
+
+    Args:
+      data_dir: root of TFDS's folders.
+      dataset: `python_source` (its default config) or `python_source/sys_path`.
 
     Raises:
-      UserError: `data_dir` cannot be written, or the standard library has no sources.
+      UserError: `data_dir` cannot be written, or there are no sources.
     """
-    target = data_dir / stdlib_files.full_name()
+    if dataset == sys_path_files.DATASET:
+        builder_class, full_name = SysPathSource, sys_path_files.full_name()
+    else:
+        builder_class, full_name = PythonSource, stdlib_files.full_name()
+    target = data_dir / full_name
     if not target.is_dir():
         with atomic.temporary_folder(data_dir / stdlib_files.DATASET, "data.data_dir") as temp:
             # TFDS announces itself on stdout, which belongs to our programs.
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):
-                builder = PythonSource(data_dir=temp)
+                builder = builder_class(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
             atomic.publish(Path(builder.data_dir), target)
-    return PythonSource(data_dir=data_dir)
+    return builder_class(data_dir=data_dir)

@@ -6,24 +6,27 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import python_source, stdlib_files
+from spannorm_jax.data import python_source, stdlib_files, sys_path_files
 from spannorm_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+_FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
 
 def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
-    """Returns the builder of `data.dataset`, whose examples lie in `data_dir` as array_record.
+    """Returns the builder of `data.dataset`, whose examples lie in `data_dir` as array_record or TFRecord.
 
     Only `python_source` is ever prepared here; other datasets are read, never made.
 
     Raises:
-      UserError: the dataset or its config is unknown, not prepared, or in another file format.
+      UserError: the dataset or its config is unknown, not prepared, or in another file format, or
+        it is in TFRecord and TensorFlow is not installed.
     """
     root = _data_dir(data)
     parsed = _NAME.fullmatch(data.dataset)
@@ -35,6 +38,8 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     base, config, version = parsed["base"], parsed["config"], parsed["version"]
     if base == stdlib_files.DATASET and _is_default(config, version):
         return python_source.prepare(root)
+    if data.dataset in (sys_path_files.DATASET, f"{sys_path_files.DATASET}:{stdlib_files.VERSION}"):
+        return python_source.prepare(root, sys_path_files.DATASET)
 
     builder_class = _builder_class(base)
     prepared = _prepared(root, base)
@@ -46,6 +51,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
         )
     configs = {p.split("/")[1] for p in prepared if p.count("/") == 2}
     configs |= set(builder_class.builder_configs) if builder_class else set()
+    configs |= {"sys_path"} if base == stdlib_files.DATASET else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
         raise UserError(f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}")
@@ -60,17 +66,35 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
             f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to "
             f"where it is, or run {_how_to_prepare(data.dataset, root)}"
         )
-    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+    if _format(builder) is None:
         raise UserError(
             f"dataset {data.dataset!r} is prepared in {builder.data_dir} as "
-            f"{builder.info.file_format.value}, not as array_record; set config key data.data_dir "
+            f"{builder.info.file_format.value}, not as array_record or tfrecord; set config key data.data_dir "
             f"to another folder DIR, and run {_how_to_prepare(data.dataset, 'DIR')}"
         )
+    if _format(builder) is tfds.core.FileFormat.TFRECORD:
+        try:
+            tensorflow = importlib.import_module("tensorflow")
+        except ImportError as error:
+            raise UserError(
+                f"dataset {data.dataset!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
+                "read: pip install 'spannorm_jax[tf]'; or set config key data.data_dir to another folder DIR, and "
+                f"run {_how_to_prepare(data.dataset, 'DIR')}"
+            ) from error
+        tensorflow.config.set_visible_devices([], "GPU")  # it would take the accelerator's memory from JAX
     return builder
 
 
-def open_split(builder: tfds.core.DatasetBuilder, data: DataConfig, split: str) -> Iterator[bytes]:
+def open_split(
+    builder: tfds.core.DatasetBuilder, data: DataConfig, split: str, shard: tuple[int, int] | None = None
+) -> Iterator[bytes]:
     """Returns an iterator over the texts (UTF-8) of `split`, a TFDS split such as `train[:90%]`.
+
+    Args:
+      builder: from `open_dataset`.
+      data: names the text feature.
+      split: what to read.
+      shard: (i, n), the i-th (from 0) of n parts of the split, which in a row are all of it; None: all.
 
     Raises:
       UserError: the split or the text feature is unknown, the feature is no text, or the split is
@@ -97,20 +121,39 @@ def open_split(builder: tfds.core.DatasetBuilder, data: DataConfig, split: str) 
         raise UserError(
             f"config key data.text_feature={data.text_feature!r} {fault} in {builder.info.full_name}; {hint}"
         )
-    return _texts(builder, split, data.text_feature)
+    if shard is None:
+        return _texts(builder, split, data.text_feature)
+    part = tfds.even_splits(split, shard[1])[shard[0]]
+    if not splits[part].num_examples:  # more shards than examples
+        return iter(())
+    return _texts(builder, part, data.text_feature)
 
 
-def _texts(builder: tfds.core.DatasetBuilder, split: str, feature: str) -> Iterator[bytes]:
-    others = [name for name in builder.info.features if name != feature]
-    source = builder.as_data_source(
-        split,
-        file_format="array_record",
-        decoders={name: tfds.decode.SkipDecoding() for name in others},
-    )
+def _format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat | None:
+    available = builder.info.available_file_formats()
+    return next((f for f in _FORMATS if f in available), None)
+
+
+def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
+    decoders = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != feature}
+    if _format(builder) is tfds.core.FileFormat.TFRECORD:
+        yield from _tfrecord_texts(builder, split, feature, decoders)
+        return
+    source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
         for example in source.__getitems__(list(range(start, stop))):
             yield example[feature]
+
+
+def _tfrecord_texts(
+    builder: tfds.core.DatasetBuilder, split: Any, feature: str, decoders: dict[str, Any]
+) -> Iterator[bytes]:
+    # One file after another: by default TFDS interleaves them, and a split would not be its shards in a row.
+    in_order = tfds.ReadConfig(interleave_cycle_length=1)
+    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order, decoders=decoders)
+    for example in tfds.as_numpy(dataset):
+        yield example[feature]
 
 
 def identity(builder: tfds.core.DatasetBuilder) -> str:

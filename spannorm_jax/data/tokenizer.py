@@ -1,9 +1,14 @@
-"""Text <-> token ids. A tokenizer is one value, looked up in `TOKENIZERS` by name."""
+"""Text <-> token ids. A tokenizer is one value: `BYTES`, or a trained one (`bpe.load`).
+
+`tokens.open_tokenizer` returns the one that a config names.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from spannorm_jax.config import DataConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -11,8 +16,10 @@ class Tokenizer:
     """What the rest of the code needs to know of a tokenizer.
 
     Attributes:
-      name: key of `TOKENIZERS`, and the value of `data.tokenizer` in a config.
-      vocab_size: ids are 0 .. vocab_size - 1.
+      name: names it in token stores and fingerprints: `bytes`, or `bpe-<hash>`.
+      hash: 16 hex digits of the sha256 of `source`; "" for bytes, which are always the same.
+      source: content of its tokenizer.json; "" for bytes.
+      vocab_size: ids are 0 .. vocab_size - 1, some of which may never occur.
       end_of_text: id that ends every document; `encode` never returns it.
       dtype: numpy integer type that holds every id, used on disk.
       token_bytes: int32 [vocab_size], bytes of text each id stands for (0 for end_of_text), so
@@ -24,6 +31,8 @@ class Tokenizer:
     """
 
     name: str
+    hash: str
+    source: str
     vocab_size: int
     end_of_text: int
     dtype: np.dtype
@@ -54,6 +63,8 @@ def _byte_tokenizer() -> Tokenizer:
     token_bytes[_END_OF_BYTES] = 0
     return Tokenizer(
         name="bytes",
+        hash="",
+        source="",
         vocab_size=256,
         end_of_text=_END_OF_BYTES,
         dtype=np.dtype(np.uint8),
@@ -63,4 +74,16 @@ def _byte_tokenizer() -> Tokenizer:
     )
 
 
-TOKENIZERS: dict[str, Tokenizer] = {"bytes": _byte_tokenizer()}
+TOKENIZERS = ("bytes", "bpe")  # what `data.tokenizer` may be
+BYTES = _byte_tokenizer()
+_ROWS_MULTIPLE = 128  # rows of the embedding that any usual mesh.tensor divides
+
+
+def vocab_size(data: DataConfig) -> int:
+    """Ids of the tokenizer that `data` names, known before it is trained.
+
+    Those of BPE are `bpe_vocab_size` rounded up to a multiple of 128; the last ones never occur.
+    """
+    if data.tokenizer == "bytes":
+        return BYTES.vocab_size
+    return -(-data.bpe_vocab_size // _ROWS_MULTIPLE) * _ROWS_MULTIPLE

@@ -1,9 +1,11 @@
 """TFDS split -> token store on disk -> windows of sequence length + 1.
 
 A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
-and `meta.json`. It appears atomically and never changes, so any number of processes may share it.
+`meta.json`, and `tokenizer.json` if the tokenizer was trained. It appears atomically and never
+changes, so any number of processes may share it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,13 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import atomic, stdlib_files
-from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
+from spannorm_jax.data import atomic, bpe, shards, stdlib_files, sys_path_files
+from spannorm_jax.data.shards import Shard
+from spannorm_jax.data.tokenizer import BYTES, TOKENIZERS, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean
 
 FORMAT = 1  # of the store; another format is another folder
 _TOKENS = "tokens.bin"
 _META = "meta.json"
+_TOKENIZER = "tokenizer.json"
 _WRITE_AT_ONCE = 1 << 20  # tokens held in memory before they are written
 
 
@@ -33,7 +37,8 @@ class TokenStore:
       path: folder of the store.
       tokens: [num_tokens] of the tokenizer's dtype, memory-mapped, read only.
       dataset: TFDS full name, with config and version.
-      split, text_feature, tokenizer: where the tokens come from, by name.
+      split, text_feature: where the tokens come from, by name.
+      tokenizer: `Tokenizer.name`, which holds the hash of a trained one.
       num_docs: documents, and so end-of-text tokens.
       num_bytes: bytes of text that all tokens stand for.
       sha256: hash of tokens.bin, hex.
@@ -57,39 +62,129 @@ class TokenStore:
         return len(self.tokens)
 
 
+class _Source:
+    """The dataset that a config names. TFDS, whose import takes its time, is asked only when it must be."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+
+    @functools.cached_property
+    def _builder(self):
+        from spannorm_jax.data import tfds_text
+
+        return tfds_text.open_dataset(self._data)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Name that no other contents have, for folders."""
+        embedded = {stdlib_files.DATASET: stdlib_files, sys_path_files.DATASET: sys_path_files}
+        if self._data.dataset in embedded:
+            return embedded[self._data.dataset].full_name()
+        from spannorm_jax.data import tfds_text
+
+        return tfds_text.identity(self._builder)
+
+    @property
+    def full_name(self) -> str:
+        return self._builder.info.full_name
+
+    def texts(self, split: str, shard: Shard | None = None) -> Iterator[bytes]:
+        from spannorm_jax.data import tfds_text
+
+        return tfds_text.open_split(self._builder, self._data, split, shard)
+
+
 def open_store(data: DataConfig, split: str) -> TokenStore:
     """Opens the token store of `split`, building it first if it is not in `data.cache_dir`.
 
+    If all of its shards are there, it is built by joining them.
+
     Raises:
       UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split
-        holds no text, a folder cannot be written, or a store on disk is damaged.
+        holds no text, a folder cannot be written, a store on disk is damaged, or some but not all
+        of its shards are there.
     """
+    source = _Source(data)
+    tokenizer = _open_tokenizer(data, source)
+    path = _folder(data, source.identity, tokenizer.name, split)
+    # Before the store is looked for: who joins shards publishes the store first, then removes them.
+    left = shards.begun(path)
+    store = _read(path)
+    if store is None:
+        complete = [n for n in left if not left[n]]
+        if left and not complete:
+            shards.refuse(path, left)
+        facts = _facts(data, source, tokenizer, split)
+        if complete:
+            _join(path, complete[0], tokenizer, facts)
+        else:
+            _build(path, source.texts(split), tokenizer, facts)
+        store = _read(path)
+    return store
+
+
+def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
+    """Makes one part of the token store of `split`, and the store if this part was the last one.
+
+    Any processes that share `data.cache_dir` may make any parts, also the same one, at any time.
+
+    Returns:
+      Shards that are still missing; [] if the store is there.
+
+    Raises:
+      UserError: as `open_store`, and if a part on disk is damaged.
+    """
+    source = _Source(data)
+    tokenizer = _open_tokenizer(data, source)
+    path = _folder(data, source.identity, tokenizer.name, split)
+    if not path.is_dir():
+        shards.write(path, shard, _chunks(source.texts(split, shard), tokenizer))
+    left = shards.begun(path)
+    if path.is_dir():  # meanwhile joined by another process, which did not need this part
+        shards.remove(path)
+        return []
+    if left[shard[1]]:
+        return left[shard[1]]
+    _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
+    return []
+
+
+def open_tokenizer(data: DataConfig) -> Tokenizer:
+    """Returns the tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
+
+    Raises:
+      UserError: the name is unknown, the hash is not `data.tokenizer_hash`, a file is damaged, or as `open_store`.
+    """
+    return _open_tokenizer(data, _Source(data))
+
+
+def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
     if data.tokenizer not in TOKENIZERS:
         raise UserError(
             f"config key data.tokenizer={data.tokenizer!r} is unknown; {did_you_mean(data.tokenizer, TOKENIZERS)}"
         )
-    if data.dataset == stdlib_files.DATASET:
-        # The name of the default dataset is known without TFDS, whose import takes its time.
-        store = _read(_store_path(data, stdlib_files.full_name(), split))
-        if store is not None:
-            return store
-    from spannorm_jax.data import tfds_text
-
-    builder = tfds_text.open_dataset(data)
-    texts = tfds_text.open_split(builder, data, split)
-    path = _store_path(data, tfds_text.identity(builder), split)
-    store = _read(path)
-    if store is None:
-        facts = {
-            "format": FORMAT,
-            "dataset": builder.info.full_name,
-            "split": split,
-            "text_feature": data.text_feature,
-            "tokenizer": data.tokenizer,
-        }
-        _build(path, texts, TOKENIZERS[data.tokenizer], facts)
-        store = _read(path)
-    return store
+    if data.tokenizer == "bytes":
+        return BYTES
+    name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
+    folder = _folder(data, source.identity, name, data.train_split)
+    if not folder.is_dir():
+        texts = source.texts(data.train_split)
+        with atomic.temporary_folder(folder.parent, "data.cache_dir") as temp:
+            (temp / _TOKENIZER).write_text(bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20))
+            atomic.publish(temp, folder)
+    path = folder / _TOKENIZER
+    try:
+        opened = bpe.load(path.read_text(), vocab_size(data))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer {path} cannot be read ({error}); delete {folder}, and it is trained again"
+        ) from error
+    if data.tokenizer_hash not in ("", opened.hash):
+        raise UserError(
+            f"the tokenizer here has hash {opened.hash}, not data.tokenizer_hash={data.tokenizer_hash}; put the "
+            f"tokenizer.json that the run was made with at {path}, or start a new run without data.tokenizer_hash"
+        )
+    return opened
 
 
 def fingerprint(*stores: TokenStore) -> str:
@@ -129,12 +224,22 @@ class Windows:
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
 
-def _store_path(data: DataConfig, dataset: str, split: str) -> Path:
+def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = Path(data.cache_dir or Path(base, "spannorm_jax", "tokens")).expanduser().absolute()
     # Splits may be slices such as train[:90%].
     split_folder = urllib.parse.quote(split, safe="")
-    return cache / f"v{FORMAT}" / dataset / data.tokenizer / data.text_feature / split_folder
+    return cache / f"v{FORMAT}" / dataset / tokenizer_name / data.text_feature / split_folder
+
+
+def _facts(data: DataConfig, source: _Source, tokenizer: Tokenizer, split: str) -> dict:
+    return {
+        "format": FORMAT,
+        "dataset": source.full_name,
+        "split": split,
+        "text_feature": data.text_feature,
+        "tokenizer": tokenizer.name,
+    }
 
 
 def _read(path: Path) -> TokenStore | None:
@@ -160,11 +265,25 @@ def _read(path: Path) -> TokenStore | None:
 
 
 def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
+    _write(path, _chunks(texts, tokenizer), tokenizer, facts)
+
+
+def _join(path: Path, n: int, tokenizer: Tokenizer, facts: dict) -> None:
+    try:
+        _write(path, shards.read_all(path, n, tokenizer.dtype), tokenizer, facts)
+    except OSError as error:
+        if not path.is_dir():
+            raise UserError(f"the shards of token store {path} cannot be joined ({error})") from error
+        # Another process joined and removed them while we read.
+    shards.remove(path)
+
+
+def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts: dict) -> None:
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.sha256()
     with atomic.temporary_folder(path.parent, "data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
-            for tokens in _chunks(texts, tokenizer):
+            for tokens in chunks:
                 counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
                 digest.update(tokens.tobytes())
                 file.write(tokens.tobytes())
@@ -183,6 +302,8 @@ def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict
             "unigram_entropy": _entropy(counts),
         }
         (temp / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        if tokenizer.source:
+            (temp / _TOKENIZER).write_text(tokenizer.source)
         atomic.publish(temp, path)
 
 

@@ -52,8 +52,8 @@ def _activation(name: str, x: np.ndarray) -> np.ndarray:
 def hidden_second_moment(ffn: str, std: float = 1.0) -> float:
     """E[h^2] of a hidden unit whose pre-activations are N(0, std^2).
 
-    h = gelu(a) or h = silu(a) b with independent a, b. Gauss-Hermite quadrature with 128 nodes, whose error for
-    these smooth integrands is below 1e-9.
+    h = gelu(a) or h = silu(a) b with independent a, b. Gauss-Hermite quadrature with 128 nodes: relative error
+    below 1e-12 for std up to 2, 1e-4 at 5.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(128)
     moment = weights @ _activation(ffn, std * nodes) ** 2 / weights.sum()

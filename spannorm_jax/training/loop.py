@@ -61,6 +61,8 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
     check_steps(profile_steps, steps)
     wandb = wandb_log.load(config)
     run_folder.open_run(workdir, config)
+    if data.tokenizer.source:
+        run_folder.write_text(workdir / run_folder.TOKENIZER, data.tokenizer.source)
     if (workdir / run_folder.DONE).exists():
         print(f"{workdir} is done already (step {steps})")
         return 0

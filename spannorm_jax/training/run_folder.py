@@ -1,6 +1,7 @@
 """A run's folder, the interface between programs.
 
 config.json    the resolved config; continuing the run with another one is refused
+tokenizer.json the tokenizer, if it was trained: what turns the model's tokens into text
 starts.jsonl   one line a start: command, versions, devices, mesh, data (what makes a record reproducible)
 metrics.jsonl  one line a logged step; lines beyond a restored step are dropped, so no step stands twice
 checkpoints/   Orbax
@@ -21,15 +22,21 @@ from spannorm_jax.config import Config, changed_keys, from_dict, to_dict
 from spannorm_jax.errors import UserError
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
-CHECKPOINTS, TENSORBOARD, PROFILE, WANDB = "checkpoints", "tensorboard", "profile", "wandb.json"
+CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
+TOKENIZER, WANDB = "tokenizer.json", "wandb.json"
 DONE, DIVERGED = "DONE", "DIVERGED"
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes atomically: after a crash the file is the old one or the new one, never half of it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes atomically, as `write_json`."""
     temp = path.with_name(path.name + ".tmp")
     with open(temp, "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temp, path)

@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 
 from spannorm_jax.config import Config
-from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
+from spannorm_jax.data import bpe
+from spannorm_jax.data.tokenizer import BYTES, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder, ModelDef, define
@@ -125,7 +126,9 @@ def generate(
     tokens = np.full((len(lengths), lengths.max()), end, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    pick = partial(choose, temperature=options.temperature, top_k=options.top_k, vocab_size=tokenizer.vocab_size)
+    pick = partial(
+        choose, temperature=options.temperature, top_k=options.top_k, vocab_size=end + 1
+    )  # end of text is the last id
     slots = int(lengths.max()) + options.max_tokens
     first = jax.jit(partial(prefill, model, pick, slots))
     step = jax.jit(partial(decode, model, pick), donate_argnums=1)
@@ -200,7 +203,7 @@ def sample(
     try:
         step = checkpoints.find(step)
         start_jax(config.platform)
-        tokenizer = TOKENIZERS[config.data.tokenizer]
+        tokenizer = run_tokenizer(config, workdir)
         ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         mesh = make_mesh(config.mesh)
         rows_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -222,6 +225,26 @@ def sample(
                 write(f"--- {number} of {len(ids)}\n{tokenizer.decode(np.concatenate([prompt, new]))}\n")
     finally:
         checkpoints.close()
+
+
+def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with, from its folder.
+
+    Raises:
+      UserError: its tokenizer.json is missing, or is not the one that its config names.
+    """
+    if config.data.tokenizer == "bytes":
+        return BYTES
+    path = workdir / run_folder.TOKENIZER
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy it back from the run's token store")
+    try:
+        tokenizer = bpe.load(path.read_text(), vocab_size(config.data))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it back from the run's token store") from error
+    if tokenizer.hash != config.data.tokenizer_hash:
+        raise UserError(f"{path} is not the run's tokenizer {config.data.tokenizer_hash}; copy that one back")
+    return tokenizer
 
 
 def _check_length(config: Config, rows: int, prompt_tokens: int, options: SampleOptions) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from spannorm_jax.config import Config, resolve
-from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
-from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store
+from spannorm_jax.data.tokenizer import Tokenizer
+from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.errors import UserError, one_line
 
 _RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -59,13 +59,14 @@ def open_data(config: Config) -> tuple[Data, Config]:
     data = Data(
         open_store(config.data, config.data.train_split),
         open_store(config.data, config.data.eval_split),
-        TOKENIZERS[config.data.tokenizer],
+        open_tokenizer(config.data),
     )
     resolved = resolve(
         config,
         vocab_size=data.tokenizer.vocab_size,
         platform=jax.default_backend(),
         fingerprint=fingerprint(data.train, data.eval),
+        tokenizer_hash=data.tokenizer.hash,
     )
     return data, resolved
 

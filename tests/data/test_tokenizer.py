@@ -1,9 +1,7 @@
 import numpy as np
 import pytest
 
-from spannorm_jax.data.tokenizer import TOKENIZERS
-
-BYTES = TOKENIZERS["bytes"]
+from spannorm_jax.data.tokenizer import BYTES
 
 
 @pytest.mark.parametrize("text", ["", "def f(x):\n\treturn x\n", "naïve €  \U0001f600 \x00"])

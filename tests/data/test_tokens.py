@@ -142,9 +142,9 @@ def test_a_failed_build_leaves_nothing(tiny, monkeypatch):
     def fail(text):
         raise RuntimeError("disk on fire")
 
-    broken = dataclasses.replace(tokens.TOKENIZERS["bytes"], encode=fail)
+    broken = dataclasses.replace(tokens.BYTES, encode=fail)
     with monkeypatch.context() as patch:
-        patch.setitem(tokens.TOKENIZERS, "bytes", broken)
+        patch.setattr(tokens, "BYTES", broken)
         with pytest.raises(RuntimeError, match="on fire"):
             open_store(tiny, "train")
     assert not [p for p in Path(tiny.cache_dir).rglob("*") if p.is_file() or "incomplete" in p.name]

@@ -10,7 +10,7 @@ import pytest
 
 from spannorm_jax import sample as command
 from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve, to_dict
-from spannorm_jax.data.tokenizer import TOKENIZERS
+from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import make_mesh
@@ -20,7 +20,6 @@ from spannorm_jax.training.evaluation import here
 from spannorm_jax.training.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.training.step import make_program
 
-BYTES = TOKENIZERS["bytes"]
 PADDED = 320  # rows of the embedding; the tokenizer has 256
 PROMPTS = [np.frombuffer(text, np.uint8) for text in (b"def ", b"x", b"import os\n")]
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from spannorm_jax.config import Config, replace, resolve, validate
+from spannorm_jax.config import Config, replace, resolve
 from spannorm_jax.training.optimizer import learning_rate
+from spannorm_jax.validation import validate
 
 SEQ_LEN = 12
 
