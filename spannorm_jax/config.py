@@ -73,9 +73,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = (
-        0.1  # on hidden matrices and the head (a tied embedding is the head); never on norms, other embeddings
-    )
+    weight_decay: float = 0.1  # on hidden matrices and the head, tied or not; never on norms and other embeddings
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
 
 
@@ -160,8 +158,11 @@ def kind_name(kind: Any) -> str:
     return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[kind]
 
 
-def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
+def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: bool = False) -> Any:
     """Builds the dataclass `cls` from a nested mapping that has exactly its keys.
+
+    A run that was made before an option existed lacks its key (`of_older_run`): the default stands for it, since a
+    new option's default is always what was done before.
 
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type.
@@ -174,12 +175,14 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
     for name, kind in kinds.items():
         path = prefix + name
         if name not in values:
+            if of_older_run:
+                continue
             raise UserError(f"config key {path} is missing; a config must hold every key")
         value = values[name]
         if dataclasses.is_dataclass(kind):
             if not hasattr(value, "keys"):
                 raise UserError(f"config key {path} is a group, not {value!r}; set {path}.NAME instead")
-            made[name] = from_dict(value, kind, path + ".")
+            made[name] = from_dict(value, kind, path + ".", of_older_run)
         elif not _matches(value, kind):
             raise UserError(f"config key {path}={value!r} must be {kind_name(kind)}")
         elif typing.get_origin(kind) is tuple:

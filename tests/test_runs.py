@@ -174,6 +174,15 @@ def test_evaluation_measures_the_checkpoint_it_names(env, unbroken):
     assert newest["loss"] == pytest.approx(metrics(unbroken)[-1]["loss"], rel=0.15)
 
 
+def test_a_run_from_before_an_option_existed_is_read_with_its_default(env, unbroken, tmp_path):
+    workdir = tmp_path / "older"
+    shutil.copytree(unbroken, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    del config["model"]["qk_norm"], config["optim"]["schedule"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert evaluate(env, workdir) == evaluate(env, unbroken)
+
+
 def test_evaluation_on_another_mesh_gives_the_same_loss(env, unbroken):
     one = evaluate(env, unbroken)
     for mesh in (("--config.mesh.tensor=2",), ("--config.mesh.fsdp=8",)):

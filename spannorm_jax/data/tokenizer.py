@@ -40,6 +40,11 @@ class Tokenizer:
     encode: Callable[[bytes], np.ndarray]
     decode: Callable[[np.ndarray], str]
 
+    @property
+    def num_ids(self) -> int:
+        """Ids in use, 0 .. num_ids - 1; those from there to vocab_size only fill up the embedding's rows."""
+        return int(max(np.flatnonzero(self.token_bytes)[-1], self.end_of_text)) + 1
+
 
 _END_OF_BYTES = 0xFF  # a byte that UTF-8 never holds
 

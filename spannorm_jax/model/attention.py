@@ -35,8 +35,10 @@ def _blocked(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         # The maximum cancels in the softmax: no gradient flows through it.
         weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bgrqs,bgsk->bgrqk", weights.astype(v.dtype), v[:, :, :end])
-        outs.append(out / total.astype(v.dtype))
+        out = jnp.einsum(
+            "bgrqs,bgsk->bgrqk", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32
+        )
+        outs.append((out / total).astype(v.dtype))
     return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 

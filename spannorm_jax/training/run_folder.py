@@ -64,7 +64,7 @@ def read_config(workdir: Path) -> Config:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it back from a checkpoint's meta") from error
-    return from_dict(values)
+    return from_dict(values, of_older_run=True)
 
 
 def open_run(workdir: Path, config: Config) -> None:

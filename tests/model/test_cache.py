@@ -21,7 +21,8 @@ PROMPTS, TOTAL, SLOTS = np.array([1, 4, 7]), 10, 13
 
 def make(placement, variant, dtype):
     """(model, params, tokens): weights of a size that bends every nonlinearity, gains apart."""
-    model = define(ModelConfig(placement=placement, dtype=dtype, **TINY | VARIANTS[variant]))
+    # The implementation that decoding uses: in bfloat16 two of them round differently, which these weights amplify.
+    model = define(ModelConfig(placement=placement, dtype=dtype, attention="xla", **TINY | VARIANTS[variant]))
     rng = np.random.default_rng(0)
 
     def draw(spec):

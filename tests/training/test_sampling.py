@@ -91,7 +91,7 @@ def test_a_temperature_near_zero_is_greedy(model, params, greedy):
 
 def test_a_row_ends_at_the_end_of_text_and_the_others_go_on(model, params, greedy):
     end = greedy[0][4]
-    ends_here = dataclasses.replace(BYTES, end_of_text=end)
+    ends_here = dataclasses.replace(BYTES, end_of_text=end, token_bytes=np.ones(256, np.int32))
     shown = []
     options = SampleOptions(12, temperature=0)
     made = as_lists(generate(model, params, ends_here, PROMPTS, options, show=shown.append))
