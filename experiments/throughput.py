@@ -1,0 +1,231 @@
+"""Speed and memory of the train step, for each placement in one process, so that ratios hold on a noisy machine.
+
+    python -m experiments.throughput --config configs/throughput.py --json experiments/results/throughput/cpu.json
+
+Prints a table and writes the record: the machine's matmul peak, and for each placement tokens/s, its share of that
+peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, memory against what the shapes say, and
+where a step's time goes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spannorm_jax.config import Config, replace, to_dict
+from spannorm_jax.config_file import load, split_overrides
+from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.errors import run_command
+from spannorm_jax.model.attention import attention, chosen
+from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.layers import Norm
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.training.optimizer import make_optimizer
+from spannorm_jax.training.run_folder import write_json
+from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
+from spannorm_jax.training.step import loss_sums, make_program
+
+PLACEMENTS = ("pre", "post", "span")
+
+
+def main(argv: list[str]) -> int:
+    rest, overrides = split_overrides(argv)
+    parser = argparse.ArgumentParser(prog="python -m experiments.throughput", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
+    parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    args = parser.parse_args(rest)
+    config = load(args.config, overrides)
+    start_jax(config.platform)
+    jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are to be a compiler's
+    data, config = open_data(config)
+    record = measure(config, data, args.rounds, args.steps)
+    start = start_record(argv, data, {"config": to_dict(config)})
+    start["command"] = start["command"].replace("spannorm_jax.train", "experiments.throughput")
+    print_table(record)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, start | record)
+    return 0
+
+
+# ---- timing -----------------------------------------------------------------------------------
+
+
+def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
+    """Median seconds of a call, after one that is not counted; `fn` returns arrays that are waited for."""
+    jax.block_until_ready(fn())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(fn())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matmul in the compute dtype, on one device: the best of several."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    fn = jax.jit(jnp.matmul)
+    jax.block_until_ready(fn(a, a))
+    best = min(seconds(lambda: fn(a, a), repeats=3) for _ in range(3))
+    return 2 * n**3 / best
+
+
+# ---- the measurement ----------------------------------------------------------------------------
+
+
+def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, Any]:
+    """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
+    mesh = make_mesh(config.mesh)
+    rows = config.training.batch_size
+    check_divisible(config, dict(mesh.shape), "training.batch_size", rows // config.training.num_microbatches)
+    loader = TrainLoader(data.train, config.data.seq_len, rows, config.seed)
+    peak = matmul_peak(config.model.dtype) * jax.device_count()
+    tokens_per_step = rows * config.data.seq_len
+    placements: dict[str, dict[str, Any]] = {}
+    running: dict[str, Any] = {}
+    with jax.set_mesh(mesh):
+        for placement in PLACEMENTS:
+            cfg = replace(config, model__placement=placement)
+            model = define(cfg.model)
+            program = make_program(cfg, model, mesh)
+            state = program.init(cfg.seed)
+            tokens = jax.device_put(loader.rows(1), program.batch_sharding)
+            began = time.perf_counter()
+            compiled = program.train.lower(state, tokens).compile()
+            placements[placement] = {
+                "num_params": count_params(model),
+                "compile_s": time.perf_counter() - began,
+                "memory": memory(cfg, model, compiled, state, tokens),
+                "step_times_s": [],
+            }
+            state, _ = compiled(state, tokens)  # the first call allocates
+            running[placement] = [compiled, state, tokens]
+        for _ in range(rounds):
+            for placement, now in running.items():
+                compiled, state, tokens = now
+                jax.block_until_ready(state)
+                began = time.perf_counter()
+                for _ in range(steps):
+                    state, metrics = compiled(state, tokens)
+                jax.block_until_ready((state, metrics))
+                placements[placement]["step_times_s"].append((time.perf_counter() - began) / steps)
+                now[1] = state
+        split = time_split(config, loader)
+    for placement, got in placements.items():
+        step = statistics.median(got["step_times_s"])
+        flops = flops_per_token(define(replace(config, model__placement=placement).model), config.data.seq_len)
+        pairs = zip(got["step_times_s"], placements["pre"]["step_times_s"], strict=True)
+        got |= {
+            "step_s": step,
+            "tokens_per_s": tokens_per_step / step,
+            "peak_share_6N": 6 * got["num_params"] * tokens_per_step / step / peak,
+            "peak_share_model_flops": flops * tokens_per_step / step / peak,
+            # Neighbours in time are compared, so that a slow minute of the machine slows both.
+            "step_over_pre": statistics.median(mine / pre for mine, pre in pairs),
+        }
+    return {
+        "peak_flops_per_s": peak,
+        "tokens_per_step": tokens_per_step,
+        "attention": chosen(config.model.attention),
+        "placements": placements,
+        "time_split_s": split,
+    }
+
+
+def memory(config: Config, model: ModelDef, compiled: Any, state: Any, tokens: Any) -> dict[str, float | None]:
+    """Bytes on one device: of the compiled step, and as the shapes say: state + gradients + what backward needs."""
+    analysis = compiled.memory_analysis()
+
+    def residuals(params: Any, tokens: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), 1)["nll"]
+
+        return jax.vjp(loss, params)[1]
+
+    def size(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    microbatch = tokens[:: config.training.num_microbatches]
+    kept = size(jax.eval_shape(residuals, state.params, microbatch))
+    computed = size((state.params, state.opt_state)) + kept  # the kept ones hold the weights, as many as gradients
+    used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else None
+    return {"step_bytes": used, "computed_bytes": computed, "ratio": used and used / computed}
+
+
+def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
+    """Seconds a step spends in each kind of work, forward and backward, each timed alone on one device.
+
+    Fusion makes the whole cheaper than its parts or not, so these need not add up to a step.
+    """
+    m, B, T = config.model, config.training.batch_size // config.training.num_microbatches, config.data.seq_len
+    D, H, G, K, F = m.width, m.num_heads, m.num_kv_heads, m.width // m.num_heads, m.ffn_dim
+    key = jax.random.key(0)
+
+    def normal(*shape: int) -> Any:
+        return jax.random.normal(key, shape, m.dtype)
+
+    def forward_backward(fn: Callable[..., Any], *inputs: Any) -> float:
+        def scalar(*xs: Any) -> Any:
+            return jnp.sum(fn(*xs).astype(jnp.float32))
+
+        grad = jax.jit(jax.grad(scalar, argnums=tuple(range(len(inputs)))))
+        return seconds(lambda: grad(*inputs))
+
+    x = normal(B * T, D)
+    parts = 2 if m.ffn == "swiglu" else 1
+    shapes = [(D, H * K), (D, G * K), (D, G * K), (H * K, D), (D, parts * F), (F, D)]
+    matmuls = m.depth * sum(forward_backward(jnp.matmul, normal(B * T, a), normal(a, b)) for a, b in shapes)
+    matmuls += forward_backward(jnp.matmul, x, normal(D, m.vocab_size))
+    norm = Norm(m.norm, D, m.norm_eps)
+    q, k, v = normal(B, T, H, K), normal(B, T, G, K), normal(B, T, G, K)
+    mesh = make_mesh(config.mesh)
+    model = define(m)
+    program = make_program(config, model, mesh)
+    state = program.init(0)
+    optimizer = jax.jit(make_optimizer(config, model).update)
+    microbatches = config.training.num_microbatches
+    return {
+        "matmuls": microbatches * matmuls,
+        "attention": microbatches * m.depth * forward_backward(lambda *a: attention(*a, m.attention), q, k, v),
+        "norms": microbatches * 2 * m.depth * forward_backward(norm, normal(B, T, D)),
+        "optimizer": seconds(lambda: optimizer(state.params, state.opt_state, state.params)),
+        "input": _input_seconds(loader),
+    }
+
+
+def _input_seconds(loader: TrainLoader) -> float:
+    began = time.perf_counter()
+    for step in range(1, 11):
+        np.asarray(loader.rows(step))
+    return (time.perf_counter() - began) / 10
+
+
+def print_table(record: dict[str, Any]) -> None:
+    peak, tokens = record["peak_flops_per_s"], record["tokens_per_step"]
+    print(f"matmul peak {peak / 1e9:,.0f} GFLOP/s; {tokens:,} tokens a step; attention {record['attention']}")
+    print(
+        f"{'placement':<11}{'tokens/s':>10}{'6N share':>10}{'step':>11}{'vs pre':>9}{'compile':>10}{'memory':>11}{'x shapes':>10}"
+    )
+    for name, p in record["placements"].items():
+        used = p["memory"]["step_bytes"]
+        print(
+            f"{name:<11}{p['tokens_per_s']:>10,.0f}{p['peak_share_6N']:>10.1%}{p['step_s'] * 1e3:>8.1f} ms"
+            f"{p['step_over_pre']:>9.3f}{p['compile_s']:>8.1f} s"
+            f"{(used or 0) / 2**20:>7,.0f} MiB{p['memory']['ratio'] or 0:>10.2f}"
+        )
+    print("alone, a step: " + ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in record["time_split_s"].items()))
+
+
+if __name__ == "__main__":
+    run_command(main)
