@@ -187,7 +187,7 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
     shapes = [(D, H * K), (D, G * K), (D, G * K), (H * K, D), (D, parts * F), (F, D)]
     matmuls = m.depth * sum(forward_backward(jnp.matmul, normal(B * T, a), normal(a, b)) for a, b in shapes)
     matmuls += forward_backward(jnp.matmul, x, normal(D, m.vocab_size))
-    norm = Norm(m.norm, D, m.norm_eps)
+    norm = Norm(m.norm, D, m.norm_eps, site="ffn")
     q, k, v = normal(B, T, H, K), normal(B, T, G, K), normal(B, T, G, K)
     mesh = make_mesh(config.mesh)
     model = define(m)
