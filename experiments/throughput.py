@@ -8,7 +8,6 @@ where a step's time goes.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -215,7 +214,8 @@ def print_table(record: dict[str, Any]) -> None:
     peak, tokens = record["peak_flops_per_s"], record["tokens_per_step"]
     print(f"matmul peak {peak / 1e9:,.0f} GFLOP/s; {tokens:,} tokens a step; attention {record['attention']}")
     print(
-        f"{'placement':<11}{'tokens/s':>10}{'6N share':>10}{'step':>11}{'vs pre':>9}{'compile':>10}{'memory':>11}{'x shapes':>10}"
+        f"{'placement':<11}{'tokens/s':>10}{'6N share':>10}{'step':>11}{'vs pre':>9}{'compile':>10}"
+        f"{'memory':>11}{'x shapes':>10}"
     )
     for name, p in record["placements"].items():
         used = p["memory"]["step_bytes"]
