@@ -47,6 +47,7 @@ class DataConfig:
     seq_len: int = 128  # tokens the model sees, T; a window has one more
     data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
+    verify_mib: int = 4096  # token stores up to this size are hashed whole at each start, about 1 s a GiB
     fingerprint: str = ""  # hash of the tokens trained and evaluated on; "": filled in at start
 
 
@@ -115,7 +116,7 @@ class Config:
 
 
 # What may change when a run is continued: none of it touches the numbers beyond float rounding.
-RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "data.cache_dir")
+RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "data.cache_dir", "data.verify_mib")
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 NORMS = ("rmsnorm", "layernorm")
@@ -131,14 +132,22 @@ def default_ffn_dim(width: int, ffn: str) -> int:
     return math.ceil(exact / multiple) * multiple
 
 
+def divisors(n: int) -> list[int]:
+    """The divisors of n >= 1, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
 # ---- dictionaries <-> dataclasses -------------------------------------------------------------
 
 
-def _matches(value: Any, kind: Any) -> bool:
+def matches(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type; an integer will do for a float."""
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Numbers travel as float32; a longer one would turn infinite on its way. (int against int: nothing overflows.)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -147,7 +156,7 @@ def _matches(value: Any, kind: Any) -> bool:
 def kind_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return "a list of names"
-    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[kind]
+    return {int: "an integer", float: "a finite number (float32)", bool: "true or false", str: "a string"}[kind]
 
 
 def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
@@ -170,7 +179,7 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
             if not hasattr(value, "keys"):
                 raise UserError(f"config key {path} is a group, not {value!r}; set {path}.NAME instead")
             made[name] = from_dict(value, kind, path + ".")
-        elif not _matches(value, kind):
+        elif not matches(value, kind):
             raise UserError(f"config key {path}={value!r} must be {kind_name(kind)}")
         elif typing.get_origin(kind) is tuple:
             made[name] = tuple(value)
@@ -265,6 +274,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "model.variance_budget": 0,
     "model.scan_unroll": 1,
     "data.seq_len": 1,
+    "data.verify_mib": 0,
     "training.steps": 1,
     "training.batch_size": 1,
     "training.num_microbatches": 1,
@@ -290,6 +300,7 @@ _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.varianc
 _FRACTIONS = ("optim.warmup_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
+_MAX_FLOAT, _MIN_FLOAT = (2 - 2**-23) * 2.0**127, 2.0**-126  # float32's largest, and smallest normal
 
 
 def validate(config: Config) -> None:
@@ -302,14 +313,14 @@ def validate(config: Config) -> None:
         if isinstance(value, int) and value > _MAX_INT:
             raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
     for key in _ABOVE_ZERO:
-        if flat[key] <= 0:
-            raise UserError(f"config key {key}={flat[key]} must be above 0")
+        if flat[key] < _MIN_FLOAT:
+            raise UserError(f"config key {key}={flat[key]} must be above 0, and at least {_MIN_FLOAT} for float32")
     for key in _FRACTIONS:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"config key {key}={flat[key]} must be between 0 and 1")
     for key in _BELOW_ONE:
-        if not 0 <= flat[key] < 1:
-            raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1")
+        if not 0 <= flat[key] <= 1 - 2**-24:  # what is nearer to 1 is 1 in float32
+            raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1, also in float32")
     choices = {
         "platform": PLATFORMS,
         "model.norm": NORMS,
@@ -326,11 +337,11 @@ def validate(config: Config) -> None:
 def _validate_shapes(config: Config) -> None:
     model, training, mesh = config.model, config.training, config.mesh
     if model.width % model.num_heads:
-        fits = [h for h in range(1, model.width + 1) if model.width % h == 0 and model.width // h % 2 == 0]
+        fits = [h for h in divisors(model.width) if model.width // h % 2 == 0]
         near = [*[h for h in fits if h < model.num_heads][-1:], *[h for h in fits if h > model.num_heads][:1]]
         raise UserError(
             f"config key model.num_heads={model.num_heads} does not divide model.width={model.width}; "
-            f"write {' or '.join(map(str, near))}, or change the width"
+            f"write {' or '.join(map(str, near)) or 'an even model.width'}, or change the width"
         )
     head_dim = model.width // model.num_heads
     if head_dim % 2:
@@ -353,6 +364,13 @@ def _validate_shapes(config: Config) -> None:
             f"config key training.num_microbatches={training.num_microbatches} does not divide "
             f"training.batch_size={training.batch_size}; write a divisor"
         )
+    for key in ("training.batch_size", "eval.batch_size"):
+        rows = config.training.batch_size if key == "training.batch_size" else config.eval.batch_size
+        if rows * config.data.seq_len > _MAX_INT:
+            raise UserError(
+                f"config key {key}={rows} x data.seq_len={config.data.seq_len} is above {_MAX_INT} tokens a step; "
+                "make one of them smaller"
+            )
     axes = dataclasses.asdict(mesh)
     for axis, size in axes.items():
         if size == 0:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from spannorm_jax.data import atomic, stdlib_files
+from spannorm_jax.data import atomic, damage, stdlib_files
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def prepare(data_dir: Path) -> tfds.core.DatasetBuilder:
     """Returns the builder of the default config, written below `data_dir` if it was not there.
 
     Raises:
-      UserError: `data_dir` cannot be written, or the standard library has no sources.
+      UserError: `data_dir` cannot be written, the standard library has no sources, or the files there are damaged.
     """
     target = data_dir / stdlib_files.full_name()
     if not target.is_dir():
@@ -76,4 +76,5 @@ def prepare(data_dir: Path) -> tfds.core.DatasetBuilder:
                 builder = PythonSource(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
             atomic.publish(Path(builder.data_dir), target)
-    return PythonSource(data_dir=data_dir)
+    with damage.described(target):
+        return PythonSource(data_dir=data_dir)

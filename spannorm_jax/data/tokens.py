@@ -2,11 +2,14 @@
 
 A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
 and `meta.json`. It appears atomically and never changes, so any number of processes may share it.
+Each start checks that it has not: `meta.json` by a hash of its own, `tokens.bin` by its size and, up
+to `data.verify_mib`, by its hash.
 """
 
 import hashlib
 import json
 import os
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +20,9 @@ import numpy as np
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data import atomic, stdlib_files
 from spannorm_jax.data.tokenizer import TOKENIZERS, Tokenizer
-from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.errors import UserError, did_you_mean, one_line
 
-FORMAT = 1  # of the store; another format is another folder
+FORMAT = 2  # of the store; another format is another folder
 _TOKENS = "tokens.bin"
 _META = "meta.json"
 _WRITE_AT_ONCE = 1 << 20  # tokens held in memory before they are written
@@ -70,7 +73,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
         )
     if data.dataset == stdlib_files.DATASET:
         # The name of the default dataset is known without TFDS, whose import takes its time.
-        store = _read(_store_path(data, stdlib_files.full_name(), split))
+        store = _read(_store_path(data, stdlib_files.full_name(), split), data.verify_mib)
         if store is not None:
             return store
     from spannorm_jax.data import tfds_text
@@ -78,7 +81,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
     builder = tfds_text.open_dataset(data)
     texts = tfds_text.open_split(builder, data, split)
     path = _store_path(data, tfds_text.identity(builder), split)
-    store = _read(path)
+    store = _read(path, data.verify_mib)
     if store is None:
         facts = {
             "format": FORMAT,
@@ -88,7 +91,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
             "tokenizer": data.tokenizer,
         }
         _build(path, texts, TOKENIZERS[data.tokenizer], facts)
-        store = _read(path)
+        store = _read(path, data.verify_mib)
     return store
 
 
@@ -137,16 +140,19 @@ def _store_path(data: DataConfig, dataset: str, split: str) -> Path:
     return cache / f"v{FORMAT}" / dataset / data.tokenizer / data.text_feature / split_folder
 
 
-def _read(path: Path) -> TokenStore | None:
-    """Returns the store in folder `path`, None if there is no such folder."""
+def _read(path: Path, verify_mib: int) -> TokenStore | None:
+    """Returns the store in folder `path`, checked; None if there is no such folder."""
     if not path.is_dir():
         return None
     remedy = f"delete {path}, and it is rebuilt"
     try:
         meta = json.loads((path / _META).read_text())
+        checksum = meta.pop("meta_sha256")
         num_bytes_on_disk = (path / _TOKENS).stat().st_size
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"token store {path} cannot be read ({error}); {remedy}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"token store {path} cannot be read ({one_line(error)}); {remedy}") from error
+    if checksum != _meta_sha256(meta):
+        raise UserError(f"{path / _META} is damaged: it has not the hash it was written with; {remedy}")
     dtype = np.dtype(meta.pop("dtype"))
     num_tokens = meta.pop("num_tokens")
     if num_bytes_on_disk != num_tokens * dtype.itemsize:
@@ -156,7 +162,17 @@ def _read(path: Path) -> TokenStore | None:
         )
     del meta["format"]
     tokens = np.memmap(path / _TOKENS, dtype, mode="r", shape=(num_tokens,))
+    if num_bytes_on_disk > verify_mib << 20:
+        print(
+            f"only the size of {path / _TOKENS} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr
+        )
+    elif hashlib.sha256(tokens).hexdigest() != meta["sha256"]:
+        raise UserError(f"{path / _TOKENS} is damaged: it has not the hash in its {_META}; {remedy}")
     return TokenStore(path=path, tokens=tokens, **meta)
+
+
+def _meta_sha256(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
@@ -182,7 +198,7 @@ def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict
             "sha256": digest.hexdigest(),
             "unigram_entropy": _entropy(counts),
         }
-        (temp / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        (temp / _META).write_text(json.dumps(meta | {"meta_sha256": _meta_sha256(meta)}, indent=2) + "\n")
         atomic.publish(temp, path)
 
 

@@ -10,9 +10,11 @@ from types import FrameType
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.durable import append_line, write_json
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
@@ -26,7 +28,7 @@ from spannorm_jax.training.metrics import (
     memory_bytes,
     peak_flops,
 )
-from spannorm_jax.training.setup import open_data, start_jax, start_record
+from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
@@ -48,15 +50,23 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
     Raises:
       UserError: the config does not fit the devices, the data or the folder; nothing is written then.
     """
-    # ---- what is asked for, against what is here
     start_jax(config.platform)
+    config, data, mesh, loader = fit(config)
+    with run_folder.open_run(workdir, config):
+        return _train(config, workdir, argv, data, mesh, loader)
+
+
+def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
+    """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
     data, config = open_data(config)
-    steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     mesh = make_mesh(config.mesh)
-    microbatch = batch_size // config.training.num_microbatches
+    microbatch = config.training.batch_size // config.training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
-    loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
-    run_folder.open_run(workdir, config)
+    return config, data, mesh, TrainLoader(data.train, config.data.seq_len, config.training.batch_size, config.seed)
+
+
+def _train(config: Config, workdir: Path, argv: list[str], data: Data, mesh: Mesh, loader: TrainLoader) -> int:
+    steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     if (workdir / run_folder.DONE).exists():
         print(f"{workdir} is done already (step {steps})")
         return 0
@@ -75,17 +85,23 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
         flush=True,
     )
 
-    with jax.set_mesh(mesh), closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints:
-        # ---- state: the newest committed checkpoint, or a new one
+    with (
+        jax.set_mesh(mesh),
+        _stop_signals() as stop,
+        closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints,
+    ):
+        # ---- state: the newest sound checkpoint, or a new one
         program = make_program(config, model, mesh)
-        restored = checkpoints.latest_step()
+        restored, faults = checkpoints.resume(workdir / run_folder.DAMAGED)
+        for found in faults:
+            print(f"passed over a checkpoint: {found}", flush=True)
         if restored is None:
             state = program.init(config.seed)
         else:
             state = checkpoints.restore(restored, program.abstract_state)
             print(f"continuing after step {restored}", flush=True)
         first = (restored or 0) + 1
-        run_folder.append_line(workdir / run_folder.STARTS, start | {"first_step": first})
+        append_line(workdir / run_folder.STARTS, start | {"first_step": first})
         (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
         tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
 
@@ -93,7 +109,6 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
         with (
             closing(MetricsWriter(workdir / run_folder.METRICS, tensorboard, first - 1)) as writer,
             closing(_Batches(loader, program, (batch_size, seq_len + 1), range(first, steps + 1))) as batches,
-            _stop_signals() as stop,
         ):
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract).compile()
@@ -108,6 +123,7 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                     if due or stop.requested or step == steps:
                         log.read_previous()  # a state is saved only when its own step is known to be finite
+                        writer.sync()
                         checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
                     if stop.requested and step < steps:
                         progress.end_line()
@@ -119,12 +135,12 @@ def train(config: Config, workdir: Path, argv: list[str]) -> int:
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()
-                run_folder.write_json(workdir / run_folder.DIVERGED, diverged.record)
+                write_json(workdir / run_folder.DIVERGED, diverged.record)
                 kept = checkpoints.latest_step()
                 last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
                 print(f"stopped: {diverged}; {last}", flush=True)
                 return DIVERGED_EXIT
-    run_folder.write_json(workdir / run_folder.DONE, {"step": steps})
+    write_json(workdir / run_folder.DONE, {"step": steps})
     print(f"done: {workdir}", flush=True)
     return 0
 
