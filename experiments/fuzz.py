@@ -247,7 +247,7 @@ def _legal(rng):
         "--config.model.ffn=gelu",
     ]
     choices += ["--config.model.norm=layernorm", "--config.model.tied_head=true", "--config.optim.clip_norm=0"]
-    choices += ["--config.training.num_microbatches=4", "--config.model.remat=block", "--config.model.dtype=bfloat16"]
+    choices += ["--config.training.batch_size=16", "--config.model.remat=block", "--config.model.dtype=bfloat16"]
     choices += [
         "--config.model.init_targets=ffn_out,attn_out",
         "--config.data.seq_len=77",

@@ -19,8 +19,8 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.training.manifest import fault, write_manifest
 from spannorm_jax.training.step import TrainState
 
-# Orbax reports each save and restore at INFO, and its read-only mode at WARNING.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports each save and restore at INFO, its read-only mode at WARNING, and what it also raises at ERROR.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
