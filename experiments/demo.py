@@ -6,12 +6,11 @@ Six runs differ in nothing but placement and initialisation: same data order, st
 trained, then evaluated in a new process, through the command lines that a user would type.
 """
 
-import argparse
 from pathlib import Path
 
 from experiments.runner import run_all
 from spannorm_jax.analysis import report
-from spannorm_jax.errors import run_command
+from spannorm_jax.errors import Parser, run_command
 
 FULL = ("--config.training.steps=250", "--config.checkpoint.every_steps=50")
 SMOKE = ("--config.training.steps=12", "--config.checkpoint.every_steps=6", "--config.eval.tokens=8192")
@@ -19,7 +18,7 @@ TITLE = "24 blocks, width 64: three norm placements, two initialisations"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs and report")
     parser.add_argument("--smoke", action="store_true", help="a few steps a run: does everything work?")
     args = parser.parse_args(argv)

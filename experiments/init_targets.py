@@ -6,13 +6,12 @@
 so that no arm is tuned alone.
 """
 
-import argparse
 from pathlib import Path
 
 from experiments.demo import FULL
 from experiments.runner import run_all
 from spannorm_jax.analysis import report
-from spannorm_jax.errors import run_command
+from spannorm_jax.errors import Parser, run_command
 
 PLACEMENTS = ("pre", "post", "span")
 TARGETS = ("ffn_out", "attn_out,ffn_out")
@@ -20,7 +19,7 @@ SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.init_targets", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.init_targets", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/init_targets"), help="folder of the runs")
     args = parser.parse_args(argv)
     runs = {

@@ -7,7 +7,6 @@ peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, mem
 where a step's time goes.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +20,13 @@ import numpy as np
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
-from spannorm_jax.errors import run_command
+from spannorm_jax.durable import write_json
+from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.model.attention import attention, chosen
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.layers import Norm
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training.optimizer import make_optimizer
-from spannorm_jax.training.run_folder import write_json
 from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import loss_sums, make_program
 
@@ -36,7 +35,7 @@ PLACEMENTS = ("pre", "post", "span")
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = argparse.ArgumentParser(prog="python -m experiments.throughput", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.throughput", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--json", type=Path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")

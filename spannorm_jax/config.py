@@ -50,6 +50,7 @@ class DataConfig:
     seq_len: int = 128  # tokens the model sees, T; a window has one more
     data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
+    verify_mib: int = 4096  # token stores up to this size are hashed whole at each start, about 1 s a GiB
     fingerprint: str = ""  # hash of the tokens trained and evaluated on; "": filled in at start
 
 
@@ -122,7 +123,7 @@ class Config:
 
 
 # What may change when a run is continued: none of it touches the numbers beyond float rounding.
-RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "data.cache_dir")
+RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "data.cache_dir", "data.verify_mib")
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 NORMS = ("rmsnorm", "layernorm")
@@ -139,14 +140,25 @@ def default_ffn_dim(width: int, ffn: str) -> int:
     return math.ceil(exact / multiple) * multiple
 
 
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n >= 1, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
 # ---- dictionaries <-> dataclasses -------------------------------------------------------------
 
 
-def _matches(value: Any, kind: Any) -> bool:
+def matches(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type; an integer will do for a float."""
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Numbers travel as float32; a longer one would turn infinite on its way. (int against int: nothing overflows.)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -155,7 +167,7 @@ def _matches(value: Any, kind: Any) -> bool:
 def kind_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return "a list of names"
-    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[kind]
+    return {int: "an integer", float: "a finite number (float32)", bool: "true or false", str: "a string"}[kind]
 
 
 def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: bool = False) -> Any:
@@ -183,7 +195,7 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: b
             if not hasattr(value, "keys"):
                 raise UserError(f"config key {path} is a group, not {value!r}; set {path}.NAME instead")
             made[name] = from_dict(value, kind, path + ".", of_older_run)
-        elif not _matches(value, kind):
+        elif not matches(value, kind):
             raise UserError(f"config key {path}={value!r} must be {kind_name(kind)}")
         elif typing.get_origin(kind) is tuple:
             made[name] = tuple(value)

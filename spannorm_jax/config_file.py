@@ -6,7 +6,6 @@ Every failure on this way is the user's to mend, and is one line.
 
 import dataclasses
 import importlib.util
-import math
 import os
 import traceback
 import types
@@ -15,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config import Config, flatten, from_dict, kind_name, to_dict
+from spannorm_jax.config import Config, flatten, from_dict, kind_name, matches, to_dict
 from spannorm_jax.data.tokenizer import TOKENIZERS
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.attention import CHOICES
@@ -63,8 +62,9 @@ def _parse_text(text: str, kind: Any, where: str) -> Any:
         value = kind(text)
     except (ValueError, KeyError, OverflowError):
         value = None
-    if value is None or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where}={text!r} must be {kind_name(kind)}")
+    if value is None or not matches(value, kind):
+        shown = text if len(text) <= 80 else text[:80] + "..."
+        raise UserError(f"{where}={shown!r} must be {kind_name(kind)}")
     return value
 
 
@@ -95,7 +95,7 @@ def read_config_file(spec: str) -> ConfigDict:
     """Runs `get_config(arg)` of `FILE.py[:arg]`; any failure inside it is the file author's to mend."""
     path, _, arg = spec.partition(":")
     if not os.path.isfile(path):
-        raise UserError(f"config file {path!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
+        raise UserError(f"config file {path[:200]!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
     module_spec = importlib.util.spec_from_file_location("_config_file", path)
     if module_spec is None:
         raise UserError(f"config file {path!r} is not a Python file")

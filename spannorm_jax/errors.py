@@ -1,9 +1,11 @@
 """Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 USER_ERROR_EXIT = 2
 
@@ -25,6 +27,16 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     if len(names) > 12:
         return f"valid ones are {', '.join(sorted(names)[:12])}, ..."
     return f"valid ones are {', '.join(sorted(names))}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line like all others, and which takes no abbreviations."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def one_line(text: object) -> str:

@@ -4,22 +4,21 @@ The folder is all it needs. It runs on all devices here, whatever mesh trained t
 --config.mesh.tensor=2, more held-out text --config.eval.tokens=0 (all of it).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from spannorm_jax.config_file import override, split_overrides
-from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.errors import Parser, UserError, run_command
 from spannorm_jax.training.evaluation import evaluate, here
 from spannorm_jax.training.run_folder import read_config
 
 # What may differ from the run's own config; anything else would evaluate another model.
-_OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir")
+_OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir", "data.verify_mib")
 
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.evaluate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m spannorm_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")

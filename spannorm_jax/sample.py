@@ -4,12 +4,11 @@ The folder is all it needs; no data are read. Prompts of any length are continue
 several devices is split by --config.mesh.tensor=2.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from spannorm_jax.config_file import override, split_overrides
-from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.errors import Parser, UserError, run_command
 from spannorm_jax.training.evaluation import here
 from spannorm_jax.training.run_folder import read_config
 from spannorm_jax.training.sampling import SampleOptions, check_options, sample
@@ -20,7 +19,7 @@ _OVERRIDABLE = ("platform", "mesh.")
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     usual = SampleOptions()
-    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.sample", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m spannorm_jax.sample", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: '')")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")

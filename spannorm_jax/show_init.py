@@ -3,12 +3,10 @@
 Nothing is allocated and no data is read, so it answers for any size at once.
 """
 
-import argparse
-
 from spannorm_jax.config import resolve
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.tokenizer import vocab_size
-from spannorm_jax.errors import run_command
+from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.model.decoder import count_params, define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import fan_in, predicted_branch_variance, residual_additions, weight_stds
@@ -16,7 +14,7 @@ from spannorm_jax.model.scale_init import fan_in, predicted_branch_variance, res
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = argparse.ArgumentParser(prog="python -m spannorm_jax.show_init", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m spannorm_jax.show_init", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
     config = load(args.config, overrides)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from spannorm_jax.config import DTYPES, FFNS, NORMS, PLATFORMS, REMATS, SCHEDULES, Config, flatten, num_steps
+from spannorm_jax.config import DTYPES, FFNS, NORMS, PLATFORMS, REMATS, SCHEDULES, Config, divisors, flatten, num_steps
 from spannorm_jax.errors import UserError, did_you_mean
 
 _AT_LEAST = {  # key -> smallest legal value
@@ -16,6 +16,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "model.variance_budget": 0,
     "model.scan_unroll": 1,
     "data.seq_len": 1,
+    "data.verify_mib": 0,
     "data.bpe_vocab_size": 257,  # the bytes and end-of-text
     "data.bpe_train_mib": 0,
     "training.tokens": 0,
@@ -43,6 +44,7 @@ _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.varianc
 _FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
+_MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 
 
 def validate(config: Config) -> None:
@@ -55,14 +57,14 @@ def validate(config: Config) -> None:
         if isinstance(value, int) and value > _MAX_INT and key != "training.tokens":
             raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
     for key in _ABOVE_ZERO:
-        if flat[key] <= 0:
-            raise UserError(f"config key {key}={flat[key]} must be above 0")
+        if flat[key] < _MIN_FLOAT:
+            raise UserError(f"config key {key}={flat[key]} must be above 0, and at least {_MIN_FLOAT} for float32")
     for key in _FRACTIONS:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"config key {key}={flat[key]} must be between 0 and 1")
     for key in _BELOW_ONE:
-        if not 0 <= flat[key] < 1:
-            raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1")
+        if not 0 <= flat[key] <= 1 - 2**-24:  # what is nearer to 1 is 1 in float32
+            raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1, also in float32")
     choices = {
         "platform": PLATFORMS,
         "model.norm": NORMS,
@@ -103,11 +105,11 @@ def _validate_length(config: Config) -> None:
 def _validate_shapes(config: Config) -> None:
     model, training, mesh = config.model, config.training, config.mesh
     if model.width % model.num_heads:
-        fits = [h for h in range(1, model.width + 1) if model.width % h == 0 and model.width // h % 2 == 0]
+        fits = [h for h in divisors(model.width) if model.width // h % 2 == 0]
         near = [*[h for h in fits if h < model.num_heads][-1:], *[h for h in fits if h > model.num_heads][:1]]
         raise UserError(
             f"config key model.num_heads={model.num_heads} does not divide model.width={model.width}; "
-            f"write {' or '.join(map(str, near))}, or change the width"
+            f"write {' or '.join(map(str, near)) or 'an even model.width'}, or change the width"
         )
     head_dim = model.width // model.num_heads
     if head_dim % 2:
@@ -130,6 +132,12 @@ def _validate_shapes(config: Config) -> None:
             f"config key training.num_microbatches={training.num_microbatches} does not divide "
             f"training.batch_size={training.batch_size}; write a divisor"
         )
+    for key, rows in (("training.batch_size", training.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if rows * config.data.seq_len > _MAX_INT:
+            raise UserError(
+                f"config key {key}={rows} x data.seq_len={config.data.seq_len} is above {_MAX_INT} tokens a step; "
+                "make one of them smaller"
+            )
     axes = dataclasses.asdict(mesh)
     for axis, size in axes.items():
         if size == 0:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from spannorm_jax.durable import unwritable
 from spannorm_jax.errors import UserError
 
 
@@ -20,7 +21,7 @@ def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
       key: config key that chose `parent`, for the error line.
 
     Raises:
-      UserError: `parent` cannot be written.
+      UserError: `parent` cannot be written, or the disk is full before the caller is done.
     """
     # Not tempfile or random: the former hides the folder from other users, who may share it once
     # it is published, and the latter gives equal names to processes with equal seeds.
@@ -33,6 +34,16 @@ def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
         ) from error
     try:
         yield folder
+    except UserError:
+        raise
+    except Exception as error:
+        why = unwritable(error)
+        if why is None:
+            raise
+        raise UserError(
+            f"cannot write to {parent}: {why}; make room and repeat the command, or set config key {key} to a "
+            "folder with room"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

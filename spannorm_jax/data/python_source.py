@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from spannorm_jax.data import atomic, stdlib_files, sys_path_files
+from spannorm_jax.data import atomic, damage, stdlib_files, sys_path_files
 
 
 class _LazyConfigs:
@@ -84,7 +84,7 @@ def prepare(data_dir: Path, dataset: str = stdlib_files.DATASET) -> tfds.core.Da
       dataset: `python_source` (its default config) or `python_source/sys_path`.
 
     Raises:
-      UserError: `data_dir` cannot be written, or there are no sources.
+      UserError: `data_dir` cannot be written, there are no sources, or the files there are damaged.
     """
     if dataset == sys_path_files.DATASET:
         builder_class, full_name = SysPathSource, sys_path_files.full_name()
@@ -99,4 +99,5 @@ def prepare(data_dir: Path, dataset: str = stdlib_files.DATASET) -> tfds.core.Da
                 builder = builder_class(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
             atomic.publish(Path(builder.data_dir), target)
-    return builder_class(data_dir=data_dir)
+    with damage.described(target):
+        return builder_class(data_dir=data_dir)

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import python_source, stdlib_files, sys_path_files
+from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
 from spannorm_jax.errors import UserError, did_you_mean
 
 _NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -25,7 +25,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     Only `python_source` is ever prepared here; other datasets are read, never made.
 
     Raises:
-      UserError: the dataset or its config is unknown, not prepared, or in another file format, or
+      UserError: the dataset or its config is unknown, not prepared, damaged, or in another file format, or
         it is in TFRecord and TensorFlow is not installed.
     """
     root = _data_dir(data)
@@ -57,7 +57,8 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
         raise UserError(f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}")
     wanted = [p for p in prepared if not version or p.endswith("/" + version)]
     try:
-        builder = tfds.builder(data.dataset, data_dir=root) if wanted else None
+        with damage.described(root / wanted[-1] if wanted else root):
+            builder = tfds.builder(data.dataset, data_dir=root) if wanted else None
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
@@ -98,7 +99,8 @@ def open_split(
 
     Raises:
       UserError: the split or the text feature is unknown, the feature is no text, or the split is
-        empty. Raised at the call, not at the first text.
+        empty, or has lost or gained records. Raised at the call, not at the first text; a damaged
+        record, which only reading finds, is raised there.
     """
     key = "data.eval_split" if split == data.eval_split else "data.train_split"
     splits = builder.info.splits
@@ -121,6 +123,8 @@ def open_split(
         raise UserError(
             f"config key data.text_feature={data.text_feature!r} {fault} in {builder.info.full_name}; {hint}"
         )
+    if _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
+        damage.check_counts(builder, split)
     if shard is None:
         return _texts(builder, split, data.text_feature)
     part = tfds.even_splits(split, shard[1])[shard[0]]
@@ -142,8 +146,13 @@ def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Itera
     source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
-        for example in source.__getitems__(list(range(start, stop))):
-            yield example[feature]
+        try:
+            texts = [example[feature] for example in source.__getitems__(list(range(start, stop)))]
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise damage.first_damaged(builder, split) or error from error
+        if any(text is None for text in texts):  # what the reader makes of a record that it cannot find
+            raise damage.first_damaged(builder, split) or damage.damaged(Path(builder.data_dir), "records are missing")
+        yield from texts
 
 
 def _tfrecord_texts(

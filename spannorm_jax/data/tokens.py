@@ -2,13 +2,15 @@
 
 A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
 `meta.json`, and `tokenizer.json` if the tokenizer was trained. It appears atomically and never
-changes, so any number of processes may share it.
+changes, so any number of processes may share it. Each start checks that it has not: `meta.json` by
+a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`, by its hash.
 """
 
 import functools
 import hashlib
 import json
 import os
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +22,9 @@ from spannorm_jax.config import DataConfig
 from spannorm_jax.data import atomic, bpe, shards, stdlib_files, sys_path_files
 from spannorm_jax.data.shards import Shard
 from spannorm_jax.data.tokenizer import BYTES, TOKENIZERS, Tokenizer, vocab_size
-from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.errors import UserError, did_you_mean, one_line
 
-FORMAT = 1  # of the store; another format is another folder
+FORMAT = 2  # of the store; another format is another folder
 _TOKENS = "tokens.bin"
 _META = "meta.json"
 _TOKENIZER = "tokenizer.json"
@@ -109,7 +111,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
     path = _folder(data, source.identity, tokenizer.name, split)
     # Before the store is looked for: who joins shards publishes the store first, then removes them.
     left = shards.begun(path)
-    store = _read(path)
+    store = _read(path, data.verify_mib)
     if store is None:
         complete = [n for n in left if not left[n]]
         if left and not complete:
@@ -119,7 +121,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
             _join(path, complete[0], tokenizer, facts)
         else:
             _build(path, source.texts(split), tokenizer, facts)
-        store = _read(path)
+        store = _read(path, data.verify_mib)
     return store
 
 
@@ -242,16 +244,19 @@ def _facts(data: DataConfig, source: _Source, tokenizer: Tokenizer, split: str) 
     }
 
 
-def _read(path: Path) -> TokenStore | None:
-    """Returns the store in folder `path`, None if there is no such folder."""
+def _read(path: Path, verify_mib: int) -> TokenStore | None:
+    """Returns the store in folder `path`, checked; None if there is no such folder."""
     if not path.is_dir():
         return None
     remedy = f"delete {path}, and it is rebuilt"
     try:
         meta = json.loads((path / _META).read_text())
+        checksum = meta.pop("meta_sha256")
         num_bytes_on_disk = (path / _TOKENS).stat().st_size
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"token store {path} cannot be read ({error}); {remedy}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"token store {path} cannot be read ({one_line(error)}); {remedy}") from error
+    if checksum != _meta_sha256(meta):
+        raise UserError(f"{path / _META} is damaged: it has not the hash it was written with; {remedy}")
     dtype = np.dtype(meta.pop("dtype"))
     num_tokens = meta.pop("num_tokens")
     if num_bytes_on_disk != num_tokens * dtype.itemsize:
@@ -261,7 +266,17 @@ def _read(path: Path) -> TokenStore | None:
         )
     del meta["format"]
     tokens = np.memmap(path / _TOKENS, dtype, mode="r", shape=(num_tokens,))
+    if num_bytes_on_disk > verify_mib << 20:
+        print(
+            f"only the size of {path / _TOKENS} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr
+        )
+    elif hashlib.sha256(tokens).hexdigest() != meta["sha256"]:
+        raise UserError(f"{path / _TOKENS} is damaged: it has not the hash in its {_META}; {remedy}")
     return TokenStore(path=path, tokens=tokens, **meta)
+
+
+def _meta_sha256(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
@@ -301,7 +316,7 @@ def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts
             "sha256": digest.hexdigest(),
             "unigram_entropy": _entropy(counts),
         }
-        (temp / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        (temp / _META).write_text(json.dumps(meta | {"meta_sha256": _meta_sha256(meta)}, indent=2) + "\n")
         if tokenizer.source:
             (temp / _TOKENIZER).write_text(tokenizer.source)
         atomic.publish(temp, path)

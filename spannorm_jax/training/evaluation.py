@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from spannorm_jax.config import Config, MeshConfig
 from spannorm_jax.data.loader import eval_batches
+from spannorm_jax.durable import append_line
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder
@@ -30,11 +33,14 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
     (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
 
     Raises:
-      UserError: there is no such checkpoint, the data differ from the run's, or the mesh does not fit.
+      UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or the folder
+        cannot be written.
     """
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
-        step = checkpoints.find(step)
+        step, faults = checkpoints.find(step)
+        for found in faults:  # not on stdout, which may be one JSON line
+            print(f"passed over a checkpoint: {found}; evaluating step {step}", file=sys.stderr, flush=True)
         start_jax(config.platform)
         data, config = open_data(config)
         mesh = make_mesh(config.mesh)
@@ -46,7 +52,13 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
     finally:
         checkpoints.close()
     line = result | {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
-    run_folder.append_line(workdir / run_folder.EVAL, line)
+    try:
+        append_line(workdir / run_folder.EVAL, line)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {workdir / run_folder.EVAL}: {error.strerror}; "
+            f"the loss of step {step}, {line['loss']}, is not recorded"
+        ) from error
     return line
 
 

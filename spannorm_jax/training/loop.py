@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
@@ -27,7 +30,7 @@ from spannorm_jax.training.metrics import (
     peak_flops,
 )
 from spannorm_jax.training.profiling import StepTrace, check_steps
-from spannorm_jax.training.setup import open_data, start_jax, start_record
+from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
@@ -50,19 +53,36 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
     Raises:
       UserError: the config does not fit the devices, the data or the folder; nothing is written then.
     """
-    # ---- what is asked for, against what is here
     start_jax(config.platform)
-    data, config = open_data(config)
-    steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
-    mesh = make_mesh(config.mesh)
-    microbatch = batch_size // config.training.num_microbatches
-    check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
-    loader = TrainLoader(data.train, seq_len, batch_size, config.seed)
-    check_steps(profile_steps, steps)
+    config, data, mesh, loader = fit(config)
+    check_steps(profile_steps, config.training.steps)
     wandb = wandb_log.load(config)
-    run_folder.open_run(workdir, config)
+    with run_folder.open_run(workdir, config):
+        return _train(config, workdir, argv, data, mesh, loader, profile_steps, wandb)
+
+
+def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
+    """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
+    data, config = open_data(config)
+    mesh = make_mesh(config.mesh)
+    microbatch = config.training.batch_size // config.training.num_microbatches
+    check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
+    return config, data, mesh, TrainLoader(data.train, config.data.seq_len, config.training.batch_size, config.seed)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    argv: list[str],
+    data: Data,
+    mesh: Mesh,
+    loader: TrainLoader,
+    profile_steps: range,
+    wandb: Any,
+) -> int:
+    steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     if data.tokenizer.source:
-        run_folder.write_text(workdir / run_folder.TOKENIZER, data.tokenizer.source)
+        write_text(workdir / run_folder.TOKENIZER, data.tokenizer.source)
     if (workdir / run_folder.DONE).exists():
         print(f"{workdir} is done already (step {steps})")
         return 0
@@ -81,17 +101,23 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
         flush=True,
     )
 
-    with jax.set_mesh(mesh), closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints:
-        # ---- state: the newest committed checkpoint, or a new one
+    with (
+        jax.set_mesh(mesh),
+        _stop_signals() as stop,
+        closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints,
+    ):
+        # ---- state: the newest sound checkpoint, or a new one
         program = make_program(config, model, mesh)
-        restored = checkpoints.latest_step()
+        restored, faults = checkpoints.resume(workdir / run_folder.DAMAGED)
+        for found in faults:
+            print(f"passed over a checkpoint: {found}", flush=True)
         if restored is None:
             state = program.init(config.seed)
         else:
             state = checkpoints.restore(restored, program.abstract_state)
             print(f"continuing after step {restored}", flush=True)
         first = (restored or 0) + 1
-        run_folder.append_line(workdir / run_folder.STARTS, start | {"first_step": first})
+        append_line(workdir / run_folder.STARTS, start | {"first_step": first})
         (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
         tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
 
@@ -107,7 +133,6 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
             ) as writer,
             closing(_Batches(loader, program, (batch_size, seq_len + 1), range(first, steps + 1))) as batches,
             closing(StepTrace(profile_steps, first, workdir / run_folder.PROFILE)) as trace,
-            _stop_signals() as stop,
         ):
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract).compile()
@@ -125,6 +150,7 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                     if due or stop.requested or step == steps:
                         log.read_previous()  # a state is saved only when its own step is known to be finite
+                        writer.sync()
                         checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
                     if stop.requested and step < steps:
                         progress.end_line()
@@ -136,12 +162,12 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()
-                run_folder.write_json(workdir / run_folder.DIVERGED, diverged.record)
+                write_json(workdir / run_folder.DIVERGED, diverged.record)
                 kept = checkpoints.latest_step()
                 last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
                 print(f"stopped: {diverged}; {last}", flush=True)
                 return DIVERGED_EXIT
-    run_folder.write_json(workdir / run_folder.DONE, {"step": steps})
+    write_json(workdir / run_folder.DONE, {"step": steps})
     print(f"done: {workdir}", flush=True)
     return 0
 

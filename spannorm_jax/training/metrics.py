@@ -5,6 +5,7 @@ holds memory and MFU); all others are the same, bit for bit, in every run of a c
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -13,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from spannorm_jax.training.run_folder import keep_lines_until
+from spannorm_jax.training.tensorboard import TensorBoard
 
 # Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -77,17 +78,20 @@ class MetricsWriter:
         self._file = open(metrics_path, "a")  # noqa: SIM115 (closed by close())
         self._tensorboard = None
         if tensorboard is not None:
-            self._tensorboard = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
+            self._tensorboard = TensorBoard(tensorboard, last_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        scalars = {key: x for key, x in {**line, **line["machine_s"]}.items() if isinstance(x, int | float)}
+        values = {**line, **line["machine_s"]}
         if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, line["step"])
+            self._tensorboard.write(line["step"], values, time.time())
         if self._wandb_run is not None:
-            self._wandb_run.log(scalars, step=line["step"])
+            self._wandb_run.log({k: x for k, x in values.items() if isinstance(x, int | float)}, step=line["step"])
+
+    def sync(self) -> None:
+        """Makes the lines so far last through a power failure, as the checkpoint that follows them does."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

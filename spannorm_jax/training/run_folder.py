@@ -11,44 +11,24 @@ wandb.json     the id of the run at Weights & Biases, whose own files are in wan
 eval.jsonl     one line an evaluation
 DONE           {"step": n}, once the last checkpoint is committed
 DIVERGED       what was not finite, and at which step, if that stopped the run
+LOCK           held by the trainer at work, with its process and host
+damaged/       checkpoints whose files had changed, moved out of the way
 """
 
+import contextlib
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from spannorm_jax.config import Config, changed_keys, from_dict, to_dict
-from spannorm_jax.errors import UserError
+from spannorm_jax.durable import exclusive, unwritable, write_json, write_text
+from spannorm_jax.errors import UserError, one_line
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
 TOKENIZER, WANDB = "tokenizer.json", "wandb.json"
-DONE, DIVERGED = "DONE", "DIVERGED"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes atomically: after a crash the file is the old one or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes atomically, as `write_json`."""
-    temp = path.with_name(path.name + ".tmp")
-    with open(temp, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-
-
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Appends a line, after dropping a last one that a crash cut short."""
-    with open(path, "a+b") as file:
-        file.seek(0)
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(json.dumps(value).encode() + b"\n")
+DONE, DIVERGED, LOCK, DAMAGED = "DONE", "DIVERGED", "LOCK", "damaged"
+_FIRST_FILES = (LOCK, CONFIG + ".tmp")  # all that a start which was killed at once leaves
 
 
 def read_config(workdir: Path) -> Config:
@@ -62,17 +42,48 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{workdir} is not a run: it has no {CONFIG}; give a folder that train has written")
     try:
         values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it back from a checkpoint's meta") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error
     return from_dict(values, of_older_run=True)
 
 
-def open_run(workdir: Path, config: Config) -> None:
-    """Makes the folder a run of `config`, or checks that it is one already.
+@contextlib.contextmanager
+def open_run(workdir: Path, config: Config) -> Iterator[None]:
+    """Makes the folder a run of `config`, or checks that it is one already, and keeps other trainers out of it.
 
     Raises:
-      UserError: the folder holds something else, or a run with another config. Nothing is changed then.
+      UserError: the folder holds something else, a run with another config, or a trainer at work. Nothing is changed
+        then. Also while it is held: nothing more can be written.
     """
+    _check_fits(workdir, config)
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(workdir / LOCK, f"--workdir {workdir}"))
+            _check_fits(workdir, config)  # another trainer may have been first
+            write_json(workdir / CONFIG, to_dict(config))
+        except (OSError, ValueError) as error:  # ValueError: a path that no system has
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write in --workdir {workdir}: {reason}; give another folder") from error
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            why = unwritable(error)
+            if why is None:
+                raise
+            raise UserError(
+                f"cannot write in --workdir {workdir}: {why}; mend that and repeat the command, which goes on from "
+                "the last sound checkpoint"
+            ) from error
+
+
+def _check_fits(workdir: Path, config: Config) -> None:
     if (workdir / CONFIG).is_file():
         changed = changed_keys(read_config(workdir), config)
         if changed:
@@ -82,25 +93,32 @@ def open_run(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run with {key}={old!r}, not {new!r}{others}; "
                 "repeat its own config to continue it, or give another --workdir"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or any(p.name not in _FIRST_FILES for p in workdir.iterdir())):
         raise UserError(f"{workdir} exists and is not a run; give a new or empty folder as --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / CONFIG, to_dict(config))
-    except OSError as error:
-        raise UserError(f"cannot write in --workdir {workdir}: {error.strerror}; give another folder") from error
 
 
 def keep_lines_until(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step`, and a last line that a crash cut short."""
+    """Drops the lines of steps after `last_step`, and a last line that a crash cut short.
+
+    Raises:
+      UserError: a line within is damaged, or its steps do not ascend; nothing is changed then.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
+    kept, previous = [], 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break
-        if json.loads(line)["step"] <= last_step:
-            kept.append(line)
-    temp = path.with_name(path.name + ".tmp")
-    temp.write_text("".join(kept))
-    os.replace(temp, path)
+        try:
+            step = json.loads(line)["step"]
+            if not previous < step:
+                raise ValueError(f"step {step} after {previous}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} line {number} is damaged ({one_line(error)}); put the file back from a copy, or delete that "
+                "line and go without it"
+            ) from error
+        previous = step
+        if step <= last_step:
+            kept.append(line.decode())
+    write_text(path, "".join(kept))

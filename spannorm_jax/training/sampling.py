@@ -201,7 +201,9 @@ def sample(
     check_options(options)
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
-        step = checkpoints.find(step)
+        step, faults = checkpoints.find(step)
+        for found in faults:
+            print(f"passed over a checkpoint: {found}; sampling from step {step}", file=sys.stderr, flush=True)
         start_jax(config.platform)
         tokenizer = run_tokenizer(config, workdir)
         ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]

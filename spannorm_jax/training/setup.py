@@ -76,13 +76,7 @@ def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "spannorm_jax.train", *argv]),
-        "git_commit": _git_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
-        },
-        "device": jax.devices()[0].device_kind + _cpu_name(),
-        "num_devices": jax.device_count(),
+        **machine_facts(),
         "data": {
             "dataset": data.train.dataset,
             "fingerprint": fingerprint(data.train, data.eval),
@@ -91,6 +85,19 @@ def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str
             "unigram_entropy": data.train.unigram_entropy,
         },
         **facts,
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Commit, versions and devices: what a record must say to be repeated elsewhere."""
+    return {
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        },
+        "device": jax.devices()[0].device_kind + _cpu_name(),
+        "num_devices": jax.device_count(),
     }
 
 

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spannorm_jax.config import Config
+from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import Decoder, ModelDef
 from spannorm_jax.parallel.mesh import sharding
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
@@ -39,10 +39,7 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
     seq_len, limit = config.data.seq_len, config.training.max_logits_mib * 2**20
     rows_here = -(-rows // (mesh_shape["data"] * mesh_shape["fsdp"]))
     per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
-    for chunks in range(1, seq_len + 1):
-        if seq_len % chunks == 0 and per_token * seq_len // chunks <= limit:
-            return chunks
-    return seq_len
+    return next((n for n in divisors(seq_len) if per_token * seq_len // n <= limit), seq_len)
 
 
 def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Array]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, to_dict
+from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.training import run_folder
 
@@ -41,7 +42,7 @@ def open_run(wandb: Any, config: Config, workdir: Path) -> Any:
         return None
     path = workdir / run_folder.WANDB
     if not path.exists():
-        run_folder.write_json(path, {"id": secrets.token_hex(8)})
+        write_json(path, {"id": secrets.token_hex(8)})
     run_id = json.loads(path.read_text())["id"]
     try:
         return wandb.init(

@@ -1,0 +1,106 @@
+"""Writing files so that a crash, a full disk or a second writer cannot leave something half true behind."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from spannorm_jax.errors import UserError
+
+# errno -> what it says of a folder, and how C++ writers, which raise no OSError, spell it
+_UNWRITABLE = {
+    errno.ENOSPC: ("the disk is full", "No space left on device"),
+    errno.EDQUOT: ("the quota is used up", "Disk quota exceeded"),
+    errno.EFBIG: ("a file has reached the size limit", "File too large"),
+    errno.EROFS: ("the file system is read-only", "Read-only file system"),
+    errno.EACCES: ("permission is denied", "Permission denied"),
+}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes atomically: after a crash the file is the old one or the new one, never half of it."""
+    temp = path.with_name(path.name + ".tmp")
+    try:
+        with open(temp, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except OSError:
+        temp.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Appends a JSON line, after dropping a last one that a crash cut short. Writers wait for one another."""
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
+        try:
+            file.write(json.dumps(value).encode() + b"\n")
+            file.flush()
+        except OSError:
+            file.truncate(end)
+            raise
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder last through a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unwritable(error: BaseException | None) -> str | None:
+    """Why an error, or what caused it, means that nothing more can be written; None if it is something else."""
+    while error is not None:
+        for number, (says, text) in _UNWRITABLE.items():
+            if (isinstance(error, OSError) and error.errno == number) or text in str(error):
+                return says
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Holds a lock on the file `path`, which names its holder. The kernel releases it when the process dies.
+
+    Raises:
+      UserError: another process holds it; the line names that process and its host.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            raise UserError(f"{what} is in use by {holder}; wait for it, stop it, or use another folder") from None
+        except OSError as error:
+            raise UserError(f"{what} cannot be locked ({error.strerror}); use a file system that has flock") from error
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
+        yield
+
+
+def _holder(file: BinaryIO) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not written its name yet
+        return "another process"

@@ -1,0 +1,38 @@
+"""Scalars for TensorBoard, written by the thread that has them.
+
+tensorboardX's SummaryWriter writes in a thread of its own; when that dies of a full disk, training would wait for ever
+on its queue.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+_EVENTS_A_FLUSH = 200
+
+
+class TensorBoard:
+    """An event file that replaces what earlier ones in the folder say of steps from `first_step` on."""
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(exist_ok=True)
+        # tensorboardX names files by the second: two starts in one second, or a clock set back, must not share one.
+        self._writer = EventsWriter(str(folder / "events"), f".{first_step}.{os.getpid()}")
+        self._writer.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._unflushed = 0
+
+    def write(self, step: int, values: dict[str, Any], wall_time: float) -> None:
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.write_event(Event(step=step, wall_time=wall_time, summary=scalar(key, value)))
+                self._unflushed += 1
+        if self._unflushed >= _EVENTS_A_FLUSH:
+            self._writer.flush()
+            self._unflushed = 0
+
+    def close(self) -> None:
+        self._writer.close()
