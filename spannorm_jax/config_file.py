@@ -63,9 +63,14 @@ def _parse_text(text: str, kind: Any, where: str) -> Any:
     except (ValueError, KeyError, OverflowError):
         value = None
     if value is None or not matches(value, kind):
-        shown = text if len(text) <= 80 else text[:80] + "..."
+        shown = _shown(text)
         raise UserError(f"{where}={shown!r} must be {kind_name(kind)}")
     return value
+
+
+def _shown(text: str) -> str:
+    """A user's text as far as it belongs in one line."""
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _apply_override(config: ConfigDict, key: str, text: str) -> None:
@@ -78,15 +83,15 @@ def _apply_override(config: ConfigDict, key: str, text: str) -> None:
             # The right name in the wrong group is likelier than another name of this group.
             elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == parts[-1]]
             near = f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(part, kinds)
-            raise UserError(f"unknown config key {key}; {near}")
+            raise UserError(f"unknown config key {_shown(key)}; {near}")
         kind = kinds[part]
         group = dataclasses.is_dataclass(kind)
         if i == len(parts) - 1:
             if group:
-                raise UserError(f"config key {key} is a group; set one of its keys: {key}.NAME=VALUE")
+                raise UserError(f"config key {_shown(key)} is a group; set one of its keys: {key}.NAME=VALUE")
             node[part] = _parse_text(text, kind, f"config key {key}")
         elif not group:
-            raise UserError(f"unknown config key {key}; {'.'.join(parts[: i + 1])} holds no further keys")
+            raise UserError(f"unknown config key {_shown(key)}; {'.'.join(parts[: i + 1])} holds no further keys")
         else:
             node, cls = node[part], kind
 

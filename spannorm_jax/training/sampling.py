@@ -127,7 +127,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     pick = partial(
-        choose, temperature=options.temperature, top_k=options.top_k, vocab_size=end + 1
+        choose, temperature=options.temperature, top_k=options.top_k, vocab_size=tokenizer.num_ids
     )  # end of text is the last id
     slots = int(lengths.max()) + options.max_tokens
     first = jax.jit(partial(prefill, model, pick, slots))

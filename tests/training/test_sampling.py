@@ -181,16 +181,16 @@ def test_an_empty_prompt_begins_a_document():
 def workdir(config, model, tmp_path_factory):
     """A run with checkpoints 1 and 2, of other weights each."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    run_folder.open_run(workdir, config)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS, CheckpointConfig())
-    with jax.set_mesh(mesh):
-        program = make_program(config, model, mesh)
-        for step in (1, 2):
-            state = program.init(step)
-            checkpoints.save(step, dataclasses.replace(state, params=loud_padding(state.params)), to_dict(config))
-    checkpoints.wait()
-    checkpoints.close()
+    with run_folder.open_run(workdir, config):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS, CheckpointConfig())
+        with jax.set_mesh(mesh):
+            program = make_program(config, model, mesh)
+            for step in (1, 2):
+                state = program.init(step)
+                checkpoints.save(step, dataclasses.replace(state, params=loud_padding(state.params)), to_dict(config))
+        checkpoints.wait()
+        checkpoints.close()
     return workdir
 
 
