@@ -2,8 +2,7 @@
 
     python -m experiments.throughput --config configs/throughput.py --json experiments/results/throughput/cpu.json
 
-Sequence 256, batch 8, bytes, float32: the size that other trainers have been measured at. The last record
-is experiments/results/throughput/cpu.json.
+Sequence 256, batch 8, bytes, float32: the size that other trainers have been measured at.
 """
 
 from ml_collections import ConfigDict
