@@ -57,8 +57,8 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
     config, data, mesh, loader = fit(config)
     check_steps(profile_steps, config.training.steps)
     wandb = wandb_log.load(config)
-    with run_folder.open_run(workdir, config):
-        return _train(config, workdir, argv, data, mesh, loader, profile_steps, wandb)
+    with run_folder.open_run(workdir, config), _stop_signals() as stop:
+        return _train(config, workdir, argv, data, mesh, loader, stop, profile_steps, wandb)
 
 
 def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
@@ -77,6 +77,7 @@ def _train(
     data: Data,
     mesh: Mesh,
     loader: TrainLoader,
+    stop: "_Stop",
     profile_steps: range,
     wandb: Any,
 ) -> int:
@@ -103,7 +104,6 @@ def _train(
 
     with (
         jax.set_mesh(mesh),
-        _stop_signals() as stop,
         closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints,
     ):
         # ---- state: the newest sound checkpoint, or a new one
