@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.width = 256
     config.model.num_heads = 4
     config.model.ffn = "gelu"
+    config.model.remat = "dots"
     config.model.placement = arg.placement
     config.model.init = arg.init
     config.data.seq_len = 256

@@ -135,7 +135,7 @@ def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, An
     return {
         "peak_flops_per_s": peak,
         "tokens_per_step": tokens_per_step,
-        "attention": chosen(config.model.attention),
+        "attention": chosen(config.model, config.data.seq_len)[0],
         "placements": placements,
         "time_split_s": split,
     }

@@ -1,56 +1,116 @@
 """Causal attention behind one function, whatever implementation the device runs best."""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-_BLOCK, _MAX_BLOCKS = 64, 8  # query positions a block, as far as the unrolled blocks stay few
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.model.blocked_attention import SAVED, blocked_attention
+from spannorm_jax.parallel.mesh import partition_spec
+
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
 
 def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
+    out = jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
+    return checkpoint_name(out, SAVED)
 
 
-def _blocked(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    """Blocks of queries, each against the keys up to its end: half of the square is never computed.
+def _cudnn(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="cudnn")
 
-    On a CPU, which computes and stores every logit, this is several times as fast as `_xla`.
-    """
-    B, T, H, K = q_BxTxHxK.shape
-    G = k_BxTxGxK.shape[2]
-    q = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
-    num_blocks = max(n for n in range(1, _MAX_BLOCKS + 1) if T % n == 0 and (n == 1 or T // n >= _BLOCK))
-    size = T // num_blocks
-    outs = []
-    for start in range(0, T, size):
-        end = start + size
-        logits = jnp.einsum(
-            "bgrqk,bgsk->bgrqs", q[:, :, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
+
+def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    """JAX's TPU kernel, one call a device: the compiler cannot partition it. Elsewhere it is interpreted, slowly."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+
+    def on_a_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BxTxHxK.shape[2]),
+            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SAVED,
+            interpret=jax.default_backend() != "tpu",
         )
-        seen = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        logits = jnp.where(seen, logits, -jnp.inf)
-        # The maximum cancels in the softmax: no gradient flows through it.
-        weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bgrqs,bgsk->bgrqk", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32
-        )
-        outs.append((out / total).astype(v.dtype))
-    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+        by_head = (x.swapaxes(1, 2) for x in (q_BxTxHxK * K**-0.5, k_BxTxGxK, v_BxTxGxK))
+        return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        q_spec, kv_spec = (partition_spec(("batch", "time", heads, "head_dim")) for heads in ("heads", "kv_heads"))
+        on_a_device = jax.shard_map(on_a_device, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False)
+    return on_a_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla, "blocked": _blocked}
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "xla": _xla,
+    "blocked": blocked_attention,
+    "cudnn": _cudnn,
+    "splash": _splash,
+}
 CHOICES = ("auto", *IMPLEMENTATIONS)
+_BEST = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}
 
 
-def chosen(name: str) -> str:
-    """The implementation that runs here for a config's `model.attention`; `auto` is blocked on a CPU, else XLA's."""
-    if name != "auto":
-        return name
-    return "blocked" if jax.default_backend() == "cpu" else "xla"
+def chosen(cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
+    """The implementation that runs here for `cfg.attention`, and why it is not the device's best, if `auto` had to.
+
+    `auto` is blocked on a CPU, cuDNN's on a GPU, splash attention on a TPU, and XLA's where that one cannot run.
+
+    Raises:
+      UserError: the one that is asked for by name cannot run here.
+    """
+    shapes = (seq_len, cfg.num_heads, cfg.num_kv_heads, cfg.width // cfg.num_heads)
+    name, why = _choose(cfg.attention, *shapes, cfg.dtype)
+    if why and cfg.attention != "auto":
+        raise UserError(f"config key model.attention={name} cannot run here: {why}; write model.attention=auto")
+    return name, why
+
+
+def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str, str]:
+    best = _BEST[jax.default_backend()] if name == "auto" else name
+    problem = {"cudnn": _cudnn_problem, "splash": _splash_problem}.get(best)
+    why = problem(T, H, G, K, dtype) if problem else ""
+    return ("xla" if why and name == "auto" else best), why
+
+
+@cache
+def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
+    """Why cuDNN cannot run it, or nothing: found by compiling forward and backward for one row."""
+    if jax.default_backend() != "gpu":
+        return "there is no GPU"
+    q, kv = (jax.ShapeDtypeStruct((1, T, heads, K), dtype) for heads in (H, G))
+    with jax.ensure_compile_time_eval():
+        try:
+            jax.jit(jax.grad(lambda *x: jnp.sum(_cudnn(*x).astype(jnp.float32)), (0, 1, 2))).lower(q, kv, kv).compile()
+        except Exception as error:  # whatever it is, it names a reason, and XLA's attention always runs
+            return one_line(error)[:200]
+    return ""
+
+
+def _splash_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
+    if jax.default_backend() == "gpu":
+        return "it is a TPU's kernel"
+    return "" if T % 128 == 0 else f"it needs data.seq_len divisible by 128, not {T}"
+
+
+def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A remat policy: attention's output and log-sum-exp are kept, so that its forward pass runs once.
+
+    cuDNN's is known by its primitive: a name on its output would not keep what its backward pass reads.
+    """
+    return primitive.name == _CUDNN_FORWARD or (primitive.name == "name" and params["name"] == SAVED)
 
 
 def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementation: str) -> Array:
@@ -58,8 +118,10 @@ def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementati
 
     H query heads share G key-value heads (G divides H). Returns (B, T, H, K) in q's dtype.
     """
+    _, T, H, K = q_BxTxHxK.shape
+    name, _ = _choose(implementation, T, H, k_BxTxGxK.shape[2], K, np.dtype(q_BxTxHxK.dtype).name)
     with jax.named_scope("dot_product_attention"):
-        return IMPLEMENTATIONS[chosen(implementation)](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+        return IMPLEMENTATIONS[name](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
 
 
 def cached_attention(q_BxTxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, positions_BxT: Array) -> Array:

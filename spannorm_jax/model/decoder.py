@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.attention import keep_attention
 from spannorm_jax.model.layers import ROLES, Attention, FeedForward, Norms, rotary_angles, weight
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import weight_stds
@@ -111,9 +112,10 @@ class Decoder(nnx.Module):
 def _remat(block: Any, policy: str) -> Any:
     if policy == "none":
         return block
+    keep = jax.checkpoint_policies
     policies = {
-        "block": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": keep.nothing_saveable,
+        "dots": keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep_attention),
     }
     # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
     return jax.checkpoint(block, policy=policies[policy], prevent_cse=False)

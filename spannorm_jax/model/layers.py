@@ -4,6 +4,8 @@ Shapes stand in names: B batch, T time, D width, H query heads, G key-value head
 Weights are float32 and are cast to the compute dtype where they are used; norms compute in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +32,57 @@ def weight(
 def gain(size: int, axis: str) -> nnx.Param:
     """Declares a norm's gain, which starts at one."""
     return nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,), role="norm", site="norm")
+
+
+@jax.custom_vjp
+def linear(x: Array, w: Array) -> Array:
+    """x (..., D) times w (D, *F): (..., *F), in the inputs' dtype.
+
+    The weight's gradient is a product over all positions of which one factor must be transposed. Left to itself,
+    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two.
+    """
+    return _linear_forward(x, w)[0]
+
+
+def _linear_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), (x, w)
+
+
+def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    batch, outputs = tuple(range(x.ndim - 1)), tuple(range(1, w.ndim))
+    dx = jax.lax.dot_general(g, w, ((tuple(range(x.ndim - 1, g.ndim)), outputs), ((), ())))
+    over_batch = ((batch, batch), ((), ()))
+    if w.shape[0] <= math.prod(w.shape[1:]):
+        return dx, jax.lax.dot_general(x, g, over_batch)
+    return dx, jnp.moveaxis(jax.lax.dot_general(g, x, over_batch), -1, 0)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype. Backward keeps x alone."""
+    return _gelu_forward(x)[0]
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))  # erfc is exact in the far tail too, and twice as slow
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    y = x.astype(jnp.float32)
+    return (y * _normal_cdf(y)).astype(x.dtype), x
+
+
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    y = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(y)) / math.sqrt(2 * math.pi)
+    return ((g * (_normal_cdf(y) + y * density)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Norm(nnx.Module):
@@ -96,9 +149,7 @@ class Attention(nnx.Module):
         """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2)."""
         dtype = x_BxTxD.dtype
         with jax.named_scope("qkv"):
-            q = jnp.einsum("btd,dhk->bthk", x_BxTxD, self.q[...].astype(dtype))
-            k = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.k[...].astype(dtype))
-            v = jnp.einsum("btd,dgk->btgk", x_BxTxD, self.v[...].astype(dtype))
+            q, k, v = (linear(x_BxTxD, w[...].astype(dtype)) for w in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         with jax.named_scope("rope"):
@@ -106,7 +157,9 @@ class Attention(nnx.Module):
 
     def project(self, heads_BxTxHxK: Array) -> Array:
         with jax.named_scope("out"):
-            return jnp.einsum("bthk,hkd->btd", heads_BxTxHxK, self.out[...].astype(heads_BxTxHxK.dtype))
+            H, K, D = self.out.shape
+            w = self.out[...].astype(heads_BxTxHxK.dtype).reshape(H * K, D)
+            return linear(heads_BxTxHxK.reshape(*heads_BxTxHxK.shape[:2], H * K), w)
 
 
 class FeedForward(nnx.Module):
@@ -122,9 +175,9 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         with jax.named_scope("ffn"):
             dtype = x_BxTxD.dtype
-            hidden = jnp.einsum("btd,dpf->btpf", x_BxTxD, self.in_[...].astype(dtype))
+            hidden_BxTxPxF = linear(x_BxTxD, self.in_[...].astype(dtype))
             if self.kind == "swiglu":
-                h_BxTxF = jax.nn.silu(hidden[:, :, 0]) * hidden[:, :, 1]
+                h_BxTxF = jax.nn.silu(hidden_BxTxPxF[:, :, 0]) * hidden_BxTxPxF[:, :, 1]
             else:
-                h_BxTxF = jax.nn.gelu(hidden[:, :, 0], approximate=False)
-            return jnp.einsum("btf,fd->btd", h_BxTxF, self.out[...].astype(dtype))
+                h_BxTxF = gelu(hidden_BxTxPxF[:, :, 0])
+            return linear(h_BxTxF, self.out[...].astype(dtype))

@@ -64,6 +64,7 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range =
 def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
     """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
     data, config = open_data(config)
+    chosen(config.model, config.data.seq_len)
     mesh = make_mesh(config.mesh)
     microbatch = config.training.batch_size // config.training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
@@ -90,13 +91,14 @@ def _train(
 
     model = define(config.model)
     flops = flops_per_token(model, seq_len)
+    attention, why = chosen(config.model, seq_len)
     facts = {"mesh": dict(mesh.shape), "num_params": count_params(model), "flops_per_token": flops}
     start = start_record(argv, data, facts)
     print(
         f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
         f"{facts['num_params']:,} parameters (all active), {flops / 1e6:,.1f} MFLOP a token\n"
         f"{start['num_devices']} x {start['device']}, mesh {facts['mesh']}, compute {config.model.dtype}, "
-        f"attention {chosen(config.model.attention)}\n"
+        f"attention {attention}{f' ({why})' if why else ''}\n"
         f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
         f"fingerprint {config.data.fingerprint}",
         flush=True,

@@ -1,5 +1,6 @@
 """What a command line needs before it can compute: platform, token stores, resolved config, records of the start."""
 
+import ctypes
 import datetime
 import hashlib
 import importlib.metadata
@@ -42,16 +43,31 @@ def start_jax(name: str) -> None:
         host = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
         jax.config.update("jax_compilation_cache_dir", str(base / "spannorm_jax" / "xla" / host))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if name == "auto":
-        return
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    if name != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     try:
-        jax.devices()
+        backend = jax.default_backend()
     except RuntimeError as error:
         raise UserError(
             f"config key platform={name}: there is none here ({one_line(error)[:120]}); "
             "install the extra for it, or write platform=auto"
         ) from error
+    if backend == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep what a step frees for the next one, where it would give it back to the kernel.
+
+    XLA allocates a step's temporaries anew each step; faulting in some hundred MB took 8% of a step's time. Other C
+    libraries lack `mallopt` or ignore it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(arena_max, 1)  # other arenas have heaps of 64 MiB, and map what is larger
 
 
 def open_data(config: Config) -> tuple[Data, Config]:

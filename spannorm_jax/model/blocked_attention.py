@@ -1,0 +1,94 @@
+"""Causal attention in blocks of queries, in plain JAX: what a CPU runs best.
+
+Each block of queries meets the keys up to its own end, so that half of the square is never computed. As in
+FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4), backward makes the weights again from the log-sum-exp
+of each query's logits: what is kept is linear in time. Arrays are (B, G, R, T, K) inside: R = H / G query heads share
+a key-value head. Logits of backward are transposed, (keys, queries), because two of its three large matmuls then
+read them as they lie.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED = "attention"  # what remat must keep of the forward pass, so as not to repeat it: output and log-sum-exp
+_BLOCK, _MAX_BLOCKS = 64, 8  # query positions a block, as far as the unrolled blocks stay few
+
+
+@jax.custom_vjp
+def blocked_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    """(B, T, H, K) in q's dtype; softmax in float32. H query heads share G key-value heads."""
+    return _forward(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)[0]
+
+
+def _blocks(T: int) -> Iterator[tuple[int, int]]:
+    num_blocks = max(n for n in range(1, _MAX_BLOCKS + 1) if T % n == 0 and (n == 1 or T // n >= _BLOCK))
+    size = T // num_blocks
+    return ((start, start + size) for start in range(0, T, size))
+
+
+def _by_head(x_BxTxHxK: Array, groups: int) -> Array:
+    B, T, H, K = x_BxTxHxK.shape
+    return x_BxTxHxK.reshape(B, T, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
+
+
+def _by_time(x_BxGxRxTxK: Array) -> Array:
+    B, G, R, T, K = x_BxGxRxTxK.shape
+    return x_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, K)
+
+
+def _matmul(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Array, tuple[Array, ...]]:
+    K, G = q_BxTxHxK.shape[-1], k_BxTxGxK.shape[2]
+    q = _by_head(q_BxTxHxK * K**-0.5, G)
+    k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
+    outs, log_sums = [], []
+    for start, end in _blocks(q.shape[3]):
+        logits = _matmul("bgrqk,bgsk->bgrqs", q[:, :, :, start:end], k[:, :, :end])
+        seen = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _matmul("bgrqs,bgsk->bgrqk", weights.astype(v.dtype), v[:, :, :end])
+        outs.append((out / total).astype(v.dtype))
+        log_sums.append((largest + jnp.log(total))[..., 0])
+    out_BxTxHxK = checkpoint_name(_by_time(jnp.concatenate(outs, axis=3)), SAVED)
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), SAVED)
+    return out_BxTxHxK, (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum)
+
+
+def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Array, Array]:
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum = residuals
+    K, G = q_BxTxHxK.shape[-1], k_BxTxGxK.shape[2]
+    q, g = _by_head(q_BxTxHxK * K**-0.5, G), _by_head(g_BxTxHxK, G)
+    k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
+    # The gradient through the softmax's denominator: one number a query.
+    shared_BxTxH = jnp.sum(g_BxTxHxK.astype(jnp.float32) * out_BxTxHxK.astype(jnp.float32), axis=-1)
+    shared = _by_head(shared_BxTxH[..., None], G)[..., 0]
+    dq = []
+    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, end in _blocks(q.shape[3]):
+        q_now, g_now = q[:, :, :, start:end], g[:, :, :, start:end]
+        logits = _matmul("bgsk,bgrqk->bgrsq", k[:, :, :end], q_now)
+        seen = jnp.arange(end)[:, None] <= jnp.arange(start, end)
+        weights = jnp.where(seen, jnp.exp(logits - log_sum[:, :, :, None, start:end]), 0)
+        dweights = _matmul("bgsk,bgrqk->bgrsq", v[:, :, :end], g_now)
+        dlogits = (weights * (dweights - shared[:, :, :, None, start:end])).astype(k.dtype)
+        dv = dv.at[:, :, :end].add(_matmul("bgrsq,bgrqk->bgsk", weights.astype(v.dtype), g_now))
+        dk = dk.at[:, :, :end].add(_matmul("bgrsq,bgrqk->bgsk", dlogits, q_now))
+        dq.append(_matmul("bgsk,bgrsq->bgrkq", k[:, :, :end], dlogits).swapaxes(-1, -2))
+    return (
+        _by_time(jnp.concatenate(dq, axis=3) * K**-0.5).astype(q.dtype),
+        dk.swapaxes(1, 2).astype(k.dtype),
+        dv.swapaxes(1, 2).astype(v.dtype),
+    )
+
+
+blocked_attention.defvjp(_forward, _backward)
