@@ -3,11 +3,14 @@
     python -m experiments.throughput --config configs/throughput.py --json experiments/results/throughput/cpu.json
 
 Prints a table and writes the record: the machine's matmul peak, and for each placement tokens/s, its share of that
-peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, memory against what the shapes say, and
-where a step's time goes.
+peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, memory against what the shapes say, where a
+step's time goes, compile seconds at 12 and 128 blocks, and how long a start with cached programs takes.
 """
 
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.durable import write_json
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.errors import Parser, UserError, run_command
 from spannorm_jax.model.attention import attention, chosen
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.layers import Norm
@@ -42,10 +45,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
+    warm_start_s = warm_start(
+        [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in overrides)]
+    )  # before this process takes a GPU
     start_jax(config.platform)
     jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are to be a compiler's
     data, config = open_data(config)
     record = measure(config, data, args.rounds, args.steps)
+    record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
     start = start_record(argv, data, {"config": to_dict(config)})
     start["command"] = start["command"].replace("spannorm_jax.train", "experiments.throughput")
     print_table(record)
@@ -77,6 +84,38 @@ def matmul_peak(dtype: str) -> float:
     jax.block_until_ready(fn(a, a))
     best = min(seconds(lambda: fn(a, a), repeats=3) for _ in range(3))
     return 2 * n**3 / best
+
+
+def warm_start(arguments: list[str]) -> float:
+    """Seconds of a training command of one step from its start to its end, its programs cached by one before it.
+
+    The save at its end is in it, the making of the token store is not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "spannorm_jax.train", *arguments, "--config.training.steps=1"]
+            done = subprocess.run([*command, f"--workdir={folder}/{name}"], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"a run of one step failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+            elapsed = time.perf_counter() - began
+    return elapsed
+
+
+def compile_by_depth(config: Config) -> dict[str, float]:
+    """Seconds to compile the step at 12 and at 128 blocks; nothing is allocated."""
+    mesh = make_mesh(config.mesh)
+    seconds_at = {}
+    for depth in (12, 128):
+        cfg = replace(config, model__depth=depth)
+        with jax.set_mesh(mesh):
+            program = make_program(cfg, define(cfg.model), mesh)
+            shape = (cfg.training.batch_size, cfg.data.seq_len + 1)
+            tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding)
+            began = time.perf_counter()
+            program.train.lower(program.abstract_state, tokens).compile()
+        seconds_at[str(depth)] = time.perf_counter() - began
+    return seconds_at
 
 
 # ---- the measurement ----------------------------------------------------------------------------
@@ -223,6 +262,9 @@ def print_table(record: dict[str, Any]) -> None:
             f"{p['step_over_pre']:>9.3f}{p['compile_s']:>8.1f} s"
             f"{(used or 0) / 2**20:>7,.0f} MiB{p['memory']['ratio'] or 0:>10.2f}"
         )
+    by_depth = record["compile_s_by_depth"]
+    print(f"compile at 128 blocks / at 12: {by_depth['128'] / by_depth['12']:.2f}; ", end="")
+    print(f"a warm command of one step: {record['warm_start_s']:.1f} s")
     print("alone, a step: " + ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in record["time_split_s"].items()))
 
 
