@@ -148,7 +148,7 @@ def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, An
             }
             state, _ = compiled(state, tokens)  # the first call allocates
             running[placement] = [compiled, state, tokens]
-        for _ in range(rounds):
+        for counted in (False, *[True] * rounds):
             for placement, now in running.items():
                 compiled, state, tokens = now
                 jax.block_until_ready(state)
@@ -156,7 +156,8 @@ def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, An
                 for _ in range(steps):
                     state, metrics = compiled(state, tokens)
                 jax.block_until_ready((state, metrics))
-                placements[placement]["step_times_s"].append((time.perf_counter() - began) / steps)
+                if counted:  # the first round fills caches and the allocator
+                    placements[placement]["step_times_s"].append((time.perf_counter() - began) / steps)
                 now[1] = state
         split = time_split(config, loader)
     for placement, got in placements.items():
