@@ -173,6 +173,16 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return rest, overrides
 
 
+def check_overridable(overrides: list[tuple[str, str]], allowed: tuple[str, ...], what: str) -> None:
+    """Raises UserError if an override names a key that a run is not `allowed` to change: keys, or groups with a dot."""
+    for key, _ in overrides:
+        if not key.startswith(allowed):
+            raise UserError(
+                f"--config.{key} cannot be changed for {what}, the run's own config holds; "
+                f"these can: {', '.join(k + '*' if k.endswith('.') else k for k in allowed)}"
+            )
+
+
 def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     """`config` with `(dotted key, text)` overrides, validated. Raises UserError."""
     values = ConfigDict(to_dict(config))

@@ -7,8 +7,8 @@ The folder is all it needs. It runs on all devices here, whatever mesh trained t
 import json
 from pathlib import Path
 
-from spannorm_jax.config_file import override, split_overrides
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.config_file import check_overridable, override, split_overrides
+from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.training.evaluation import evaluate, here
 from spannorm_jax.training.run_folder import read_config
 
@@ -23,12 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
     args = parser.parse_args(rest)
-    for key, _ in overrides:
-        if not key.startswith(_OVERRIDABLE):
-            raise UserError(
-                f"--config.{key} cannot be changed for evaluation, the run's own config holds; "
-                f"these can: {', '.join(k + '*' if k.endswith('.') else k for k in _OVERRIDABLE)}"
-            )
+    check_overridable(overrides, _OVERRIDABLE, "evaluation")
     config = override(here(read_config(args.workdir)), overrides)
     result = evaluate(config, args.workdir, args.step)
     if args.json:

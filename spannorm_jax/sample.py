@@ -7,8 +7,8 @@ several devices is split by --config.mesh.tensor=2.
 import sys
 from pathlib import Path
 
-from spannorm_jax.config_file import override, split_overrides
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.config_file import check_overridable, override, split_overrides
+from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.training.evaluation import here
 from spannorm_jax.training.run_folder import read_config
 from spannorm_jax.training.sampling import SampleOptions, check_options, sample
@@ -29,12 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=usual.seed, help="the same seed gives the same text")
     parser.add_argument("--max_cache_mib", type=int, default=usual.max_cache_mib, help="memory for keys and values")
     args = parser.parse_args(rest)
-    for key, _ in overrides:
-        if not key.startswith(_OVERRIDABLE):
-            raise UserError(
-                f"--config.{key} cannot be changed for sampling, the run's own config holds; "
-                f"these can: {', '.join(k + '*' if k.endswith('.') else k for k in _OVERRIDABLE)}"
-            )
+    check_overridable(overrides, _OVERRIDABLE, "sampling")
     options = SampleOptions(args.max_tokens, args.temperature, args.top_k, args.seed, args.max_cache_mib)
     check_options(options)
     config = override(here(read_config(args.workdir)), overrides)

@@ -106,6 +106,11 @@ def decode(model: ModelDef, pick: Callable, params: Any, rows: Rows) -> Rows:
     return _advance(model.bind(params), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
 
 
+def as_computed(model: ModelDef, params: Any) -> Any:
+    """Weights in the dtype that they are used in, so that a step of decoding reads no more bytes than it needs."""
+    return model.map_weights(lambda spec, w: w if spec.role == "norm" else w.astype(model.cfg.dtype), params)
+
+
 def generate(
     model: ModelDef,
     params: Any,
@@ -133,6 +138,7 @@ def generate(
     first = jax.jit(partial(prefill, model, pick, slots))
     step = jax.jit(partial(decode, model, pick), donate_argnums=1)
 
+    params = jax.jit(partial(as_computed, model))(params)
     rows = first(params, tokens, lengths, options.seed)
     made = np.full((B, options.max_tokens), end, np.int32)
     ended = np.zeros(B, bool)
