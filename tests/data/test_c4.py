@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_c4 import TRAIN, VALIDATION, prepare_c4
 
@@ -80,6 +81,19 @@ def test_a_plain_call_makes_the_same_stores(options, tmp_path):
         a, b = store_of(options, split).path, store_of(options + other, split).path
         assert a != b
         assert {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
+
+
+def test_tfrecord_makes_the_same_stores(options, tmp_path):
+    """With the extra [tf]; test_tfds_text.py plays TensorFlow's part where it is not installed."""
+    pytest.importorskip("tensorflow")
+    prepare_c4(tmp_path / "tfds", "tfrecord")
+    other = [f"--config.data.{key}={tmp_path / name}" for key, name in (("data_dir", "tfds"), ("cache_dir", "other"))]
+    for more in ([], other):
+        prepare.main(["--config", CONFIG, *options, *more])
+    for split in ("train", "validation"):
+        a, b = (store_of(options + more, split) for more in ([], other))
+        assert a.path != b.path and a.num_bytes == b.num_bytes
+        np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
 @pytest.mark.parametrize(

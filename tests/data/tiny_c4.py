@@ -26,8 +26,8 @@ class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # TFDS has a
             yield i, {"text": text, "url": f"http://{i}", **others}
 
 
-def prepare_c4(data_dir: Path) -> Path:
+def prepare_c4(data_dir: Path, file_format: str = "array_record") -> Path:
     tfds.disable_progress_bar()
     builder = C4(data_dir=data_dir, config="en")
-    builder.download_and_prepare(file_format="array_record")
+    builder.download_and_prepare(file_format=file_format)
     return Path(builder.data_dir)
