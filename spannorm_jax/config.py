@@ -14,6 +14,23 @@ from spannorm_jax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    num_experts: int = 0  # routed experts of a Mixture-of-Experts feed-forward; 0: every feed-forward is dense
+    top_k: int = 2  # of them that a token goes to
+    expert_dim: int = 0  # hidden units of an expert; 0: model.ffn_dim
+    num_shared: int = 0  # experts more, of the same size, that every token goes to
+    every: int = 1  # each n-th block has experts, the others a dense feed-forward
+    first_dense: int = 0  # blocks at the start that are dense in any case
+    scores: str = "softmax"  # softmax | sigmoid (each expert by itself)
+    renormalize: bool = True  # the weights of a token's experts sum to 1
+    balance: str = "aux_loss"  # aux_loss | bias (selection bias, moved by the loads, outside the optimiser) | none
+    aux_loss: float = 0.01  # weight of the load-balance loss, summed over blocks; balance=aux_loss only
+    bias_rate: float = 1e-3  # step of the selection bias; balance=bias only
+    router_z_loss: float = 0.0  # weight of the router's log(Z)^2, summed over blocks
+    grouped_matmul: str = "auto"  # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     depth: int = 24  # number of blocks, L
     width: int = 64  # residual stream width, D
@@ -35,6 +52,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
     remat: str = "none"  # none | block (save block inputs only) | dots (save outputs of linear layers and attention)
     scan_unroll: int = 1  # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,8 @@ FFNS = ("swiglu", "gelu")
 SCHEDULES = ("cosine", "wsd")
 DTYPES = ("auto", "float32", "bfloat16")
 REMATS = ("none", "block", "dots")
+SCORES = ("softmax", "sigmoid")
+BALANCES = ("aux_loss", "bias", "none")
 
 
 def default_ffn_dim(width: int, ffn: str) -> int:
@@ -227,12 +247,10 @@ def flatten(config: Config) -> dict[str, Any]:
 def replace(config: Config, **changes: Any) -> Config:
     """`dataclasses.replace` for dotted keys, written with `__` for the dot: `model__depth=4`."""
     for key, value in changes.items():
-        *groups, name = key.split("__")
-        if groups:
-            group = dataclasses.replace(getattr(config, groups[0]), **{name: value})
-            config = dataclasses.replace(config, **{groups[0]: group})
-        else:
-            config = dataclasses.replace(config, **{name: value})
+        name, _, rest = key.partition("__")
+        config = dataclasses.replace(
+            config, **{name: replace(getattr(config, name), **{rest: value}) if rest else value}
+        )
     return config
 
 
@@ -277,12 +295,14 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str,
             f"{data.dataset} differs from what the config or run was made with, so results would not "
             "compare; restore that data, or start a new run without data.fingerprint"
         )
+    ffn_dim = model.ffn_dim or default_ffn_dim(model.width, model.ffn)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
             model,
             num_kv_heads=model.num_kv_heads or model.num_heads,
-            ffn_dim=model.ffn_dim or default_ffn_dim(model.width, model.ffn),
+            ffn_dim=ffn_dim,
+            moe=dataclasses.replace(model.moe, expert_dim=model.moe.expert_dim or ffn_dim),
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),

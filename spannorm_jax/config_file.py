@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from spannorm_jax.config import Config, flatten, from_dict, kind_name, matches, to_dict
 from spannorm_jax.data.tokenizer import TOKENIZERS
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.model.attention import CHOICES
+from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
 from spannorm_jax.validation import validate
@@ -140,7 +140,8 @@ def _check_names(config: Config) -> None:
     choices = {
         "model.placement": PLACEMENTS,
         "model.init": INITS,
-        "model.attention": CHOICES,
+        "model.attention": attention.CHOICES,
+        "model.moe.grouped_matmul": grouped_matmul.CHOICES,
         "data.tokenizer": TOKENIZERS,
     }
     values = flatten(config)

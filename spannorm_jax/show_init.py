@@ -29,18 +29,19 @@ def main(argv: list[str]) -> int:
     cfg = config.model
     model, stds, fan = define(cfg), weight_stds(cfg), fan_in(cfg)
     print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
-    print(f"{'weight':<10}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
+    print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
     for spec in model.specs():
         if spec.site in stds:
             std, n = stds[spec.site], fan[spec.site]
             shape = " x ".join(map(str, spec.shape))
-            print(f"{spec.site:<10}{spec.role:<11}{shape:<22}{n:>7}{std:>12.6f}{std * n**0.5:>20.4f}")
+            print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{n:>7}{std:>12.6f}{std * n**0.5:>20.4f}")
     variance = predicted_branch_variance(cfg)
     branches = PLACEMENTS[cfg.placement].stream_branches
+    experts = f", experts {variance['moe']:.6f}" if cfg.moe.num_experts else ""
     total = cfg.depth * sum(variance[name.removesuffix("_out")] for name in branches)
     print(
         f"\npredicted branch variance at unit-variance input: attention {variance['attn']:.6f} (at the first position; "
-        f"less where values are averaged), feed-forward {variance['ffn']:.6f}"
+        f"less where values are averaged), feed-forward {variance['ffn']:.6f}{experts}"
         f"\nadded to the stream over its {residual_additions(cfg)} additions ({', '.join(branches)}): {total:.4f}"
     )
     return 0

@@ -2,7 +2,20 @@
 
 import dataclasses
 
-from spannorm_jax.config import DTYPES, FFNS, NORMS, PLATFORMS, REMATS, SCHEDULES, Config, divisors, flatten, num_steps
+from spannorm_jax.config import (
+    BALANCES,
+    DTYPES,
+    FFNS,
+    NORMS,
+    PLATFORMS,
+    REMATS,
+    SCHEDULES,
+    SCORES,
+    Config,
+    divisors,
+    flatten,
+    num_steps,
+)
 from spannorm_jax.errors import UserError, did_you_mean
 
 _AT_LEAST = {  # key -> smallest legal value
@@ -15,6 +28,15 @@ _AT_LEAST = {  # key -> smallest legal value
     "model.vocab_size": 0,
     "model.variance_budget": 0,
     "model.scan_unroll": 1,
+    "model.moe.num_experts": 0,
+    "model.moe.top_k": 1,
+    "model.moe.expert_dim": 0,
+    "model.moe.num_shared": 0,
+    "model.moe.every": 1,
+    "model.moe.first_dense": 0,
+    "model.moe.aux_loss": 0,
+    "model.moe.bias_rate": 0,
+    "model.moe.router_z_loss": 0,
     "data.seq_len": 1,
     "data.verify_mib": 0,
     "data.bpe_vocab_size": 257,  # the bytes and end-of-text
@@ -71,6 +93,8 @@ def validate(config: Config) -> None:
         "model.ffn": FFNS,
         "model.dtype": DTYPES,
         "model.remat": REMATS,
+        "model.moe.scores": SCORES,
+        "model.moe.balance": BALANCES,
         "optim.schedule": SCHEDULES,
     }
     for key, valid in choices.items():
@@ -78,6 +102,28 @@ def validate(config: Config) -> None:
             raise UserError(f"config key {key}={flat[key]!r} is unknown; {did_you_mean(flat[key], valid)}")
     _validate_shapes(config)
     _validate_length(config)
+    _validate_moe(config)
+
+
+def _validate_moe(config: Config) -> None:
+    moe, depth = config.model.moe, config.model.depth
+    if not moe.num_experts:
+        return
+    if moe.top_k > moe.num_experts:
+        raise UserError(
+            f"config key model.moe.top_k={moe.top_k} is above model.moe.num_experts={moe.num_experts}; "
+            f"write {moe.num_experts} or less"
+        )
+    if moe.first_dense >= depth:
+        raise UserError(
+            f"config key model.moe.first_dense={moe.first_dense} leaves none of model.depth={depth} blocks to experts; "
+            f"write {depth - 1} or less, or model.moe.num_experts=0"
+        )
+    if (depth - moe.first_dense) % moe.every:
+        raise UserError(
+            f"config key model.moe.every={moe.every} does not divide the {depth - moe.first_dense} blocks "
+            "after the first dense ones (model.depth - model.moe.first_dense); write a divisor"
+        )
 
 
 def _validate_length(config: Config) -> None:

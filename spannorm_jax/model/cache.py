@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.attention import cached_attention
-from spannorm_jax.model.decoder import ACTIVATION, Block, Decoder
+from spannorm_jax.model.decoder import Block, Decoder, over_blocks
 from spannorm_jax.model.layers import rotary_angles
+from spannorm_jax.model.moe import Stats
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import constrain
 
@@ -44,38 +44,23 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
     cfg, placement = decoder.cfg, PLACEMENTS[decoder.cfg.placement]
     slots = cache["k"].shape[2]
     angles_BxTxK2 = rotary_angles(slots, cfg.width // cfg.num_heads, cfg.rope_theta)[positions_BxT]
-    graph, stacked_weights = nnx.split(decoder.blocks)
 
-    def block(stream: Any, layer_weights_cache: tuple[Array, Any, Cache]) -> tuple[Any, Cache]:
-        layer, weights, cache = layer_weights_cache
-        stream, cache = _cached_block(nnx.merge(graph, weights), stream, layer, angles_BxTxK2, positions_BxT, cache)
-        return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), cache
+    def step(block: Block, stream: Any, layer: Array, cache: Cache) -> tuple[Any, Cache, Stats | None]:
+        """The block itself; its attention also leaves the new cache of one layer, (B, S, G, K)."""
 
-    stream, cache = jax.lax.scan(
-        block,
-        placement.enter(decoder.embeddings(tokens_BxT), decoder.ends),
-        (jnp.arange(cfg.depth), stacked_weights, cache),
-        unroll=cfg.scan_unroll,
-    )
+        def attn(x_BxTxD: Array) -> Array:
+            nonlocal cache
+            with jax.named_scope("attention"):
+                q, k, v = block.attn.qkv(x_BxTxD, angles_BxTxK2)
+                cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
+                return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
+
+        stream, stats = block(stream, attn, layer)
+        return stream, cache, stats
+
+    stream = placement.enter(decoder.embeddings(tokens_BxT), decoder.ends)
+    stream, cache, _ = over_blocks(decoder, step, stream, cache)
     return placement.leave(stream, decoder.ends), cache
-
-
-def _cached_block(
-    block: Block, stream: Any, layer: Array, angles_BxTxK2: Array, positions_BxT: Array, cache: Cache
-) -> tuple[Any, Cache]:
-    """The placement's own block function; its attention also leaves the new cache of one layer, (B, S, G, K)."""
-
-    def attn(x_BxTxD: Array) -> Array:
-        nonlocal cache
-        with jax.named_scope("attention"):
-            q, k, v = block.attn.qkv(x_BxTxD, angles_BxTxK2)
-            cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
-            return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
-
-    with jax.named_scope("block"):
-        placement = PLACEMENTS[block.placement]
-        stream = placement.block(stream, attn, block.ffn, block.norms, layer, block.depth)
-    return stream, cache
 
 
 def _write(slots_BxSxGxK: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:

@@ -6,7 +6,9 @@ on the pytree.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,33 +19,51 @@ from jax import Array
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.attention import keep_attention
 from spannorm_jax.model.layers import ROLES, Attention, FeedForward, Norms, rotary_angles, weight
+from spannorm_jax.model.moe import MoE, Stats, moe_layers
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, constrain
 
 ACTIVATION = ("batch", "time", "activation")
+NAMES = {False: "blocks", True: "moe_blocks"}  # has experts -> attribute of the stack
 
 
 class Block(nnx.Module):
     """One Transformer block: two sub-layers, and the norms where the placement puts them."""
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, moe: bool = False):
         self.placement, self.depth = cfg.placement, cfg.depth
         self.attn = Attention(cfg, stds, rngs)
-        self.ffn = FeedForward(cfg, stds, rngs)
+        self.ffn = (MoE if moe else FeedForward)(cfg, stds, rngs)
         self.norms = Norms(cfg, PLACEMENTS[cfg.placement].block_norms)
 
-    def __call__(self, stream: Any, layer: Array, angles_TxK2: Array) -> Any:
-        def attn(x_BxTxD: Array) -> Array:
-            return self.attn(x_BxTxD, angles_TxK2)
+    def __call__(self, stream: Any, attn: Callable[[Array], Array], layer: Array) -> tuple[Any, Stats | None]:
+        """The stream after the block, and what its router did if it has experts. `attn` wraps this block's own."""
+        stats = None
+
+        def ffn(x_BxTxD: Array) -> Array:
+            nonlocal stats
+            out = self.ffn(x_BxTxD)
+            if isinstance(self.ffn, MoE):
+                out, stats = out
+            return out
 
         with jax.named_scope("block"):
             block = PLACEMENTS[self.placement].block
-            return block(stream, attn, self.ffn, self.norms, layer, self.depth)
+            return block(stream, attn, ffn, self.norms, layer, self.depth), stats
+
+
+def _stacked_blocks(cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, number: int, moe: bool) -> Block:
+    @nnx.split_rngs(splits=number)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(cfg, stds, rngs, moe)
+
+    return make(rngs)
 
 
 class Decoder(nnx.Module):
-    """Tokens -> logits. The blocks' weights are stacked on a leading layer axis."""
+    """Tokens -> logits. The weights of the dense blocks, and of those with experts, are stacked on a layer axis."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -53,12 +73,10 @@ class Decoder(nnx.Module):
         role = "output" if cfg.tied_head else "embedding"
         self.embed = weight(rngs, stds["embed"], (V, D), ("vocab", "embed"), role, "embed")
 
-        @nnx.split_rngs(splits=cfg.depth)
-        @nnx.vmap
-        def stacked_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(cfg, stds, rngs)
-
-        self.blocks = stacked_blocks(rngs)
+        kinds = moe_layers(cfg)
+        for moe, name in NAMES.items():
+            if moe in kinds:
+                setattr(self, name, _stacked_blocks(cfg, stds, rngs, kinds.count(moe), moe))
         self.ends = Norms(cfg, PLACEMENTS[cfg.placement].end_norms)
         if not cfg.tied_head:
             self.head = weight(rngs, stds["head"], (D, V), ("embed", "vocab"), "output", "head")
@@ -77,22 +95,20 @@ class Decoder(nnx.Module):
 
     def features(self, tokens_BxT: Array) -> Array:
         """What the head reads: (B, T, D) in the compute dtype."""
+        return self.features_and_router(tokens_BxT)[0]
+
+    def features_and_router(self, tokens_BxT: Array) -> tuple[Array, Stats | None]:
+        """`features`, and the router's sums of each block with experts, stacked; None without any."""
         cfg, placement = self.cfg, PLACEMENTS[self.cfg.placement]
         angles = rotary_angles(tokens_BxT.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
-        graph, stacked_weights = nnx.split(self.blocks)
 
-        def block(stream: Any, layer_and_weights: tuple[Array, Any]) -> tuple[Any, None]:
-            layer, weights = layer_and_weights
-            stream = nnx.merge(graph, weights)(stream, layer, angles)
-            return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), None
+        def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, None, Stats | None]:
+            stream, stats = block(stream, lambda x_BxTxD: block.attn(x_BxTxD, angles), layer)
+            return stream, None, stats
 
-        stream, _ = jax.lax.scan(
-            _remat(block, cfg.remat),
-            placement.enter(self.embeddings(tokens_BxT), self.ends),
-            (jnp.arange(cfg.depth), stacked_weights),
-            unroll=cfg.scan_unroll,
-        )
-        return placement.leave(stream, self.ends)
+        stream = placement.enter(self.embeddings(tokens_BxT), self.ends)
+        stream, _, stats = over_blocks(self, step, stream, None)
+        return placement.leave(stream, self.ends), stats
 
     def head_matrix(self) -> Array:
         """(D, V) in float32."""
@@ -107,6 +123,56 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BxT: Array) -> Array:
         """Logits (B, T, V) in float32; position t sees tokens 0..t."""
         return self.logits(self.features(tokens_BxT))
+
+
+def over_blocks(decoder: Decoder, step: Callable, stream: Any, per_layer: Any) -> tuple[Any, Any, Stats | None]:
+    """Runs step(block, stream, layer, x) -> (stream, y, stats) over all blocks; x is a slice of `per_layer`, (L, ...).
+
+    Returns the stream, the ys (L, ...) and the stats of the blocks with experts. Compile time does not depend on the
+    depth: blocks before the first period of dense and expert blocks are one scan, the periods another.
+    """
+    cfg = decoder.cfg
+    kinds = moe_layers(cfg)
+    lead = cfg.moe.first_dense if any(kinds) else 0
+    period = kinds[lead : lead + cfg.moe.every] if any(kinds) else (False,)
+    stacks = {moe: nnx.split(getattr(decoder, name)) for moe, name in NAMES.items() if moe in kinds}
+
+    def part(tree: Any, start: int, rounds: int, width: int) -> Any:  # (n, ...) -> (rounds, width, ...)
+        return jax.tree.map(lambda x: x[start : start + rounds * width].reshape(rounds, width, *x.shape[1:]), tree)
+
+    def one(stream: Any, moe: bool, weights: Any, layer: Array, x: Any) -> Any:
+        stream, y, stats = step(nnx.merge(stacks[moe][0], weights), stream, layer, x)
+        return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), y, stats
+
+    def scan(stream: Any, kinds: tuple[bool, ...], start: int, dense_start: int, rounds: int) -> Any:
+        counts = {moe: kinds.count(moe) for moe in (False, True)}
+        weights = {moe: part(stacks[moe][1], 0 if moe else dense_start, rounds, n) for moe, n in counts.items() if n}
+        layers = part(jnp.arange(cfg.depth), start, rounds, len(kinds))
+
+        def body(stream: Any, inputs: Any) -> tuple[Any, Any]:
+            weights, layers, xs = inputs
+            ys, all_stats, used = [], [], {False: 0, True: 0}
+            for j, moe in enumerate(kinds):
+                own = jax.tree.map(lambda w, i=used[moe]: w[i], weights[moe])
+                used[moe] += 1
+                block = _remat(partial(one, moe=moe), cfg.remat)
+                stream, y, stats = block(stream, weights=own, layer=layers[j], x=jax.tree.map(lambda x, j=j: x[j], xs))
+                ys.append(y)
+                all_stats += [stats] if moe else []
+            return stream, tuple(jax.tree.map(lambda *a: jnp.stack(a), *v) if v else None for v in (ys, all_stats))
+
+        inputs = (weights, layers, part(per_layer, start, rounds, len(kinds)))
+        unroll = cfg.scan_unroll if rounds % cfg.scan_unroll == 0 else 1
+        stream, out = jax.lax.scan(body, stream, inputs, unroll=unroll)
+        return stream, *(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), v) for v in out)
+
+    pieces = []
+    if lead:
+        stream, y, _ = scan(stream, (False,), 0, 0, lead)
+        pieces.append(y)
+    stream, y, stats = scan(stream, period, lead, lead, (cfg.depth - lead) // len(period))
+    pieces.append(y)
+    return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces), stats
 
 
 def _remat(block: Any, policy: str) -> Any:
@@ -177,15 +243,23 @@ def define(cfg: ModelConfig) -> ModelDef:
     return ModelDef(cfg, graph, table)
 
 
-def count_params(model: ModelDef) -> int:
-    return sum(math.prod(spec.shape) for spec in model.specs())
+def count_params(model: ModelDef, active: bool = False) -> int:
+    """Weights; with `active`, those that a token meets: of routed experts, top_k."""
+    return sum(_count(model, spec, active) for spec in model.specs() if spec.role != "router_state")
+
+
+def _count(model: ModelDef, spec: WeightSpec, active: bool) -> int:
+    n = math.prod(spec.shape)
+    moe = model.cfg.moe
+    return n // moe.num_experts * moe.top_k if active and spec.role == "expert" else n
 
 
 def flops_per_token(model: ModelDef, seq_len: int) -> int:
-    """Training FLOPs (forward and backward) a token: 6 a matmul weight, plus causal attention's 6 L H K T.
+    """Training FLOPs (forward and backward) a token: 6 an active matmul weight, plus causal attention's 6 L H K T.
 
     A lookup in an untied embedding costs none; recomputation by remat is not counted (as for MFU,
     Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
-    matmul = sum(math.prod(spec.shape) for spec in model.specs() if spec.role in ("hidden", "output"))
+    roles = ("hidden", "output", "expert", "router")
+    matmul = sum(_count(model, spec, active=True) for spec in model.specs() if spec.role in roles)
     return 6 * matmul + 6 * model.cfg.depth * model.cfg.width * seq_len

@@ -14,7 +14,7 @@ from jax import Array
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.attention import attention
 
-ROLES = ("embedding", "hidden", "output", "norm")
+ROLES = ("embedding", "hidden", "output", "norm", "expert", "router", "router_state")
 
 
 def weight(
@@ -162,11 +162,18 @@ class Attention(nnx.Module):
             return linear(heads_BxTxHxK.reshape(*heads_BxTxHxK.shape[:2], H * K), w)
 
 
-class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a))."""
+def activation(hidden_xPxF: Array, kind: str) -> Array:
+    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU, gelu(a) of the one of GELU."""
+    if kind == "swiglu":
+        return jax.nn.silu(hidden_xPxF[..., 0, :]) * hidden_xPxF[..., 1, :]
+    return gelu(hidden_xPxF[..., 0, :])
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
-        D, F = cfg.width, cfg.ffn_dim
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a)). `hidden` units: ffn_dim."""
+
+    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, hidden: int = 0):
+        D, F = cfg.width, hidden or cfg.ffn_dim
         self.kind = cfg.ffn
         parts = 2 if cfg.ffn == "swiglu" else 1  # a and b of SwiGLU come from one matmul
         self.in_ = weight(rngs, stds["ffn_in"], (D, parts, F), ("embed", "parts", "ffn"), "hidden", "ffn_in")
@@ -175,9 +182,5 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         with jax.named_scope("ffn"):
             dtype = x_BxTxD.dtype
-            hidden_BxTxPxF = linear(x_BxTxD, self.in_[...].astype(dtype))
-            if self.kind == "swiglu":
-                h_BxTxF = jax.nn.silu(hidden_BxTxPxF[:, :, 0]) * hidden_BxTxPxF[:, :, 1]
-            else:
-                h_BxTxF = gelu(hidden_BxTxPxF[:, :, 0])
+            h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(dtype)), self.kind)
             return linear(h_BxTxF, self.out[...].astype(dtype))

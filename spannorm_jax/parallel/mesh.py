@@ -23,6 +23,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "parts": (),
     "ffn": ("tensor",),
+    "experts": (),
 }
 
 
@@ -101,6 +102,7 @@ def check_divisible(config: Config, shape: dict[str, int], rows_key: str, rows: 
         ("model.num_heads", model.num_heads, "mesh.tensor", shape["tensor"]),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", shape["tensor"]),
         ("model.ffn_dim", model.ffn_dim, "mesh.tensor", shape["tensor"]),
+        ("model.moe.expert_dim", model.moe.expert_dim, "mesh.tensor", shape["tensor"]),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", shape["tensor"]),
     ]
     for key, value, axes, size in wants:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.durable import append_line, write_json, write_text
+from spannorm_jax.model import grouped_matmul
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
@@ -34,6 +35,7 @@ from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
+ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy")
 
 
 class Diverged(Exception):
@@ -65,10 +67,19 @@ def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
     """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
     data, config = open_data(config)
     chosen(config.model, config.data.seq_len)
+    _grouped_matmul(config)
     mesh = make_mesh(config.mesh)
     microbatch = config.training.batch_size // config.training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
     return config, data, mesh, TrainLoader(data.train, config.data.seq_len, config.training.batch_size, config.seed)
+
+
+def _grouped_matmul(config: Config) -> str:
+    """What the start says of it; nothing without experts. Raises UserError if it cannot run here."""
+    if not config.model.moe.num_experts:
+        return ""
+    name, why = grouped_matmul.chosen(config.model.moe.grouped_matmul)
+    return f", grouped matmul {name}{f' ({why})' if why else ''}"
 
 
 def _train(
@@ -92,13 +103,20 @@ def _train(
     model = define(config.model)
     flops = flops_per_token(model, seq_len)
     attention, why = chosen(config.model, seq_len)
-    facts = {"mesh": dict(mesh.shape), "num_params": count_params(model), "flops_per_token": flops}
+    matmul = _grouped_matmul(config)
+    facts = {
+        "mesh": dict(mesh.shape),
+        "num_params": count_params(model),
+        "active_params": count_params(model, active=True),
+        "flops_per_token": flops,
+    }
     start = start_record(argv, data, facts)
+    active = f"{facts['active_params']:,} active" if config.model.moe.num_experts else "all active"
     print(
         f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
-        f"{facts['num_params']:,} parameters (all active), {flops / 1e6:,.1f} MFLOP a token\n"
+        f"{facts['num_params']:,} parameters ({active}), {flops / 1e6:,.1f} MFLOP a token\n"
         f"{start['num_devices']} x {start['device']}, mesh {facts['mesh']}, compute {config.model.dtype}, "
-        f"attention {attention}{f' ({why})' if why else ''}\n"
+        f"attention {attention}{f' ({why})' if why else ''}{matmul}\n"
         f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
         f"fingerprint {config.data.fingerprint}",
         flush=True,
@@ -208,6 +226,7 @@ class _StepLog:
         line = {
             "step": step,
             **{key: values[key] for key in ("loss", "accuracy", "grad_norm", "lr", "z_loss")},
+            **{key: values[key] for key in ROUTER_METRICS if key in values},
             "tokens": step * self._tokens,
         }
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):

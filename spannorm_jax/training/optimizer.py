@@ -7,7 +7,7 @@ from jax import Array
 from spannorm_jax.config import Config
 from spannorm_jax.model.decoder import ModelDef
 
-DECAYED_ROLES = ("hidden", "output")
+DECAYED_ROLES = ("hidden", "output", "expert")
 
 
 def learning_rate(config: Config, update: Array | int) -> Array:

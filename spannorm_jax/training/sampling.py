@@ -35,6 +35,7 @@ class SampleOptions:
     max_cache_mib: int = 4096  # keys and values of all prompts; above it the request is refused
 
 
+_CAST = ("embedding", "hidden", "output", "expert")  # norms and routers compute in float32
 _LEAST = {"max_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "max_cache_mib": 1}
 
 
@@ -108,7 +109,7 @@ def decode(model: ModelDef, pick: Callable, params: Any, rows: Rows) -> Rows:
 
 def as_computed(model: ModelDef, params: Any) -> Any:
     """Weights in the dtype that they are used in, so that a step of decoding reads no more bytes than it needs."""
-    return model.map_weights(lambda spec, w: w if spec.role == "norm" else w.astype(model.cfg.dtype), params)
+    return model.map_weights(lambda spec, w: w.astype(model.cfg.dtype) if spec.role in _CAST else w, params)
 
 
 def generate(

@@ -16,7 +16,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
-from spannorm_jax.model.decoder import Decoder, ModelDef
+from spannorm_jax.model.decoder import NAMES, Decoder, ModelDef
+from spannorm_jax.model.moe import Stats, balanced_bias, load_balance_loss, moe_layers
 from spannorm_jax.parallel.mesh import sharding
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
@@ -43,13 +44,15 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
 
 
 def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Array]:
-    """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`.
+    """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`; and of a model with
+    experts what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
 
     tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
     for one piece of the time axis at once, and are made again in the backward pass.
     """
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
-    features = decoder.features(inputs)
+    features, stats = decoder.features_and_router(inputs)
+    router = {"router": stats} if stats else {}
 
     def sums(features: Array, targets: Array, weights: Array) -> dict[str, Array]:
         with jax.named_scope("loss"):
@@ -65,7 +68,7 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
             }
 
     if num_chunks == 1:
-        return sums(features, targets, weights_BxT)
+        return sums(features, targets, weights_BxT) | router
 
     def chunked(x: Array) -> Array:  # (B, T, ...) -> (chunks, B, T / chunks, ...): every chunk has every row
         B, T = x.shape[:2]
@@ -76,7 +79,17 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
 
     zeros = dict.fromkeys(("nll", "z", "correct", "count"), jnp.zeros(()))
     total, _ = jax.lax.scan(add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT)))
-    return total
+    return total | router
+
+
+def router_losses(config: Config, stats: Stats) -> dict[str, Array]:
+    """What the routers add to the mean loss, weighted and summed over blocks: `aux_loss`, `router_z_loss`."""
+    moe = config.model.moe
+    weight = moe.aux_loss if moe.balance == "aux_loss" else 0.0
+    return {
+        "aux_loss": weight * jnp.sum(load_balance_loss(stats)),
+        "router_z_loss": moe.router_z_loss * jnp.sum(stats["z"] / stats["tokens"]),
+    }
 
 
 # ---- steps ------------------------------------------------------------------------------------
@@ -85,12 +98,22 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
 def gradients(
     config: Config, model: ModelDef, params: Any, tokens_BxT1: Array, num_chunks: int
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch."""
+    """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch.
+
+    The load-balance loss is not linear in the batch: with microbatches it is the mean of theirs.
+    """
     k = config.training.num_microbatches
 
     def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
         sums = loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
-        return sums["nll"] + config.training.z_loss * sums["z"], sums
+        total = sums["nll"] + config.training.z_loss * sums["z"]
+        if "router" in sums:
+            losses = router_losses(config, sums["router"])
+            # Times the count, since the total is divided by the whole batch's.
+            losses = {name: sums["count"] * value for name, value in losses.items()}
+            sums |= {"router_losses": losses}
+            total += sum(losses.values())
+        return total, sums
 
     grad_fn = jax.grad(objective, has_aux=True)
     if k == 1:
@@ -112,14 +135,18 @@ def gradients(
         return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
-def gradient_norms(grads: Any) -> dict[str, Array]:
+def gradient_norms(model: ModelDef, grads: Any) -> dict[str, Array]:
     """`grad_norm`, `block_grad_norm` (L,) and the norm of each part outside the blocks, before clipping."""
 
     def squares(tree: Any, keep: int) -> Array:
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
-    blocks = squares(grads["blocks"], keep=1)
-    others = {name: squares(g, keep=0) for name, g in grads.items() if name != "blocks"}
+    blocks = jnp.zeros(model.cfg.depth)
+    for moe, name in NAMES.items():
+        if name in grads:
+            layers = [i for i, experts in enumerate(moe_layers(model.cfg)) if experts == moe]
+            blocks = blocks.at[jnp.array(layers)].set(squares(grads[name], keep=1))
+    others = {name: squares(g, keep=0) for name, g in grads.items() if name not in NAMES.values()}
     return {
         "grad_norm": jnp.sqrt(jnp.sum(blocks) + sum(others.values())),
         "block_grad_norm": jnp.sqrt(blocks),
@@ -140,6 +167,9 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.model.moe.num_experts and config.model.moe.balance == "bias":
+            ffn = params["moe_blocks"]["ffn"]
+            ffn["bias"] = balanced_bias(ffn["bias"], sums["router"]["counts"], config.model.moe.bias_rate)
     step = state.step + 1
     with jax.named_scope("metrics"):
         metrics = {
@@ -147,9 +177,22 @@ def train_step(
             "accuracy": sums["correct"] / sums["count"],
             "z_loss": config.training.z_loss * sums["z"] / sums["count"],
             "lr": learning_rate(config, step),
-            **gradient_norms(grads),
+            **gradient_norms(model, grads),
         }
+        if "router" in sums:
+            metrics |= router_metrics(sums)
     return TrainState(step, params, opt_state), metrics
+
+
+def router_metrics(sums: dict[str, Any]) -> dict[str, Array]:
+    """The routers' losses, and of each block with experts the largest load over the mean and the mean entropy."""
+    stats = sums["router"]
+    counts = stats["counts"]
+    return {
+        **{name: value / sums["count"] for name, value in sums["router_losses"].items()},
+        "expert_load_max": jnp.max(counts, axis=-1) / jnp.mean(counts, axis=-1),
+        "router_entropy": stats["entropy"] / stats["tokens"],
+    }
 
 
 def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ModelConfig, MoEConfig
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -15,6 +15,7 @@ TINY = {"depth": 3, "width": 16, "num_heads": 4, "ffn_dim": 24, "vocab_size": 11
 VARIANTS = {
     "plain": {"num_kv_heads": 4},
     "gqa_qk_norm_tied": {"num_kv_heads": 2, "qk_norm": True, "tied_head": True},
+    "moe": {"num_kv_heads": 4, "moe": MoEConfig(num_experts=4, expert_dim=12, num_shared=1, first_dense=1)},
 }
 PROMPTS, TOTAL, SLOTS = np.array([1, 4, 7]), 10, 13
 

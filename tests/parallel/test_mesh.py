@@ -33,6 +33,14 @@ VARIANTS = {
         "training__z_loss": 1e-3,
         "training__max_logits_mib": 1,
     },
+    "moe": {"model__moe__num_experts": 4, "model__moe__every": 2, "model__moe__router_z_loss": 1e-3},
+    "moe_bias": {
+        "model__moe__num_experts": 4,
+        "model__moe__num_shared": 1,
+        "model__moe__scores": "sigmoid",
+        "model__moe__balance": "bias",
+        "model__remat": "dots",
+    },
 }
 
 
@@ -98,6 +106,8 @@ def one_device():
 CASES = [("span", "separate", layout) for layout in LAYOUTS]
 CASES += [("span", "tied", layout) for layout in ("fsdp", "all_three", "fsdp_tensor")]
 CASES += [("span", "everything", layout) for layout in ("data", "all_three", "fsdp_tensor")]
+CASES += [("span", "moe", layout) for layout in ("data", "all_three", "fsdp_tensor")]
+CASES += [("pre", "moe_bias", "all_three")]
 CASES += [
     (placement, head, ("all_three", "fsdp", "fsdp_tensor")[(i + j) % 3])
     for i, placement in enumerate(sorted(set(PLACEMENTS) - {"span"}))
@@ -111,7 +121,9 @@ def test_eight_devices_train_as_one(one_device, placement, variant, layout):
     values, _ = trajectory(config, LAYOUTS[layout], 8)
     # Sums in another order: measured 7e-7 at most over all cases, which AdamW's first steps (signs of gradients) could
     # amplify on other hardware. A wrong reduction is off by a factor, a lost shard by 1e-2.
-    np.testing.assert_allclose(values, expected, rtol=5e-6)
+    np.testing.assert_allclose(values[0], expected[0], rtol=5e-6)
+    # With experts that rounding also decides which of two nearly even ones a token takes: 2e-5 was seen after a step.
+    np.testing.assert_allclose(values, expected, rtol=2e-4 if variant.startswith("moe") else 5e-6)
 
 
 @pytest.mark.parametrize("tied_head", [False, True])
