@@ -81,6 +81,7 @@ def refuse_train(refuse, tmp_path):
         ("--config.mesh.tensor=0", ["mesh.tensor=0", "at least 1"]),
         ("--config.data.tokenizer=words", ["data.tokenizer='words'", "bytes"]),
         ("--config.data.dataset=python_sauce", ["python_sauce", "python_source"]),
+        ("--config.data.dataset=é", ["data.dataset='é'", "not a TFDS name"]),
         ("--config.data.train_split=trian", ["data.train_split", "trian", "train"]),
         ("--config.data.eval_split=test", ["data.eval_split", "test", "validation"]),
         ("--config.data.text_feature=txet", ["data.text_feature", "txet", "text"]),
