@@ -8,14 +8,18 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 USER_ERROR_EXIT = 2
+_LONGEST = 900  # characters of a line
 
 
 class UserError(Exception):
     """A mistake in what the user asked for.
 
-    The message is one line that says what was wrong, where, and what to write instead.
-    Everything else that goes wrong keeps its traceback.
+    The message is one line that says what was wrong, where, and what to write instead; of a very long one, which holds
+    a very long value, the beginning and the end. Everything else that goes wrong keeps its traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:400]} ... {message[-400:]}")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -65,6 +65,7 @@ _AT_LEAST = {  # key -> smallest legal value
 _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.variance_budget")
 _FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
+_FILE_NAMES = ("data.dataset", "data.text_feature", "data.train_split", "data.eval_split")  # of token stores
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 _MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 
@@ -87,6 +88,11 @@ def validate(config: Config) -> None:
     for key in _BELOW_ONE:
         if not 0 <= flat[key] <= 1 - 2**-24:  # what is nearer to 1 is 1 in float32
             raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1, also in float32")
+    for key in _FILE_NAMES:
+        if len(flat[key].encode()) > 200:
+            raise UserError(
+                f"config key {key}={flat[key]!r} is too long for the name of a file; write 200 bytes at most"
+            )
     choices = {
         "platform": PLATFORMS,
         "model.norm": NORMS,

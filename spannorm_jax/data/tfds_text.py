@@ -14,7 +14,7 @@ from spannorm_jax.config import DataConfig
 from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
 from spannorm_jax.errors import UserError, did_you_mean
 
-_NAME = re.compile(r"(?P<base>\w+)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
+_NAME = re.compile(r"(?P<base>[A-Za-z_]\w*)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
