@@ -66,6 +66,7 @@ _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.varianc
 _FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
 _FILE_NAMES = ("data.dataset", "data.text_feature", "data.train_split", "data.eval_split")  # of token stores
+_MAX_DEPTH = 2**16  # some of what is told of each block is told on the host
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 _MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 
@@ -88,6 +89,8 @@ def validate(config: Config) -> None:
     for key in _BELOW_ONE:
         if not 0 <= flat[key] <= 1 - 2**-24:  # what is nearer to 1 is 1 in float32
             raise UserError(f"config key {key}={flat[key]} must be at least 0 and below 1, also in float32")
+    if config.model.depth > _MAX_DEPTH:
+        raise UserError(f"config key model.depth={config.model.depth} is too large; write {_MAX_DEPTH} or less")
     for key in _FILE_NAMES:
         if len(flat[key].encode()) > 200:
             raise UserError(
@@ -120,6 +123,8 @@ def _validate_moe(config: Config) -> None:
             f"config key model.moe.top_k={moe.top_k} is above model.moe.num_experts={moe.num_experts}; "
             f"write {moe.num_experts} or less"
         )
+    if moe.num_experts > 2**16:
+        raise UserError(f"config key model.moe.num_experts={moe.num_experts} is too large; write {2**16} or less")
     if moe.first_dense >= depth:
         raise UserError(
             f"config key model.moe.first_dense={moe.first_dense} leaves none of model.depth={depth} blocks to experts; "

@@ -70,9 +70,9 @@ def mixture_gain(moe: MoEConfig, logit_std: float) -> float:
     """E sum_i w_i^2 over a token's experts: the variance of the mixture when each expert has variance 1.
 
     Routed experts have the weights of a router whose logits are N(0, logit_std^2), independent; each shared one has
-    weight 1. Simulated with 2^16 tokens and a fixed seed: the standard error is below 0.3%.
+    weight 1. Simulated with 2^22 logits and a fixed seed: the standard error is below 0.3% for up to 256 experts.
     """
-    logits = logit_std * np.random.default_rng(0).standard_normal((2**16, moe.num_experts))
+    logits = logit_std * np.random.default_rng(0).standard_normal((2**22 // moe.num_experts, moe.num_experts))
     scores = 1 / (1 + np.exp(-logits))
     if moe.scores == "softmax":
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
