@@ -137,31 +137,34 @@ def over_blocks(decoder: Decoder, step: Callable, stream: Any, per_layer: Any) -
     period = kinds[lead : lead + cfg.moe.every] if any(kinds) else (False,)
     stacks = {moe: nnx.split(getattr(decoder, name)) for moe, name in NAMES.items() if moe in kinds}
 
-    def part(tree: Any, start: int, rounds: int, width: int) -> Any:  # (n, ...) -> (rounds, width, ...)
-        return jax.tree.map(lambda x: x[start : start + rounds * width].reshape(rounds, width, *x.shape[1:]), tree)
+    def parts(tree: Any, start: int, rounds: int, width: int) -> list[Any]:
+        """Of (n, ...) from `start` on, every width-th, for each place in a period: `width` trees of (rounds, ...)."""
+
+        def every(x: Array, i: int) -> Array:
+            return x[start : start + rounds * width].reshape(rounds, width, *x.shape[1:])[:, i]
+
+        return [jax.tree.map(partial(every, i=i), tree) for i in range(width)]
 
     def one(stream: Any, moe: bool, weights: Any, layer: Array, x: Any) -> Any:
         stream, y, stats = step(nnx.merge(stacks[moe][0], weights), stream, layer, x)
         return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), y, stats
 
     def scan(stream: Any, kinds: tuple[bool, ...], start: int, dense_start: int, rounds: int) -> Any:
-        counts = {moe: kinds.count(moe) for moe in (False, True)}
-        weights = {moe: part(stacks[moe][1], 0 if moe else dense_start, rounds, n) for moe, n in counts.items() if n}
-        layers = part(jnp.arange(cfg.depth), start, rounds, len(kinds))
+        starts = {False: dense_start, True: 0}
+        # Sliced outside of the loop: what its body computed of the weights would be kept for the backward pass.
+        weights = {moe: iter(parts(stack, starts[moe], rounds, kinds.count(moe))) for moe, (_, stack) in stacks.items()}
+        layers = parts(jnp.arange(cfg.depth), start, rounds, len(kinds))
+        xs = parts(per_layer, start, rounds, len(kinds))
+        inputs = [(next(weights[moe]), layer, x) for moe, layer, x in zip(kinds, layers, xs, strict=True)]
 
-        def body(stream: Any, inputs: Any) -> tuple[Any, Any]:
-            weights, layers, xs = inputs
-            ys, all_stats, used = [], [], {False: 0, True: 0}
-            for j, moe in enumerate(kinds):
-                own = jax.tree.map(lambda w, i=used[moe]: w[i], weights[moe])
-                used[moe] += 1
-                block = _remat(partial(one, moe=moe), cfg.remat)
-                stream, y, stats = block(stream, weights=own, layer=layers[j], x=jax.tree.map(lambda x, j=j: x[j], xs))
+        def body(stream: Any, inputs: list[Any]) -> tuple[Any, Any]:
+            ys, all_stats = [], []
+            for moe, (own, layer, x) in zip(kinds, inputs, strict=True):
+                stream, y, stats = _remat(partial(one, moe=moe), cfg.remat)(stream, weights=own, layer=layer, x=x)
                 ys.append(y)
                 all_stats += [stats] if moe else []
             return stream, tuple(jax.tree.map(lambda *a: jnp.stack(a), *v) if v else None for v in (ys, all_stats))
 
-        inputs = (weights, layers, part(per_layer, start, rounds, len(kinds)))
         unroll = cfg.scan_unroll if rounds % cfg.scan_unroll == 0 else 1
         stream, out = jax.lax.scan(body, stream, inputs, unroll=unroll)
         return stream, *(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), v) for v in out)
