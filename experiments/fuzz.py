@@ -178,6 +178,7 @@ def _contradictory(rng):
         "data.seq_len",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.expert",
         "mesh.tensor",
     )
     sizes += ("model.vocab_size", "eval.batch_size", "optim.warmup_fraction", "training.steps")

@@ -27,6 +27,8 @@ class MoEConfig:
     aux_loss: float = 0.01  # weight of the load-balance loss, summed over blocks; balance=aux_loss only
     bias_rate: float = 1e-3  # step of the selection bias; balance=bias only
     router_z_loss: float = 0.0  # weight of the router's log(Z)^2, summed over blocks
+    expert_parallel: str = "auto"  # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
+    capacity: float = 1.5  # rows of all_to_all's buffers, over an even share; what overflows them takes the ring
     grouped_matmul: str = "auto"  # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
 
 
@@ -123,6 +125,7 @@ class MetricsConfig:
 class MeshConfig:
     data: int = -1  # replicas of the parameters; -1 on one axis: all the devices that are left
     fsdp: int = 1  # shards of parameters, optimiser state and batch
+    expert: int = 1  # shards of routed experts and batch; dense weights are replicated over it
     tensor: int = 1  # shards of heads, ffn units and vocabulary
 
 
@@ -141,7 +144,18 @@ class Config:
 
 
 # What may change when a run is continued: none of it touches the numbers beyond float rounding.
-RUNTIME_KEYS = ("platform", "mesh", "checkpoint", "metrics", "data.data_dir", "data.cache_dir", "data.verify_mib")
+RUNTIME_KEYS = (
+    "platform",
+    "mesh",
+    "checkpoint",
+    "metrics",
+    "data.data_dir",
+    "data.cache_dir",
+    "data.verify_mib",
+    "model.moe.expert_parallel",
+    "model.moe.capacity",
+    "model.moe.grouped_matmul",
+)
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 NORMS = ("rmsnorm", "layernorm")
@@ -150,6 +164,7 @@ SCHEDULES = ("cosine", "wsd")
 DTYPES = ("auto", "float32", "bfloat16")
 REMATS = ("none", "block", "dots")
 SCORES = ("softmax", "sigmoid")
+EXPERT_PARALLEL = ("auto", "ring", "all_to_all")
 BALANCES = ("aux_loss", "bias", "none")
 
 

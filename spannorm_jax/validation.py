@@ -5,6 +5,7 @@ import dataclasses
 from spannorm_jax.config import (
     BALANCES,
     DTYPES,
+    EXPERT_PARALLEL,
     FFNS,
     NORMS,
     PLATFORMS,
@@ -60,6 +61,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "metrics.peak_flops": 0,
     "mesh.data": -1,
     "mesh.fsdp": -1,
+    "mesh.expert": -1,
     "mesh.tensor": -1,
 }
 _ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.variance_budget")
@@ -104,6 +106,7 @@ def validate(config: Config) -> None:
         "model.remat": REMATS,
         "model.moe.scores": SCORES,
         "model.moe.balance": BALANCES,
+        "model.moe.expert_parallel": EXPERT_PARALLEL,
         "optim.schedule": SCHEDULES,
     }
     for key, valid in choices.items():
@@ -122,6 +125,10 @@ def _validate_moe(config: Config) -> None:
         raise UserError(
             f"config key model.moe.top_k={moe.top_k} is above model.moe.num_experts={moe.num_experts}; "
             f"write {moe.num_experts} or less"
+        )
+    if moe.capacity < 1:
+        raise UserError(
+            f"config key model.moe.capacity={moe.capacity} cannot hold even loads; write 1 or more (1.5: half more)"
         )
     if moe.num_experts > 2**16:
         raise UserError(f"config key model.moe.num_experts={moe.num_experts} is too large; write {2**16} or less")

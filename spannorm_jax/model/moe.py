@@ -113,8 +113,8 @@ class MoE(nnx.Module):
         moe, D = cfg.moe, cfg.width
         E, F, P = moe.num_experts, moe.expert_dim, 2 if cfg.ffn == "swiglu" else 1
         self.cfg, self.kind = moe, cfg.ffn
-        self.router = weight(rngs, stds["router"], (D, E), ("embed", "experts"), "router", "router")
-        self.bias = nnx.Param(jnp.zeros((E,)), axes=("experts",), role="router_state", site="router_bias")
+        self.router = weight(rngs, stds["router"], (D, E), ("embed", "choices"), "router", "router")
+        self.bias = nnx.Param(jnp.zeros((E,)), axes=("choices",), role="router_state", site="router_bias")
         axes_in, axes_out = ("experts", "embed", "parts", "ffn"), ("experts", "ffn", "embed")
         self.in_ = weight(rngs, stds["expert_in"], (E, D, P, F), axes_in, "expert", "expert_in")
         self.out = weight(rngs, stds["expert_out"], (E, F, D), axes_out, "expert", "expert_out")

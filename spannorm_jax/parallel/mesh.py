@@ -12,7 +12,7 @@ from spannorm_jax.errors import UserError
 
 # logical axis -> mesh axes that shard it. A batch is split over every device that does not share its work.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "time": (),
     "activation": (),  # the width of activations; weights have "embed"
     "layers": (),
@@ -23,7 +23,8 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "parts": (),
     "ffn": ("tensor",),
-    "experts": (),
+    "experts": ("expert",),
+    "choices": (),  # the router's scores and biases of all experts, on every device
 }
 
 
@@ -89,6 +90,11 @@ def constrain(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def batch_shards(shape: dict[str, int]) -> int:
+    """Devices that a batch's rows are split over."""
+    return math.prod(shape[axis] for axis in LOGICAL_AXES["batch"])
+
+
 def check_divisible(config: Config, shape: dict[str, int], rows_key: str, rows: int) -> None:
     """Checks that the mesh divides what it shards; `config` is resolved: no zeros left.
 
@@ -97,14 +103,17 @@ def check_divisible(config: Config, shape: dict[str, int], rows_key: str, rows: 
     """
     model = config.model
     wants = [
-        (rows_key, rows, "mesh.data x mesh.fsdp", shape["data"] * shape["fsdp"]),
+        (rows_key, rows, " x ".join(f"mesh.{axis}" for axis in LOGICAL_AXES["batch"]), batch_shards(shape)),
         ("model.width", model.width, "mesh.fsdp", shape["fsdp"]),
         ("model.num_heads", model.num_heads, "mesh.tensor", shape["tensor"]),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", shape["tensor"]),
         ("model.ffn_dim", model.ffn_dim, "mesh.tensor", shape["tensor"]),
+        ("model.moe.num_experts", model.moe.num_experts, "mesh.expert", shape["expert"]),
         ("model.moe.expert_dim", model.moe.expert_dim, "mesh.tensor", shape["tensor"]),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", shape["tensor"]),
     ]
+    if shape["expert"] > 1 and not model.moe.num_experts:
+        raise UserError(f"mesh.expert={shape['expert']} has no experts to shard (model.moe.num_experts=0); write 1")
     for key, value, axes, size in wants:
         if value % size:
             raise UserError(f"{key}={value} is not divisible by {axes}={size}; change one of them")

@@ -19,7 +19,7 @@ from spannorm_jax.data.tokenizer import BYTES, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder, ModelDef, define
-from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.setup import start_jax
@@ -215,7 +215,7 @@ def sample(
         tokenizer = run_tokenizer(config, workdir)
         ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         mesh = make_mesh(config.mesh)
-        rows_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows_multiple = batch_shards(dict(mesh.shape))
         rows = -(-len(ids) // rows_multiple) * rows_multiple
         check_divisible(config, dict(mesh.shape), "rows", rows)
         _check_length(config, rows, max(map(len, ids)), options)

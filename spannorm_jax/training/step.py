@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import NAMES, Decoder, ModelDef
 from spannorm_jax.model.moe import Stats, balanced_bias, load_balance_loss, moe_layers
-from spannorm_jax.parallel.mesh import sharding
+from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
 
@@ -38,7 +38,7 @@ class TrainState:
 def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> int:
     """Pieces of the time axis whose float32 logits fit in training.max_logits_mib on each device."""
     seq_len, limit = config.data.seq_len, config.training.max_logits_mib * 2**20
-    rows_here = -(-rows // (mesh_shape["data"] * mesh_shape["fsdp"]))
+    rows_here = -(-rows // batch_shards(mesh_shape))
     per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
     return next((n for n in divisors(seq_len) if per_token * seq_len // n <= limit), seq_len)
 

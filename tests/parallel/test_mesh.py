@@ -186,7 +186,7 @@ def test_evaluation_is_that_of_one_device(layout):
 
 def test_every_weight_and_moment_lies_as_the_table_says():
     config = make_config()
-    layout = {"data": 2, "fsdp": 2, "tensor": 2}
+    layout = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     _, state = trajectory(config, layout, 8)
     model = define(config.model)
     size = {axis: int(np.prod([layout[m] for m in mesh_axes])) for axis, mesh_axes in LOGICAL_AXES.items()}
@@ -216,8 +216,8 @@ def test_a_new_state_does_not_depend_on_the_mesh():
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert mesh_shape(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "tensor": 2}
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert mesh_shape(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "tensor": 3}, {"data": 16}, {"data": 2, "fsdp": 2}])
@@ -229,30 +229,32 @@ def test_a_mesh_that_does_not_multiply_to_the_devices(sizes):
 @pytest.mark.parametrize(
     ("changes", "shape", "says"),
     [
-        ({}, {"data": 16}, "training.batch_size=8 .*mesh.data x mesh.fsdp=16"),
+        ({}, {"data": 16}, "training.batch_size=8 .*mesh.data x mesh.fsdp x mesh.expert=16"),
         ({"model__width": 24}, {"fsdp": 16}, "model.width=24 .*mesh.fsdp=16"),
         ({"model__num_heads": 4}, {"tensor": 8}, "model.num_heads=4 .*mesh.tensor=8"),
         ({"model__num_kv_heads": 2}, {"tensor": 4}, "model.num_kv_heads=2 .*mesh.tensor=4"),
         ({"model__ffn_dim": 36}, {"tensor": 8}, "model.ffn_dim=36 .*mesh.tensor=8"),
+        ({"model__moe__num_experts": 6}, {"expert": 4}, "model.moe.num_experts=6 .*mesh.expert=4"),
+        ({}, {"expert": 4}, "mesh.expert=4 .*num_experts=0"),
         ({"model__vocab_size": 257}, {"tensor": 2}, "model.vocab_size=257 .*mesh.tensor=2"),
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model(changes, shape, says):
     rows = 16 if "fsdp" in shape else 8
     with pytest.raises(UserError, match=says):
-        full = {"data": 1, "fsdp": 1, "tensor": 1} | shape
+        full = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | shape
         check_divisible(make_config(**changes), full, "training.batch_size", rows)
 
 
 def test_a_mesh_of_too_few_devices():
     with pytest.raises(UserError, match=r"mesh\.data=8.* 4 devices .*write -1"):
         make_mesh(MeshConfig(data=8), jax.devices()[:4])
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:4]).shape) == {"data": 4, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:4]).shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
 
 
 def test_a_mesh_that_divides_everything_is_accepted():
-    full = {"data": 2, "fsdp": 2, "tensor": 2}
+    full = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     check_divisible(make_config(), full, "training.batch_size", 8)
     with pytest.raises(UserError, match=r"eval\.batch_size=6 "):
         check_divisible(make_config(), full, "eval.batch_size", 6)

@@ -182,12 +182,12 @@ def test_no_more_logits_live_than_the_limit(microbatches):
 @pytest.mark.parametrize(
     ("rows", "mesh", "mib", "chunks"),
     [
-        (8, {"data": 1, "fsdp": 1, "tensor": 1}, 256, 1),
-        (8, {"data": 1, "fsdp": 1, "tensor": 1}, 4, 2),  # 8 x 8 x 2^15 x 4 bytes = 8 MiB
-        (8, {"data": 2, "fsdp": 2, "tensor": 1}, 1, 2),
-        (8, {"data": 2, "fsdp": 2, "tensor": 2}, 1, 1),
-        (8, {"data": 1, "fsdp": 1, "tensor": 1}, 3, 4),
-        (1024, {"data": 1, "fsdp": 1, "tensor": 1}, 1, 8),  # nothing is finer than one position
+        (8, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 256, 1),
+        (8, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 4, 2),  # 8 x 8 x 2^15 x 4 bytes = 8 MiB
+        (8, {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1}, 1, 2),
+        (8, {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}, 1, 1),
+        (8, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 3, 4),
+        (1024, {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, 1, 8),  # nothing is finer than one position
     ],
 )
 def test_chunks_are_as_few_as_fit_on_a_device(rows, mesh, mib, chunks):
