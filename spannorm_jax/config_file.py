@@ -14,8 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config import Config, flatten, from_dict, kind_name, matches, to_dict
-from spannorm_jax.data.tokenizer import TOKENIZERS
+from spannorm_jax.config import Config, flatten, from_dict, kind_name, matches, resolve, to_dict
+from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
@@ -134,6 +134,18 @@ def load(spec: str, overrides: list[tuple[str, str]] = ()) -> Config:
     validate(made)
     _check_names(made)
     return made
+
+
+def resolve_without_data(config: Config, platform: str) -> Config:
+    """`resolve` for programs that train on nothing: it takes the tokenizer's size from the config. Raises UserError."""
+    data = config.data
+    return resolve(
+        config,
+        vocab_size=vocab_size(data),
+        platform=platform,
+        fingerprint=data.fingerprint,
+        tokenizer_hash=data.tokenizer_hash,
+    )
 
 
 def _check_names(config: Config) -> None:

@@ -3,9 +3,7 @@
 Nothing is allocated and no data is read, so it answers for any size at once.
 """
 
-from spannorm_jax.config import resolve
-from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.data.tokenizer import vocab_size
+from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.model.decoder import count_params, define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -17,16 +15,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.show_init", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
-    config = load(args.config, overrides)
-    data = config.data
-    config = resolve(
-        config,
-        vocab_size=vocab_size(data),
-        platform="cpu",
-        fingerprint=data.fingerprint,
-        tokenizer_hash=data.tokenizer_hash,
-    )
-    cfg = config.model
+    cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
     model, stds, fan = define(cfg), weight_stds(cfg), fan_in(cfg)
     print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")

@@ -40,14 +40,14 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a run of the program whose text this is, in the program's order.
+    """The collectives of a run of the program whose text this is, in the program's order; none among one device.
 
     Raises:
       ValueError: a loop that holds collectives runs for a number of times that XLA does not know, or a group of
         devices is written in a way that is unknown here.
     """
     module = _parse(hlo)
-    return [found for found in _walk(module, module.entry, 1, ()) if found.count]
+    return [found for found in _walk(module, module.entry, 1, ()) if found.count and found.group > 1]
 
 
 # ---- text -> instructions ------------------------------------------------------------------------

@@ -31,12 +31,17 @@ PEAK_FLOPS = {
 _TERMINAL_REFRESH_S = 0.5
 
 
+def known_kind(device_kind: str) -> str | None:
+    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3."""
+    return max((name for name in PEAK_FLOPS if device_kind.startswith(name)), key=len, default=None)
+
+
 def peak_flops(device: jax.Device, configured: float) -> float | None:
     """FLOP/s that MFU is a share of: the configured one, else the table's, else None (a CPU has no one peak)."""
     if configured:
         return configured
-    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    kind = known_kind(device.device_kind)
+    return PEAK_FLOPS[kind] if kind else None
 
 
 def memory_bytes(device: jax.Device) -> int:

@@ -116,7 +116,7 @@ def test_a_chain_that_is_no_ring_and_one_that_goes_nowhere():
     [found] = collectives(compiled(lambda x: partial_chain(x, "b")))
     assert (found.bytes, found.group) == (BYTES, 2)
     still = compiled(lambda x: jax.lax.ppermute(x, "b", [(i, i) for i in range(4)]))
-    assert sum(c.bytes for c in collectives(still)) == 0
+    assert collectives(still) == []
 
 
 def test_a_sum_of_which_each_device_takes_a_slice():

@@ -1,0 +1,245 @@
+"""What a train step takes on devices that are not here: FLOPs, memory and collectives, allocating nothing.
+
+The step is compiled for as many fake CPU devices. What depends on the shapes and the mesh alone is exact; what
+depends on the device's own compiler is said to be an estimate.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from spannorm_jax.config import Config, replace
+from spannorm_jax.config_file import resolve_without_data
+from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.model import attention, grouped_matmul
+from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.parallel.collectives import KINDS, Collective, collectives
+from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
+from spannorm_jax.training.metrics import PEAK_FLOPS, known_kind
+from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
+
+MAX_DEVICES = 2048  # what XLA has for CPUs in one process
+
+# GB of a device, from the vendors' data sheets; of two sizes the smaller.
+MEMORY_GB = {
+    "NVIDIA A100": 40,
+    "NVIDIA H100": 80,
+    "NVIDIA H200": 141,
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one step takes. Memory is in bytes of one device.
+
+    Attributes:
+      state: `parameters` and `optimizer`, as they lie between steps.
+      gradients: in float32; twice, with microbatches.
+      activations: what the backward pass keeps of the forward pass that grows with the batch, for one microbatch, as if
+        mesh.tensor were 1.
+      xla: `arguments`, `outputs` (those that do not replace an argument) and `temporaries` of XLA's plan for a CPU.
+    """
+
+    params: int
+    active_params: int
+    flops_per_token: int
+    tokens: int
+    state: dict[str, int]
+    gradients: int
+    activations: int
+    xla: dict[str, int]
+    collectives: list[Collective]
+    compile_s: float
+
+
+def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
+    """Prints what a step of `config` takes on `num_devices`; `device_kind` adds shares of its memory and peak.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the model, or the kind of device is not known.
+    """
+    kind = known_kind(device_kind)
+    if device_kind and not kind:
+        raise UserError(f"--device_kind {device_kind[:80]!r} is not known; {did_you_mean(device_kind, PEAK_FLOPS)}")
+    config = resolve_without_data(config, platform="cpu" if config.platform == "cpu" else "accelerator")
+    shape = mesh_shape(config.mesh, num_devices)
+    microbatch = config.training.batch_size // config.training.num_microbatches
+    check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
+    _start_jax(num_devices)
+    name, _ = attention.chosen(config.model, config.data.seq_len)
+    matmul = _matmul(config)
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+    print(_setting(config, mesh, device_kind, name, matmul), flush=True)
+    print(report(measure(config, mesh), num_devices, kind))
+    return 0
+
+
+def _start_jax(num_devices: int) -> None:
+    """Fake devices, in a process that has used none yet; or enough of those that it has."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError:  # JAX has started
+        pass
+    if jax.device_count() < num_devices:
+        raise UserError(f"this process has {jax.device_count()} devices already; start another for {num_devices}")
+
+
+def measure(config: Config, mesh: Mesh) -> Needs:
+    """Compiles the step of a resolved config; `mesh` is of CPU devices, which are not used."""
+    model, seq_len, batch_size = define(config.model), config.data.seq_len, config.training.batch_size
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled_as = config
+        if config.model.dtype == "bfloat16":
+            # A CPU computes and sends float32 in place of bfloat16, but float16, of the same size, as it is.
+            compiled_as = replace(config, model__dtype="float16")
+        program = make_program(compiled_as, define(compiled_as.model), mesh)
+        batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32, sharding=program.batch_sharding)
+        compiled = program.train.lower(program.abstract_state, batch).compile()
+        activations = _activations(config, model, mesh)
+    memory = compiled.memory_analysis()
+    state = program.abstract_state
+    return Needs(
+        params=count_params(model),
+        active_params=count_params(model, active=True),
+        flops_per_token=flops_per_token(model, seq_len),
+        tokens=batch_size * seq_len,
+        state={"parameters": _bytes_here(state.params), "optimizer": _bytes_here(state.opt_state)},
+        gradients=_bytes_here(state.params) * min(config.training.num_microbatches, 2),
+        activations=activations,
+        xla={
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        collectives=collectives(compiled.as_text()),
+        compile_s=time.monotonic() - began,
+    )
+
+
+def _bytes_here(tree: Any) -> int:
+    """Bytes of one device's shards of abstract arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
+    rows = config.training.batch_size // config.training.num_microbatches
+    num_chunks = num_loss_chunks(config, dict(mesh.shape), rows)
+    params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+
+    def kept(rows: int) -> int:
+        def residuals(params: Any, tokens: jax.Array) -> Any:
+            weights = jnp.ones(tokens[:, 1:].shape)
+            return jax.vjp(lambda p: loss_sums(model.bind(p), tokens, weights, num_chunks)["nll"], params)[1]
+
+        tokens = jax.ShapeDtypeStruct((rows, config.data.seq_len + 1), jnp.int32)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(residuals, params, tokens)))
+
+    # Weights are among the residuals, whatever the batch: the difference leaves them out.
+    return (kept(2 * rows) - kept(rows)) // batch_shards(dict(mesh.shape))
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _matmul(config: Config) -> str:
+    if not config.model.moe.num_experts:
+        return ""
+    return f", grouped matmul {grouped_matmul.chosen(config.model.moe.grouped_matmul)[0]}"
+
+
+def _setting(config: Config, mesh: Mesh, device_kind: str, attention: str, matmul: str) -> str:
+    model = config.model
+    stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
+    return (
+        f"{model.placement} / {model.init}: {model.depth} blocks, width {model.width}, batch "
+        f"{config.training.batch_size} x {config.data.seq_len}, remat {model.remat}\n"
+        f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
+        f"shaped with attention {attention}{matmul}, compute {model.dtype}{stands_for}"
+    )
+
+
+def report(needs: Needs, num_devices: int, kind: str | None) -> str:
+    """The printed form, with shares of a device's memory and peak if `kind`, a key of MEMORY_GB, is given."""
+    return "\n".join([*_flops(needs, num_devices, kind), "", *_memory(needs, kind), "", *_traffic(needs)])
+
+
+def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
+    step = needs.flops_per_token * needs.tokens
+    active = f"{needs.active_params:,} active" if needs.active_params != needs.params else "all active"
+    fastest = f"; {step / num_devices / PEAK_FLOPS[kind]:.3g} s at the peak of a {kind}" if kind else ""
+    return [
+        f"{needs.params:,} parameters ({active}); compiled in {needs.compile_s:.1f} s",
+        f"FLOPs: {needs.flops_per_token / 1e9:,.4g} G a token, {step / 1e12:,.4g} T a step of {needs.tokens:,} tokens, "
+        f"{step / num_devices / 1e12:,.4g} T a device{fastest}",
+    ]
+
+
+def _memory(needs: Needs, kind: str | None) -> list[str]:
+    rows = [
+        ("parameters", needs.state["parameters"], "float32"),
+        ("optimiser", needs.state["optimizer"], "two moments, float32"),
+        ("gradients", needs.gradients, "float32"),
+        ("kept for backward", needs.activations, "what it keeps that grows with the batch, as if mesh.tensor=1"),
+    ]
+    rows.append(("sum", sum(size for _, size, _ in rows), "least; what lives for a moment comes on top"))
+    plan = f"for a CPU: arguments {_gb(needs.xla['arguments'])}, temporaries {_gb(needs.xla['temporaries'])}"
+    rows.append(("XLA's plan", sum(needs.xla.values()), plan))
+    lines = ["memory of a device, GB (10^9 bytes)"]
+    for name, size, note in rows:
+        share = f"{size / MEMORY_GB[kind] / 1e7:6.1f}% of {MEMORY_GB[kind]}" if kind else ""
+        lines.append(f"  {name:<20}{_gb(size):>10}{share:>16}   {note}")
+    return lines
+
+
+_TITLES = {
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_reduce": "all-reduce",
+    "all_to_all": "all-to-all",
+    "collective_permute": "collective-permute",
+}
+
+
+def _traffic(needs: Needs) -> list[str]:
+    lines = [f"{'collectives of a step, received by a device':<46}{'arrays':>8}{'GB':>12}"]
+    for branch in sorted({found.branch for found in needs.collectives}):
+        if branch:
+            lines.append(f" of a condition, if it takes branch {'.'.join(map(str, branch))}")
+        lines += _rows([found for found in needs.collectives if found.branch == branch])
+    if not needs.collectives:
+        lines.append("  none")
+    return [
+        *lines,
+        "As XLA partitions the step for any device, and then optimises it for a CPU. Other compilers may combine, move",
+        "or overlap collectives, and make reduce-scatters of all-reduces that are then sliced: counted as such here.",
+    ]
+
+
+def _rows(found: list[Collective]) -> list[str]:
+    counts, sizes = Counter(), Counter()
+    for one in found:
+        key = (KINDS.index(one.kind), one.sliced, one.group)
+        counts[key] += one.count
+        sizes[key] += one.count * one.bytes // (2 if one.sliced else 1)
+    rows = []
+    for key in sorted(counts):
+        kind, sliced, group = key
+        title = f"{_TITLES[KINDS[kind]]}{', then sliced' if sliced else ''}, among {group}"
+        rows.append(f"  {title:<44}{counts[key]:>8,}{_gb(sizes[key]):>12}")
+    return rows
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.3f}" if size >= 5e5 or size == 0 else "<0.001"
