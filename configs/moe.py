@@ -25,6 +25,10 @@ PRESETS = {
     "64x": {
         "depth": 12, "width": 768, "head_dim": 64, "experts": (64, 8, 256), "seq_len": 1024, "batch": 256, "lr": 1e-3
     },
+    "16b": {
+        "depth": 27, "width": 2048, "head_dim": 128, "experts": (64, 6, 1408), "seq_len": 4096, "batch": 1024,
+        "lr": 4e-4,
+    },
 }  # fmt: skip
 
 
@@ -51,4 +55,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.metrics.log_every = 10
         config.metrics.block_grad_every = 500
         config.eval.tokens = 2**21
+    if arg.preset == "16b":
+        config.model.vocab_size = 102400
+        config.model.tied_head = False
+        config.model.ffn_dim = 8 * 1408  # of the first block: as many hidden units as a token meets in the others
+        config.model.remat = "block"
+        config.model.moe.num_shared = 2
+        config.model.moe.first_dense = 1
+        # As DeepSeek-V3: loads are balanced without a loss that pulls against the language model's.
+        config.model.moe.scores = "sigmoid"
+        config.model.moe.balance = "bias"
+        config.training.num_microbatches = 8
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 8
     return config

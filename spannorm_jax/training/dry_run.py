@@ -5,6 +5,7 @@ depends on the device's own compiler is said to be an estimate.
 """
 
 import math
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -178,12 +179,16 @@ def report(needs: Needs, num_devices: int, kind: str | None) -> str:
 def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
     step = needs.flops_per_token * needs.tokens
     active = f"{needs.active_params:,} active" if needs.active_params != needs.params else "all active"
-    fastest = f"; {step / num_devices / PEAK_FLOPS[kind]:.3g} s at the peak of a {kind}" if kind else ""
+    fastest = f", {step / num_devices / PEAK_FLOPS[kind]:.3g} s at the peak of {kind}" if kind else ""
     return [
-        f"{needs.params:,} parameters ({active}); compiled in {needs.compile_s:.1f} s",
-        f"FLOPs: {needs.flops_per_token / 1e9:,.4g} G a token, {step / 1e12:,.4g} T a step of {needs.tokens:,} tokens, "
-        f"{step / num_devices / 1e12:,.4g} T a device{fastest}",
+        f"{needs.params:,} parameters ({active}), {needs.tokens:,} tokens a step; compiled in {needs.compile_s:.1f} s",
+        f"{_flop(needs.flops_per_token)} a token, {_flop(step)} a step, {_flop(step / num_devices)} a device{fastest}",
     ]
+
+
+def _flop(count: float) -> str:
+    prefix, size = next((p, s) for p, s in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1)) if count >= s)
+    return f"{count / max(size, 1e6):.1f} {prefix}FLOP"
 
 
 def _memory(needs: Needs, kind: str | None) -> list[str]:
@@ -194,12 +199,13 @@ def _memory(needs: Needs, kind: str | None) -> list[str]:
         ("kept for backward", needs.activations, "what it keeps that grows with the batch, as if mesh.tensor=1"),
     ]
     rows.append(("sum", sum(size for _, size, _ in rows), "least; what lives for a moment comes on top"))
-    plan = f"for a CPU: arguments {_gb(needs.xla['arguments'])}, temporaries {_gb(needs.xla['temporaries'])}"
+    plan = f"for a CPU: arguments {_size(needs.xla['arguments'])}, temporaries {_size(needs.xla['temporaries'])}"
     rows.append(("XLA's plan", sum(needs.xla.values()), plan))
-    lines = ["memory of a device, GB (10^9 bytes)"]
+    whole = f", and its share of {MEMORY_GB[kind]} GB" if kind else ""
+    lines = [f"memory of a device{whole} (GB: 10^9 bytes)"]
     for name, size, note in rows:
-        share = f"{size / MEMORY_GB[kind] / 1e7:6.1f}% of {MEMORY_GB[kind]}" if kind else ""
-        lines.append(f"  {name:<20}{_gb(size):>10}{share:>16}   {note}")
+        share = f"{size / MEMORY_GB[kind] / 1e7:.1f}%" if kind else ""
+        lines.append(f"  {name:<20}{_size(size):>10}{share:>8}   {note}")
     return lines
 
 
@@ -213,13 +219,19 @@ _TITLES = {
 
 
 def _traffic(needs: Needs) -> list[str]:
-    lines = [f"{'collectives of a step, received by a device':<46}{'arrays':>8}{'GB':>12}"]
+    lines = [f"{'collectives of a step, received by a device':<46}{'arrays':>8}{'bytes':>12}"]
     for branch in sorted({found.branch for found in needs.collectives}):
         if branch:
             lines.append(f" of a condition, if it takes branch {'.'.join(map(str, branch))}")
         lines += _rows([found for found in needs.collectives if found.branch == branch])
     if not needs.collectives:
-        lines.append("  none")
+        return [*lines, "  none"]
+    places = Counter()
+    for one in needs.collectives:
+        places[_TITLES[one.kind], _place(one.name)] += _received(one)
+    lines.append("the largest")
+    for (title, place), size in places.most_common(5):
+        lines.append(f"  {title:<20}{place:<56.56}{_size(size):>12}")
     return [
         *lines,
         "As XLA partitions the step for any device, and then optimises it for a CPU. Other compilers may combine, move",
@@ -227,19 +239,35 @@ def _traffic(needs: Needs) -> list[str]:
     ]
 
 
+def _received(one: Collective) -> int:
+    return one.count * one.bytes // (2 if one.sliced else 1)  # sliced: as the reduce-scatter that it can be
+
+
+def _place(name: str) -> str:
+    """JAX's scopes without what its transformations add, and which pass it is."""
+    way = "backward" if "transpose(" in name else "forward"
+    way = "remat" if "rematted_computation" in name else way
+    bare = re.sub(
+        r"\b(jit|transpose|jvp)\(|\b(train_step|while|body|closed_call|checkpoint|rematted_computation)\b", "", name
+    )
+    return f"{way} {'/'.join(part for part in re.split(r'[/()]+', bare) if part)}"
+
+
 def _rows(found: list[Collective]) -> list[str]:
     counts, sizes = Counter(), Counter()
     for one in found:
         key = (KINDS.index(one.kind), one.sliced, one.group)
         counts[key] += one.count
-        sizes[key] += one.count * one.bytes // (2 if one.sliced else 1)
+        sizes[key] += _received(one)
     rows = []
     for key in sorted(counts):
         kind, sliced, group = key
         title = f"{_TITLES[KINDS[kind]]}{', then sliced' if sliced else ''}, among {group}"
-        rows.append(f"  {title:<44}{counts[key]:>8,}{_gb(sizes[key]):>12}")
+        rows.append(f"  {title:<44}{counts[key]:>8,}{_size(sizes[key]):>12}")
     return rows
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.3f}" if size >= 5e5 or size == 0 else "<0.001"
+def _size(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
