@@ -5,10 +5,11 @@
 The argument is a preset, then any of depth, width, placement, init. Everything else is an override, for example
 --config.model.moe.balance=bias --config.model.moe.scores=sigmoid --config.model.moe.num_shared=1
 
-preset  blocks  width  heads  experts (top)  expert   vocabulary     parameters       active
-tiny        24     64      4         8 (2)       88  256 (bytes)      3,685,440    1,252,416   not measured yet
-8x124m      12    768     12         8 (2)     2048  50304, tied    520,022,784  180,284,160   not measured yet
-64x         12    768     12        64 (8)      256  50304, tied    520,538,880  124,177,152   not measured yet
+preset  blocks  width  heads  experts (top)  expert   vocabulary      parameters         active
+tiny        24     64      4         8 (2)       88  256 (bytes)       3,685,440      1,252,416   not measured yet
+8x124m      12    768     12         8 (2)     2048  50304, tied     520,022,784    180,284,160   not measured yet
+64x         12    768     12        64 (8)      256  50304, tied     520,538,880    124,177,152   not measured yet
+16b         27   2048     16        64 (6)     1408  102400       15,789,832,192  2,744,498,176   not measured yet
 
 Parameters are those of placement=span; active ones are those that a token meets.
 """

@@ -186,3 +186,36 @@ def test_show_init_refuses_as_train_does(refuse):
 def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
     line = refuse(sample, "--workdir", tmp_path, "--prompt", "def ", option)
     assert all(part in line for part in says), line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), ["--devices", "required"]),
+        (("--devices=0",), ["--devices '0'", "1 to 2048"]),
+        (("--devices=-8",), ["--devices '-8'", "1 to 2048"]),
+        (("--devices=many",), ["--devices 'many'", "1 to 2048"]),
+        (("--devices=" + 9000 * "9",), ["--devices '999", "1 to 2048"]),
+        (("--devices=256", "--config.mesh.fsdp=3"), ["mesh.fsdp=3", "256 devices", "-1"]),
+        (("--devices=256",), ["training.batch_size", "=8 ", "=256", "change one"]),
+        (("--devices=8", "--config.mesh.expert=8"), ["mesh.expert=8", "num_experts=0"]),
+        (("--devices=8", "--device_kind=NVIDIA H20"), ["--device_kind 'NVIDIA H20'", "'NVIDIA H200'"]),
+        (("--devices=8", "--profile_steps=3"), ["--profile_steps=3", "--dry_run --help"]),
+        (("--devices=8", "--config.model.attention=cudnn"), ["model.attention=cudnn", "no GPU"]),
+        (("--devices=8", "--config.model.vocab_size=100"), ["model.vocab_size=100", "256"]),
+        (("--devices=8", "--config.model.detph=100"), ["model.detph", "'depth'"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_a_dry_run_that_cannot_be(refuse, options, says):
+    line = refuse(train, "--dry_run", "--config", CONFIG, *options)
+    assert all(part in line for part in says), line
+
+
+@pytest.mark.parametrize("option", ["--devices=8", "--device_kind=TPU v4"])
+def test_training_takes_the_devices_that_are_here(refuse_train, option):
+    assert "--dry_run" in refuse_train(option)
+
+
+def test_training_needs_a_folder(refuse):
+    assert "--workdir" in refuse(train, "--config", CONFIG)
