@@ -1,12 +1,14 @@
 """Products of rows with the matrix of their group, behind one function, whatever the device runs best.
 
-Rows are sorted by group, groups may be of any size, and no row is ever dropped: M rows (M, D), E matrices (E, D, F),
-`sizes` (E,) rows of each group, in order, that sum to M.
+Rows are sorted by group and no row is ever dropped: P rows (P, D), E matrices (E, D, F), `sizes` (E,) the rows of
+each group, in order, each a multiple of `row_multiple`. They may sum to less than P; what comes out for the rows after
+the last group is not specified.
 """
 
 import importlib
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,77 +16,62 @@ from jax import Array
 
 from spannorm_jax.errors import UserError, one_line
 
-_MIN_BLOCK, _MAX_BLOCK = 32, 256
-
-
 # ---- padded blocks in plain JAX ------------------------------------------------------------------
 
-
-def _block_rows(M: int, E: int) -> int:
-    """Rows of a block: about a quarter of an even group, so that padding costs little and blocks are few."""
-    wanted = max(1, M // (4 * E))
-    return min(max(_MIN_BLOCK, 1 << (wanted.bit_length() - 1)), _MAX_BLOCK)
+_BLOCKS = (512, 256, 128, 64, 32)  # rows of a block: large ones for speed, a small one so that padding costs little
 
 
-def _layout(M: int, sizes_E: Array) -> tuple[Array, Array, Array]:
-    """Groups padded to whole blocks: each block's group (N,), its rows (N, R) with M for padding, each row's slot (M,).
-
-    N is the least number of blocks of R rows that always suffices: M // R + E.
-    """
-    E = sizes_E.shape[0]
-    R = _block_rows(M, E)
-    num_blocks = M // R + E
-    blocks_E = -(-sizes_E // R)
-    last_E, start_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
-    first_E = last_E - blocks_E
-    block = jnp.arange(num_blocks)
-    group_N = jnp.minimum(jnp.searchsorted(last_E, block, side="right"), E - 1)
-    within_NxR = (block - first_E[group_N])[:, None] * R + jnp.arange(R)
-    row_NxR = jnp.where(within_NxR < sizes_E[group_N, None], start_E[group_N, None] + within_NxR, M)
-    group_M = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(M), side="right")
-    slot_M = first_E[group_M] * R + jnp.arange(M) - start_E[group_M]
-    return group_N, row_NxR, slot_M
+def _over_blocks(start: Array, size: Array, P: int, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """body(first row, rows, carry) for the fewest blocks that make up `size` of P rows, counted at run time."""
+    for rows in (b for b in _BLOCKS if b <= P):
+        number = size // rows
+        carry = jax.lax.fori_loop(0, number, lambda i, c, r=rows, s=start: body(s + i * r, r, c), carry)
+        start, size = start + number * rows, size % rows
+    return carry
 
 
-def _blocks(x_MxD: Array, row_NxR: Array) -> Array:
-    return x_MxD.at[row_NxR].get(mode="fill", fill_value=0)
+def _rows(x: Array, start: Array, rows: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, rows)
 
 
-def _per_block(x_NxRxD: Array, w_ExDxF: Array, group_N: Array, contract: int) -> Array:
-    """Each block times its group's matrix, over axis `contract` (0 or 1) of that matrix."""
+def _times(x_PxD: Array, w_ExDxF: Array, sizes_E: Array, contract: int) -> Array:
+    """Each group's rows times its matrix, over axis `contract` (0 or 1) of that matrix; other rows are zeros."""
 
-    def one(block_and_group: tuple[Array, Array]) -> Array:
-        x_RxD, group = block_and_group
-        return jax.lax.dot_general(x_RxD, w_ExDxF[group], (((1,), (contract,)), ((), ())))
+    def group(y_PxF: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        w_DxF, start, size = inputs
 
-    return jax.lax.map(one, (x_NxRxD, group_N))
+        def block(first: Array, rows: int, y_PxF: Array) -> Array:
+            product = jax.lax.dot_general(_rows(x_PxD, first, rows), w_DxF, (((1,), (contract,)), ((), ())))
+            return jax.lax.dynamic_update_slice_in_dim(y_PxF, product, first, 0)
+
+        return _over_blocks(start, size, x_PxD.shape[0], block, y_PxF), None
+
+    zeros = jnp.zeros((x_PxD.shape[0], w_ExDxF.shape[2 - contract]), x_PxD.dtype)
+    return jax.lax.scan(group, zeros, (w_ExDxF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
 
 
 @jax.custom_vjp
-def _padded(x_MxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
-    return _padded_forward(x_MxD, w_ExDxF, sizes_E)[0]
+def _padded(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
+    return _padded_forward(x_PxD, w_ExDxF, sizes_E)[0]
 
 
-def _padded_forward(x_MxD: Array, w_ExDxF: Array, sizes_E: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    group_N, row_NxR, slot_M = _layout(x_MxD.shape[0], sizes_E)
-    y_NxRxF = _per_block(_blocks(x_MxD, row_NxR), w_ExDxF, group_N, contract=0)
-    return y_NxRxF.reshape(-1, w_ExDxF.shape[2])[slot_M], (x_MxD, w_ExDxF, sizes_E)
+def _padded_forward(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _times(x_PxD, w_ExDxF, sizes_E, contract=0), (x_PxD, w_ExDxF, sizes_E)
 
 
-def _padded_backward(residuals: tuple[Array, Array, Array], g_MxF: Array) -> tuple[Array, Array, None]:
-    x_MxD, w_ExDxF, sizes_E = residuals
-    group_N, row_NxR, slot_M = _layout(x_MxD.shape[0], sizes_E)
-    g_NxRxF = _blocks(g_MxF, row_NxR)
-    dx_NxRxD = _per_block(g_NxRxF, w_ExDxF, group_N, contract=1)
+def _padded_backward(residuals: tuple[Array, Array, Array], g_PxF: Array) -> tuple[Array, Array, None]:
+    x_PxD, w_ExDxF, sizes_E = residuals
 
-    def add(dw_ExDxF: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x_RxD, g_RxF, group = block
-        product = jax.lax.dot_general(x_RxD, g_RxF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return dw_ExDxF.at[group].add(product), None  # in place: the sum never exists twice
+    def group(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+        def block(first: Array, rows: int, dw_DxF: Array) -> Array:
+            factors = _rows(x_PxD, first, rows), _rows(g_PxF, first, rows)
+            return dw_DxF + jax.lax.dot_general(*factors, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-    zeros = jnp.zeros(w_ExDxF.shape, jnp.float32)
-    dw_ExDxF, _ = jax.lax.scan(add, zeros, (_blocks(x_MxD, row_NxR), g_NxRxF, group_N))
-    return dx_NxRxD.reshape(-1, x_MxD.shape[1])[slot_M], dw_ExDxF.astype(w_ExDxF.dtype), None
+        dw_DxF = _over_blocks(*inputs, x_PxD.shape[0], block, jnp.zeros(w_ExDxF.shape[1:], jnp.float32))
+        return None, dw_DxF.astype(w_ExDxF.dtype)
+
+    _, dw_ExDxF = jax.lax.scan(group, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))
+    return _times(g_PxF, w_ExDxF, sizes_E, contract=1), dw_ExDxF, None
 
 
 _padded.defvjp(_padded_forward, _padded_backward)
@@ -93,8 +80,8 @@ _padded.defvjp(_padded_forward, _padded_backward)
 # ---- the others, and the choice ---------------------------------------------------------------------
 
 
-def _tokamax(x_MxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
-    return importlib.import_module("tokamax").ragged_dot(x_MxD, w_ExDxF, sizes_E)
+def _tokamax(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
+    return importlib.import_module("tokamax").ragged_dot(x_PxD, w_ExDxF, sizes_E)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
@@ -133,6 +120,11 @@ def _tokamax_problem() -> str:
     return ""
 
 
-def grouped_matmul(x_MxD: Array, w_ExDxF: Array, sizes_E: Array, implementation: str) -> Array:
-    """(M, F) in the inputs' dtype: row m of group e times w[e]. `sizes_E` is int32 and sums to M."""
-    return IMPLEMENTATIONS[chosen(implementation)[0]](x_MxD, w_ExDxF, sizes_E)
+def row_multiple(implementation: str) -> int:
+    """What the rows of each group must be a multiple of."""
+    return _BLOCKS[-1] if chosen(implementation)[0] == "padded" else 1
+
+
+def grouped_matmul(x_PxD: Array, w_ExDxF: Array, sizes_E: Array, implementation: str) -> Array:
+    """(P, F) in the inputs' dtype: a row of group e times w[e]. `sizes_E` is int32."""
+    return IMPLEMENTATIONS[chosen(implementation)[0]](x_PxD, w_ExDxF, sizes_E)

@@ -1,12 +1,11 @@
 """Mixture-of-Experts feed-forward: a float32 router, top-k experts a token, no token ever dropped.
 
-Shapes: N tokens, E experts, k experts a token, M = N k assignments, D width, P parts (2 of SwiGLU, 1 of GELU), F
-hidden units of an expert. The router follows Shazeer et al. 2017 (arXiv 1701.06538) and, with sigmoid scores and a
+Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, 1 of GELU), F hidden units of an
+expert. The router follows Shazeer et al. 2017 (arXiv 1701.06538) and, with sigmoid scores and a
 selection bias, DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from spannorm_jax.config import ModelConfig, MoEConfig
-from spannorm_jax.model.grouped_matmul import grouped_matmul
-from spannorm_jax.model.layers import FeedForward, activation, weight
+from spannorm_jax.model import experts
+from spannorm_jax.model.layers import FeedForward, weight
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, partition_spec
 
 Stats = dict[str, Array]
@@ -74,38 +73,6 @@ def balanced_bias(bias_LxE: Array, counts_LxE: Array, rate: float) -> Array:
     return bias_LxE + rate * jnp.sign(jnp.mean(counts_LxE, axis=-1, keepdims=True) - counts_LxE)
 
 
-@jax.custom_vjp
-def _permute(x_MxD: Array, order_M: Array, inverse_M: Array) -> Array:
-    """Rows in another order; backward is the inverse permutation, which needs no scatter."""
-    return x_MxD[order_M]
-
-
-_permute.defvjp(
-    lambda x, order, inverse: (x[order], (order, inverse)),
-    lambda residuals, g: (g[residuals[1]], None, None),
-)
-
-
-def expert_outputs(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, in_ExDxPxF: Array, out_ExFxD: Array, kind: str, matmul: str
-) -> Array:
-    """Each token's experts, weighted and summed in float32: (N, D) in x's dtype. Memory is O(N k (D + P F))."""
-    N, k = ids_Nxk.shape
-    E, D, P, F = in_ExDxPxF.shape
-    with jax.named_scope("dispatch"):
-        expert_M = ids_Nxk.reshape(-1)
-        order = jnp.argsort(expert_M)
-        inverse = jnp.argsort(order)
-        sizes_E = jnp.bincount(expert_M, length=E).astype(jnp.int32)
-        rows_MxD = _permute(jnp.repeat(x_NxD, k, axis=0), order, inverse)
-    with jax.named_scope("experts"):
-        hidden = grouped_matmul(rows_MxD, in_ExDxPxF.reshape(E, D, P * F), sizes_E, matmul).reshape(N * k, P, F)
-        out_MxD = grouped_matmul(activation(hidden, kind), out_ExFxD, sizes_E, matmul)
-    with jax.named_scope("combine"):
-        out_NxkxD = _permute(out_MxD, inverse, order).reshape(N, k, D).astype(jnp.float32)
-        return jnp.sum(out_NxkxD * weights_Nxk[..., None], axis=1).astype(x_NxD.dtype)
-
-
 class MoE(nnx.Module):
     """Routed experts, and shared ones that see every token. Returns the branch and the router's sums."""
 
@@ -130,29 +97,56 @@ class MoE(nnx.Module):
                 logits_NxE = logits.reshape(-1, self.cfg.num_experts)
                 weights, ids, probs = route(logits_NxE, jax.lax.stop_gradient(self.bias[...]), self.cfg)
                 stats = router_stats(logits_NxE, ids, probs)
-            out = self._experts(x_BxTxD, weights, ids)
+            out, overflow = self._experts(x_BxTxD, weights, ids)
+            stats["overflow"] = overflow
             if self.cfg.num_shared:
                 with jax.named_scope("shared"):
                     out = out + self.shared(x_BxTxD)
             return out, stats
 
-    def _experts(self, x_BxTxD: Array, weights_Nxk: Array, ids_Nxk: Array) -> Array:
-        """The routed experts, each device on its own tokens and its part of the hidden units."""
-        routing = (a.reshape(*x_BxTxD.shape[:2], -1) for a in (weights_Nxk, ids_Nxk))
-        run = partial(_on_a_device, kind=self.kind, matmul=self.cfg.grouped_matmul)
-        if not jax.sharding.get_abstract_mesh().empty:
-            rows = partition_spec(("batch", "time", "activation"))
-            hidden = LOGICAL_AXES["ffn"]
-            # Weights come whole but for the hidden units: what fsdp splits is gathered here, where it is used.
-            specs = (rows, rows, rows, PartitionSpec(None, None, None, hidden), PartitionSpec(None, hidden, None))
-            run = jax.shard_map(partial(run, sum_over=hidden), in_specs=specs, out_specs=rows, check_vma=False)
+    def _experts(self, x_BxTxD: Array, weights_Nxk: Array, ids_Nxk: Array) -> tuple[Array, Array]:
+        """The routed experts, each device with its own tokens, experts and part of the hidden units; and the number of
+        assignments beyond the capacity of `all_to_all`."""
         dtype = x_BxTxD.dtype
-        return run(x_BxTxD, *routing, self.in_[...].astype(dtype), self.out[...].astype(dtype))
+        routing = (a.reshape(*x_BxTxD.shape[:2], -1) for a in (weights_Nxk, ids_Nxk))
+        args = (x_BxTxD, *routing, self.in_[...].astype(dtype), self.out[...].astype(dtype))
+        run = partial(_on_a_device, moe=self.cfg, kind=self.kind)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return run(*args)
+        rows, hidden = partition_spec(("batch", "time", "activation")), LOGICAL_AXES["ffn"]
+        # Weights come whole but for experts and hidden units: what fsdp splits is gathered here, where it is used.
+        specs = (
+            *(rows, rows, rows),
+            PartitionSpec(LOGICAL_AXES["experts"], None, None, hidden),
+            PartitionSpec(LOGICAL_AXES["experts"], hidden, None),
+        )
+        run = partial(run, shards=mesh.shape[experts.AXIS], sum_over=hidden, count_over=LOGICAL_AXES["batch"])
+        return jax.shard_map(run, in_specs=specs, out_specs=(rows, PartitionSpec()), check_vma=False)(*args)
 
 
 def _on_a_device(
-    x: Array, weights: Array, ids: Array, w_in: Array, w_out: Array, kind: str, matmul: str, sum_over: Any = None
-) -> Array:
-    flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, ids))
-    out = expert_outputs(*flat, w_in, w_out, kind, matmul).reshape(x.shape)
-    return out if sum_over is None else jax.lax.psum(out, sum_over)
+    x_BxTxD: Array,
+    weights_BxTxk: Array,
+    ids_BxTxk: Array,
+    w_in: Array,
+    w_out: Array,
+    moe: MoEConfig,
+    kind: str,
+    shards: int = 1,
+    sum_over: tuple[str, ...] = (),
+    count_over: tuple[str, ...] = (),
+) -> tuple[Array, Array]:
+    x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, weights_BxTxk, ids_BxTxk))
+    args = (x, weights, ids, w_in, w_out, kind, moe.grouped_matmul)
+    mode = experts.chosen(moe, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
+    overflow = jnp.zeros((), jnp.int32)
+    if mode == "local":
+        out = experts.local(*args)
+    elif mode == "ring":
+        out = experts.ring(*args)
+    else:
+        out, overflow = experts.all_to_all(*args, experts.capacity_rows(moe, x.shape[0], shards))
+    if sum_over:
+        out, overflow = jax.lax.psum(out, sum_over), jax.lax.psum(overflow, count_over)
+    return out.reshape(x_BxTxD.shape), overflow.astype(jnp.float32)

@@ -1,0 +1,195 @@
+"""Routed experts: rows sorted by expert, two grouped matmuls, rows unsorted; and both over the mesh axis `expert`.
+
+Shapes: N tokens here, k experts a token, M = N k assignments, n devices along `expert`, E experts and P rows here, D
+width, F hidden units. A row that has no place (padding, or an expert elsewhere) has an index past the end: reading it
+gives zeros. No assignment is ever dropped: `all_to_all` sends buffers of a fixed size, and where one would overflow the
+whole group of devices takes the ring instead.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from spannorm_jax.config import MoEConfig
+from spannorm_jax.model.grouped_matmul import grouped_matmul, row_multiple
+from spannorm_jax.model.layers import activation
+
+AXIS = "expert"
+# What remat=dots keeps: without the rows it would repeat the exchange between devices, without the others the matmuls.
+KEPT = ("expert_rows", "expert_hidden", "expert_out")
+
+
+# ---- rows and their order ---------------------------------------------------------------------------
+
+
+def _take(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_NxD: Array, source_P: Array, slot_M: Array, k: int) -> Array:
+    """(P, D): the token of each row's assignment. Backward is a gather too, where AD would scatter."""
+    return _take(x_NxD, source_P // k)
+
+
+_spread.defvjp(
+    lambda x, source, slot, k: (_take(x, source // k), slot),
+    lambda k, slot, g: (jnp.sum(_take(g, slot).reshape(-1, k, g.shape[1]), axis=1, dtype=g.dtype), None, None),
+)
+
+
+@jax.custom_vjp
+def _collect(y_PxD: Array, source_P: Array, slot_M: Array) -> Array:
+    """(M, D): the row of each assignment; again a gather in both directions."""
+    return _take(y_PxD, slot_M)
+
+
+_collect.defvjp(
+    lambda y, source, slot: (_take(y, slot), source),
+    lambda source, g: (_take(g, source), None, None),
+)
+
+
+def _places(group_M: Array, starts_G: Array, room_G: Array, num_rows: int) -> tuple[Array, Array]:
+    """Each row's assignment `source` (P,) and each assignment's row `slot` (M,), groups in order from their starts.
+
+    Assignments of group G, or beyond their group's room, get no row.
+    """
+    M, G = group_M.shape[0], starts_G.shape[0]
+    order_M = jnp.argsort(group_M)
+    sorted_M = group_M[order_M]
+    rank_M = jnp.arange(M) - jnp.searchsorted(sorted_M, jnp.arange(G + 1))[sorted_M]
+    fits_M = rank_M < jnp.append(room_G, 0)[sorted_M]
+    row_M = jnp.where(fits_M, jnp.append(starts_G, 0)[sorted_M] + rank_M, num_rows)
+    source_P = jnp.full(num_rows, M).at[row_M].set(order_M, mode="drop")
+    slot_M = jnp.zeros(M, row_M.dtype).at[order_M].set(row_M)
+    return source_P, slot_M
+
+
+def _sizes(group_M: Array, num_groups: int) -> Array:
+    return jnp.bincount(group_M, length=num_groups).astype(jnp.int32)  # those past the end are not counted
+
+
+# ---- one device -------------------------------------------------------------------------------------
+
+
+def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str) -> Array:
+    """(M, D): for each assignment, M / N a token, its expert's output; zeros if that is not here (E or more)."""
+    M, (E, D, P, F) = expert_M.shape[0], w_in_ExDxPxF.shape
+    with jax.named_scope("dispatch"):
+        multiple = row_multiple(matmul)
+        num_rows = -(-(M + E * (multiple - 1)) // multiple) * multiple
+        counts_E = _sizes(expert_M, E)
+        sizes_E = -(-counts_E // multiple) * multiple
+        source, slot = _places(expert_M, jnp.cumsum(sizes_E) - sizes_E, sizes_E, num_rows)
+        rows_PxD = checkpoint_name(_spread(x_NxD, source, slot, M // x_NxD.shape[0]), "expert_rows")
+    with jax.named_scope("experts"):
+        hidden = grouped_matmul(rows_PxD, w_in_ExDxPxF.reshape(E, D, P * F), sizes_E, matmul)
+        hidden = checkpoint_name(hidden, "expert_hidden").reshape(-1, P, F)
+        out_PxD = grouped_matmul(activation(hidden, kind), w_out_ExFxD, sizes_E, matmul)
+    with jax.named_scope("combine"):
+        return _collect(out_PxD, source, slot)
+
+
+def _weighted(out_MxD: Array, weights_Nxk: Array) -> Array:
+    """(N, D): the sum over a token's experts, in float32 and returned in the outputs' dtype."""
+    out_NxkxD = checkpoint_name(out_MxD, "expert_out").reshape(*weights_Nxk.shape, -1)
+    return jnp.sum(out_NxkxD.astype(jnp.float32) * weights_Nxk[..., None], axis=1).astype(out_MxD.dtype)
+
+
+def local(
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str
+) -> Array:
+    """(N, D): each token's experts, weighted and summed; those that are not here give nothing. Memory O(M (D + F))."""
+    return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExDxPxF, w_out_ExFxD, kind, matmul), weights_Nxk)
+
+
+# ---- over the mesh axis `expert`, inside shard_map ----------------------------------------------------
+
+
+def ring(
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str
+) -> Array:
+    """All tokens to all devices, each runs its experts, sums are scattered back. Memory O(n M (D + F))."""
+    E = w_in_ExDxPxF.shape[0]
+    gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+    ids = gather(ids_Nxk) - jax.lax.axis_index(AXIS) * E
+    here = jnp.where((ids >= 0) & (ids < E), ids, E)
+    x = checkpoint_name(gather(x_NxD), "expert_rows")
+    out = local(x, gather(weights_Nxk), here, w_in_ExDxPxF, w_out_ExFxD, kind, matmul)
+    return jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+
+
+def capacity_rows(moe: MoEConfig, num_tokens: int, num_shards: int) -> int:
+    """Rows that a device sends to each of `num_shards`: `capacity` times an even share of its assignments."""
+    return math.ceil(moe.capacity * num_tokens * moe.top_k / num_shards)
+
+
+def all_to_all(
+    x_NxD: Array,
+    weights_Nxk: Array,
+    ids_Nxk: Array,
+    w_in_ExDxPxF: Array,
+    w_out_ExFxD: Array,
+    kind: str,
+    matmul: str,
+    capacity: int,
+) -> tuple[Array, Array]:
+    """Each token to the devices of its experts and back, `capacity` rows a pair of devices; and how many did not fit.
+
+    If any did not, on any device, all devices of the axis compute by the ring instead. Memory O(n capacity (D + F)).
+    """
+    n, E = jax.lax.axis_size(AXIS), w_in_ExDxPxF.shape[0]
+    expert_M = ids_Nxk.reshape(-1)
+    overflow = jnp.sum(jnp.maximum(_sizes(expert_M // E, n) - capacity, 0))
+    exchange = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
+
+    def exchanged(x_NxD: Array, weights_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array) -> Array:
+        with jax.named_scope("dispatch"):
+            starts_n = jnp.arange(n) * capacity
+            source, slot = _places(expert_M // E, starts_n, jnp.full(n, capacity), n * capacity)
+            rows = exchange(_spread(x_NxD, source, slot, ids_Nxk.shape[1]))
+            expert = jnp.where(source < expert_M.size, expert_M.at[source].get(mode="clip") % E, E)
+            rows, expert = checkpoint_name(rows, "expert_rows"), exchange(expert)
+        out = exchange(_run(rows, expert, w_in_ExDxPxF, w_out_ExFxD, kind, matmul))
+        return _weighted(_collect(out, source, slot), weights_Nxk)
+
+    def around(x_NxD: Array, weights_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array) -> Array:
+        return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, kind, matmul)
+
+    # The ring is rare: it keeps nothing for its backward pass, which would cost its memory in every step.
+    out = jax.lax.cond(
+        jax.lax.pmax(overflow, AXIS) > 0,
+        jax.checkpoint(around),
+        exchanged,
+        x_NxD,
+        weights_Nxk,
+        w_in_ExDxPxF,
+        w_out_ExFxD,
+    )
+    return out, overflow
+
+
+def moved_bytes(moe: MoEConfig, mode: str, num_tokens: int, num_shards: int, width: int, itemsize: int) -> int:
+    """Bytes that a device receives for one layer, forward and backward, of the tokens that it holds.
+
+    ring: tokens, weights and ids come, sums go back; the gradients of all but the ids take the opposite way.
+    all_to_all: rows go and come back, twice, and each row's expert goes once.
+    """
+    others = num_shards - 1
+    if mode == "ring":
+        return others * num_tokens * (4 * width * itemsize + 3 * 4 * moe.top_k)
+    return others * capacity_rows(moe, num_tokens, num_shards) * (4 * width * itemsize + 4)
+
+
+def chosen(moe: MoEConfig, num_tokens: int, num_shards: int, width: int, itemsize: int) -> str:
+    """`local` on one shard, else the mode of the config; for `auto` the one that moves fewer bytes."""
+    if num_shards == 1:
+        return "local"
+    if moe.expert_parallel != "auto":
+        return moe.expert_parallel
+    return min(("all_to_all", "ring"), key=lambda mode: moved_bytes(moe, mode, num_tokens, num_shards, width, itemsize))
