@@ -198,7 +198,7 @@ def _memory(needs: Needs, kind: str | None) -> list[str]:
         ("gradients", needs.gradients, "float32"),
         ("kept for backward", needs.activations, "what it keeps that grows with the batch, as if mesh.tensor=1"),
     ]
-    rows.append(("sum", sum(size for _, size, _ in rows), "least; what lives for a moment comes on top"))
+    rows.append(("sum", sum(size for _, size, _ in rows), "about the least; what lives for a moment comes on top"))
     plan = f"for a CPU: arguments {_size(needs.xla['arguments'])}, temporaries {_size(needs.xla['temporaries'])}"
     rows.append(("XLA's plan", sum(needs.xla.values()), plan))
     whole = f", and its share of {MEMORY_GB[kind]} GB" if kind else ""
@@ -231,7 +231,7 @@ def _traffic(needs: Needs) -> list[str]:
         places[_TITLES[one.kind], _place(one.name)] += _received(one)
     lines.append("the largest")
     for (title, place), size in places.most_common(5):
-        lines.append(f"  {title:<20}{place:<56.56}{_size(size):>12}")
+        lines.append(f"  {title:<20}{_size(size):>10}   {place}")
     return [
         *lines,
         "As XLA partitions the step for any device, and then optimises it for a CPU. Other compilers may combine, move",
@@ -244,13 +244,14 @@ def _received(one: Collective) -> int:
 
 
 def _place(name: str) -> str:
-    """JAX's scopes without what its transformations add, and which pass it is."""
+    """Which pass, and JAX's scopes without what its transformations add; the first, of several that XLA combined."""
     way = "backward" if "transpose(" in name else "forward"
     way = "remat" if "rematted_computation" in name else way
     bare = re.sub(
         r"\b(jit|transpose|jvp)\(|\b(train_step|while|body|closed_call|checkpoint|rematted_computation)\b", "", name
     )
-    return f"{way} {'/'.join(part for part in re.split(r'[/()]+', bare) if part)}"
+    first, several, _ = "/".join(part for part in re.split(r"[/()]+", bare) if part).partition(":")
+    return f"{way} {first}{' and others' if several else ''}"
 
 
 def _rows(found: list[Collective]) -> list[str]:

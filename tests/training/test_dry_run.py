@@ -16,7 +16,7 @@ from spannorm_jax.config import replace, resolve
 from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
-from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
 from spannorm_jax.training import dry_run
 from spannorm_jax.training.step import make_program
 
@@ -97,13 +97,15 @@ def test_kept_activations_are_those_of_the_remat_policy():
 # ---- the 16b preset, which fits on no machine of ours -------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fsdp", "expert"), [(4, 8), (1, 8), (8, 1)])
-def test_16b_per_device_by_hand(fsdp, expert):
+@pytest.mark.parametrize(("devices", "fsdp", "expert"), [(32, 8, 4), (8, 2, 4)])
+def test_16b_per_device_by_hand(devices, fsdp, expert):
     """Experts are split over fsdp and expert, all else over fsdp alone, but for the selection bias."""
     D, F, L, V, H = 2048, 1408, 27, 102400, 11264
     config = resolve_without_data(load(f"{CONFIGS}/moe.py:16b", []), "accelerator")
-    axes = ("data", "fsdp", "expert", "tensor")
-    mesh = AbstractMesh((1, fsdp, expert, 1), axes, axis_types=(AxisType.Auto,) * 4)
+    shape = mesh_shape(config.mesh, devices)
+    assert shape == {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
+    check_divisible(config, shape, "a microbatch", config.training.batch_size // 32)
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 4)
     state = make_program(config, define(config.model), mesh).abstract_state
     experts = (L - 1) * 64 * 3 * D * F
     attention, shared, dense, router = L * 4 * D * D, (L - 1) * 2 * 3 * D * F, 3 * D * H, (L - 1) * D * 64
@@ -151,6 +153,8 @@ def test_the_table_of_memory_knows_what_the_table_of_peaks_knows():
 def test_a_place_in_the_program_reads_like_the_model():
     loop = "while/body/closed_call/checkpoint"
     assert dry_run._place(f"jit(train_step)/transpose(jvp())/{loop}/block/moe/psum") == "backward block/moe/psum"
-    assert dry_run._place(f"jit(train_step)/jvp()/{loop}/block/(ffn/dot:norm/mul)") == "forward block/ffn/dot:norm/mul"
+    assert (
+        dry_run._place(f"jit(train_step)/jvp()/{loop}/block/(ffn/dot:norm/mul)") == "forward block/ffn/dot and others"
+    )
     remat = f"jit(train_step)/transpose(jvp())/{loop}/rematted_computation/loss/head/dot"
     assert dry_run._place(remat) == "remat loss/head/dot"
