@@ -72,6 +72,7 @@ class _Module:
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
+_PARENTHESIS = re.compile(r"[()]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -105,7 +106,7 @@ def _instruction(name: str, text: str) -> _Instruction:
 def _closing(text: str, start: int) -> int:
     """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
+    for match in _PARENTHESIS.finditer(text, start):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.end()

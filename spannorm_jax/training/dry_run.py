@@ -81,7 +81,7 @@ def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
     matmul = _matmul(config)
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
     print(_setting(config, mesh, device_kind, name, matmul), flush=True)
-    print(report(measure(config, mesh), num_devices, kind))
+    print(report(measure(config, mesh), shape, kind))
     return 0
 
 
@@ -89,6 +89,7 @@ def _start_jax(num_devices: int) -> None:
     """Fake devices, in a process that has used none yet; or enough of those that it has."""
     try:
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_disable_most_optimizations", True)  # of machine code, which nobody runs
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:  # JAX has started
         pass
@@ -171,9 +172,11 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, attention: str, matmu
     )
 
 
-def report(needs: Needs, num_devices: int, kind: str | None) -> str:
+def report(needs: Needs, shape: dict[str, int], kind: str | None) -> str:
     """The printed form, with shares of a device's memory and peak if `kind`, a key of MEMORY_GB, is given."""
-    return "\n".join([*_flops(needs, num_devices, kind), "", *_memory(needs, kind), "", *_traffic(needs)])
+    num_devices = math.prod(shape.values())
+    memory = _memory(needs, shape["tensor"], kind)
+    return "\n".join([*_flops(needs, num_devices, kind), "", *memory, "", *_traffic(needs)])
 
 
 def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
@@ -191,14 +194,17 @@ def _flop(count: float) -> str:
     return f"{count / max(size, 1e6):.1f} {prefix}FLOP"
 
 
-def _memory(needs: Needs, kind: str | None) -> list[str]:
+def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
     rows = [
         ("parameters", needs.state["parameters"], "float32"),
         ("optimiser", needs.state["optimizer"], "two moments, float32"),
         ("gradients", needs.gradients, "float32"),
-        ("kept for backward", needs.activations, "what it keeps that grows with the batch, as if mesh.tensor=1"),
+        ("kept for backward", needs.activations, "what it keeps that grows with the batch"),
     ]
-    rows.append(("sum", sum(size for _, size, _ in rows), "about the least; what lives for a moment comes on top"))
+    total = "about the least; what lives for a moment comes on top"
+    if tensor > 1:
+        total = "but mesh.tensor splits some of what is kept, which is counted whole"
+    rows.append(("sum", sum(size for _, size, _ in rows), total))
     plan = f"for a CPU: arguments {_size(needs.xla['arguments'])}, temporaries {_size(needs.xla['temporaries'])}"
     rows.append(("XLA's plan", sum(needs.xla.values()), plan))
     whole = f", and its share of {MEMORY_GB[kind]} GB" if kind else ""
@@ -227,9 +233,9 @@ def _traffic(needs: Needs) -> list[str]:
     if not needs.collectives:
         return [*lines, "  none"]
     places = Counter()
-    for one in needs.collectives:
+    for one in (found for found in needs.collectives if not found.branch):
         places[_TITLES[one.kind], _place(one.name)] += _received(one)
-    lines.append("the largest")
+    lines.append("the largest that are always there")
     for (title, place), size in places.most_common(5):
         lines.append(f"  {title:<20}{_size(size):>10}   {place}")
     return [
@@ -271,4 +277,4 @@ def _rows(found: list[Collective]) -> list[str]:
 def _size(count: int) -> str:
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

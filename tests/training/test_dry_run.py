@@ -123,7 +123,7 @@ def test_16b_per_device_by_hand(devices, fsdp, expert):
 def test_the_command(tmp_path):
     """Sixteen devices, where JAX finds none or few; an experts' model; nothing is written."""
     command = [sys.executable, "-m", "spannorm_jax.train", "--dry_run", "--devices=16", "--device_kind=TPU v5p"]
-    command += [f"--config={CONFIGS}/moe.py:depth=2", "--workdir=run", "--config.mesh.expert=4"]
+    command += [f"--config={CONFIGS}/moe.py:depth=1,width=32", "--workdir=run", "--config.mesh.expert=4"]
     command += ["--config.training.batch_size=16", "--config.data.dataset=no_such_dataset"]
     env = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
@@ -135,6 +135,7 @@ def test_the_command(tmp_path):
         "at the peak of TPU v5\n",
         "share of 95 GB",
         "all-reduce, among 16",
+        "of a condition, if it takes branch 0\n  all-to-all, among 4 ",
     ):
         assert said in done.stdout, done.stdout
 
