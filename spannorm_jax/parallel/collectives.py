@@ -38,6 +38,11 @@ class Collective:
     sliced: bool = False
     name: str = ""
 
+    @property
+    def total(self) -> int:
+        """Bytes that a device receives by it in a run of the program that takes its branch."""
+        return self.bytes * self.count
+
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of a run of the program whose text this is, in the program's order; none among one device.

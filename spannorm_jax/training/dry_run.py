@@ -77,10 +77,9 @@ def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
     microbatch = config.training.batch_size // config.training.num_microbatches
     check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
     _start_jax(num_devices)
-    name, _ = attention.chosen(config.model, config.data.seq_len)
-    matmul = _matmul(config)
+    implementations = _implementations(config)
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-    print(_setting(config, mesh, device_kind, name, matmul), flush=True)
+    print(_setting(config, mesh, device_kind, implementations), flush=True)
     print(report(measure(config, mesh), shape, kind))
     return 0
 
@@ -136,6 +135,7 @@ def _bytes_here(tree: Any) -> int:
 
 
 def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
+    """`Needs.activations`, from the shapes of what `jax.vjp` keeps; under the mesh."""
     rows = config.training.batch_size // config.training.num_microbatches
     num_chunks = num_loss_chunks(config, dict(mesh.shape), rows)
     params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
@@ -155,20 +155,22 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def _matmul(config: Config) -> str:
+def _implementations(config: Config) -> str:
+    """Those that a CPU runs. Raises UserError if it cannot run what the config names."""
+    words = f"attention {attention.chosen(config.model, config.data.seq_len)[0]}"
     if not config.model.moe.num_experts:
-        return ""
-    return f", grouped matmul {grouped_matmul.chosen(config.model.moe.grouped_matmul)[0]}"
+        return words
+    return f"{words}, grouped matmul {grouped_matmul.chosen(config.model.moe.grouped_matmul)[0]}"
 
 
-def _setting(config: Config, mesh: Mesh, device_kind: str, attention: str, matmul: str) -> str:
+def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str) -> str:
     model = config.model
     stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
     return (
         f"{model.placement} / {model.init}: {model.depth} blocks, width {model.width}, batch "
         f"{config.training.batch_size} x {config.data.seq_len}, remat {model.remat}\n"
         f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
-        f"shaped with attention {attention}{matmul}, compute {model.dtype}{stands_for}"
+        f"shaped with {implementations}, compute {model.dtype}{stands_for}"
     )
 
 
@@ -190,8 +192,9 @@ def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
 
 
 def _flop(count: float) -> str:
-    prefix, size = next((p, s) for p, s in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1)) if count >= s)
-    return f"{count / max(size, 1e6):.1f} {prefix}FLOP"
+    sizes = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9))
+    prefix, size = next((prefix_size for prefix_size in sizes if count >= prefix_size[1]), ("M", 1e6))
+    return f"{count / size:.1f} {prefix}FLOP"
 
 
 def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
@@ -215,15 +218,6 @@ def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
     return lines
 
 
-_TITLES = {
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "all_reduce": "all-reduce",
-    "all_to_all": "all-to-all",
-    "collective_permute": "collective-permute",
-}
-
-
 def _traffic(needs: Needs) -> list[str]:
     lines = [f"{'collectives of a step, received by a device':<46}{'arrays':>8}{'bytes':>12}"]
     for branch in sorted({found.branch for found in needs.collectives}):
@@ -234,7 +228,7 @@ def _traffic(needs: Needs) -> list[str]:
         return [*lines, "  none"]
     places = Counter()
     for one in (found for found in needs.collectives if not found.branch):
-        places[_TITLES[one.kind], _place(one.name)] += _received(one)
+        places[one.kind.replace("_", "-"), _place(one.name)] += _received(one)
     lines.append("the largest that are always there")
     for (title, place), size in places.most_common(5):
         lines.append(f"  {title:<20}{_size(size):>10}   {place}")
@@ -246,7 +240,7 @@ def _traffic(needs: Needs) -> list[str]:
 
 
 def _received(one: Collective) -> int:
-    return one.count * one.bytes // (2 if one.sliced else 1)  # sliced: as the reduce-scatter that it can be
+    return one.total // 2 if one.sliced else one.total  # sliced: as the reduce-scatter that it can be
 
 
 def _place(name: str) -> str:
@@ -269,7 +263,7 @@ def _rows(found: list[Collective]) -> list[str]:
     rows = []
     for key in sorted(counts):
         kind, sliced, group = key
-        title = f"{_TITLES[KINDS[kind]]}{', then sliced' if sliced else ''}, among {group}"
+        title = f"{KINDS[kind].replace('_', '-')}{', then sliced' if sliced else ''}, among {group}"
         rows.append(f"  {title:<44}{counts[key]:>8,}{_size(sizes[key]):>12}")
     return rows
 

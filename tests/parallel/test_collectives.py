@@ -84,7 +84,9 @@ def test_loops_are_multiplied_out_and_branches_told_apart():
 
         return jax.lax.scan(outer, x, length=OUTER)[0]
 
-    assert sorted(facts(collectives(compiled(fn, False)))) == [
+    found = collectives(compiled(fn, False))
+    assert sum(c.total for c in found if c.branch == (1,)) == INNER * OUTER * 2 * BYTES
+    assert sorted(facts(found)) == [
         ("all_gather", BYTES, 2, INNER * OUTER, (1,)),
         ("all_reduce", BYTES * 3 // 2, 4, INNER * OUTER, (0,)),
         ("all_to_all", BYTES * 3 // 4, 4, OUTER, ()),
