@@ -138,12 +138,12 @@ def _walk(module: _Module, computation: str, count: int, branch: tuple[int, ...]
             start = instructions[made.operands[0]] if made.opcode.endswith("-done") else made
             yield from _of(module, computation, kind, made, start, count, branch)
         elif made.opcode == "while":
-            inside = list(_walk(module, _called(made, "body"), 1, branch))
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', made.attributes)
-            if inside and not trips:
-                raise ValueError(f"the loop {made.name} holds collectives, and XLA does not know how often it runs")
-            for found in inside:
-                yield replace(found, count=found.count * count * int(trips[1]))
+            for part, more in (("condition", 1), ("body", 0)):
+                for found in _walk(module, _called(made, part), count, branch):
+                    if not trips:
+                        raise ValueError(f"how often the loop {made.name}, which holds collectives, runs is not known")
+                    yield replace(found, count=found.count * (int(trips[1]) + more))
         elif made.opcode == "conditional":
             for i, called in enumerate(_branches(made)):
                 yield from _walk(module, called, count, (*branch, i))
