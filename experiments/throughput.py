@@ -53,13 +53,20 @@ def main(argv: list[str]) -> int:
     data, config = open_data(config)
     record = measure(config, data, args.rounds, args.steps)
     record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
-    start = start_record(argv, data, {"config": to_dict(config)})
-    start["command"] = start["command"].replace("spannorm_jax.train", "experiments.throughput")
     print_table(record)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, start | record)
+    write_record(args.json, "experiments.throughput", argv, data, config, record)
     return 0
+
+
+def write_record(
+    path: Path | None, program: str, argv: list[str], data: Data, config: Config, record: dict[str, Any]
+) -> None:
+    """Writes a record with what made it, if it was asked for."""
+    if path:
+        start = start_record(argv, data, {"config": to_dict(config)})
+        start["command"] = start["command"].replace("spannorm_jax.train", program)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, start | record)
 
 
 # ---- timing -----------------------------------------------------------------------------------
@@ -123,33 +130,61 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 
 def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, Any]:
     """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
-    mesh = make_mesh(config.mesh)
-    rows = config.training.batch_size
-    check_divisible(config, dict(mesh.shape), "training.batch_size", rows // config.training.num_microbatches)
-    loader = TrainLoader(data.train, config.data.seq_len, rows, config.seed)
+    loader = train_loader(config, data)
+    variants = {placement: replace(config, model__placement=placement) for placement in PLACEMENTS}
     peak = matmul_peak(config.model.dtype) * jax.device_count()
-    tokens_per_step = rows * config.data.seq_len
-    placements: dict[str, dict[str, Any]] = {}
+    placements = step_times(variants, loader, rounds, steps)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        split = time_split(config, loader)
+    for got in placements.values():
+        pairs = zip(got["step_times_s"], placements["pre"]["step_times_s"], strict=True)
+        got |= {
+            "peak_share_6N": 6 * got["num_params"] * got["tokens_per_s"] / peak,
+            "peak_share_model_flops": got["model_flops_per_s"] / peak,
+            # Neighbours in time are compared, so that a slow minute of the machine slows both.
+            "step_over_pre": statistics.median(mine / pre for mine, pre in pairs),
+        }
+    return {
+        "peak_flops_per_s": peak,
+        "tokens_per_step": config.training.batch_size * config.data.seq_len,
+        "attention": chosen(config.model, config.data.seq_len)[0],
+        "placements": placements,
+        "time_split_s": split,
+    }
+
+
+def train_loader(config: Config, data: Data) -> TrainLoader:
+    """Batches of `config`. Raises UserError if they or the model do not fit the devices."""
+    rows = config.training.batch_size
+    shape = dict(make_mesh(config.mesh).shape)
+    check_divisible(config, shape, "training.batch_size", rows // config.training.num_microbatches)
+    return TrainLoader(data.train, config.data.seq_len, rows, config.seed)
+
+
+def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+    """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step."""
+    measured: dict[str, dict[str, Any]] = {}
     running: dict[str, Any] = {}
+    mesh = make_mesh(next(iter(variants.values())).mesh)
     with jax.set_mesh(mesh):
-        for placement in PLACEMENTS:
-            cfg = replace(config, model__placement=placement)
-            model = define(cfg.model)
-            program = make_program(cfg, model, mesh)
-            state = program.init(cfg.seed)
+        for name, config in variants.items():
+            model = define(config.model)
+            program = make_program(config, model, mesh)
+            state = program.init(config.seed)
             tokens = jax.device_put(loader.rows(1), program.batch_sharding)
             began = time.perf_counter()
             compiled = program.train.lower(state, tokens).compile()
-            placements[placement] = {
+            measured[name] = {
                 "num_params": count_params(model),
+                "active_params": count_params(model, active=True),
                 "compile_s": time.perf_counter() - began,
-                "memory": memory(cfg, model, compiled, state, tokens),
+                "memory": memory(config, model, compiled, state, tokens),
                 "step_times_s": [],
             }
             state, _ = compiled(state, tokens)  # the first call allocates
-            running[placement] = [compiled, state, tokens]
+            running[name] = [compiled, state, tokens]
         for counted in (False, *[True] * rounds):
-            for placement, now in running.items():
+            for name, now in running.items():
                 compiled, state, tokens = now
                 jax.block_until_ready(state)
                 began = time.perf_counter()
@@ -157,28 +192,14 @@ def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, An
                     state, metrics = compiled(state, tokens)
                 jax.block_until_ready((state, metrics))
                 if counted:  # the first round fills caches and the allocator
-                    placements[placement]["step_times_s"].append((time.perf_counter() - began) / steps)
+                    measured[name]["step_times_s"].append((time.perf_counter() - began) / steps)
                 now[1] = state
-        split = time_split(config, loader)
-    for placement, got in placements.items():
-        step = statistics.median(got["step_times_s"])
-        flops = flops_per_token(define(replace(config, model__placement=placement).model), config.data.seq_len)
-        pairs = zip(got["step_times_s"], placements["pre"]["step_times_s"], strict=True)
-        got |= {
-            "step_s": step,
-            "tokens_per_s": tokens_per_step / step,
-            "peak_share_6N": 6 * got["num_params"] * tokens_per_step / step / peak,
-            "peak_share_model_flops": flops * tokens_per_step / step / peak,
-            # Neighbours in time are compared, so that a slow minute of the machine slows both.
-            "step_over_pre": statistics.median(mine / pre for mine, pre in pairs),
-        }
-    return {
-        "peak_flops_per_s": peak,
-        "tokens_per_step": tokens_per_step,
-        "attention": chosen(config.model, config.data.seq_len)[0],
-        "placements": placements,
-        "time_split_s": split,
-    }
+    for name, config in variants.items():
+        step = statistics.median(measured[name]["step_times_s"])
+        rate = config.training.batch_size * config.data.seq_len / step
+        flops = flops_per_token(define(config.model), config.data.seq_len)
+        measured[name] |= {"step_s": step, "tokens_per_s": rate, "model_flops_per_s": flops * rate}
+    return measured
 
 
 def memory(config: Config, model: ModelDef, compiled: Any, state: Any, tokens: Any) -> dict[str, float | None]:

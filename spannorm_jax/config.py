@@ -52,7 +52,7 @@ class ModelConfig:
     tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     attention: str = "auto"  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
-    remat: str = "none"  # none | block (save block inputs only) | dots (save outputs of linear layers and attention)
+    remat: str = "none"  # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
     scan_unroll: int = 1  # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
     moe: MoEConfig = field(default_factory=MoEConfig)
 

@@ -8,7 +8,7 @@ on the pytree.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
+from spannorm_jax.model import experts
 from spannorm_jax.model.attention import keep_attention
 from spannorm_jax.model.layers import ROLES, Attention, FeedForward, Norms, rotary_angles, weight
 from spannorm_jax.model.moe import MoE, Stats, moe_layers
@@ -184,7 +185,10 @@ def _remat(block: Any, policy: str) -> Any:
     keep = jax.checkpoint_policies
     policies = {
         "block": keep.nothing_saveable,
-        "dots": keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep_attention),
+        "dots": reduce(
+            keep.save_from_both_policies,
+            (keep.dots_with_no_batch_dims_saveable, keep_attention, keep.save_only_these_names(*experts.KEPT)),
+        ),
     }
     # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
     return jax.checkpoint(block, policy=policies[policy], prevent_cse=False)

@@ -7,6 +7,7 @@ whole group of devices takes the ring instead.
 """
 
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -21,6 +22,18 @@ from spannorm_jax.model.layers import activation
 AXIS = "expert"
 # What remat=dots keeps: without the rows it would repeat the exchange between devices, without the others the matmuls.
 KEPT = ("expert_rows", "expert_hidden", "expert_out")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How experts compute: their activation's kind, the grouped matmul, and whether what KEPT lists bears its name."""
+
+    kind: str
+    matmul: str
+    named: bool = True
+
+    def name(self, x: Array, name: str) -> Array:
+        return checkpoint_name(x, name) if self.named else x
 
 
 # ---- rows and their order ---------------------------------------------------------------------------
@@ -77,51 +90,53 @@ def _sizes(group_M: Array, num_groups: int) -> Array:
 # ---- one device -------------------------------------------------------------------------------------
 
 
-def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str) -> Array:
+def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute) -> Array:
     """(M, D): for each assignment, M / N a token, its expert's output; zeros if that is not here (E or more)."""
     M, (E, D, P, F) = expert_M.shape[0], w_in_ExDxPxF.shape
     with jax.named_scope("dispatch"):
-        multiple = row_multiple(matmul)
+        multiple = row_multiple(how.matmul)
         num_rows = -(-(M + E * (multiple - 1)) // multiple) * multiple
         counts_E = _sizes(expert_M, E)
         sizes_E = -(-counts_E // multiple) * multiple
         source, slot = _places(expert_M, jnp.cumsum(sizes_E) - sizes_E, sizes_E, num_rows)
-        rows_PxD = checkpoint_name(_spread(x_NxD, source, slot, M // x_NxD.shape[0]), "expert_rows")
+        rows_PxD = how.name(_spread(x_NxD, source, slot, M // x_NxD.shape[0]), "expert_rows")
     with jax.named_scope("experts"):
-        hidden = grouped_matmul(rows_PxD, w_in_ExDxPxF.reshape(E, D, P * F), sizes_E, matmul)
-        hidden = checkpoint_name(hidden, "expert_hidden").reshape(-1, P, F)
-        out_PxD = grouped_matmul(activation(hidden, kind), w_out_ExFxD, sizes_E, matmul)
+        hidden = grouped_matmul(rows_PxD, w_in_ExDxPxF.reshape(E, D, P * F), sizes_E, how.matmul)
+        hidden = how.name(hidden, "expert_hidden").reshape(-1, P, F)
+        out_PxD = grouped_matmul(activation(hidden, how.kind), w_out_ExFxD, sizes_E, how.matmul)
     with jax.named_scope("combine"):
         return _collect(out_PxD, source, slot)
 
 
-def _weighted(out_MxD: Array, weights_Nxk: Array) -> Array:
+def _weighted(out_MxD: Array, weights_Nxk: Array, how: Compute) -> Array:
     """(N, D): the sum over a token's experts, in float32 and returned in the outputs' dtype."""
-    out_NxkxD = checkpoint_name(out_MxD, "expert_out").reshape(*weights_Nxk.shape, -1)
+    out_NxkxD = how.name(out_MxD, "expert_out").reshape(*weights_Nxk.shape, -1)
     return jnp.sum(out_NxkxD.astype(jnp.float32) * weights_Nxk[..., None], axis=1).astype(out_MxD.dtype)
 
 
 def local(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute
 ) -> Array:
     """(N, D): each token's experts, weighted and summed; those that are not here give nothing. Memory O(M (D + F))."""
-    return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExDxPxF, w_out_ExFxD, kind, matmul), weights_Nxk)
+    return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExDxPxF, w_out_ExFxD, how), weights_Nxk, how)
 
 
 # ---- over the mesh axis `expert`, inside shard_map ----------------------------------------------------
 
 
 def ring(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, kind: str, matmul: str
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute
 ) -> Array:
     """All tokens to all devices, each runs its experts, sums are scattered back. Memory O(n M (D + F))."""
     E = w_in_ExDxPxF.shape[0]
-    gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+
+    def gather(a: Array) -> Array:
+        return how.name(jax.lax.all_gather(a, AXIS, tiled=True), "expert_rows")
+
     ids = gather(ids_Nxk) - jax.lax.axis_index(AXIS) * E
     here = jnp.where((ids >= 0) & (ids < E), ids, E)
-    x = checkpoint_name(gather(x_NxD), "expert_rows")
-    out = local(x, gather(weights_Nxk), here, w_in_ExDxPxF, w_out_ExFxD, kind, matmul)
-    return jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+    out = local(gather(x_NxD), gather(weights_Nxk), here, w_in_ExDxPxF, w_out_ExFxD, how)
+    return how.name(jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True), "expert_out")
 
 
 def capacity_rows(moe: MoEConfig, num_tokens: int, num_shards: int) -> int:
@@ -135,8 +150,7 @@ def all_to_all(
     ids_Nxk: Array,
     w_in_ExDxPxF: Array,
     w_out_ExFxD: Array,
-    kind: str,
-    matmul: str,
+    how: Compute,
     capacity: int,
 ) -> tuple[Array, Array]:
     """Each token to the devices of its experts and back, `capacity` rows a pair of devices; and how many did not fit.
@@ -154,14 +168,14 @@ def all_to_all(
             source, slot = _places(expert_M // E, starts_n, jnp.full(n, capacity), n * capacity)
             rows = exchange(_spread(x_NxD, source, slot, ids_Nxk.shape[1]))
             expert = jnp.where(source < expert_M.size, expert_M.at[source].get(mode="clip") % E, E)
-            rows, expert = checkpoint_name(rows, "expert_rows"), exchange(expert)
-        out = exchange(_run(rows, expert, w_in_ExDxPxF, w_out_ExFxD, kind, matmul))
-        return _weighted(_collect(out, source, slot), weights_Nxk)
+            rows, expert = (how.name(a, "expert_rows") for a in (rows, exchange(expert)))
+        out = exchange(_run(rows, expert, w_in_ExDxPxF, w_out_ExFxD, how))
+        return _weighted(_collect(out, source, slot), weights_Nxk, how)
 
     def around(x_NxD: Array, weights_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array) -> Array:
-        return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, kind, matmul)
+        return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, replace(how, named=False))
 
-    # The ring is rare: it keeps nothing for its backward pass, which would cost its memory in every step.
+    # The ring is rare, and must not keep its many rows: a branch that is not taken returns as much, in zeros.
     out = jax.lax.cond(
         jax.lax.pmax(overflow, AXIS) > 0,
         jax.checkpoint(around),

@@ -35,7 +35,7 @@ from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
-ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy")
+ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy", "expert_overflow")
 
 
 class Diverged(Exception):

@@ -185,13 +185,15 @@ def train_step(
 
 
 def router_metrics(sums: dict[str, Any]) -> dict[str, Array]:
-    """The routers' losses, and of each block with experts the largest load over the mean and the mean entropy."""
+    """The routers' losses, and of each block with experts the largest load over the mean, the mean entropy
+    and the assignments beyond the capacity of `all_to_all`."""
     stats = sums["router"]
     counts = stats["counts"]
     return {
         **{name: value / sums["count"] for name, value in sums["router_losses"].items()},
         "expert_load_max": jnp.max(counts, axis=-1) / jnp.mean(counts, axis=-1),
         "router_entropy": stats["entropy"] / stats["tokens"],
+        "expert_overflow": stats["overflow"],
     }
 
 

@@ -19,6 +19,8 @@ LAYOUTS = {
     "data_tensor": {"data": 4, "tensor": 2},
     "all_three": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp_tensor": {"data": 1, "fsdp": 2, "tensor": 4},
+    "data_expert": {"data": 2, "expert": 4},
+    "fsdp_expert_tensor": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 }
 VARIANTS = {
     "separate": {},
@@ -41,6 +43,12 @@ VARIANTS = {
         "model__moe__balance": "bias",
         "model__remat": "dots",
     },
+}
+MOE = VARIANTS["moe"]
+VARIANTS |= {
+    "moe_ring": MOE | {"model__moe__expert_parallel": "ring"},
+    # Of 16 tokens x 2 a device, 12 rows to each of 4 devices, or 24 to each of 2: some overflow, others do not.
+    "moe_all_to_all": MOE | {"model__moe__expert_parallel": "all_to_all", "model__remat": "dots"},
 }
 
 
@@ -103,11 +111,16 @@ def one_device():
 
 # SpanNorm with a separate head on every layout, and in its other variants on those that shard most; every other
 # placement with both heads, each on a layout that shards weights.
-CASES = [("span", "separate", layout) for layout in LAYOUTS]
+CASES = [("span", "separate", layout) for layout in LAYOUTS if "expert" not in layout]
 CASES += [("span", "tied", layout) for layout in ("fsdp", "all_three", "fsdp_tensor")]
 CASES += [("span", "everything", layout) for layout in ("data", "all_three", "fsdp_tensor")]
 CASES += [("span", "moe", layout) for layout in ("data", "all_three", "fsdp_tensor")]
-CASES += [("pre", "moe_bias", "all_three")]
+CASES += [("pre", "moe_bias", layout) for layout in ("all_three", "fsdp_expert_tensor")]
+CASES += [
+    ("span", f"moe_{mode}", layout)
+    for mode in ("ring", "all_to_all")
+    for layout in ("data_expert", "fsdp_expert_tensor")
+]
 CASES += [
     (placement, head, ("all_three", "fsdp", "fsdp_tensor")[(i + j) % 3])
     for i, placement in enumerate(sorted(set(PLACEMENTS) - {"span"}))
