@@ -227,9 +227,12 @@ def _traffic(needs: Needs) -> list[str]:
     if not needs.collectives:
         return [*lines, "  none"]
     places = Counter()
-    for one in (found for found in needs.collectives if not found.branch):
+    always = [found for found in needs.collectives if not found.branch]
+    for one in always:
         places[one.kind.replace("_", "-"), _place(one.name)] += _received(one)
-    lines.append("the largest that are always there")
+    all_sizes = _size(sum(places.values()))
+    lines.append(f"{'what is always there, together':<46}{sum(one.count for one in always):>8,}{all_sizes:>12}")
+    lines.append("the largest of that")
     for (title, place), size in places.most_common(5):
         lines.append(f"  {title:<20}{_size(size):>10}   {place}")
     return [
