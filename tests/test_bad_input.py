@@ -200,6 +200,7 @@ def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
         (("--devices=256",), ["training.batch_size", "=8 ", "=256", "change one"]),
         (("--devices=8", "--config.mesh.expert=8"), ["mesh.expert=8", "num_experts=0"]),
         (("--devices=8", "--device_kind=NVIDIA H20"), ["--device_kind 'NVIDIA H20'", "'NVIDIA H200'"]),
+        (("--devices=8", "--device_kind=TPU v5e"), ["--device_kind 'TPU v5e'", "did you mean 'TPU v5"]),
         (("--devices=8", "--profile_steps=3"), ["--profile_steps=3", "--dry_run --help"]),
         (("--devices=8", "--config.model.attention=cudnn"), ["model.attention=cudnn", "no GPU"]),
         (("--devices=8", "--config.model.vocab_size=100"), ["model.vocab_size=100", "256"]),

@@ -6,6 +6,7 @@ holds memory and MFU); all others are the same, bit for bit, in every run of a c
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -32,8 +33,9 @@ _TERMINAL_REFRESH_S = 0.5
 
 
 def known_kind(device_kind: str) -> str | None:
-    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3."""
-    return max((name for name in PEAK_FLOPS if device_kind.startswith(name)), key=len, default=None)
+    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3, TPU v5p; not TPU v5e."""
+    fits = (name for name in PEAK_FLOPS if re.match(rf"{name}p?(?![A-Za-z0-9])", device_kind))
+    return max(fits, key=len, default=None)
 
 
 def peak_flops(device: jax.Device, configured: float) -> float | None:
