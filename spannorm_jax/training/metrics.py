@@ -33,7 +33,7 @@ _TERMINAL_REFRESH_S = 0.5
 
 
 def known_kind(device_kind: str) -> str | None:
-    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3, TPU v5p; not TPU v5e."""
+    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3, TPU v5p."""
     fits = (name for name in PEAK_FLOPS if re.match(rf"{name}p?(?![A-Za-z0-9])", device_kind))
     return max(fits, key=len, default=None)
 
