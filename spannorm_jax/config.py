@@ -81,6 +81,7 @@ class TrainingConfig:
     batch_size: int = 8  # sequences an update, over all devices and microbatches
     num_microbatches: int = 1  # gradient accumulation; the result equals one full batch
     z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1
+    watchdog_minutes: float = 30.0  # without a step, after which the process ends itself (exit code 4); 0: never
     max_logits_mib: int = 256  # float32 logits alive at once per device; above it the loss is chunked
 
 
@@ -152,6 +153,7 @@ RUNTIME_KEYS = (
     "data.data_dir",
     "data.cache_dir",
     "data.verify_mib",
+    "training.watchdog_minutes",
     "model.moe.expert_parallel",
     "model.moe.capacity",
     "model.moe.grouped_matmul",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.parallel.distributed import add_flags, flags_of, is_first
 from spannorm_jax.training.evaluation import evaluate, here
 from spannorm_jax.training.run_folder import read_config
 
@@ -22,10 +23,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
+    add_flags(parser)
     args = parser.parse_args(rest)
     check_overridable(overrides, _OVERRIDABLE, "evaluation")
     config = override(here(read_config(args.workdir)), overrides)
-    result = evaluate(config, args.workdir, args.step)
+    result = evaluate(config, args.workdir, args.step, flags_of(args))
+    if not is_first():
+        return 0
     if args.json:
         print(json.dumps(result))
     else:

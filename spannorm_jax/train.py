@@ -5,13 +5,14 @@ from pathlib import Path
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.parallel.distributed import Flags, add_flags, flags_of
 from spannorm_jax.training.dry_run import MAX_DEVICES, dry_run
 from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
 
 
-def parse(argv: list[str]) -> tuple[Config, Path, range]:
-    """Config, run folder and steps to profile of a command line. Raises UserError."""
+def parse(argv: list[str]) -> tuple[Config, Path, range, Flags]:
+    """Config, run folder, steps to profile and the processes of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
@@ -20,11 +21,12 @@ def parse(argv: list[str]) -> tuple[Config, Path, range]:
     parser.add_argument("--dry_run", action="store_true", help="train nothing; see --dry_run --help")
     parser.add_argument("--devices", metavar="N", help="with --dry_run only")
     parser.add_argument("--device_kind", help="with --dry_run only")
+    add_flags(parser)
     args = parser.parse_args(rest)
     if args.devices or args.device_kind:
         parser.error("--devices and --device_kind go with --dry_run; training takes the devices that are here")
     profile_steps = range(0) if args.profile_steps is None else parse_steps(args.profile_steps)
-    return load(args.config, overrides), args.workdir, profile_steps
+    return load(args.config, overrides), args.workdir, profile_steps, flags_of(args)
 
 
 def parse_dry_run(argv: list[str]) -> tuple[Config, int, str]:
@@ -48,8 +50,8 @@ def parse_dry_run(argv: list[str]) -> tuple[Config, int, str]:
 def main(argv: list[str]) -> int:
     if "--dry_run" in argv:
         return dry_run(*parse_dry_run(argv))
-    config, workdir, profile_steps = parse(argv)
-    return train(config, workdir, argv, profile_steps)
+    config, workdir, profile_steps, flags = parse(argv)
+    return train(config, workdir, argv, profile_steps, flags)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "training.batch_size": 1,
     "training.num_microbatches": 1,
     "training.z_loss": 0,
+    "training.watchdog_minutes": 0,
     "training.max_logits_mib": 1,
     "optim.lr": 0,
     "optim.weight_decay": 0,

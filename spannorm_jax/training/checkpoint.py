@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from spannorm_jax.config import CheckpointConfig
 from spannorm_jax.errors import UserError
+from spannorm_jax.parallel import distributed
 from spannorm_jax.training.manifest import fault, write_manifest
 from spannorm_jax.training.step import TrainState
 
@@ -80,8 +82,9 @@ class Checkpoints:
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
             ),
         )
-        # Made by the device that holds it: a host scalar would be placed, and compiled for, differently.
-        restored = jnp.asarray(step, abstract.step.dtype, device=abstract.step.sharding)
+        # Made by the devices that hold it: a host scalar would be placed, and compiled for, differently.
+        number = np.asarray(step, abstract.step.dtype)
+        restored = jax.make_array_from_callback((), abstract.step.sharding, lambda _: number)
         return TrainState(restored, items.params, items.opt_state)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
@@ -107,6 +110,12 @@ class Checkpoints:
         Raises:
           UserError: all checkpoints are gone bad; they are left as they are.
         """
+        step, faults = distributed.from_first(lambda: self._resume(aside))
+        if faults:
+            self._manager.reload()
+        return step, faults
+
+    def _resume(self, aside: Path) -> tuple[int | None, list[str]]:
         step, faults = self.newest_sound()
         if step is None and faults:
             raise UserError(
@@ -117,8 +126,6 @@ class Checkpoints:
             aside.mkdir(exist_ok=True)
             shutil.rmtree(aside / str(bad), ignore_errors=True)
             self._path(bad).rename(aside / str(bad))
-        if faults:
-            self._manager.reload()
         return step, faults
 
     def find(self, step: int | None) -> tuple[int, list[str]]:
@@ -127,6 +134,9 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint, or it is not as it was saved.
         """
+        return tuple(distributed.from_first(lambda: self._find(step)))
+
+    def _find(self, step: int | None) -> tuple[int, list[str]]:
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no committed checkpoint yet; train longer first")

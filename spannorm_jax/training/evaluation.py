@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, MeshConfig
 from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
+from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
-from spannorm_jax.training.setup import Data, open_data, start_jax
+from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax
 from spannorm_jax.training.step import Program, make_program
 
 
@@ -26,8 +29,10 @@ def here(config: Config) -> Config:
     return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
 
 
-def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
+def evaluate(config: Config, workdir: Path, step: int | None, flags: distributed.Flags) -> dict[str, Any]:
     """Evaluates a checkpoint (default: the newest), appends to eval.jsonl and returns that line.
+
+    Of several processes (`flags`) each reads its own rows, and process 0 appends.
 
     `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
     (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
@@ -36,22 +41,24 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or the folder
         cannot be written.
     """
+    start_jax(config.platform, flags)
+    default_sigterm()
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
         step, faults = checkpoints.find(step)
         for found in faults:  # not on stdout, which may be one JSON line
-            print(f"passed over a checkpoint: {found}; evaluating step {step}", file=sys.stderr, flush=True)
-        start_jax(config.platform)
-        data, config = open_data(config)
-        mesh = make_mesh(config.mesh)
-        check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
-        with jax.set_mesh(mesh):
+            distributed.say(f"passed over a checkpoint: {found}; evaluating step {step}", sys.stderr)
+        data, config, mesh = distributed.together(lambda: _fit(config))
+        check_agreement(config)
+        with jax.set_mesh(mesh), in_step():
             program = make_program(config, define(config.model), mesh)
             params = checkpoints.restore_params(step, program.abstract_state.params)
             result = {"step": step, **held_out(config, program, params, data)}
     finally:
         checkpoints.close()
     line = result | {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
+    if not distributed.is_first():
+        return line
     try:
         append_line(workdir / run_folder.EVAL, line)
     except OSError as error:
@@ -62,6 +69,13 @@ def evaluate(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
     return line
 
 
+def _fit(config: Config) -> tuple[Data, Config, Mesh]:
+    data, config = open_data(config)
+    mesh = make_mesh(config.mesh)
+    check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
+    return data, config, mesh
+
+
 def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[str, float]:
     """Loss, perplexity, bits per byte and accuracy over the fixed part of the held-out split."""
     totals = {"nll": 0.0, "correct": 0.0, "count": 0.0}
@@ -69,7 +83,9 @@ def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[
     batches = eval_batches(data.eval, config.data.seq_len, config.eval.tokens, config.eval.batch_size)
     for tokens, weights in batches:
         num_bytes += int(np.sum(data.tokenizer.token_bytes[tokens[:, 1:]] * weights))
-        arrays = (jax.device_put(x, program.batch_sharding) for x in (tokens, weights))
+        arrays = (  # each process the rows of its own devices
+            jax.make_array_from_callback(x.shape, program.batch_sharding, x.__getitem__) for x in (tokens, weights)
+        )
         sums = jax.device_get(program.evaluate(params, *arrays))
         totals = {key: total + float(sums[key]) for key, total in totals.items()}
     loss = totals["nll"] / totals["count"]

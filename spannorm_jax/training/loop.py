@@ -1,12 +1,9 @@
 """The training story, straight from top to bottom."""
 
-import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -16,14 +13,18 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.durable import append_line, write_json, write_text
+from spannorm_jax.errors import UserError
 from spannorm_jax.model import grouped_matmul
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
+from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel.liveness import Stop, Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder, wandb_log
 from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.metrics import (
     MetricsWriter,
+    NoWriter,
     Progress,
     first_nonfinite,
     host_metrics,
@@ -31,7 +32,7 @@ from spannorm_jax.training.metrics import (
     peak_flops,
 )
 from spannorm_jax.training.profiling import StepTrace, check_steps
-from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
+from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 DIVERGED_EXIT = 3
@@ -46,21 +47,36 @@ class Diverged(Exception):
         self.record = {"step": step, "where": where, "loss": str(loss)}
 
 
-def train(config: Config, workdir: Path, argv: list[str], profile_steps: range = range(0)) -> int:
+def train(config: Config, workdir: Path, argv: list[str], profile_steps: range, flags: distributed.Flags) -> int:
     """Trains until `training.steps`, a signal, or a non-finite number; returns the exit code.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint. `profile_steps`
-    are traced by the profiler, as far as they are still to come.
+    are traced by the profiler, as far as they are still to come. Of several processes (`flags`), process 0 writes the
+    folder and the console; all of them read their own rows of each batch and write their part of the checkpoints.
 
     Raises:
-      UserError: the config does not fit the devices, the data or the folder; nothing is written then.
+      UserError: the config does not fit the devices, the data, the folder or the other processes; nothing is written
+        then.
     """
-    start_jax(config.platform)
-    config, data, mesh, loader = fit(config)
+    start_jax(config.platform, flags)
     check_steps(profile_steps, config.training.steps)
-    wandb = wandb_log.load(config)
-    with run_folder.open_run(workdir, config), _stop_signals() as stop:
+    config, data, mesh, loader = distributed.together(lambda: fit(config))
+    check_agreement(config)
+    with ExitStack() as stack:
+        wandb = distributed.together(lambda: _open_folder(stack, config, workdir))
+        stop = stack.enter_context(stop_signals())
         return _train(config, workdir, argv, data, mesh, loader, stop, profile_steps, wandb)
+
+
+def _open_folder(stack: ExitStack, config: Config, workdir: Path) -> Any:
+    """Opens the run's folder on process 0, and returns wandb if it is asked for; the others must see that folder."""
+    if distributed.is_first():
+        wandb = wandb_log.load(config)
+        stack.enter_context(run_folder.open_run(workdir, config))
+        return wandb
+    if not (workdir / run_folder.CONFIG).exists():
+        raise UserError(f"--workdir {workdir} is not shared: process 0 has opened it, and it is not here; share it")
+    return None
 
 
 def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
@@ -89,15 +105,17 @@ def _train(
     data: Data,
     mesh: Mesh,
     loader: TrainLoader,
-    stop: "_Stop",
+    stop: Stop,
     profile_steps: range,
     wandb: Any,
 ) -> int:
     steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
-    if data.tokenizer.source:
+    first_process = distributed.is_first()
+    profile_steps = profile_steps if first_process else range(0)
+    if data.tokenizer.source and first_process:
         write_text(workdir / run_folder.TOKENIZER, data.tokenizer.source)
-    if (workdir / run_folder.DONE).exists():
-        print(f"{workdir} is done already (step {steps})")
+    if distributed.from_first((workdir / run_folder.DONE).exists):
+        distributed.say(f"{workdir} is done already (step {steps})")
         return 0
 
     model = define(config.model)
@@ -112,33 +130,37 @@ def _train(
     }
     start = start_record(argv, data, facts)
     active = f"{facts['active_params']:,} active" if config.model.moe.num_experts else "all active"
-    print(
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    distributed.say(
         f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
         f"{facts['num_params']:,} parameters ({active}), {flops / 1e6:,.1f} MFLOP a token\n"
-        f"{start['num_devices']} x {start['device']}, mesh {facts['mesh']}, compute {config.model.dtype}, "
+        f"{start['num_devices']} x {start['device']}{processes}, mesh {facts['mesh']}, compute {config.model.dtype}, "
         f"attention {attention}{f' ({why})' if why else ''}{matmul}\n"
         f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
-        f"fingerprint {config.data.fingerprint}",
-        flush=True,
+        f"fingerprint {config.data.fingerprint}"
     )
 
     with (
         jax.set_mesh(mesh),
+        closing(Watchdog(config.training.watchdog_minutes)) as watchdog,
         closing(Checkpoints(workdir / run_folder.CHECKPOINTS, config.checkpoint)) as checkpoints,
+        in_step(),
     ):
         # ---- state: the newest sound checkpoint, or a new one
         program = make_program(config, model, mesh)
         restored, faults = checkpoints.resume(workdir / run_folder.DAMAGED)
         for found in faults:
-            print(f"passed over a checkpoint: {found}", flush=True)
+            distributed.say(f"passed over a checkpoint: {found}")
         if restored is None:
             state = program.init(config.seed)
         else:
             state = checkpoints.restore(restored, program.abstract_state)
-            print(f"continuing after step {restored}", flush=True)
+            distributed.say(f"continuing after step {restored}")
         first = (restored or 0) + 1
-        append_line(workdir / run_folder.STARTS, start | {"first_step": first})
-        (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
+        watchdog.alive("the state was made")
+        if first_process:
+            append_line(workdir / run_folder.STARTS, start | {"first_step": first})
+            (workdir / run_folder.DIVERGED).unlink(missing_ok=True)
         tensorboard = workdir / run_folder.TENSORBOARD if config.metrics.tensorboard else None
 
         # ---- steps
@@ -150,14 +172,17 @@ def _train(
                     first - 1,
                     wandb_log.open_run(wandb, config, workdir),
                 )
+                if first_process
+                else NoWriter()
             ) as writer,
             closing(_Batches(loader, program, (batch_size, seq_len + 1), range(first, steps + 1))) as batches,
             closing(StepTrace(profile_steps, first, workdir / run_folder.PROFILE)) as trace,
         ):
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract).compile()
-            print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
-            progress = Progress(steps, config.metrics.console_every_s)
+            distributed.say(f"compiled in {time.monotonic() - began:.1f} s")
+            watchdog.alive("the step was compiled")
+            progress = Progress(steps, config.metrics.console_every_s, silent=not first_process)
             log = _StepLog(config, program, flops, writer, progress)
             try:
                 for step in range(first, steps + 1):
@@ -166,29 +191,31 @@ def _train(
                         state, metrics = train_step(state, next(batches))
                     trace.after(step, state)
                     log.read_previous()  # waits for the step before, while the device works on this one
+                    watchdog.alive(f"step {step - 1}")
                     log.dispatched(step, metrics)
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-                    if due or stop.requested or step == steps:
+                    stopped_by = stop.at(step)
+                    if due or stopped_by or step == steps:
                         log.read_previous()  # a state is saved only when its own step is known to be finite
                         writer.sync()
                         checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
-                    if stop.requested and step < steps:
+                    if stopped_by and step < steps:
                         progress.end_line()
                         checkpoints.wait()
-                        print(
-                            f"stopped by {stop.requested}, saved at step {step}; the same command goes on", flush=True
-                        )
+                        distributed.say(f"stopped by {stopped_by}, saved at step {step}; the same command goes on")
                         return 0
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()
-                write_json(workdir / run_folder.DIVERGED, diverged.record)
+                if first_process:
+                    write_json(workdir / run_folder.DIVERGED, diverged.record)
                 kept = checkpoints.latest_step()
                 last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
-                print(f"stopped: {diverged}; {last}", flush=True)
+                distributed.say(f"stopped: {diverged}; {last}")
                 return DIVERGED_EXIT
-    write_json(workdir / run_folder.DONE, {"step": steps})
-    print(f"done: {workdir}", flush=True)
+    if first_process:
+        write_json(workdir / run_folder.DONE, {"step": steps})
+    distributed.say(f"done: {workdir}")
     return 0
 
 
@@ -197,7 +224,7 @@ class _StepLog:
 
     def __init__(self, config: Config, program: Program, flops: int, writer: MetricsWriter, progress: Progress):
         self._config, self._writer, self._progress = config, writer, progress
-        self._device = program.mesh.devices.flat[0]
+        self._device = program.mesh.local_devices[0]
         self._tokens = config.training.batch_size * config.data.seq_len
         self._flops = flops * self._tokens
         self._peak = peak_flops(self._device, config.metrics.peak_flops)
@@ -273,27 +300,3 @@ class _Batches:
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
-
-
-class _Stop:
-    requested: str | None = None  # name of the first signal
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and Ctrl-C ask for a stop after the step in flight; a second one has its usual effect."""
-    stop = _Stop()
-    usual: dict[int, object] = {}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.requested = signal.Signals(number).name
-        for n, h in usual.items():
-            signal.signal(n, h)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        usual[number] = signal.signal(number, handler)
-    try:
-        yield stop
-    finally:
-        for number, previous in usual.items():
-            signal.signal(number, previous)

@@ -108,10 +108,24 @@ class MetricsWriter:
             self._wandb_run.finish()
 
 
+class NoWriter:
+    """What a process has that writes no metrics."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Progress:
     """One line that says where the run is: redrawn on a terminal, repeated every `every_s` in a log."""
 
-    def __init__(self, total_steps: int, every_s: float):
+    def __init__(self, total_steps: int, every_s: float, silent: bool = False):
+        self._silent = silent
         self._total = total_steps
         self._terminal = sys.stdout.isatty()
         self._every_s = _TERMINAL_REFRESH_S if self._terminal else every_s
@@ -123,7 +137,7 @@ class Progress:
         now = time.monotonic()
         if self._first_step is None:
             self._first_step = step
-        if now - self._shown < self._every_s and step != self._total:
+        if self._silent or (now - self._shown < self._every_s and step != self._total):
             return
         self._shown = now
         done = step - self._first_step
@@ -137,7 +151,7 @@ class Progress:
 
     def end_line(self) -> None:
         """Leaves the progress line, so that the next print starts on its own."""
-        if self._terminal:
+        if self._terminal and not self._silent:
             print(flush=True)
 
 

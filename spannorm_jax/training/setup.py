@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from spannorm_jax.config import Config, resolve
+from spannorm_jax.config import Config, flatten, resolve
 from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.parallel import distributed
 
 _RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -28,14 +29,16 @@ class Data:
     tokenizer: Tokenizer
 
 
-def start_jax(name: str) -> None:
-    """Makes JAX run on `name` (cpu, gpu, tpu; auto: its own choice). Call it before anything touches a device.
+def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
+    """Makes JAX run on `name` (cpu, gpu, tpu; auto: its own choice), with the other processes if there are `flags`.
+
+    Call it before anything touches a device.
 
     Compiled programs are kept in $XDG_CACHE_HOME/spannorm_jax/xla, unless JAX_COMPILATION_CACHE_DIR names another
     folder, so that a second start takes a fraction of the first's time.
 
     Raises:
-      UserError: the platform is absent here.
+      UserError: the platform is absent here, or the other processes cannot be reached.
     """
     if not jax.config.jax_compilation_cache_dir:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -45,6 +48,8 @@ def start_jax(name: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    if flags:
+        distributed.start(flags, name)
     try:
         backend = jax.default_backend()
     except RuntimeError as error:
@@ -87,6 +92,21 @@ def open_data(config: Config) -> tuple[Data, Config]:
     return data, resolved
 
 
+def check_agreement(config: Config) -> None:
+    """Raises UserError if the processes run other code or another config; where their data lie may differ."""
+    here = {key: value for key, value in flatten(config).items() if key not in ("data.data_dir", "data.cache_dir")}
+    distributed.check_same({"code": code_hash(), "jax": jax.__version__} | here)
+
+
+def code_hash() -> str:
+    """12 hex digits that change with any line of this package."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str, Any]:
     """One line of starts.jsonl: what it takes to repeat the run, besides its config."""
     return {
@@ -114,6 +134,7 @@ def machine_facts() -> dict[str, Any]:
         },
         "device": jax.devices()[0].device_kind + _cpu_name(),
         "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
     }
 
 

@@ -1,0 +1,295 @@
+"""Many processes: how they start, and what they agree on.
+
+A process finds its place (`find`) in the flags --coordinator, --num_processes and --process_id; else in the environment
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes sets in an
+Indexed Job); else in Slurm's; else on a TPU pod, where JAX asks the machine. With none of these it is alone.
+
+The processes speak through JAX's coordination service, before and beside their collectives. Every process must call
+`together`, `from_first` and `check_same` in the same order.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import jax
+
+from spannorm_jax.errors import Parser, UserError, one_line
+
+_POLL_MS = 2000  # of waiting for another process: Ctrl-C is heard in between
+T = TypeVar("T")
+
+
+# ---- the start --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this one is, and where process 0 listens.
+
+    `local_devices` are the accelerators that it takes of its host's; None: all that it sees.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_devices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line says of it: all of the first three or none. Times are in seconds."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    start_timeout_s: int = 300
+    heartbeat_s: int = 100
+
+
+def add_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("many processes", "found by itself under Slurm, Kubernetes and on TPU pods")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num_processes", type=int, metavar="N")
+    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
+    group.add_argument("--start_timeout_s", type=int, default=300, help="to wait for the others (default 300)")
+    group.add_argument(
+        "--heartbeat_s", type=int, default=100, help="after which a silent process is dead (default 100)"
+    )
+
+
+def flags_of(args: Any) -> Flags:
+    """The flags of a parsed command line. Raises UserError if some are missing or out of range."""
+    flags = Flags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
+    given = (flags.coordinator, flags.num_processes, flags.process_id)
+    if any(value is not None for value in given) and None in given:
+        raise UserError("--coordinator, --num_processes and --process_id go together; give all three, or none")
+    if min(flags.start_timeout_s, flags.heartbeat_s) < 1:
+        raise UserError("--start_timeout_s and --heartbeat_s are seconds; write 1 or more")
+    return flags
+
+
+def find(flags: Flags, env: Mapping[str, str]) -> Place | None:
+    """This process's place, from the flags or the environment; None if it is alone or only JAX can tell.
+
+    Raises:
+      UserError: the address is not HOST:PORT, or a number is missing or out of range.
+    """
+    if flags.coordinator is not None:
+        return _checked("--coordinator", flags.coordinator, str(flags.num_processes), str(flags.process_id))
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        process_id = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", ""))
+        address = env["JAX_COORDINATOR_ADDRESS"]
+        return _checked("JAX_COORDINATOR_ADDRESS", address, env.get("JAX_NUM_PROCESSES", ""), process_id)
+    return _slurm(env)
+
+
+def _checked(name: str, address: str, num_processes: str, process_id: str) -> Place | None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"{name}={address!r} is not HOST:PORT; write for example node1:12345")
+    if not (num_processes.isdecimal() and process_id.isdecimal() and int(process_id) < int(num_processes)):
+        raise UserError(
+            f"process {process_id or 'without a number'} of {num_processes or 'an unknown number'} with "
+            f"{name}={address}: write the number of processes, and for each one of 0 to that number - 1 "
+            "(--num_processes and --process_id, or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+        )
+    return Place(address, int(num_processes), int(process_id)) if int(num_processes) > 1 else None
+
+
+def _slurm(env: Mapping[str, str]) -> Place | None:
+    """Of a task that srun started. A shell within an allocation is no such task: it has no SLURM_STEP_NODELIST."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+    if any(name not in env for name in names) or int(env["SLURM_STEP_NUM_TASKS"]) < 2:
+        return None
+    job, step, nodes, num_tasks, process_id = (env[name] for name in names)
+    # The first of node001,other or node[001-004,007],other; one port for each job and step.
+    first = re.match(r"[^,\[]+(\[[^,\-\]]+)?", nodes)[0].replace("[", "")
+    port = 61440 + (int(job) + 97 * int(step)) % 4096
+    # Several tasks on a host take an accelerator each, unless Slurm already shows each its own alone.
+    several = int(num_tasks) > int(env.get("SLURM_STEP_NUM_NODES", num_tasks))
+    own = len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
+    local = (int(env.get("SLURM_LOCALID", "0")),) if several and not own else None
+    return Place(f"{first}:{port}", int(num_tasks), int(process_id), local)
+
+
+def start(flags: Flags, platform: str) -> None:
+    """Joins this process with the others, if there are any. Call it before anything touches a device.
+
+    Raises:
+      UserError: nothing listens at process 0's address in time, or the place makes no sense (see `find`).
+    """
+    place = find(flags, os.environ)
+    times = {
+        "initialization_timeout": flags.start_timeout_s,
+        "heartbeat_timeout_seconds": flags.heartbeat_s,
+        "shutdown_timeout_seconds": flags.heartbeat_s,
+    }
+    if place is not None:
+        if place.process_id:
+            _wait_for(place, flags.start_timeout_s)  # JAX would abort the process, without an error to catch
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.num_processes,
+                place.process_id,
+                place.local_devices,
+                cluster_detection_method="deactivate",
+                **times,
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"process {place.process_id} of {place.num_processes} cannot start at {place.coordinator} "
+                f"({one_line(error)[:200]}); is the port taken, or the host another one?"
+            ) from error
+    elif platform in ("auto", "tpu") and _on_tpu():
+        with contextlib.suppress(ValueError):  # JAX finds no pod: one host
+            jax.distributed.initialize(**times)
+
+
+def _on_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and (
+        Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*"))
+    )
+
+
+def _wait_for(place: Place, timeout_s: int) -> None:
+    host, _, port = place.coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5, timeout_s)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {place.process_id} of {place.num_processes}: nothing listens at the coordinator's "
+                    f"address {place.coordinator} after {timeout_s} s ({one_line(error)}); start process 0 there, or "
+                    "correct the address"
+                ) from error
+        time.sleep(0.2)
+
+
+# ---- agreement --------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this is process 0: the one that logs, and that writes the run's folder."""
+    return jax.process_index() == 0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a line, on process 0 alone."""
+    if is_first():
+        print(text, file=file, flush=True)
+
+
+_calls = itertools.count()
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX has no public way to it; Orbax takes this one too
+
+    return distributed.global_state.client
+
+
+def _put(key: str, value: Any) -> None:
+    _client().key_value_set(f"spannorm_jax/{key}", json.dumps(value))
+
+
+def _get(key: str) -> Any:
+    """Waits as long as it takes: a token store may be in the making. A process that dies ends the others."""
+    while True:
+        try:
+            return json.loads(_client().blocking_key_value_get(f"spannorm_jax/{key}", _POLL_MS))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _judged(name: str, mine: Any, judge: Callable[[list[Any]], str]) -> None:
+    """Raises the UserError that process 0's `judge` makes of what all of them say, if any, on all processes."""
+    _put(f"{name}/{jax.process_index()}", mine)
+    if is_first():
+        _put(f"{name}/all", judge([_get(f"{name}/{i}") for i in range(jax.process_count())]))
+    if verdict := _get(f"{name}/all"):
+        raise UserError(verdict)
+
+
+def together(fn: Callable[[], T]) -> T:
+    """fn() on every process, on process 0 before the others, which may find what it made. All return, or all raise.
+
+    Raises:
+      UserError: fn raised on another process; the line names it.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    name, here = f"together{next(_calls)}", jax.process_index()
+    try:
+        if here and (failed := _get(f"{name}/first")):
+            raise UserError(f"process 0 stopped: {failed}")
+        value = fn()
+    except BaseException as error:
+        failed = one_line(error) or type(error).__name__
+        _put(f"{name}/{here}", failed)
+        if here == 0:
+            _put(f"{name}/first", failed)
+        raise
+    if here == 0:
+        _put(f"{name}/first", "")
+
+    def judge(said: list[str]) -> str:
+        return next((f"process {i} stopped: {line}" for i, line in enumerate(said) if line), "")
+
+    _judged(name, "", judge)
+    return value
+
+
+def from_first(fn: Callable[[], T]) -> T:
+    """fn() of process 0, which JSON can hold, for all processes.
+
+    Raises:
+      UserError: fn raised on process 0.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    name = f"from_first{next(_calls)}"
+    if is_first():
+        try:
+            value = fn()
+        except BaseException as error:
+            _put(name, [one_line(error) or type(error).__name__, None])
+            raise
+        _put(name, ["", value])
+        return value
+    failed, value = _get(name)
+    if failed:
+        raise UserError(f"process 0 stopped: {failed}")
+    return value
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises a UserError on all processes if a fact differs between two; the line names it, them and both values."""
+    if jax.process_count() == 1:
+        return
+
+    def judge(said: list[dict[str, Any]]) -> str:
+        for i, other in enumerate(said):
+            for name in said[0] | other:
+                if said[0].get(name) != other.get(name):
+                    return (
+                        f"process {i} has {name}={other.get(name)!r}, process 0 has {said[0].get(name)!r}; start all "
+                        "processes with the same command and the same code"
+                    )
+        return ""
+
+    _judged(f"same{next(_calls)}", json.loads(json.dumps(facts)), judge)

@@ -1,0 +1,240 @@
+"""Two processes of four devices each, as a user or a scheduler starts them: the same training, and every way to end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import spannorm_jax
+
+STEPS = 12
+TINY = (
+    "--config=configs/moe.py:depth=2,width=32,placement=span,init=scale",
+    "--config.model.num_heads=4",
+    "--config.model.moe.num_experts=4",
+    "--config.model.moe.every=2",
+    "--config.mesh.expert=4",
+    f"--config.training.steps={STEPS}",
+    "--config.data.seq_len=16",
+    "--config.checkpoint.every_steps=5",
+    "--config.metrics.tensorboard=false",
+    "--config.metrics.console_every_s=0",
+    "--config.eval.tokens=2000",
+)
+ENDLESS = ("--config.training.steps=1000000", "--config.metrics.log_every=1000")
+ROOT = Path(spannorm_jax.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "SLURM_", "XLA_"))},
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "TFDS_DATA_DIR": str(home / "tfds"),
+        "JAX_PLATFORMS": "cpu",
+    }
+
+
+def start(env, module, *argv, devices=4, cwd=ROOT):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)],
+        env={**env, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def start_two(env, module, *argv, second=None):
+    """Two processes with the same arguments; `second`: (other arguments, other keywords) of process 1."""
+    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", 10)
+    others, keywords = second or ((), {})
+    return (
+        start(env, module, *argv, *flags, "--process_id", 0),
+        start(env, module, *argv, *others, *flags, "--process_id", 1, **keywords),
+    )
+
+
+def finish(processes, codes):
+    """(stdout, stderr) of each, without what gloo says of its connections, from several threads at once."""
+
+    def ours(text):
+        return "".join(line for line in text.splitlines(True) if not re.search(r"Gloo|Rank|peer|^[\s:\d]*$", line))
+
+    out = [tuple(ours(text) for text in process.communicate(timeout=120)) for process in processes]
+    assert tuple(p.returncode for p in processes) == codes, out
+    return out
+
+
+def run_two(env, module, *argv, codes=(0, 0), **second):
+    return finish(start_two(env, module, *argv, **second), codes)
+
+
+def until(process, text):
+    """Reads the process's output up to a line that holds `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"it ended before {text!r}: {process.stderr.read()}")
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectory(workdir):
+    return np.array([(line["loss"], line["grad_norm"]) for line in metrics(workdir)])
+
+
+@pytest.fixture(scope="module")
+def one(env, tmp_path_factory):
+    """The run of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish([start(env, "train", *TINY, "--workdir", workdir, devices=8)], (0,))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(env, one, tmp_path_factory):  # after `one`, which makes the token store
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    (out, _), (silent, err) = run_two(env, "train", *TINY, "--workdir", workdir)
+    assert "of 2 processes" in out and "done" in out and silent == "" and err == ""
+    return workdir
+
+
+def test_two_processes_train_as_one(one, two):
+    """Gloo adds in another order than one process does; largest difference seen 3e-7 over 12 steps."""
+    assert [line["step"] for line in metrics(two)] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(trajectory(two), trajectory(one), rtol=5e-6)
+    start = json.loads((two / "starts.jsonl").read_text())
+    assert (start["num_processes"], start["num_devices"]) == (2, 8)
+
+
+def test_checkpoints_pass_between_one_process_and_two(env, one, two, tmp_path):
+    """Each evaluates the other's, and continues it: two processes leave the same manifest-checked files."""
+
+    def evaluated(processes):
+        out = finish(processes, (0,) * len(processes))
+        assert all(text == "" for text, _ in out[1:])
+        return json.loads(out[0][0])
+
+    by_two = evaluated(start_two(env, "evaluate", "--workdir", one, "--json"))
+    by_one = evaluated([start(env, "evaluate", "--workdir", two, "--json", devices=1)])
+    assert len((one / "eval.jsonl").read_text().splitlines()) == 1  # process 0 alone appends
+    assert by_two["loss"] == pytest.approx(by_one["loss"], rel=2e-6) and by_two["tokens"] == by_one["tokens"]
+
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    (workdir / "DONE").unlink()
+    (out, _) = finish([start(env, "train", *TINY, "--workdir", workdir, "--config.mesh.expert=1", devices=1)], (0,))[0]
+    assert "continuing after step 10" in out
+    np.testing.assert_allclose(trajectory(workdir), trajectory(one), rtol=5e-6)
+
+
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_to_one_stops_both_at_the_same_step(env, two, tmp_path, number, to):
+    workdir = tmp_path / "run"
+    processes = start_two(env, "train", *TINY, *ENDLESS, "--workdir", workdir)
+    until(processes[0], "step 3/")
+    processes[to].send_signal(number)
+    (out, _), (_, err) = finish(processes, (0, 0))
+    step = int(re.search(r"saved at step (\d+)", out)[1])
+    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists() and err == ""
+    assert not (workdir / "DONE").exists()
+
+
+def test_both_go_on_where_they_stopped(env, one, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(env, "train", *TINY, "--workdir", workdir)
+    until(processes[0], "step 7/")
+    for process in processes:
+        process.kill()
+    finish(processes, (-9, -9))
+    (out, _), _ = run_two(env, "train", *TINY, "--workdir", workdir)
+    assert "continuing after step 5" in out
+    np.testing.assert_allclose(trajectory(workdir), trajectory(one), rtol=5e-6)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_process_ends_the_other(env, two, tmp_path, dead):
+    processes = start_two(env, "train", *TINY, *ENDLESS, "--workdir", tmp_path / "run")
+    until(processes[0], "step 3/")
+    processes[dead].kill()
+    survivor = processes[1 - dead]
+    _, err = survivor.communicate(timeout=30)  # the heartbeat is 10 s
+    # Whichever notices first: our step, or JAX's connection to process 0, which aborts in C++.
+    assert survivor.returncode in (5, -signal.SIGABRT)
+    assert "lost another process" in err or "another task died" in err
+
+
+def test_the_watchdog_ends_a_process_that_waits_for_one_that_is_stopped(env, two, tmp_path):
+    minutes = 12 / 60  # far above a step, and below the 30 s after which gloo gives up
+    overrides = (*TINY, *ENDLESS, f"--config.training.watchdog_minutes={minutes}")
+    processes = start_two(env, "train", *overrides, "--workdir", tmp_path / "run")
+    until(processes[0], "step 3/")
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        _, err = processes[0].communicate(timeout=60)
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert processes[0].returncode == 4
+    assert "training.watchdog_minutes: nothing since step" in err
+    assert "most recent call first" in err and "loop.py" in err  # the stacks
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        (("--config.optim.lr=0.5",), "process 1 has optim.lr=0.5, process 0 has 0.003"),
+        (("--config.data.eval_split=test",), "process 1 stopped: .*data.eval_split"),
+    ],
+)
+def test_processes_that_disagree_end_in_one_line_each(env, two, tmp_path, others, says):
+    workdir = tmp_path / "run"
+    out = run_two(env, "train", *TINY, "--workdir", workdir, second=(others, {}), codes=(2, 2))
+    for _, err in out:
+        assert err.count("\n") == 1 and err.startswith("error: ")
+    assert re.search(says, out[0][1]), out
+    assert not workdir.exists()
+
+
+def test_processes_with_other_code_are_told(env, two, tmp_path):
+    shutil.copytree(ROOT / "spannorm_jax", tmp_path / "spannorm_jax")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    with open(tmp_path / "spannorm_jax" / "model" / "moe.py", "a") as file:
+        file.write("# another line\n")
+    out = run_two(env, "train", *TINY, "--workdir", tmp_path / "run", second=((), {"cwd": tmp_path}), codes=(2, 2))
+    assert all(re.search(r"process 1 has code='\w+', process 0 has '\w+'; .*same code", err) for _, err in out)
+
+
+def test_a_folder_in_use_ends_both(env, two, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "something").touch()
+    (_, first), (_, second) = run_two(env, "train", *TINY, "--workdir", workdir, codes=(2, 2))
+    assert "is not a run" in first and second.startswith("error: process 0 stopped: ") and "is not a run" in second
+
+
+def test_a_coordinator_that_is_not_there(env):
+    address = f"localhost:{free_port()}"
+    flags = ("--coordinator", address, "--num_processes", 2, "--process_id", 1, "--start_timeout_s", 1)
+    (_, err) = finish([start(env, "train", *TINY, "--workdir", "never", *flags)], (2,))[0]
+    assert err.count("\n") == 1 and address in err and "after 1 s" in err
