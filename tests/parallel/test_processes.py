@@ -61,9 +61,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_two(env, module, *argv, second=None):
+def start_two(env, module, *argv, second=None, heartbeat_s=10):
     """Two processes with the same arguments; `second`: (other arguments, other keywords) of process 1."""
-    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", 10)
+    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", heartbeat_s)
     others, keywords = second or ((), {})
     return (
         start(env, module, *argv, *flags, "--process_id", 0),
@@ -156,7 +156,8 @@ def test_a_signal_to_one_stops_both_at_the_same_step(env, two, tmp_path, number,
     processes[to].send_signal(number)
     (out, _), (_, err) = finish(processes, (0, 0))
     step = int(re.search(r"saved at step (\d+)", out)[1])
-    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists() and err == ""
+    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert not re.search("error|Traceback", err)
     assert not (workdir / "DONE").exists()
 
 
@@ -185,9 +186,8 @@ def test_a_dead_process_ends_the_other(env, two, tmp_path, dead):
 
 
 def test_the_watchdog_ends_a_process_that_waits_for_one_that_is_stopped(env, two, tmp_path):
-    minutes = 12 / 60  # far above a step, and below the 30 s after which gloo gives up
-    overrides = (*TINY, *ENDLESS, f"--config.training.watchdog_minutes={minutes}")
-    processes = start_two(env, "train", *overrides, "--workdir", tmp_path / "run")
+    overrides = (*TINY, *ENDLESS, "--config.training.watchdog_minutes=0.2")  # below the 30 s after which gloo gives up
+    processes = start_two(env, "train", *overrides, "--workdir", tmp_path / "run", heartbeat_s=100)
     until(processes[0], "step 3/")
     processes[1].send_signal(signal.SIGSTOP)
     try:
@@ -196,7 +196,7 @@ def test_the_watchdog_ends_a_process_that_waits_for_one_that_is_stopped(env, two
         processes[1].kill()
         processes[1].communicate()
     assert processes[0].returncode == 4
-    assert "training.watchdog_minutes: nothing since step" in err
+    assert "training.watchdog_minutes: nothing since step" in err and "0.2 minutes ago" in err
     assert "most recent call first" in err and "loop.py" in err  # the stacks
 
 
