@@ -59,8 +59,8 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range, 
         then.
     """
     start_jax(config.platform, flags)
-    check_steps(profile_steps, config.training.steps)
     config, data, mesh, loader = distributed.together(lambda: fit(config))
+    check_steps(profile_steps, config.training.steps)
     check_agreement(config)
     with ExitStack() as stack:
         wandb = distributed.together(lambda: _open_folder(stack, config, workdir))
