@@ -39,11 +39,23 @@ def route(logits_NxE: Array, bias_E: Array, moe: MoEConfig) -> tuple[Array, Arra
     else:
         scores = jax.nn.sigmoid(logits_NxE)
         probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(scores + bias_E), moe.top_k)
+    ids = _top_ids(jax.lax.stop_gradient(scores + bias_E), moe.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if moe.renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, ids, probs
+
+
+def _top_ids(scores_NxE: Array, k: int) -> Array:
+    """(N, k) int32, each device those of its own tokens: the partitioner would gather the scores of all on each."""
+
+    def ids(scores_NxE: Array) -> Array:
+        return jax.lax.top_k(scores_NxE, k)[1]
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return ids(scores_NxE)
+    rows = PartitionSpec(LOGICAL_AXES["batch"])
+    return jax.shard_map(ids, in_specs=rows, out_specs=rows, check_vma=False)(scores_NxE)
 
 
 def router_stats(logits_NxE: Array, ids_Nxk: Array, probs_NxE: Array) -> Stats:
