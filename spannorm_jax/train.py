@@ -11,22 +11,27 @@ from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
 
 
-def parse(argv: list[str]) -> tuple[Config, Path, range, Flags]:
-    """Config, run folder, steps to profile and the processes of a command line. Raises UserError."""
+def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
+    """Config, run folder, steps to profile, the processes and --stop_code of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder, made if absent")
     parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B into the folder's profile/")
+    parser.add_argument(
+        "--stop_code", type=int, default=0, help="exit code if a signal stops the run before its end (default 0)"
+    )
     parser.add_argument("--dry_run", action="store_true", help="train nothing; see --dry_run --help")
     parser.add_argument("--devices", metavar="N", help="with --dry_run only")
     parser.add_argument("--device_kind", help="with --dry_run only")
     add_flags(parser)
     args = parser.parse_args(rest)
+    if not 0 <= args.stop_code < 128:
+        parser.error(f"--stop_code {args.stop_code} is no exit code; write 0 to 127")
     if args.devices or args.device_kind:
         parser.error("--devices and --device_kind go with --dry_run; training takes the devices that are here")
     profile_steps = range(0) if args.profile_steps is None else parse_steps(args.profile_steps)
-    return load(args.config, overrides), args.workdir, profile_steps, flags_of(args)
+    return load(args.config, overrides), args.workdir, profile_steps, flags_of(args), args.stop_code
 
 
 def parse_dry_run(argv: list[str]) -> tuple[Config, int, str]:
@@ -50,8 +55,8 @@ def parse_dry_run(argv: list[str]) -> tuple[Config, int, str]:
 def main(argv: list[str]) -> int:
     if "--dry_run" in argv:
         return dry_run(*parse_dry_run(argv))
-    config, workdir, profile_steps, flags = parse(argv)
-    return train(config, workdir, argv, profile_steps, flags)
+    config, workdir, profile_steps, flags, stop_code = parse(argv)
+    return train(config, workdir, argv, profile_steps, flags, stop_code)
 
 
 if __name__ == "__main__":

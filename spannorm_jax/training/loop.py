@@ -47,8 +47,10 @@ class Diverged(Exception):
         self.record = {"step": step, "where": where, "loss": str(loss)}
 
 
-def train(config: Config, workdir: Path, argv: list[str], profile_steps: range, flags: distributed.Flags) -> int:
-    """Trains until `training.steps`, a signal, or a non-finite number; returns the exit code.
+def train(
+    config: Config, workdir: Path, argv: list[str], profile_steps: range, flags: distributed.Flags, stop_code: int
+) -> int:
+    """Trains until `training.steps`, a signal, or a non-finite number; returns 0, `stop_code`, or 3.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint. `profile_steps`
     are traced by the profiler, as far as they are still to come. Of several processes (`flags`), process 0 writes the
@@ -65,7 +67,7 @@ def train(config: Config, workdir: Path, argv: list[str], profile_steps: range, 
     with ExitStack() as stack:
         wandb = distributed.together(lambda: _open_folder(stack, config, workdir))
         stop = stack.enter_context(stop_signals())
-        return _train(config, workdir, argv, data, mesh, loader, stop, profile_steps, wandb)
+        return _train(config, workdir, argv, data, mesh, loader, stop, profile_steps, wandb, stop_code)
 
 
 def _open_folder(stack: ExitStack, config: Config, workdir: Path) -> Any:
@@ -108,6 +110,7 @@ def _train(
     stop: Stop,
     profile_steps: range,
     wandb: Any,
+    stop_code: int,
 ) -> int:
     steps, seq_len, batch_size = config.training.steps, config.data.seq_len, config.training.batch_size
     first_process = distributed.is_first()
@@ -203,7 +206,7 @@ def _train(
                         progress.end_line()
                         checkpoints.wait()
                         distributed.say(f"stopped by {stopped_by}, saved at step {step}; the same command goes on")
-                        return 0
+                        return stop_code
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()

@@ -1,0 +1,128 @@
+"""The launch scripts, with stand-ins for srun, scontrol and gcloud that write down what they are asked for."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spannorm_jax.parallel.distributed import Flags, Place, find
+from spannorm_jax.train import parse
+
+LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
+STAND_IN = """#!/bin/bash
+printf '%s|' "$(basename "$0")" "$@" >>"$CALLS"
+echo >>"$CALLS"
+read -r code rest <"$CODES"
+echo "$rest" >"$CODES"
+exit "${code:-0}"
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(script, arguments, exit codes of the programs it calls) -> its exit code, the calls, its stderr."""
+    for name in ("srun", "scontrol", "gcloud"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+
+    def start(script, *arguments, codes=(), **env):
+        (tmp_path / "codes").write_text(" ".join(map(str, codes)) + "\n")
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(
+            ["bash", str(LAUNCH / script), *arguments],
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "CALLS": str(tmp_path / "calls"),
+                "CODES": str(tmp_path / "codes"),
+                "SLURM_JOB_ID": "4711",
+                **env,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        calls = [line.rstrip("|").split("|") for line in (tmp_path / "calls").read_text().splitlines()]
+        return done.returncode, calls, done.stderr
+
+    return start
+
+
+TRAIN = [".venv/bin/python", "-m", "spannorm_jax.train"]
+ARGUMENTS = ("--config", "configs/dense.py:tiny", "--workdir", "runs/a b")
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_a_slurm_job_that_is_done_refused_or_diverged_ends(run, code):
+    returned, calls, _ = run("slurm.sh", *ARGUMENTS, codes=[code])
+    assert returned == code
+    assert calls == [["srun", *TRAIN, "--stop_code=75", *ARGUMENTS]]
+
+
+@pytest.mark.parametrize("code", [75, 4, 5, 134, 137])
+def test_a_slurm_job_that_was_stopped_or_crashed_goes_back_to_the_queue(run, code):
+    returned, calls, _ = run("slurm.sh", *ARGUMENTS, codes=[code])
+    assert returned == 0 and calls[1:] == [["scontrol", "requeue", "4711"]]
+    returned, calls, err = run("slurm.sh", *ARGUMENTS, codes=[code], SLURM_RESTART_COUNT="20")
+    assert returned == code and len(calls) == 1 and "not again" in err
+
+
+def test_each_task_of_an_array_is_a_line_of_the_sweep(run):
+    lines = (LAUNCH / "sweep.txt").read_text().splitlines()
+    workdirs = set()
+    for task, line in enumerate(lines):
+        _, [call], _ = run("slurm.sh", f"@{LAUNCH / 'sweep.txt'}", SLURM_ARRAY_TASK_ID=str(task))
+        assert call[1:] == [*TRAIN, "--stop_code=75", *line.split()]
+        config, workdir, *_ = parse(call[4:])
+        assert f"{config.model.placement}-{config.model.init}" == workdir.name
+        workdirs.add(workdir)
+    assert len(workdirs) == len(lines) == 6
+    code, calls, err = run("slurm.sh", f"@{LAUNCH / 'sweep.txt'}", SLURM_ARRAY_TASK_ID="6")
+    assert code == 2 and not calls and "no line 7" in err
+
+
+def test_the_tpu_loop_repeats_what_crashed_and_ends_with_what_did_not(run):
+    code, calls, _ = run("tpu_vm.sh", "slice", "zone", *ARGUMENTS, codes=[137, 0, 5, 0, 0])
+    commands = [call[-1] for call in calls]
+    assert code == 0 and ["pkill" in command for command in commands] == [False, True, False, True, False]
+    assert commands[0].endswith(
+        r"spannorm_jax.train --config.platform=tpu --config configs/dense.py:tiny --workdir runs/a\ b"
+    )
+    assert all("--worker=all" in call for call in calls)
+    for end in (2, 3):
+        assert run("tpu_vm.sh", "slice", "zone", *ARGUMENTS, codes=[end])[0] == end
+    assert run("tpu_vm.sh", "slice", "zone")[0] == 2
+
+
+def test_the_jobset_starts_a_run_that_can_be():
+    """What its pods get is a place that the program finds, and arguments that it takes."""
+    manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    [workers] = manifest["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]} | {"JOB_COMPLETION_INDEX": "3"}
+    host = f"{manifest['metadata']['name']}-{workers['name']}-0-0.{manifest['metadata']['name']}"
+    port = container["ports"][0]["containerPort"]
+    assert find(Flags(), env) == Place(f"{host}:{port}", 4, 3)
+    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == 4
+    # A failure policy of exit codes needs pods that are not restarted in place; it names the container.
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
+    assert container["command"][1:] == ["-m", "spannorm_jax.train"]
+    _, workdir, _, _, stop_code = parse(container["args"])
+    assert str(workdir).startswith(container["volumeMounts"][0]["mountPath"]) and stop_code == 75
+    assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+
+
+def test_shellcheck_finds_nothing():
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([program, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
