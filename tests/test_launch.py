@@ -126,3 +126,20 @@ def test_shellcheck_finds_nothing():
         pytest.skip("shellcheck is not installed")
     done = subprocess.run([program, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_runs(tmp_path):
+    """From a laptop to a pod: all of its commands but those that need the machine, in order, as they stand."""
+    page = (LAUNCH / "README.md").read_text().partition("## The machine")[0]
+    commands = "\n".join(line for line in page.splitlines() if line.startswith("    "))
+    assert commands.count("python -m") == 7
+    for folder in ("configs", "spannorm_jax"):
+        (tmp_path / folder).symlink_to(LAUNCH.parents[1] / folder)
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "JAX_PLATFORMS": "cpu"}
+    script = f"set -e\n{commands}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {p.parent.name for p in tmp_path.glob("runs/*/DONE")} == {"pod", "pod-dense", "pod-expert", "pod-two"}
+    assert "of 2 processes" in done.stdout and "collectives of a step" in done.stdout
