@@ -64,6 +64,13 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _lost_another(error: Exception) -> bool:
+    """Whether this comes of a collective or a barrier that another process has left."""
+    # XLA's failures are ValueErrors where the call that dispatches a program already meets them.
+    xla = isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z_]+: ", str(error))
+    return bool(xla and re.search(r"Gloo|NCCL|onnection|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error)))
+
+
 @contextlib.contextmanager
 def in_step() -> Iterator[None]:
     """Around work that all processes do in step: one that fails ends at once, and says whether another one did.
@@ -78,17 +85,14 @@ def in_step() -> Iterator[None]:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         _leave(USER_ERROR_EXIT)
-    except jax.errors.JaxRuntimeError as error:
-        if not re.search(r"Gloo|NCCL|onnection|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error)):
-            traceback.print_exc()
-            _leave(1)
-        print(
-            f"process {jax.process_index()} stopped: it has lost another process, which has died or hangs "
-            f"({one_line(error)[:200]}); repeat the command on all, which goes on from the last sound checkpoint",
-            file=sys.stderr,
-        )
-        _leave(PEER_EXIT)
     except Exception as error:
+        if _lost_another(error):
+            print(
+                f"process {jax.process_index()} stopped: it has lost another process, which has died or hangs "
+                f"({one_line(error)[:200]}); repeat the command on all, which goes on from the last sound checkpoint",
+                file=sys.stderr,
+            )
+            _leave(PEER_EXIT)
         if why := unwritable(error):
             print(f"error: process {jax.process_index()} cannot write: {why}; mend that, and repeat", file=sys.stderr)
             _leave(USER_ERROR_EXIT)

@@ -207,6 +207,7 @@ def _train(
                         checkpoints.wait()
                         distributed.say(f"stopped by {stopped_by}, saved at step {step}; the same command goes on")
                         return stop_code
+                checkpoints.wait()
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()
