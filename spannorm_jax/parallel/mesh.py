@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, MeshConfig
@@ -70,13 +72,24 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        # Auto: the compiler propagates shardings from the weights; jax.make_mesh defaults to Explicit.
-        axis_types=(AxisType.Auto,) * len(shape),
-        devices=devices,
-    )
+    # Auto: the compiler propagates shardings from the weights.
+    return Mesh(arrange(shape, devices), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def arrange(shape: dict[str, int], devices: list) -> np.ndarray:
+    """The devices by mesh position. Where the network between groups of them is slow (between TPU slices, or hosts of
+    GPUs), the outer axes go across it: `data` first, `tensor` last. `jax.make_mesh` refuses several slices or hosts.
+    """
+    sizes = tuple(shape.values())
+    if devices[0].platform != "tpu":
+        return np.array(sorted(devices, key=lambda d: d.id)).reshape(sizes)  # host by host
+    left = len({d.slice_index for d in devices})
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:

@@ -203,18 +203,18 @@ def test_the_bias_evens_out_a_skewed_stream():
 # ---- the model ------------------------------------------------------------------------------------------------
 
 
+ORDERS = [
+    ({"num_experts": 4}, "mmmm"),
+    ({"num_experts": 4, "every": 2}, "dmdm"),
+    ({"num_experts": 4, "first_dense": 1}, "dmmm"),
+    ({}, "dddd"),
+    ({"num_experts": 4, "first_dense": 2, "every": 2}, "dddm"),
+]
+
+
 @pytest.mark.parametrize(
-    ("moe", "layers"),
-    [
-        ({"num_experts": 4}, "mmmm"),
-        ({"num_experts": 4, "every": 2}, "dmdm"),
-        ({"num_experts": 4, "first_dense": 1}, "dmmm"),
-        ({"num_experts": 4, "first_dense": 2, "every": 2}, "dddm"),
-        ({}, "dddd"),
-    ],
-    ids=str,
+    ("placement", "moe", "layers"), [*(("pre", *order) for order in ORDERS), ("span_raw", *ORDERS[-1])], ids=str
 )
-@pytest.mark.parametrize("placement", ["pre", "span_raw"])
 def test_blocks_run_in_order(placement, moe, layers):
     """The scans against a Python loop over the blocks, each with its own weights."""
     cfg = resolved(placement=placement, **{f"moe__{key}": value for key, value in moe.items()})

@@ -1,5 +1,8 @@
 """The same training on one device and on eight, in every kind of layout; and meshes that cannot be."""
 
+import itertools
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +12,15 @@ from spannorm_jax.config import Config, MeshConfig, replace, resolve
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.parallel.mesh import LOGICAL_AXES, check_divisible, make_mesh, mesh_shape, partition_spec, sharding
+from spannorm_jax.parallel.mesh import (
+    LOGICAL_AXES,
+    arrange,
+    check_divisible,
+    make_mesh,
+    mesh_shape,
+    partition_spec,
+    sharding,
+)
 from spannorm_jax.training.step import TrainState, gradients, make_program
 
 STEPS = 3
@@ -264,6 +275,49 @@ def test_a_mesh_of_too_few_devices():
         make_mesh(MeshConfig(data=8), jax.devices()[:4])
     assert dict(make_mesh(MeshConfig(), jax.devices()[:4]).shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """What JAX says of a device, as far as meshes depend on it."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def slices(number, x, y, z):
+    chips = itertools.product(range(number), range(z), range(y), range(x))
+    return [FakeDevice(i, n, coords=(x, y, z)) for i, (n, z, y, x) in enumerate(chips)]
+
+
+@pytest.mark.parametrize(
+    ("number", "sizes", "across"),
+    [
+        (1, (1, 8, 4, 1), (1, 1, 1, 1)),  # 16b's mesh on a v5p-64; fsdp=8 is no axis of its 4 x 4 x 2 chips
+        (2, (2, 4, 1, 8), (2, 1, 1, 1)),
+        (4, (2, 8, 4, 2), (2, 2, 1, 1)),
+        (4, (1, 1, 32, 4), (1, 1, 4, 1)),
+    ],
+)
+def test_the_outer_axes_go_across_slices(number, sizes, across):
+    devices = slices(number, 4, 4, 2)
+    array = arrange(dict(zip(LOGICAL_AXES["batch"] + ("tensor",), sizes, strict=True)), devices)
+    assert array.shape == sizes and set(array.flat) == set(devices)
+    for index in np.ndindex(sizes):
+        parts = [i // (size // n) for i, size, n in zip(index, sizes, across, strict=True)]
+        assert array[index].slice_index == np.ravel_multi_index(parts, across)
+
+
+def test_hosts_of_gpus_follow_one_another():
+    """JAX numbers GPUs host by host, and calls each host a slice; the order it lists them in may be another."""
+    devices = [FakeDevice(i, slice_index=i // 8, platform="gpu", device_kind="NVIDIA H200") for i in range(16)]
+    array = arrange({"data": 1, "fsdp": 2, "expert": 4, "tensor": 2}, devices[::-1])
+    assert [d.slice_index for d in array[0, 0].flat] == [0] * 8 and array[0, 1, 0, 0].id == 8
 
 
 def test_a_mesh_that_divides_everything_is_accepted():

@@ -180,12 +180,12 @@ def test_a_signal_to_one_stops_both_at_the_same_step(env, two, tmp_path, number,
 
 def test_both_go_on_where_they_stopped(env, one, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_two(env, "train", *TINY, "--workdir", workdir)
+    processes = start_two(env, "train", *TINY, *EXPERTS, "--workdir", workdir)
     until(processes[0], "step 7/")  # the save of step 6 has waited for that of step 3
     for process in processes:
         process.kill()
     finish(processes, (-9, -9))
-    (out, _), _ = run_two(env, "train", *TINY, "--workdir", workdir)
+    (out, _), _ = run_two(env, "train", *TINY, *EXPERTS, "--workdir", workdir)
     assert re.search("continuing after step [36]", out)
     same_trajectory(trajectory(workdir), trajectory(one))
 
