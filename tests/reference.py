@@ -5,6 +5,9 @@ It shares nothing with the package but the names and shapes of the weights:
     embed (V, D), head (D, V) if not tied, ends.<norm>.gain (D,), and with a leading axis of L blocks
     blocks.norms.{attn,ffn}.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
     blocks.attn.{q_norm,k_norm}.gain (K,) with QK-norm, blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}
+
+or, with experts in every block, moe_blocks, whose ffn is {router (D,E), bias (E,), in_ (E,D,2 or 1,F), out (E,F,D)} and
+{shared.{in_, out}} with shared experts.
 """
 
 import math
@@ -16,6 +19,15 @@ erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 @dataclass(frozen=True)
+class Router:
+    top_k: int
+    scores: str
+    renormalize: bool
+    aux_loss: float
+    z_loss: float
+
+
+@dataclass(frozen=True)
 class Options:
     """What the weights do not tell."""
 
@@ -24,6 +36,7 @@ class Options:
     ffn: str = "swiglu"
     eps: float = 1e-6
     theta: float = 10000.0
+    router: Router | None = None
 
 
 def to_float64(tree):
@@ -83,10 +96,36 @@ def feed_forward(w, x_TxD, options):
     return hidden @ w["out"]
 
 
-def _stream(params, tokens_T, options):
-    """What the head reads, for one sequence."""
+def experts(w, x_TxD, options, seen):
+    """Each token's experts, one after the other; `seen` gets what the losses of the router need of each token."""
+    router, out = options.router, np.zeros_like(x_TxD)
+    for t, x in enumerate(x_TxD):
+        logits = x @ w["router"]
+        if router.scores == "softmax":
+            score = np.exp(logits) / np.sum(np.exp(logits))
+        else:
+            score = 1 / (1 + np.exp(-logits))
+        chosen = np.argsort(-(score + w["bias"]))[: router.top_k]
+        total = np.sum(score[chosen]) if router.renormalize else 1.0
+        for e in chosen:
+            expert = {"in_": w["in_"][e], "out": w["out"][e]}
+            out[t] += score[e] / total * feed_forward(expert, x[None], options)[0]
+        seen.append((chosen, score / np.sum(score), math.log(np.sum(np.exp(logits))) ** 2))
+    return out + feed_forward(w["shared"], x_TxD, options) if "shared" in w else out
+
+
+def router_loss(seen, options):
+    """Of one block, over the tokens of the whole batch: E sum_e f_e P_e, and the mean square of log Z."""
+    router, E = options.router, len(seen[0][1])
+    share = np.bincount(np.concatenate([chosen for chosen, _, _ in seen]), minlength=E) / (len(seen) * router.top_k)
+    balance = E * share @ np.mean([probs for _, probs, _ in seen], axis=0)
+    return router.aux_loss * balance + router.z_loss * np.mean([z for _, _, z in seen])
+
+
+def _stream(params, tokens_T, options, seen):
+    """What the head reads, for one sequence; seen[layer] grows by what its router did."""
     norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
-    blocks, ends = params["blocks"], params.get("ends", {})
+    blocks, ends = params["moe_blocks" if options.router else "blocks"], params.get("ends", {})
     depth = len(blocks["ffn"]["out"])
 
     def end_norm(name, x):
@@ -107,7 +146,9 @@ def _stream(params, tokens_T, options):
         def attn(x, w=w):
             return attention(w["attn"], x, options)
 
-        def ffn(x, w=w):
+        def ffn(x, w=w, layer=layer):
+            if options.router:
+                return experts(w["ffn"], x, options, seen.setdefault(layer, []))
             return feed_forward(w["ffn"], x, options)
 
         def n_attn(x, w=w):
@@ -139,17 +180,19 @@ def _at(leaf, layer):
     return leaf[layer]
 
 
-def logits(params, tokens_BxT, options):
+def logits(params, tokens_BxT, options, seen=None):
     head = params["head"] if "head" in params else params["embed"].T
-    return np.stack([_stream(params, tokens, options) @ head for tokens in tokens_BxT])
+    seen = {} if seen is None else seen
+    return np.stack([_stream(params, tokens, options, seen) @ head for tokens in tokens_BxT])
 
 
 def loss(params, tokens_BxT1, options):
-    """Mean cross-entropy in nats of predicting token t + 1 at position t."""
-    z = logits(params, tokens_BxT1[:, :-1], options)
+    """Mean cross-entropy in nats of predicting token t + 1 at position t, and the losses of the routers."""
+    seen = {}
+    z = logits(params, tokens_BxT1[:, :-1], options, seen)
     total = 0.0
     for row, targets in zip(z, tokens_BxT1[:, 1:], strict=True):
         for at_t, target in zip(row, targets, strict=True):
             top = at_t.max()
             total += top + math.log(np.sum(np.exp(at_t - top))) - at_t[target]
-    return total / (z.shape[0] * z.shape[1])
+    return total / (z.shape[0] * z.shape[1]) + sum(router_loss(block, options) for block in seen.values())
