@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,7 +210,10 @@ def test_a_nonfinite_loss_stops_with_the_last_good_checkpoint(env, tmp_path):
     evaluate(env, workdir, "--step", record["step"] - 1)  # it can be read
 
 
-def test_an_accelerator_that_is_absent_is_no_cpu_run(env, tmp_path):
-    _, err = train(env, tmp_path / "run", "--config.platform=tpu", code=2)
-    assert err.count("\n") == 1 and "platform=tpu" in err and "platform=auto" in err
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_an_accelerator_that_is_absent_is_no_cpu_run(env, tmp_path, platform):
+    if platform == "gpu" and Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    _, err = train(env, tmp_path / "run", f"--config.platform={platform}", code=2)
+    assert err.count("\n") == 1 and f"platform={platform}" in err and "platform=auto" in err
     assert not (tmp_path / "run").exists()

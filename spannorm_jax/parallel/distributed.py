@@ -15,15 +15,17 @@ import json
 import os
 import re
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import jax
 
-from spannorm_jax.errors import Parser, UserError, one_line
+from spannorm_jax.errors import USER_ERROR_EXIT, Parser, UserError, one_line
 
 _POLL_MS = 2000  # of waiting for another process: Ctrl-C is heard in between
 T = TypeVar("T")
@@ -126,7 +128,8 @@ def start(flags: Flags, platform: str) -> None:
     """Joins this process with the others, if there are any. Call it before anything touches a device.
 
     Raises:
-      UserError: nothing listens at process 0's address in time, or the place makes no sense (see `find`).
+      UserError: nothing listens at process 0's address in time, or the place makes no sense (see `find`). If another
+        process does not come in time, this one ends with such a line and code 2.
     """
     place = find(flags, os.environ)
     times = {
@@ -136,16 +139,19 @@ def start(flags: Flags, platform: str) -> None:
     }
     if place is not None:
         if place.process_id:
-            _wait_for(place, flags.start_timeout_s)  # JAX would abort the process, without an error to catch
+            _wait_for(place, flags.start_timeout_s)
+        # JAX would abort a process whose time is up, without an error to catch.
+        times["initialization_timeout"] += 60
         try:
-            jax.distributed.initialize(
-                place.coordinator,
-                place.num_processes,
-                place.process_id,
-                place.local_devices,
-                cluster_detection_method="deactivate",
-                **times,
-            )
+            with _all_within(flags.start_timeout_s, place):
+                jax.distributed.initialize(
+                    place.coordinator,
+                    place.num_processes,
+                    place.process_id,
+                    place.local_devices,
+                    cluster_detection_method="deactivate",
+                    **times,
+                )
         except RuntimeError as error:
             raise UserError(
                 f"process {place.process_id} of {place.num_processes} cannot start at {place.coordinator} "
@@ -160,6 +166,28 @@ def _on_tpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None and (
         Path("/dev/vfio").exists() or any(Path("/dev").glob("accel*"))
     )
+
+
+@contextlib.contextmanager
+def _all_within(timeout_s: int, place: Place) -> Iterator[None]:
+    """Ends the process with a line and code 2 if what is inside has not ended by then."""
+
+    def end() -> None:
+        print(
+            f"error: process {place.process_id} of {place.num_processes}: not all of them came to {place.coordinator} "
+            f"within {timeout_s} s; start the others too, each with the same address and a --process_id of its own",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(USER_ERROR_EXIT)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait_for(place: Place, timeout_s: int) -> None:

@@ -52,10 +52,10 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
         distributed.start(flags, name)
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a GPU
+        why = one_line(error)[:120] or "JAX finds no such device"
         raise UserError(
-            f"config key platform={name}: there is none here ({one_line(error)[:120]}); "
-            "install the extra for it, or write platform=auto"
+            f"config key platform={name}: there is none here ({why}); install the extra for it, or write platform=auto"
         ) from error
     if backend == "cpu":
         _keep_freed_memory()

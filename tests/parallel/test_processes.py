@@ -255,3 +255,10 @@ def test_a_coordinator_that_is_not_there(env):
     flags = ("--coordinator", address, "--num_processes", 2, "--process_id", 1, "--start_timeout_s", 1)
     (_, err) = finish([start(env, "train", *TINY, "--workdir", "never", *flags)], (2,))[0]
     assert err.count("\n") == 1 and address in err and "after 1 s" in err
+
+
+def test_a_process_that_does_not_come(env):
+    address = f"localhost:{free_port()}"
+    flags = ("--coordinator", address, "--num_processes", 2, "--process_id", 0, "--start_timeout_s", 1)
+    (_, err) = finish([start(env, "train", *TINY, "--workdir", "never", *flags)], (2,))[0]
+    assert err.count("\n") == 1 and f"not all of them came to {address} within 1 s" in err
