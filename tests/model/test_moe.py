@@ -1,6 +1,8 @@
 """Experts against float64 loops over tokens, and routers against what they promise."""
 
 import dataclasses
+import sys
+import types
 from functools import partial
 
 import jax
@@ -14,7 +16,7 @@ from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace, resolve
 from spannorm_jax.errors import UserError
 from spannorm_jax.model import experts
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
-from spannorm_jax.model.grouped_matmul import chosen, grouped_matmul
+from spannorm_jax.model.grouped_matmul import _tokamax_problem, chosen, grouped_matmul
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe import balanced_bias, load_balance_loss, moe_layers, route, router_stats
 from spannorm_jax.model.placement import PLACEMENTS
@@ -61,6 +63,37 @@ def test_a_backend_that_cannot_run_is_refused_by_name_and_passed_over_by_auto():
     assert chosen("auto") == ("padded", "")
     with pytest.raises(UserError, match="tokamax cannot run here: there is no GPU"):
         chosen("tokamax")
+
+
+def ragged_dot_of_a_kernel(x, w, sizes, implementation):
+    assert "xla" not in implementation
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def ragged_dot_without_a_kernel(x, w, sizes, implementation):
+    raise ExceptionGroup("all implementations failed", [NotImplementedError("Unsupported GPU architecture.")])
+
+
+@pytest.mark.parametrize(
+    ("module", "runs", "why"),
+    [
+        (types.SimpleNamespace(ragged_dot=ragged_dot_of_a_kernel), "tokamax", ""),
+        (types.SimpleNamespace(ragged_dot=ragged_dot_without_a_kernel), "padded", "all implementations failed"),
+        (None, "padded", "tokamax"),  # as if it were not installed
+    ],
+)
+def test_a_gpu_takes_tokamax_if_its_kernels_run(monkeypatch, module, runs, why):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    _tokamax_problem.cache_clear()
+    try:
+        found, reason = chosen("auto")
+        assert found == runs and why in reason and bool(reason) == (runs == "padded")
+        if runs == "padded":
+            with pytest.raises(UserError, match=rf"tokamax cannot run here: .*{why}.*=auto"):
+                chosen("tokamax")
+    finally:
+        _tokamax_problem.cache_clear()
 
 
 # ---- experts ------------------------------------------------------------------------------------------------
