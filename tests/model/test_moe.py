@@ -142,6 +142,27 @@ def test_experts_and_all_gradients(name):
     check(partial(experts.local, how=experts.Compute("swiglu", name)), *drawn(N, E))
 
 
+def test_dispatch_takes_no_memory_for_more_experts():
+    """Eight times as many experts of an eighth the size: 2048 x 2 rows of their width, padded to 32 an expert."""
+    num_tokens, width, how = 2048, 64, experts.Compute("swiglu", "padded")
+
+    def temporaries(num_experts):
+        hidden = 512 // num_experts
+        shapes = (num_tokens, width), (num_tokens, K), (num_experts, width, 2, hidden), (num_experts, hidden, width)
+        x, weights, w_in, w_out = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+        def loss(x, weights, w_in, w_out, ids):
+            return jnp.sum(jnp.sin(experts.local(x, weights, ids, w_in, w_out, how)))
+
+        ids = jax.ShapeDtypeStruct((num_tokens, K), jnp.int32)
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, weights, w_in, w_out, ids)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(8), temporaries(64)
+    padding = (num_tokens * K + 64 * 31) / (num_tokens * K + 8 * 31)
+    assert many < few * padding
+
+
 SPECS = (*3 * (P(("data", "expert")),), P("expert"), P("expert"))
 
 
