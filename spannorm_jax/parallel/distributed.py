@@ -266,7 +266,7 @@ def together(fn: Callable[[], T]) -> T:
         if here and (failed := _get(f"{name}/first")):
             raise UserError(f"process 0 stopped: {failed}")
         value = fn()
-    except BaseException as error:
+    except BaseException as error:  # raised again: the others must hear of it, Ctrl-C included
         failed = one_line(error) or type(error).__name__
         _put(f"{name}/{here}", failed)
         if here == 0:
@@ -294,7 +294,7 @@ def from_first(fn: Callable[[], T]) -> T:
     if is_first():
         try:
             value = fn()
-        except BaseException as error:
+        except BaseException as error:  # raised again: the others must hear of it, Ctrl-C included
             _put(name, [one_line(error) or type(error).__name__, None])
             raise
         _put(name, ["", value])

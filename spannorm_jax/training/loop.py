@@ -207,10 +207,10 @@ def _train(
                         checkpoints.wait()
                         distributed.say(f"stopped by {stopped_by}, saved at step {step}; the same command goes on")
                         return stop_code
-                checkpoints.wait()
+                checkpoints.wait()  # within in_step, where a process that is lost meanwhile is told apart
             except Diverged as diverged:
                 progress.end_line()
-                checkpoints.wait()
+                checkpoints.wait()  # within in_step, where a process that is lost meanwhile is told apart
                 if first_process:
                     write_json(workdir / run_folder.DIVERGED, diverged.record)
                 kept = checkpoints.latest_step()
