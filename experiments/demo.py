@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.runner import run_all
 from spannorm_jax.analysis import report
 from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.paths import user_path
 
 FULL = ("--config.training.steps=250", "--config.checkpoint.every_steps=50")
 SMOKE = ("--config.training.steps=12", "--config.checkpoint.every_steps=6", "--config.eval.tokens=8192")
@@ -23,7 +24,7 @@ FOLDERS = {  # of OUT, and configs/: initialisations, title of the report
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs and reports")
+    parser.add_argument("--out", type=user_path, default=Path("runs/demo"), help="folder of runs and reports")
     parser.add_argument("--smoke", action="store_true", help="a few steps a run: does everything work?")
     args = parser.parse_args(argv)
     for folder, (inits, title) in FOLDERS.items():
@@ -47,4 +48,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

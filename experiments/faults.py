@@ -21,6 +21,7 @@ from typing import Any
 from experiments.fault_runs import STEPS, TINY, Campaign, cut, ended, flip, metrics, refused, until
 from experiments.record import about, save_record
 from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.paths import user_path
 
 # A clock that falls back an hour every 50 times that it is read.
 CLOCK = """
@@ -291,7 +292,7 @@ def campaign(folder: Path, num_kills: int, seed: int, show: Callable[[str], Any]
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.faults", description=__doc__)
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
@@ -308,4 +309,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

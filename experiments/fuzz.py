@@ -26,6 +26,7 @@ from spannorm_jax.config import Config, flatten
 from spannorm_jax.errors import Parser, UserError, one_line, run_command
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.model.scale_init import weight_stds
+from spannorm_jax.paths import user_path
 from spannorm_jax.train import parse
 from spannorm_jax.training.loop import fit
 from spannorm_jax.training.optimizer import learning_rate
@@ -373,7 +374,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--json", type=user_path, help="where the record goes")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     began = time.monotonic()
@@ -387,4 +388,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

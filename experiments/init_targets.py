@@ -12,6 +12,7 @@ from experiments.demo import FULL
 from experiments.runner import run_all
 from spannorm_jax.analysis import report
 from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.paths import user_path
 
 PLACEMENTS = ("pre", "post", "span")
 TARGETS = ("ffn_out", "attn_out,ffn_out")
@@ -20,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.init_targets", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/init_targets"), help="folder of the runs")
+    parser.add_argument("--out", type=user_path, default=Path("runs/init_targets"), help="folder of the runs")
     args = parser.parse_args(argv)
     runs = {
         f"{placement}-{targets.replace(',', '-')}-seed{seed}": (
@@ -42,4 +43,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

@@ -9,7 +9,6 @@ model the step's seconds, its rate of active model FLOPs, that rate over the den
 """
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.errors import Parser, UserError, run_command
 from spannorm_jax.model.grouped_matmul import CHOICES, chosen
+from spannorm_jax.paths import user_path
 from spannorm_jax.training.setup import open_data, start_jax
 from spannorm_jax.validation import validate
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--experts", default="8,32", help="numbers of experts, with commas between")
     parser.add_argument("--top_k", type=int, default=2, help="experts that a token goes to")
     parser.add_argument("--grouped_matmul", default="auto", help=f"of {', '.join(CHOICES)}, with commas between")
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each model is measured, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     args = parser.parse_args(rest)
@@ -94,4 +94,4 @@ def print_table(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

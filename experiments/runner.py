@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spannorm_jax.training.loop import DIVERGED_EXIT
+from spannorm_jax.errors import DIVERGED_EXIT
 from spannorm_jax.training.metrics import format_seconds
 from spannorm_jax.training.run_folder import CHECKPOINTS, DIVERGED, DONE, EVAL
 
@@ -40,7 +40,7 @@ def run_all(out: Path, runs: Mapping[str, Sequence[str]]) -> int:
                 return INTERRUPTED_EXIT
         if _has_checkpoint(workdir):
             code = _run(["spannorm_jax.evaluate", "--workdir", str(workdir)])
-            if code != 0:
+            if code not in (0, DIVERGED_EXIT):
                 return code
         done_here += 1
     return 0

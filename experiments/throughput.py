@@ -29,6 +29,7 @@ from spannorm_jax.model.attention import attention, chosen
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.layers import Norm
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.paths import user_path
 from spannorm_jax.training.optimizer import make_optimizer
 from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import loss_sums, make_program
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m experiments.throughput", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     args = parser.parse_args(rest)
@@ -291,4 +292,4 @@ def print_table(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

@@ -289,6 +289,18 @@ def num_steps(config: Config) -> int:
     return -(-training.tokens // (training.batch_size * config.data.seq_len))
 
 
+def fill_sizes(config: Config) -> Config:
+    """Fills in the sizes that follow from others: key-value heads, hidden units of the feed-forward and the experts."""
+    model = config.model
+    ffn_dim = model.ffn_dim or default_ffn_dim(model.width, model.ffn)
+    return replace(
+        config,
+        model__num_kv_heads=model.num_kv_heads or model.num_heads,
+        model__ffn_dim=ffn_dim,
+        model__moe__expert_dim=model.moe.expert_dim or ffn_dim,
+    )
+
+
 def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str, tokenizer_hash: str = "") -> Config:
     """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash and the data's fingerprint.
 
@@ -312,14 +324,11 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str,
             f"{data.dataset} differs from what the config or run was made with, so results would not "
             "compare; restore that data, or start a new run without data.fingerprint"
         )
-    ffn_dim = model.ffn_dim or default_ffn_dim(model.width, model.ffn)
+    config = fill_sizes(config)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            model,
-            num_kv_heads=model.num_kv_heads or model.num_heads,
-            ffn_dim=ffn_dim,
-            moe=dataclasses.replace(model.moe, expert_dim=model.moe.expert_dim or ffn_dim),
+            config.model,
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),

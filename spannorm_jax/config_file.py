@@ -14,12 +14,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config import Config, flatten, from_dict, kind_name, matches, resolve, to_dict
+from spannorm_jax.config import (
+    Config,
+    fill_sizes,
+    flatten,
+    from_dict,
+    kind_name,
+    matches,
+    replace,
+    resolve,
+    to_dict,
+)
 from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
+from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
 
 
@@ -130,10 +141,7 @@ def load(spec: str, overrides: list[tuple[str, str]] = ()) -> Config:
     config = read_config_file(spec).copy_and_resolve_references()
     for key, text in overrides:
         _apply_override(config, key, text)
-    made = from_dict(config)
-    validate(made)
-    _check_names(made)
-    return made
+    return _checked(from_dict(config))
 
 
 def resolve_without_data(config: Config, platform: str) -> Config:
@@ -201,6 +209,31 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     values = ConfigDict(to_dict(config))
     for key, text in overrides:
         _apply_override(values, key, text)
-    made = from_dict(values)
-    validate(made)
+    return _checked(from_dict(values))
+
+
+def recorded_config(values: dict[str, Any]) -> Config:
+    """The config of a run from what its config.json holds. Options that are younger than the run take their default.
+
+    Raises:
+      UserError: as for a config that is typed; a name or a key may be of a newer version.
+    """
+    made = fill_sizes(from_dict(values, of_older_run=True))
+    check(made)
     return made
+
+
+def _checked(config: Config) -> Config:
+    check(config)
+    folders = {
+        f"data__{name}": str(user_path(text, f"config key data.{name}").absolute())
+        for name, text in (("data_dir", config.data.data_dir), ("cache_dir", config.data.cache_dir))
+        if text
+    }
+    return replace(config, **folders)  # absolute, so that a run's config holds in any working folder
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first value that is out of range, unknown, or contradicts another."""
+    validate(config)
+    _check_names(config)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes atomically: after a crash the file is the old one or the new one, never half of it."""
     temp = path.with_name(path.name + ".tmp")
     try:
-        with open(temp, "w") as file:
+        with open(temp, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -37,9 +38,24 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text that any reader takes: a number that is not finite is null, which no JSON number is."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes `to_json(value)` as `write_text` does."""
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
@@ -50,7 +66,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         end = file.read().rfind(b"\n") + 1
         file.truncate(end)
         try:
-            file.write(json.dumps(value).encode() + b"\n")
+            file.write(to_json(value).encode() + b"\n")
             file.flush()
         except OSError:
             file.truncate(end)

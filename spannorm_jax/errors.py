@@ -1,13 +1,13 @@
 """Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import NoReturn
 
 USER_ERROR_EXIT = 2
+DIVERGED_EXIT = 3  # a loss or a gradient is not finite
 _LONGEST = 900  # characters of a line
 
 
@@ -47,10 +47,17 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def run_command(main: Callable[[list[str]], int]) -> None:
-    """Runs a command line's `main(argv)` and exits with its code; a UserError exits with 2."""
+def run_command(main: Callable[[list[str]], int], lasting: bool = False) -> None:
+    """Runs a command line's `main(argv)` and exits with its code; a UserError exits with 2.
+
+    `lasting` is for work whose result lies in files: it goes on when nobody reads its output any more.
+    """
+    from spannorm_jax.console import guard_output  # which raises the errors of this module
+
+    guard_output(lasting)
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = USER_ERROR_EXIT
@@ -58,6 +65,5 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)

@@ -1,17 +1,19 @@
-"""Evaluates a run's checkpoint: python -m spannorm_jax.evaluate --workdir runs/x [--step N] [--json]
+"""Evaluates a run's checkpoint: python -m spannorm_jax.evaluate --workdir runs/x [--step N] [--json] [--out FILE]
 
 The folder is all it needs. It runs on all devices here, whatever mesh trained the run; another mesh is
 --config.mesh.tensor=2, more held-out text --config.eval.tokens=0 (all of it).
 """
 
-import json
-from pathlib import Path
+import math
+import sys
 
 from spannorm_jax.config_file import check_overridable, override, split_overrides
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.durable import to_json
+from spannorm_jax.errors import DIVERGED_EXIT, Parser, run_command
 from spannorm_jax.parallel.distributed import add_flags, flags_of, is_first
+from spannorm_jax.paths import user_path
 from spannorm_jax.training.evaluation import evaluate, here
-from spannorm_jax.training.run_folder import read_config
+from spannorm_jax.training.run_folder import EVAL, read_config, run_folder_path
 
 # What may differ from the run's own config; anything else would evaluate another model.
 _OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir", "data.verify_mib")
@@ -20,25 +22,35 @@ _OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir",
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="file that the result is appended to, or none (default: eval.jsonl)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
     add_flags(parser)
     args = parser.parse_args(rest)
     check_overridable(overrides, _OVERRIDABLE, "evaluation")
     config = override(here(read_config(args.workdir)), overrides)
-    result = evaluate(config, args.workdir, args.step, flags_of(args))
+    if args.out is None:
+        out = args.workdir / EVAL
+    else:
+        out = None if args.out == "none" else user_path(args.out, "--out")
+    result = evaluate(config, args.workdir, args.step, flags_of(args), out)
+    code = 0 if math.isfinite(result["loss"]) else DIVERGED_EXIT
     if not is_first():
-        return 0
+        return code
     if args.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         print(
             f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "
             f"{result['bits_per_byte']:.4f} bits/byte  accuracy {result['accuracy']:.4f}  "
             f"({result['tokens']:,} tokens of {result['split']})"
         )
-    return 0
+    if code:
+        print(f"the held-out loss of step {result['step']} is not finite; its record holds null", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

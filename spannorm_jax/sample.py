@@ -5,12 +5,11 @@ several devices is split by --config.mesh.tensor=2.
 """
 
 import sys
-from pathlib import Path
 
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.training.evaluation import here
-from spannorm_jax.training.run_folder import read_config
+from spannorm_jax.training.run_folder import read_config, run_folder_path
 from spannorm_jax.training.sampling import SampleOptions, check_options, sample
 
 _OVERRIDABLE = ("platform", "mesh.")
@@ -20,7 +19,7 @@ def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     usual = SampleOptions()
     parser = Parser(prog="python -m spannorm_jax.sample", description=__doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: '')")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
     parser.add_argument("--max_tokens", type=int, default=usual.max_tokens, help="new tokens a prompt, at most")

@@ -9,6 +9,7 @@ from spannorm_jax.parallel.distributed import Flags, add_flags, flags_of
 from spannorm_jax.training.dry_run import MAX_DEVICES, dry_run
 from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
+from spannorm_jax.training.run_folder import run_folder_path
 
 
 def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
@@ -16,7 +17,7 @@ def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--workdir", required=True, type=Path, help="the run's folder, made if absent")
+    parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder, made if absent")
     parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B into the folder's profile/")
     parser.add_argument(
         "--stop_code", type=int, default=0, help="exit code if a signal stops the run before its end (default 0)"
@@ -60,4 +61,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

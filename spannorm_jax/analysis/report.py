@@ -5,7 +5,6 @@
 Reads run folders only. The same folders always give the same bytes.
 """
 
-import argparse
 import base64
 import json
 import os
@@ -26,7 +25,8 @@ from spannorm_jax.analysis.runs import (
     summarise,
 )
 from spannorm_jax.analysis.tables import NUMERIC, notices, run_name, seeds_line, table_cells, text_table
-from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.paths import user_path
 
 TITLE = "Norm placement and initialisation"
 
@@ -282,13 +282,12 @@ def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m spannorm_jax.analysis.report",
-        allow_abbrev=False,
         description="Tables, figures and one HTML page from the runs below a folder.",
     )
-    parser.add_argument("root", type=Path, help="the folder that holds the runs")
-    parser.add_argument("--out", type=Path, help="where the page goes (default: ROOT/report)")
+    parser.add_argument("root", type=user_path, help="the folder that holds the runs")
+    parser.add_argument("--out", type=user_path, help="where the page goes (default: ROOT/report)")
     parser.add_argument("--title", default=TITLE, help="the page's title")
     args = parser.parse_args(argv)
     rows = [summarise(run) for run in find_runs(args.root)]

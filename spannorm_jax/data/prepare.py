@@ -4,18 +4,14 @@ With --shard only part i (from 0) of n is made. The parts may be made in any ord
 data.cache_dir; the last one joins them, and the store is the same to the byte as if it had been made at once.
 """
 
-import argparse
-
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data import shards, tokens
-from spannorm_jax.errors import run_command
+from spannorm_jax.errors import Parser, run_command
 
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m spannorm_jax.data.prepare", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="python -m spannorm_jax.data.prepare", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--shard", metavar="i/n", help="make only part i of n, i from 0 (default: everything)")
     args = parser.parse_args(rest)
@@ -36,4 +32,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, lasting=True)

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
 from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.paths import below_home, user_path
 
 _NAME = re.compile(r"(?P<base>[A-Za-z_]\w*)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
@@ -180,8 +181,11 @@ def _is_default(config: str | None, version: str | None) -> bool:
 
 
 def _data_dir(data: DataConfig) -> Path:
-    chosen = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(chosen).expanduser().absolute()
+    if data.data_dir:
+        return user_path(data.data_dir, "config key data.data_dir").absolute()
+    if os.environ.get("TFDS_DATA_DIR"):
+        return user_path(os.environ["TFDS_DATA_DIR"], "TFDS_DATA_DIR").absolute()
+    return below_home("tensorflow_datasets", "set config key data.data_dir or the variable TFDS_DATA_DIR").absolute()
 
 
 def _builder_class(name: str) -> type[tfds.core.DatasetBuilder] | None:

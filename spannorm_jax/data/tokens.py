@@ -9,7 +9,6 @@ a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`, by its
 import functools
 import hashlib
 import json
-import os
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from spannorm_jax.data import atomic, bpe, shards, stdlib_files, sys_path_files
 from spannorm_jax.data.shards import Shard
 from spannorm_jax.data.tokenizer import BYTES, TOKENIZERS, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
+from spannorm_jax.paths import cache_home, user_path
 
 FORMAT = 2  # of the store; another format is another folder
 _TOKENS = "tokens.bin"
@@ -227,8 +227,11 @@ class Windows:
 
 
 def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = Path(data.cache_dir or Path(base, "spannorm_jax", "tokens")).expanduser().absolute()
+    if data.cache_dir:
+        cache = user_path(data.cache_dir, "config key data.cache_dir").absolute()
+    else:
+        remedy = "set config key data.cache_dir or the variable XDG_CACHE_HOME"
+        cache = cache_home(remedy).absolute() / "spannorm_jax" / "tokens"
     # Splits may be slices such as train[:90%].
     split_folder = urllib.parse.quote(split, safe="")
     return cache / f"v{FORMAT}" / dataset / tokenizer_name / data.text_feature / split_folder

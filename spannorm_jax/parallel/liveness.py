@@ -20,7 +20,7 @@ WATCHDOG_EXIT, PEER_EXIT = 4, 5
 
 
 class Stop:
-    """A request to stop by SIGTERM or Ctrl-C, to any process, that all heed at the same step."""
+    """A request to stop by SIGTERM, SIGHUP or Ctrl-C, to any process, that all heed at the same step."""
 
     def __init__(self) -> None:
         self.requested = ""  # name of the first signal to this process; of several processes, JAX knows which got one
@@ -36,7 +36,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and Ctrl-C ask for a stop after the step in flight; a second one has its usual effect."""
+    """SIGTERM, SIGHUP and Ctrl-C ask for a stop after the step in flight; a second one has its usual effect.
+
+    A SIGHUP that was ignored stays ignored: that is what `nohup` asks for.
+    """
     stop = Stop()
     usual: dict[int, Any] = {}
 
@@ -48,7 +51,10 @@ def stop_signals() -> Iterator[Stop]:
             signal.raise_signal(signal.SIGTERM)  # JAX's own handler tells the other processes
 
     # Of several processes each has JAX's handler of SIGTERM, which Python must leave in place.
-    for number in (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         usual[number] = signal.signal(number, handler)
     try:
         yield stop

@@ -2,14 +2,22 @@
 
 A checkpoint has three items: params, opt_state and meta (step and resolved config). They are separate so that
 evaluation reads the parameters alone. Saves are asynchronous: Orbax writes to a temporary folder and renames it when
-everything is on disk; just before, `manifest.py` lists the hash of each file in it. Only checkpoints that match their
-manifest are ever read.
+everything is on disk; just before, `array_store.py` asks each item for its arrays and `manifest.py` lists the hash of
+each file. Only checkpoints that are whole and match their manifest are ever read.
+
+Readers and a trainer at work share a folder. A reader holds the checkpoint it reads by a shared lock on its manifest,
+and the trainer keeps what is held; the trainer locks what it removes, and a reader passes it over.
 """
 
+import contextlib
+import fcntl
 import logging
+import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -18,11 +26,23 @@ import orbax.checkpoint as ocp
 from spannorm_jax.config import CheckpointConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
-from spannorm_jax.training.manifest import fault, write_manifest
+from spannorm_jax.training.array_store import incomplete, join_parts
+from spannorm_jax.training.manifest import MANIFEST, fault, write_manifest
 from spannorm_jax.training.step import TrainState
 
-# Orbax reports each save and restore at INFO, its read-only mode at WARNING, and what it also raises at ERROR.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+policies = ocp.checkpoint_managers
+
+# Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
+# that a reader's manager is read-only, and that parts were not joined, which `_seal` does and checks itself.
+_SAID_OTHERWISE = re.compile(r".*(read.only|Skipping merge of OCDBT)", re.DOTALL)
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING and not _SAID_OTHERWISE.match(record.getMessage())
+
+
+logging.getLogger("absl").setLevel(logging.WARNING)
+logging.getLogger("absl").addFilter(_says_more)
 
 
 class Checkpoints:
@@ -32,18 +52,18 @@ class Checkpoints:
         """Opens the folder for training with `config`, or read-only without one."""
         self.folder = folder
         self._saving: int | None = None
+        self._held: IO[bytes] | None = None
         if config is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last,
-                keep_period=config.keep_every or None,
+                preservation_policy=_KeepHeld(folder, config),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 # Orbax calls this when all files are written, just before it renames the temporary folder.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
@@ -57,6 +77,10 @@ class Checkpoints:
 
     def _seal(self) -> None:
         (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        join_parts(folder)
+        lacks = incomplete(folder)
+        if lacks:
+            raise RuntimeError(f"the save of step {self._saving} failed: {lacks}")
         write_manifest(folder)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
@@ -88,15 +112,27 @@ class Checkpoints:
         return TrainState(restored, items.params, items.opt_state)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Reads the parameters alone."""
+        """Reads the parameters alone.
+
+        Raises:
+          UserError: a trainer has removed the checkpoint meanwhile, where no lock could hold it.
+        """
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-        return self._manager.restore(step, args=args).params
+        try:
+            return self._manager.restore(step, args=args).params
+        except Exception as error:  # each store raises its own kind over a file that has gone
+            if (self._path(step) / MANIFEST).exists():
+                raise
+            raise UserError(
+                f"{self._path(step)} was removed while it was read, by a trainer at work; repeat the command, or "
+                "train with a larger checkpoint.keep_last"
+            ) from error
 
     def newest_sound(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as they were saved, and what is wrong with each newer one."""
         faults = []
         for step in reversed(self.steps()):
-            found = fault(self._path(step))
+            found = self._fault(step)
             if found is None:
                 return step, faults
             faults.append(found)
@@ -128,34 +164,122 @@ class Checkpoints:
             self._path(bad).rename(aside / str(bad))
         return step, faults
 
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a checkpoint and what would mend it, naming the file; None if it can be read."""
+        found = fault(self._path(step))
+        if found is None and (lacks := incomplete(self._path(step))):
+            found = lacks
+            if "never joined" in lacks:  # as saved in a folder with brackets, before that was noticed
+                found += (
+                    "; its data are there, and this joins them: python -c 'import sys; from pathlib import Path; "
+                    "from spannorm_jax.training.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
+                    f"{str(self._path(step))!r}"
+                )
+        return found
+
     def find(self, step: int | None) -> tuple[int, list[str]]:
         """The step asked for, or the newest sound one, and what is wrong with each newer one.
+
+        It is held until `close`: a trainer at work leaves it where it is.
 
         Raises:
           UserError: there is no such checkpoint, or it is not as it was saved.
         """
         return tuple(distributed.from_first(lambda: self._find(step)))
 
-    def _find(self, step: int | None) -> tuple[int, list[str]]:
+    def _find(self, wanted: int | None) -> tuple[int, list[str]]:
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no committed checkpoint yet; train longer first")
-        if step is None:
-            step, faults = self.newest_sound()
-            if step is None:
-                raise UserError(f"{faults[0]}, and no older checkpoint is sound; put the files back from a copy")
-            return step, faults
-        if step not in steps:
-            raise UserError(f"{self.folder} holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-        found = fault(self._path(step))
-        if found:
-            others = ", ".join(str(s) for s in steps if s != step) or "none"
-            raise UserError(f"{found}; put the file back from a copy, or choose another --step (there: {others})")
-        return step, []
+        if wanted is not None and wanted not in steps:
+            raise UserError(
+                f"{self.folder} holds no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}"
+            )
+        faults = []
+        for step in [wanted] if wanted is not None else steps[::-1]:
+            if not self._hold(step):
+                continue
+            found = self._fault(step)
+            if found is None:
+                return step, faults
+            faults.append(found)
+        if not faults:  # all were being removed: newer ones have come
+            self._manager.reload()
+            if wanted is None and self.steps() != steps:
+                return self._find(None)
+            raise UserError(f"{self._path(wanted or steps[-1])} is being removed by a trainer; choose another --step")
+        if wanted is None:
+            raise UserError(f"{faults[0]}, and no older checkpoint is sound; put the files back from a copy")
+        others = ", ".join(str(s) for s in steps if s != wanted) or "none"
+        raise UserError(f"{faults[0]}; put the file back from a copy, or choose another --step (there: {others})")
+
+    def _hold(self, step: int) -> bool:
+        """Keeps a trainer from removing a checkpoint; False if it has gone, or a trainer is removing it."""
+        self._release()
+        path = self._path(step) / MANIFEST
+        try:
+            self._held = open(path, "rb")  # noqa: SIM115 (closed by _release)
+            fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # no manifest, which `fault` names, or no locks on this file system
+            return self._path(step).exists()
+        return os.fstat(self._held.fileno()).st_nlink > 0
+
+    def _release(self) -> None:
+        if self._held:
+            self._held.close()
+            self._held = None
 
     def wait(self) -> None:
         """Returns when every save is committed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        self._release()
         self._manager.close()
+
+
+class _KeepHeld(policies.PreservationPolicy):
+    """Orbax's choice of what to keep, and what a reader holds. What goes is locked until the next choice."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        kept = [policies.LatestN(config.keep_last)]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
+        self._usual = policies.AnyPreservationPolicy(kept)
+        self._folder = folder
+        self._locks = contextlib.ExitStack()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        self._locks.close()  # of the choice before, whose removals are done
+        usual = self._usual.should_preserve(checkpoints, context=context)
+        spare = [info.step for info, keep in zip(checkpoints, usual, strict=True) if not keep]
+        held = distributed.from_first(lambda: [step for step in spare if not self._claim(step)])
+        return [keep or info.step in held for info, keep in zip(checkpoints, usual, strict=True)]
+
+    def _claim(self, step: int) -> bool:
+        """Locks out readers; False if one holds the checkpoint."""
+        try:
+            file = self._locks.enter_context((self._folder / str(step) / MANIFEST).open("r+b"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks on this file system, or no manifest: nobody holds it
+            pass
+        return True
+
+
+def rescue(checkpoint: Path) -> None:
+    """Joins the parts of a checkpoint that was sealed without it, and seals it anew.
+
+    Raises:
+      ValueError: the checkpoint is not as it was saved, or is not whole even then.
+    """
+    found = fault(checkpoint)
+    if found is None:
+        join_parts(checkpoint)
+        found = incomplete(checkpoint)
+    if found:
+        raise ValueError(found)
+    write_manifest(checkpoint)

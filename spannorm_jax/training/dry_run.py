@@ -23,6 +23,7 @@ from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per
 from spannorm_jax.parallel.collectives import KINDS, Collective, collectives
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
 from spannorm_jax.training.metrics import PEAK_FLOPS, known_kind
+from spannorm_jax.training.setup import fix_numerics
 from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
 
 MAX_DEVICES = 2048  # what XLA has for CPUs in one process
@@ -86,6 +87,7 @@ def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
 
 def _start_jax(num_devices: int) -> None:
     """Fake devices, in a process that has used none yet; or enough of those that it has."""
+    fix_numerics()
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_disable_most_optimizations", True)  # of machine code, which nobody runs

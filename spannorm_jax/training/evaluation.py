@@ -23,26 +23,33 @@ from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax
 from spannorm_jax.training.step import Program, make_program
 
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
 
 def here(config: Config) -> Config:
     """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
     return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
 
 
-def evaluate(config: Config, workdir: Path, step: int | None, flags: distributed.Flags) -> dict[str, Any]:
-    """Evaluates a checkpoint (default: the newest), appends to eval.jsonl and returns that line.
+def evaluate(
+    config: Config, workdir: Path, step: int | None, flags: distributed.Flags, out: Path | None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint (default: the newest), appends a line to `out` if there is one, and returns that line.
 
-    Of several processes (`flags`) each reads its own rows, and process 0 appends.
+    A run's eval.jsonl that cannot be written is said on stderr; another `out` is refused before
+    the work. Of several processes (`flags`) each reads its own rows, and process 0 appends.
 
     `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
     (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
 
     Raises:
-      UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or the folder
+      UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`
         cannot be written.
     """
     start_jax(config.platform, flags)
     default_sigterm()
+    if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
+        _check_writable(out)
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
         step, faults = checkpoints.find(step)
@@ -57,16 +64,22 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: distributed
     finally:
         checkpoints.close()
     line = result | {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
-    if not distributed.is_first():
-        return line
-    try:
-        append_line(workdir / run_folder.EVAL, line)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {workdir / run_folder.EVAL}: {error.strerror}; "
-            f"the loss of step {step}, {line['loss']}, is not recorded"
-        ) from error
+    if out is not None and distributed.is_first():
+        try:
+            append_line(out, line)
+        except OSError as error:
+            print(
+                f"not recorded: {out} cannot be written ({error.strerror}); --out FILE records it elsewhere",
+                file=sys.stderr,
+            )
     return line
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        open(out, "ab").close()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file, or none") from error
 
 
 def _fit(config: Config) -> tuple[Data, Config, Mesh]:
@@ -91,7 +104,7 @@ def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[
     loss = totals["nll"] / totals["count"]
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
         "bits_per_byte": totals["nll"] / math.log(2) / num_bytes,
         "accuracy": totals["correct"] / totals["count"],
         "tokens": int(totals["count"]),

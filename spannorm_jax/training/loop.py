@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.durable import append_line, write_json, write_text
-from spannorm_jax.errors import UserError
+from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model import grouped_matmul
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
@@ -35,7 +35,6 @@ from spannorm_jax.training.profiling import StepTrace, check_steps
 from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
-DIVERGED_EXIT = 3
 ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy", "expert_overflow")
 
 
@@ -211,10 +210,14 @@ def _train(
             except Diverged as diverged:
                 progress.end_line()
                 checkpoints.wait()  # within in_step, where a process that is lost meanwhile is told apart
+                # A step's numbers are of the weights before it: those that this step met are not good.
+                met, kept = diverged.record["step"] - 1, checkpoints.steps()
+                good = max((saved for saved in kept if saved < met), default=None)
+                last = f"the last good checkpoint is step {good}" if good else "there is no good checkpoint"
+                if met in kept:
+                    last += f" (that of step {met} holds the weights with which this happened)"
                 if first_process:
-                    write_json(workdir / run_folder.DIVERGED, diverged.record)
-                kept = checkpoints.latest_step()
-                last = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
+                    write_json(workdir / run_folder.DIVERGED, diverged.record | {"last_good_checkpoint": good})
                 distributed.say(f"stopped: {diverged}; {last}")
                 return DIVERGED_EXIT
     if first_process:

@@ -4,7 +4,6 @@ Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `ste
 holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
 """
 
-import json
 import os
 import re
 import resource
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spannorm_jax.durable import to_json
 from spannorm_jax.training.run_folder import keep_lines_until
 from spannorm_jax.training.tensorboard import TensorBoard
 
@@ -82,13 +82,13 @@ class MetricsWriter:
     def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
         self._wandb_run = wandb_run
         keep_lines_until(metrics_path, last_step)
-        self._file = open(metrics_path, "a")  # noqa: SIM115 (closed by close())
+        self._file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._tensorboard = None
         if tensorboard is not None:
             self._tensorboard = TensorBoard(tensorboard, last_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(to_json(line) + "\n")
         self._file.flush()
         values = {**line, **line["machine_s"]}
         if self._tensorboard is not None:

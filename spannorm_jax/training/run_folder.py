@@ -20,9 +20,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from spannorm_jax.config import Config, changed_keys, from_dict, to_dict
+from spannorm_jax.config import Config, changed_keys, to_dict
+from spannorm_jax.config_file import recorded_config
 from spannorm_jax.durable import exclusive, unwritable, write_json, write_text
 from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.paths import user_path
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
@@ -31,24 +33,37 @@ DONE, DIVERGED, LOCK, DAMAGED = "DONE", "DIVERGED", "LOCK", "damaged"
 _FIRST_FILES = (LOCK, CONFIG + ".tmp")  # all that a start which was killed at once leaves
 
 
+def run_folder_path(text: str) -> Path:
+    """`--workdir` as a path. Raises UserError for an address or a name that checkpoints cannot have."""
+    path = user_path(text, "--workdir")
+    if "\\" in str(path.absolute()):
+        raise UserError(
+            f"--workdir {text!r} holds a backslash, which the checkpoints' library takes for a slash; write / instead"
+        )
+    return path
+
+
 def read_config(workdir: Path) -> Config:
-    """The config that a run was started with.
+    """The config that a run was started with, checked as one that is typed.
 
     Raises:
-      UserError: the folder is not a run, or its config cannot be read.
+      UserError: the folder is not a run, its config cannot be read, or this version does not know what it names.
     """
     path = workdir / CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} is not a run: it has no {CONFIG}; give a folder that train has written")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it holds no keys")
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it back from a checkpoint's meta") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error
-    return from_dict(values, of_older_run=True)
+    try:
+        return recorded_config(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error} (if a newer version of this code wrote it, use that one)") from error
 
 
 @contextlib.contextmanager

@@ -52,15 +52,17 @@ def check_options(options: SampleOptions) -> None:
 # ---- pure functions ----------------------------------------------------------------------------------
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "positions", "keys"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass
 class Rows:
-    """What stands between two steps: the cache, each row's newest token, its position, and its random key; (B,)."""
+    """What stands between two steps: the cache, each row's newest token, its position and random key, and whether its
+    logits were finite; (B,)."""
 
     cache: Any
     tokens: Array
     positions: Array
     keys: Array
+    finite: Array
 
 
 def choose(logits_BxV: Array, keys_B: Array, temperature: float, top_k: int, vocab_size: int) -> Array:
@@ -87,7 +89,8 @@ def _advance(
     logits = decoder.logits(jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0])
     positions = jnp.take_along_axis(positions_BxT, last[:, None], axis=1)[:, 0] + 1
     # Keyed by row and position: a text is the same whatever else is in the batch.
-    return Rows(cache, pick(logits, jax.vmap(jax.random.fold_in)(rows.keys, positions)), positions, rows.keys)
+    chosen = pick(logits, jax.vmap(jax.random.fold_in)(rows.keys, positions))
+    return Rows(cache, chosen, positions, rows.keys, jnp.all(jnp.isfinite(logits), axis=-1))
 
 
 def prefill(
@@ -96,7 +99,7 @@ def prefill(
     """Reads prompts, padded on the right to P tokens, into a cache of `slots`, and chooses the first new tokens."""
     B, P = tokens_BxP.shape
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
-    empty = Rows(empty_cache(model.cfg, B, slots), tokens_BxP[:, 0], lengths_B, keys)
+    empty = Rows(empty_cache(model.cfg, B, slots), tokens_BxP[:, 0], lengths_B, keys, jnp.ones(B, bool))
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     return _advance(model.bind(params), pick, tokens_BxP, positions, lengths_B - 1, empty)
 
@@ -125,6 +128,9 @@ def generate(
 
     `show` is given every step's tokens, (number of prompts,), as they come; rows that have ended repeat the end of
     text. The batch is filled up to a multiple of `rows_multiple`, which the mesh may need.
+
+    Raises:
+      UserError: the logits are not finite.
     """
     B, end = len(prompts), tokenizer.end_of_text
     lengths = np.ones(-(-B // rows_multiple) * rows_multiple, np.int32)
@@ -145,9 +151,11 @@ def generate(
     ended = np.zeros(B, bool)
     for t in range(options.max_tokens):
         # A copy: the next step takes the rows' buffers, and is dispatched before this one's tokens are read.
-        newest = jnp.copy(rows.tokens)
+        newest, finite = jnp.copy(rows.tokens), jnp.copy(rows.finite)
         if t + 1 < options.max_tokens:
             rows = step(params, rows)
+        if not np.asarray(finite)[:B].all():
+            raise UserError("the model's logits are not finite: these weights have diverged; give an older --step")
         made[:, t] = np.where(ended, end, np.asarray(newest)[:B])
         ended |= made[:, t] == end
         show(made[:, t])
@@ -206,12 +214,12 @@ def sample(
         does not fit.
     """
     check_options(options)
+    start_jax(config.platform)
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
         step, faults = checkpoints.find(step)
         for found in faults:
             print(f"passed over a checkpoint: {found}; sampling from step {step}", file=sys.stderr, flush=True)
-        start_jax(config.platform)
         tokenizer = run_tokenizer(config, workdir)
         ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         mesh = make_mesh(config.mesh)

@@ -1,11 +1,13 @@
 """What a command line needs before it can compute: platform, token stores, resolved config, records of the start."""
 
+import contextlib
 import ctypes
 import datetime
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,29 @@ from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
+from spannorm_jax.paths import cache_home
 
+# JAX's options that change numbers, or stop a step over one; each has an environment variable of its name.
+NUMERICS: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_threefry_gpu_kernel_lowering": False,
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_allow_f16_reductions": True,
+    "jax_softmax_custom_jvp": False,
+    "jax_optimization_level": "UNKNOWN",
+    "jax_exec_time_optimization_effort": 0.0,
+    "jax_disable_jit": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+}
+_BELOW_JAX = re.compile(r"(JAX|XLA|LIBTPU|CUBLAS|CUDNN)_|NVIDIA_TF32_OVERRIDE|TF_CUDNN_DETERMINISTIC")
 _RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -40,12 +64,14 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
     Raises:
       UserError: the platform is absent here, or the other processes cannot be reached.
     """
+    fix_numerics()
     if not jax.config.jax_compilation_cache_dir:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        # One folder per kind of host: a home shared by unlike machines must not mix their CPU code.
-        host = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
-        jax.config.update("jax_compilation_cache_dir", str(base / "spannorm_jax" / "xla" / host))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        with contextlib.suppress(UserError):  # without a home there is no cache, and none is needed
+            # One folder per kind of host: a home shared by unlike machines must not mix their CPU code.
+            host = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
+            folder = cache_home("") / "spannorm_jax" / "xla" / host
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if name != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     if flags:
@@ -57,8 +83,24 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
         raise UserError(
             f"config key platform={name}: there is none here ({why}); install the extra for it, or write platform=auto"
         ) from error
+    if name not in ("auto", {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)):
+        # The platform is heard only before the first question to JAX: a fault of ours, never a run elsewhere.
+        raise RuntimeError(f"platform={name} was asked for after JAX had started on {backend}")
     if backend == "cpu":
         _keep_freed_memory()
+
+
+def fix_numerics() -> None:
+    """Sets what JAX's environment variables could change about numbers, so that a config alone decides them."""
+    for name, value in NUMERICS.items():
+        if name in jax.config.values:  # versions come and go
+            jax.config.update(name, value)
+
+
+def numerics_record() -> dict[str, Any]:
+    """For starts.jsonl: what is fixed, and what the environment tells the compilers and libraries below JAX."""
+    fixed = {name: value for name, value in NUMERICS.items() if name in jax.config.values}
+    return {"fixed": fixed, "environment": {k: v for k, v in sorted(os.environ.items()) if _BELOW_JAX.match(k)}}
 
 
 def _keep_freed_memory() -> None:
@@ -113,6 +155,7 @@ def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "spannorm_jax.train", *argv]),
         **machine_facts(),
+        "numerics": numerics_record(),
         "data": {
             "dataset": data.train.dataset,
             "fingerprint": fingerprint(data.train, data.eval),

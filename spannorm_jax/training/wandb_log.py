@@ -43,7 +43,12 @@ def open_run(wandb: Any, config: Config, workdir: Path) -> Any:
     path = workdir / run_folder.WANDB
     if not path.exists():
         write_json(path, {"id": secrets.token_hex(8)})
-    run_id = json.loads(path.read_text())["id"]
+    try:
+        run_id = json.loads(path.read_text(encoding="utf-8"))["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}); put it back, or remove it to log to another wandb run"
+        ) from error
     try:
         return wandb.init(
             project=config.metrics.wandb_project,
