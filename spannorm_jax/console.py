@@ -26,8 +26,8 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno in _READER_GONE:
-                # What follows, of C libraries too, goes nowhere.
+            if error.errno in _READER_GONE or not self._lasting:
+                # What follows goes nowhere: that of C libraries, and what Python still holds at its end.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if self._lasting:
                 return memoryview(data).nbytes

@@ -1,0 +1,178 @@
+"""Checkpoints on disk: whole whatever their folder is called, and safe from a trainer while they are read."""
+
+import fcntl
+import json
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from spannorm_jax.config import CheckpointConfig
+from spannorm_jax.errors import UserError
+from spannorm_jax.training import array_store, checkpoint
+from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.training.step import TrainState
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def state(step):
+    """A state whose every number tells the step and its place; one array is all zeros, as a bias is at first."""
+    params = {"blocks": {"w": np.arange(12.0, dtype=np.float32).reshape(3, 4) + step}, "bias": np.zeros(5, np.float32)}
+    moments = ({"mu": jax.tree.map(lambda x: x * 2, params)}, {"count": np.int32(step)})
+    return jax.device_put(TrainState(np.int32(step), params, moments), SHARDING)
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state(0))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def save(folder, *steps, keep_last=5):
+    saving = Checkpoints(folder, CheckpointConfig(keep_last=keep_last))
+    try:
+        for step in steps:
+            saving.save(step, state(step), {"step": step})
+        saving.wait()
+    finally:
+        saving.close()
+
+
+NAMES = [
+    "plain",
+    "seed[0]",
+    "team [ml]/run",
+    "a*b?",
+    "[!x]",
+    "a b",
+    "a%20b",
+    "a#b",
+    "a:b",
+    "{x}",
+    "é",
+    "line\nend",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_is_read_whatever_the_folder_is_called(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    folder.mkdir(parents=True)
+    save(folder, 3)
+    reading = Checkpoints(folder)
+    try:
+        assert reading.find(None) == (3, [])
+        same(reading.restore(3, ABSTRACT), state(3))
+        same(reading.restore_params(3, ABSTRACT.params), state(3).params)
+    finally:
+        reading.close()
+
+
+def test_a_folder_by_way_of_its_parent(tmp_path):
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a" / ".." / "checkpoints", 1)
+    assert array_store.incomplete(tmp_path / "checkpoints" / "1") is None
+
+
+def test_a_save_that_is_not_whole_is_never_sealed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "join_parts", lambda folder: None)
+    with pytest.raises(RuntimeError, match=r"save of step 2 failed.*never joined"):
+        save(tmp_path / "[x]", 2)
+    reading = Checkpoints(tmp_path / "[x]")
+    assert reading.steps() == []
+    reading.close()
+
+
+def test_what_was_sealed_without_its_arrays_is_refused_and_rescued(tmp_path, monkeypatch):
+    """As in a folder with brackets before that was noticed: the manifest matches, and nobody can read it."""
+    folder = tmp_path / "[x]"
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "join_parts", lambda folder: None)
+        before.setattr(checkpoint, "incomplete", lambda folder: None)
+        save(folder, 2)
+    reading = Checkpoints(folder)
+    with pytest.raises(UserError, match=r"opt_state is not whole.*rescue") as refused:
+        reading.find(None)
+    command = str(refused.value).split("joins them: ")[1].split(", and no older")[0]
+    assert "rescue(Path(sys.argv[1]))" in command and str(folder / "2") in command
+    reading.close()
+    checkpoint.rescue(folder / "2")
+    reading = Checkpoints(folder)
+    assert reading.find(None) == (2, [])
+    same(reading.restore(2, ABSTRACT), state(2))
+    reading.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("blocks.w/.zarray", "array blocks.w is missing"),
+        ("blocks.w/0.0", "array blocks.w has 0 of 1 chunks"),
+        ("bias/0", "array bias has 0 of 1 chunks"),
+    ],
+)
+def test_an_array_that_is_not_there_is_named(tmp_path, key, says):
+    save(tmp_path / "c", 1)
+    path = tmp_path / "c" / "1" / "params"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}).result()
+    store.write(key, None).result()
+    assert array_store.incomplete(tmp_path / "c" / "1") == f"{path} is not whole: {says}"
+
+
+def test_an_array_of_another_shape_is_named(tmp_path):
+    save(tmp_path / "c", 1)
+    path = tmp_path / "c" / "1" / "params"
+    tree = json.loads((path / "_METADATA").read_text())
+    (leaf,) = [v for k, v in tree["tree_metadata"].items() if "'w'" in k]
+    leaf["value_metadata"]["write_shape"] = [3, 5]
+    (path / "_METADATA").write_text(json.dumps(tree))
+    assert "array blocks.w has shape [3, 4], not [3, 5]" in array_store.incomplete(tmp_path / "c" / "1")
+
+
+def test_a_reader_keeps_its_checkpoint_from_a_trainer(tmp_path):
+    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
+    saving.save(1, state(1), {"step": 1})
+    saving.wait()
+    reading = Checkpoints(tmp_path)
+    assert reading.find(None) == (1, [])
+    for step in (2, 3):
+        saving.save(step, state(step), {"step": step})
+        saving.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+    same(reading.restore_params(1, ABSTRACT.params), state(1).params)
+    reading.close()
+    saving.save(4, state(4), {"step": 4})
+    saving.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["4"]
+
+
+def test_a_reader_passes_over_what_a_trainer_is_removing(tmp_path):
+    save(tmp_path, 1, 2)
+    reading = Checkpoints(tmp_path)
+    with open(tmp_path / "2" / "manifest.json", "r+b") as trainer:
+        fcntl.flock(trainer, fcntl.LOCK_EX)
+        assert reading.find(None) == (1, [])
+        with pytest.raises(UserError, match="2 is being removed by a trainer; choose another --step"):
+            reading.find(2)
+    reading.close()
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_one_line(tmp_path):
+    """Where no lock holds it, as on a file system without them."""
+    save(tmp_path, 1)
+    reading = Checkpoints(tmp_path)
+    (tmp_path / "1").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="was removed while it was read"):
+        reading.restore_params(1, ABSTRACT.params)
+    reading.close()
+
+
+def test_multiples_of_keep_every_stay(tmp_path):
+    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
+    for step in range(1, 10):
+        saving.save(step, state(step), {"step": step})
+    saving.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 9]
