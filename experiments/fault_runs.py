@@ -51,9 +51,8 @@ class Campaign:
         return [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)]
 
     def start(self, command: list[str], **more: Any) -> subprocess.Popen:
-        return subprocess.Popen(
-            command, env=self.env, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
-        )
+        usual = {"env": self.env, "cwd": self.folder, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", **usual | more)
 
     def run(self, command: list[str], **more: Any) -> tuple[int, str]:
         """(exit code, output); -99 for a process that had to be killed because it hung."""
