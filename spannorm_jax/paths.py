@@ -16,7 +16,7 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
 
     Raises:
       UserError: it is an address such as gs://bucket/x, there is no such home directory, or the name cannot be the
-        same for Python and for the libraries in C++, which take UTF-8.
+        same for Python and for the libraries in C++, which take UTF-8, or no system has such a path.
     """
     shown = f"{what} {os.fspath(text)!r}".strip()
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)):
@@ -37,6 +37,13 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
             f"{shown} has a name that is no UTF-8 here; rename it, or set PYTHONUTF8=1 where the locale has another "
             "encoding"
         )
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # it may be made, and whoever makes it says why it cannot be
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown} cannot be a path ({reason}); write another") from error
     return path
 
 

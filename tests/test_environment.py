@@ -162,7 +162,9 @@ def test_a_home_is_expanded_everywhere_and_addresses_are_refused_before_anything
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "data", "runs"]
 
 
-@pytest.mark.parametrize("text", ["~nobody_of_that_name/x", "hdfs://a/b", "file:///tmp/x", "bad\udce9name"])
+@pytest.mark.parametrize(
+    "text", ["~nobody_of_that_name/x", "hdfs://a/b", "file:///tmp/x", "bad\udce9name", "x" * 300, "a\0b"]
+)
 def test_a_path_that_cannot_be_is_one_line(text):
     with pytest.raises(UserError) as refusal:
         user_path(text, "--workdir")
