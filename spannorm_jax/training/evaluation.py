@@ -42,6 +42,7 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: distributed
         cannot be written.
     """
     start_jax(config.platform, flags)
+    distributed.check_devices()
     default_sigterm()
     checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
     try:
