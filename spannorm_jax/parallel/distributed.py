@@ -174,8 +174,9 @@ def _all_within(timeout_s: int, place: Place) -> Iterator[None]:
 
     def end() -> None:
         print(
-            f"error: process {place.process_id} of {place.num_processes}: not all of them came to {place.coordinator} "
-            f"within {timeout_s} s; start the others too, each with the same address and a --process_id of its own",
+            f"error: process {place.process_id} of {place.num_processes}: not all of them came to "
+            f"{one_line(place.coordinator)} within {timeout_s} s; start the others too, each with the same address and "
+            "a --process_id of its own",
             file=sys.stderr,
             flush=True,
         )
