@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -43,8 +44,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+# Control characters but newline and tab, what turns the direction of text around, and lone halves of characters.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with what would command a terminal, not show on it, as Python writes it: `\\x1b`, `\\u202e`."""
+
+    def escaped(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _UNSEEN.sub(escaped, text)
+
+
 def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """The text in one line, which a terminal shows as it is."""
+    return visible(" ".join(str(text).split()))
 
 
 def run_command(main: Callable[[list[str]], int], lasting: bool = False) -> None:

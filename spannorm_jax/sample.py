@@ -7,7 +7,7 @@ several devices is split by --config.mesh.tensor=2.
 import sys
 
 from spannorm_jax.config_file import check_overridable, override, split_overrides
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.errors import Parser, run_command, visible
 from spannorm_jax.training.evaluation import here
 from spannorm_jax.training.run_folder import read_config, run_folder_path
 from spannorm_jax.training.sampling import SampleOptions, check_options, sample
@@ -33,8 +33,10 @@ def main(argv: list[str]) -> int:
     check_options(options)
     config = override(here(read_config(args.workdir)), overrides)
 
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+
+    def write(text: str) -> None:  # what a model says must not command the terminal; a file gets it as it is
+        print(visible(text) if on_terminal else text, end="", flush=True)
 
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows a question mark
         sys.stdout.reconfigure(errors="replace")

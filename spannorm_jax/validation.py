@@ -65,13 +65,20 @@ _AT_LEAST = {  # key -> smallest legal value
     "mesh.expert": -1,
     "mesh.tensor": -1,
 }
-_ABOVE_ZERO = ("model.norm_eps", "model.rope_theta", "optim.eps", "model.variance_budget")
+_MIN_FLOAT = 2.0**-126  # float32's smallest normal number
+_LEAST_FLOATS = {  # key -> smallest legal value, and what is wrong below it
+    # The slope of 1 / sqrt(eps) is eps^-1.5 / 2, which float32 holds down to 2^-85 = 2.6e-26.
+    "model.norm_eps": (1e-24, "the gradient of a row of zeros overflows float32"),
+    # Frequencies are powers of 1 / theta: near 0 angles overflow, and their cosine is no number.
+    "model.rope_theta": (1.0, "a pair turns by more than 1 radian a token"),
+    "optim.eps": (_MIN_FLOAT, "it vanishes in float32"),
+    "model.variance_budget": (_MIN_FLOAT, "it vanishes in float32"),
+}
 _FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
 _FILE_NAMES = ("data.dataset", "data.text_feature", "data.train_split", "data.eval_split")  # of token stores
 _MAX_DEPTH = 2**16  # some of what is told of each block is told on the host
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
-_MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 
 
 def validate(config: Config) -> None:
@@ -83,9 +90,12 @@ def validate(config: Config) -> None:
     for key, value in flat.items():
         if isinstance(value, int) and value > _MAX_INT and key != "training.tokens":
             raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
-    for key in _ABOVE_ZERO:
-        if flat[key] < _MIN_FLOAT:
-            raise UserError(f"config key {key}={flat[key]} must be above 0, and at least {_MIN_FLOAT} for float32")
+    for key, (least, why) in _LEAST_FLOATS.items():
+        if flat[key] < least:
+            raise UserError(f"config key {key}={flat[key]} is too small: {why}; write {least} or more")
+    for key, value in flat.items():
+        if isinstance(value, float) and 0 < abs(value) < _MIN_FLOAT:  # a clip_norm of 0 / 0 would be no number
+            raise UserError(f"config key {key}={value} vanishes in float32; write 0, or {_MIN_FLOAT} or more")
     for key in _FRACTIONS:
         if not 0 <= flat[key] <= 1:
             raise UserError(f"config key {key}={flat[key]} must be between 0 and 1")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spannorm_jax.analysis.runs import INIT_ORDER, PLACEMENT_ORDER, Group, Row, Run, ranked
+from spannorm_jax.analysis.runs import INIT_ORDER, PLACEMENT_ORDER, Group, Row, Run, finite, ranked
 
 # Distinct for colour-blind readers too, and at least 4.5:1 on white.
 _COLOURS = {"pre": "#0067a5", "post": "#c24e00", "span": "#00805b"}
@@ -83,16 +83,12 @@ def smooth(values: np.ndarray, fraction: float = SMOOTHING) -> np.ndarray:
     return (sums[after] - sums[first]) / (after - first)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
 def _losses(run: Run) -> dict[int, float]:
     """Step -> smoothed loss, up to the first that is not finite."""
     steps, losses = [], []
     for line in run.metrics:
-        loss = _number(line.get("loss"))
-        if not math.isfinite(loss):
+        loss = finite(line.get("loss"))
+        if loss is None:
             break
         steps.append(line["step"])
         losses.append(loss)
@@ -144,9 +140,8 @@ def _block_norms(run: Run, last: bool) -> tuple[int, dict[int, float]]:
     """(step, block -> log10 of its gradient norm) at the initial weights, or at the last record."""
     found: tuple[int, dict[int, float]] = (0, {})
     for line in run.metrics:
-        norms = [_number(n) for n in line.get("block_grad_norm") or ()]
-        usable = norms and all(map(math.isfinite, norms))
-        if usable and (line["step"] > 1) == last:
+        norms = [finite(n) for n in line.get("block_grad_norm") or ()]
+        if norms and None not in norms and (line["step"] > 1) == last:
             logs = {i: math.log10(n) for i, n in enumerate(norms) if n > 0}
             found = (line["step"], logs)
     return found

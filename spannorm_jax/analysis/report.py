@@ -25,7 +25,7 @@ from spannorm_jax.analysis.runs import (
     summarise,
 )
 from spannorm_jax.analysis.tables import NUMERIC, notices, run_name, seeds_line, table_cells, text_table
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.errors import Parser, UserError, one_line, run_command, visible
 from spannorm_jax.paths import user_path
 
 TITLE = "Norm placement and initialisation"
@@ -185,11 +185,13 @@ def _lead(rows: Sequence[Row]) -> str:
     return escape(" · ".join(parts))
 
 
-def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | None]) -> str:
+def _page(
+    rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | None], said: Sequence[tuple[str, str]]
+) -> str:
     groups = over_seeds(rows)
     several = any(len(group.counted) > 1 for group in groups)
     header, _ = table_cells(rows, missing="–")
-    said = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in notices(rows))
+    items = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in said)
     levels = plots.entropies(rows)
     below = [
         f"Stalled: above {(1 - STALL_MARGIN) * e:.3f} nats/token, {STALL_MARGIN:.0%} below the "
@@ -236,7 +238,7 @@ def _page(rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | 
 <body>
 <h1>{escape(title)}</h1>
 <p class="lead">{_lead(rows)}</p>
-{f'<ul class="notices">{said}</ul>' if said else ""}
+{f'<ul class="notices">{items}</ul>' if items else ""}
 <h2>Results</h2>
 {_html_table(rows)}
 <p class="small">{" ".join(below)}</p>
@@ -260,10 +262,18 @@ def write_report(root: str | os.PathLike[str], out_dir: str | os.PathLike[str], 
     Raises:
       UserError: there is nothing to report, a run's folder is damaged, or `out_dir` cannot be made.
     """
-    return _write([summarise(run) for run in find_runs(root)], Path(root), Path(out_dir), title)
+    rows, said = _read(Path(root))
+    return _write(rows, said, Path(root), Path(out_dir), title)
 
 
-def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
+def _read(root: Path) -> tuple[list[Row], list[tuple[str, str]]]:
+    """The rows, and the notices that go with them."""
+    passed_over: list[str] = []
+    rows = [summarise(run) for run in find_runs(root, passed_over.append)]
+    return rows, notices(rows, passed_over)
+
+
+def _write(rows: Sequence[Row], said: Sequence[tuple[str, str]], root: Path, out_dir: Path, title: str) -> Path:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -277,7 +287,7 @@ def _write(rows: Sequence[Row], root: Path, out_dir: Path, title: str) -> Path:
         (out_dir / name).unlink(missing_ok=True)  # an older report's
         drawn.append(draw(groups, out_dir / name))
     page = out_dir / "report.html"
-    page.write_text(_page(rows, title, root, drawn), encoding="utf-8")
+    page.write_text(visible(_page(rows, title, root, drawn, said)), encoding="utf-8")
     return page
 
 
@@ -290,11 +300,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=user_path, help="where the page goes (default: ROOT/report)")
     parser.add_argument("--title", default=TITLE, help="the page's title")
     args = parser.parse_args(argv)
-    rows = [summarise(run) for run in find_runs(args.root)]
-    page = _write(rows, args.root, args.out or args.root / "report", args.title)
-    print(text_table(rows))
-    for kind, text in notices(rows):
-        print(f"{kind}: {text}", file=sys.stderr)
+    rows, said = _read(args.root)
+    page = _write(rows, said, args.root, args.out or args.root / "report", args.title)
+    print(visible(text_table(rows)))
+    for kind, text in said:
+        print(f"{kind}: {one_line(text)}", file=sys.stderr)
     print(page)
     return 0
 

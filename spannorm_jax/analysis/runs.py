@@ -26,6 +26,8 @@ WARMUP_STEPS = 5  # left out of tokens/s: they hold compilation
 PLACEMENT_ORDER = ("pre", "post", "span")  # others follow in alphabetical order
 INIT_ORDER = ("plain", "gpt2", "scale")
 
+_NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
+
 
 # ---- reading ----------------------------------------------------------------------------------
 
@@ -49,20 +51,20 @@ class Run:
 
     @property
     def placement(self) -> str:
-        return self.config["model"]["placement"]
+        return self.options["model.placement"]
 
     @property
     def init(self) -> str:
-        return self.config["model"]["init"]
+        return self.options["model.init"]
 
     @property
     def seed(self) -> int:
-        return self.config["seed"]
+        return self.options["seed"]
 
     @property
     def steps(self) -> int:
         """Steps asked for."""
-        return self.config["training"]["steps"]
+        return self.options["training.steps"]
 
     @property
     def last_step(self) -> int:
@@ -82,7 +84,7 @@ class Run:
     @property
     def unigram_entropy(self) -> float | None:
         """Nats per token of the training split's token frequencies."""
-        return _finite(self.data.get("unigram_entropy"))
+        return finite(self.data.get("unigram_entropy"))
 
 
 def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,7 +97,8 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """The value, or None where there is no number: files hold null there, and those of older code NaN or Infinity."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
 
@@ -113,7 +116,7 @@ def _read_bytes(path: Path) -> bytes | None:
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} is not a JSON object but {one_line(value)[:40]!r}")
@@ -145,21 +148,35 @@ def _by_step(lines: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]
     return [steps[step] for step in sorted(steps)]
 
 
+class NotARun(UserError):
+    """A folder's config.json is not that of a run."""
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    text = _read_bytes(path)
+    if text is None:
+        raise NotARun(f"{folder} holds no config.json; name the folder of a run")
+    try:
+        config = _parse(text, str(path))
+    except UserError as error:
+        raise NotARun(str(error)) from error
+    options = _flatten(config)
+    for key, kind in _NEEDED.items():
+        if not isinstance(options.get(key), kind):
+            raise NotARun(f"{path} holds no {key}; is it a run's config?")
+    return config
+
+
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Reads one run's folder, finished or not.
 
     Raises:
-      UserError: a file is damaged, or config.json lacks a key that a report needs.
+      NotARun: config.json is absent, is no JSON object, or lacks a key that a report needs.
+      UserError: a file is damaged.
     """
     folder = Path(folder)
-    config = _read_object(folder / "config.json")
-    if config is None:
-        raise UserError(f"{folder} holds no config.json; name the folder of a run")
-    options = _flatten(config)
-    needed = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}
-    for key, kind in needed.items():
-        if not isinstance(options.get(key), kind):
-            raise UserError(f"{folder / 'config.json'} holds no {key}; is it a run's config?")
+    config = _read_config(folder)
     evals = _read_lines(folder / "eval.jsonl")
     _by_step(evals, folder / "eval.jsonl")  # only to check the steps: the order written counts
     return Run(
@@ -173,10 +190,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     )
 
 
-def find_runs(root: str | os.PathLike[str]) -> list[Run]:
+def find_runs(root: str | os.PathLike[str], passed_over: Callable[[str], None] = lambda why: None) -> list[Run]:
     """Reads every run below `root` (or `root` itself), in order of path.
 
-    A run's own subfolders are not searched: its checkpoints hold a config.json too.
+    A run's own subfolders are not searched: its checkpoints hold a config.json too. Other programs' folders hold a
+    config.json as well: `passed_over` is told why it is not a run's, and what is below is searched.
 
     Raises:
       UserError: `root` is no folder, holds no run, or a run is damaged.
@@ -184,14 +202,20 @@ def find_runs(root: str | os.PathLike[str]) -> list[Run]:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name the folder that holds the runs")
-    runs = []
+    runs, foreign = [], []
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         if "config.json" in files:
-            subfolders.clear()
-            runs.append(read_run(folder))
+            try:
+                runs.append(read_run(folder))
+                subfolders.clear()
+            except NotARun as why:
+                foreign.append(str(why))
     if not runs:
-        raise UserError(f"no run below {root}: no folder holds a config.json")
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise UserError(f"no run below {root}: {foreign[0] + more if foreign else 'no folder holds a config.json'}")
+    for why in foreign:
+        passed_over(why)
     return runs
 
 
@@ -229,7 +253,7 @@ class Row:
 def train_loss(run: Run) -> float | None:
     """Mean loss over the last 10% of the steps taken (at least the last one), in nats per token."""
     first = (1 - FINAL_FRACTION) * run.last_step
-    losses = [_finite(line.get("loss")) for line in run.metrics if line["step"] > first + 1e-6]
+    losses = [finite(line.get("loss")) for line in run.metrics if line["step"] > first + 1e-6]
     return None if not losses or None in losses else math.fsum(losses) / len(losses)
 
 
@@ -256,8 +280,9 @@ def outcome(run: Run) -> Outcome:
     """
     last = run.last_step
     if run.diverged is not None:
-        return Outcome("diverged", run.diverged.get("step", last), run.steps)
-    if run.metrics and _finite(run.metrics[-1].get("loss")) is None:
+        step = run.diverged.get("step")
+        return Outcome("diverged", step if isinstance(step, int) else last, run.steps)
+    if run.metrics and finite(run.metrics[-1].get("loss")) is None:
         return Outcome("diverged", last, run.steps)
     if run.done is None:
         return Outcome("unfinished", last, run.steps)
@@ -269,7 +294,7 @@ def outcome(run: Run) -> Outcome:
 def summarise(run: Run) -> Row:
     """The run's numbers, as `Row` defines them."""
     ended = outcome(run)
-    speeds = [_finite(m.get("tokens_per_s")) for m in run.metrics if m["step"] > WARMUP_STEPS]
+    speeds = [finite(m.get("tokens_per_s")) for m in run.metrics if m["step"] > WARMUP_STEPS]
     speeds = [s for s in speeds if s is not None]
     evaluation = held_out(run)
     return Row(
@@ -277,7 +302,7 @@ def summarise(run: Run) -> Row:
         init=run.init,
         seed=run.seed,
         train_loss=None if ended.kind == "diverged" else train_loss(run),
-        bits_per_byte=None if evaluation is None else _finite(evaluation.get("bits_per_byte")),
+        bits_per_byte=None if evaluation is None else finite(evaluation.get("bits_per_byte")),
         tokens_per_s=statistics.median(speeds) if speeds else None,
         outcome=ended,
         run=run,
@@ -292,6 +317,8 @@ def fact(run: Run, key: str) -> str:
 
 def _words(value: Any) -> str:
     """`value` in words: a dictionary as `name value, name value`, a large number with commas."""
+    if value is None:
+        return "not recorded"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(value[name])}" for name in sorted(value))
     if isinstance(value, float):

@@ -87,10 +87,10 @@ def run_name(row: Row) -> str:
     return f"{row.placement} / {row.init}, seed {row.seed}"
 
 
-def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What limits the comparison: ("warning" | "note", text), the gravest first."""
+def notices(rows: Sequence[Row], passed_over: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What limits the comparison: ("warning" | "note", text), the gravest first; and why folders were passed over."""
     runs = [row.run for row in rows]
-    warnings, notes = [], []
+    warnings, notes = [], [f"Passed over a folder that is not a run's: {why}" for why in passed_over]
     differing = differing_keys(runs)
     if "data.fingerprint" in differing:
         seen = [run.fingerprint or "not recorded" for run in runs]
@@ -116,7 +116,7 @@ def notices(rows: Sequence[Row]) -> list[tuple[str, str]]:
         )
     evaluations = [e for e in map(held_out, runs) if e is not None]
     for key in ("split", "tokens"):
-        values = [str(e.get(key, "not recorded")) for e in evaluations]
+        values = ["not recorded" if e.get(key) is None else str(e[key]) for e in evaluations]
         if len(set(values)) > 1:
             warnings.append(f"Held-out {key} differ: {_counted(values)}.")
     for row in rows:

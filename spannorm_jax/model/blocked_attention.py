@@ -15,7 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 SAVED = "attention"  # what remat must keep of the forward pass, so as not to repeat it: output and log-sum-exp
-_BLOCK, _MAX_BLOCKS = 64, 8  # query positions a block, as far as the unrolled blocks stay few
+_BLOCK, _MAX_BLOCKS = 64, 8  # query positions a block, at least, as far as the unrolled blocks stay few
 
 
 @jax.custom_vjp
@@ -25,9 +25,8 @@ def blocked_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> A
 
 
 def _blocks(T: int) -> Iterator[tuple[int, int]]:
-    num_blocks = max(n for n in range(1, _MAX_BLOCKS + 1) if T % n == 0 and (n == 1 or T // n >= _BLOCK))
-    size = T // num_blocks
-    return ((start, start + size) for start in range(0, T, size))
+    size = -(-T // min(max(T // _BLOCK, 1), _MAX_BLOCKS))
+    return ((start, min(start + size, T)) for start in range(0, T, size))  # the last may be shorter
 
 
 def _by_head(x_BxTxHxK: Array, groups: int) -> Array:

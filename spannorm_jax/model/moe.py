@@ -32,30 +32,29 @@ def moe_layers(cfg: ModelConfig) -> tuple[bool, ...]:
 def route(logits_NxE: Array, bias_E: Array, moe: MoEConfig) -> tuple[Array, Array, Array]:
     """Weights (N, k) and ids (N, k) of each token's experts, and its scores over all as probabilities (N, E).
 
-    The bias takes part in the selection alone. With `renormalize` the chosen weights sum to one.
+    With `balance` "bias" the bias takes part in the selection, and in nothing else. With `renormalize` the chosen
+    weights sum to one. Values and gradients are finite for all finite logits.
     """
-    if moe.scores == "softmax":
-        scores = probs = jax.nn.softmax(logits_NxE, axis=-1)
-    else:
-        scores = jax.nn.sigmoid(logits_NxE)
-        probs = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    ids = _top_ids(jax.lax.stop_gradient(scores + bias_E), moe.top_k)
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
-    if moe.renormalize:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, ids, probs
+    # In logarithms: scores may all vanish in float32, and what is divided by their sum is then lost.
+    log_scores = jax.nn.log_softmax(logits_NxE) if moe.scores == "softmax" else jax.nn.log_sigmoid(logits_NxE)
+    # Without a bias by the logits, which have the order of the scores and stay apart where those are all 0 or all 1.
+    preferred = jnp.exp(log_scores) + bias_E if moe.balance == "bias" else logits_NxE
+    ids = _top_ids(jax.lax.stop_gradient(preferred), moe.top_k)
+    chosen = jnp.take_along_axis(log_scores, ids, axis=-1)
+    weights = jax.nn.softmax(chosen) if moe.renormalize else jnp.exp(chosen)
+    return weights, ids, jax.nn.softmax(log_scores)
 
 
-def _top_ids(scores_NxE: Array, k: int) -> Array:
-    """(N, k) int32, each device those of its own tokens: the partitioner would gather the scores of all on each."""
+def _top_ids(preferred_NxE: Array, k: int) -> Array:
+    """(N, k) int32, each device those of its own tokens: the partitioner would gather all on each."""
 
-    def ids(scores_NxE: Array) -> Array:
-        return jax.lax.top_k(scores_NxE, k)[1]
+    def ids(preferred_NxE: Array) -> Array:
+        return jax.lax.top_k(preferred_NxE, k)[1]
 
     if jax.sharding.get_abstract_mesh().empty:
-        return ids(scores_NxE)
+        return ids(preferred_NxE)
     rows = PartitionSpec(LOGICAL_AXES["batch"])
-    return jax.shard_map(ids, in_specs=rows, out_specs=rows, check_vma=False)(scores_NxE)
+    return jax.shard_map(ids, in_specs=rows, out_specs=rows, check_vma=False)(preferred_NxE)
 
 
 def router_stats(logits_NxE: Array, ids_Nxk: Array, probs_NxE: Array) -> Stats:

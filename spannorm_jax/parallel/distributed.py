@@ -5,7 +5,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION
 Indexed Job); else in Slurm's; else on a TPU pod, where JAX asks the machine. With none of these it is alone.
 
 The processes speak through JAX's coordination service, before and beside their collectives. Every process must call
-`together`, `from_first` and `check_same` in the same order.
+`together`, `from_first`, `check_devices` and `check_same` in the same order.
 """
 
 import contextlib
@@ -174,8 +174,9 @@ def _all_within(timeout_s: int, place: Place) -> Iterator[None]:
 
     def end() -> None:
         print(
-            f"error: process {place.process_id} of {place.num_processes}: not all of them came to {place.coordinator} "
-            f"within {timeout_s} s; start the others too, each with the same address and a --process_id of its own",
+            f"error: process {place.process_id} of {place.num_processes}: not all of them came to "
+            f"{one_line(place.coordinator)} within {timeout_s} s; start the others too, each with the same address and "
+            "a --process_id of its own",
             file=sys.stderr,
             flush=True,
         )
@@ -303,6 +304,23 @@ def from_first(fn: Callable[[], T]) -> T:
     if failed:
         raise UserError(f"process 0 stopped: {failed}")
     return value
+
+
+def check_devices() -> None:
+    """Raises a UserError on all processes if two have unlike numbers of devices, of which no mesh can be made."""
+    if jax.process_count() == 1:
+        return
+
+    def judge(said: list[int]) -> str:
+        if len(set(said)) == 1:
+            return ""
+        i = next(i for i, devices in enumerate(said) if devices != said[0])
+        return (
+            f"process {i} has {said[i]} devices, process 0 has {said[0]}; give every process as many "
+            "(CUDA_VISIBLE_DEVICES, Slurm's GPUs a task, or XLA_FLAGS for fake ones)"
+        )
+
+    _judged(f"devices{next(_calls)}", jax.local_device_count(), judge)
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

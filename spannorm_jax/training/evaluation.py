@@ -47,6 +47,7 @@ def evaluate(
         cannot be written.
     """
     start_jax(config.platform, flags)
+    distributed.check_devices()
     default_sigterm()
     if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
         _check_writable(out)

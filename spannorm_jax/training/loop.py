@@ -60,6 +60,7 @@ def train(
         then.
     """
     start_jax(config.platform, flags)
+    distributed.check_devices()
     config, data, mesh, loader = distributed.together(lambda: fit(config))
     check_steps(profile_steps, config.training.steps)
     check_agreement(config)

@@ -36,11 +36,15 @@ class TrainState:
 
 
 def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> int:
-    """Pieces of the time axis whose float32 logits fit in training.max_logits_mib on each device."""
+    """Pieces of the time axis whose float32 logits fit in training.max_logits_mib on each device, as few as can be.
+
+    A few more, below twice as many, where those divide seq_len: then the last piece needs no padding.
+    """
     seq_len, limit = config.data.seq_len, config.training.max_logits_mib * 2**20
     rows_here = -(-rows // batch_shards(mesh_shape))
     per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
-    return next((n for n in divisors(seq_len) if per_token * seq_len // n <= limit), seq_len)
+    fewest = -(-seq_len // max(1, min(seq_len, limit // per_token)))
+    return next(n for n in (*divisors(seq_len), fewest) if fewest <= n < 2 * fewest)
 
 
 def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Array]:
@@ -48,7 +52,8 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
     experts what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
 
     tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
-    for one piece of the time axis at once, and are made again in the backward pass.
+    for one piece of the time axis at once, and are made again in the backward pass. Pieces are equal: the last one is
+    filled up with positions of weight 0.
     """
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
     features, stats = decoder.features_and_router(inputs)
@@ -71,8 +76,10 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
         return sums(features, targets, weights_BxT) | router
 
     def chunked(x: Array) -> Array:  # (B, T, ...) -> (chunks, B, T / chunks, ...): every chunk has every row
-        B, T = x.shape[:2]
-        return x.reshape(B, num_chunks, T // num_chunks, *x.shape[2:]).swapaxes(0, 1)
+        B, T, *rest = x.shape
+        size = -(-T // num_chunks)
+        padded = jnp.pad(x, [(0, 0), (0, num_chunks * size - T), *[(0, 0)] * len(rest)])
+        return padded.reshape(B, num_chunks, size, *rest).swapaxes(0, 1)
 
     def add_chunk(total: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None

@@ -33,8 +33,9 @@ def inputs(T, scale=1.0):
     return [scale * rng.standard_normal((B, T, heads, K)) for heads in (H, G, G)]
 
 
-# 1: nothing to mask; 37: no divisor, one block; 128 and 192: two and three blocks; 600: blocks of 75.
-LENGTHS = [1, 37, 128, 192, 600]
+# 1: nothing to mask; 37: one block; 128 and 192: two and three blocks; 600: eight of 75; 131 and 577, which are primes:
+# two blocks and eight, the last one shorter.
+LENGTHS = [1, 37, 128, 131, 192, 577, 600]
 
 
 @pytest.mark.parametrize(
@@ -47,9 +48,9 @@ def test_output(name, T):
     np.testing.assert_allclose(out, reference(q, k, v), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_gradients(name):
-    exact, rng = inputs(128), np.random.default_rng(0)
+@pytest.mark.parametrize(("name", "T"), [*((n, 128) for n in IMPLEMENTATIONS), ("blocked", 197)])
+def test_gradients(name, T):
+    exact, rng = inputs(T), np.random.default_rng(0)
     cotangent = rng.standard_normal(exact[0].shape)
 
     def value(*x):

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.model.layers import gelu, linear
+from spannorm_jax.config import Config, replace
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.layers import Norm, gelu, linear, rotary_angles, rotate
+from spannorm_jax.validation import validate
 
 
 # Wider and narrower than its input, and with outputs of two axes: each way to make the weight's gradient.
@@ -40,3 +43,44 @@ def test_gelu_stays_in_bfloat16():
     out, vjp = jax.vjp(gelu, x)
     assert out.dtype == vjp(out)[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(out), gelu(jnp.float32(x)), rtol=2**-8)  # rounded once
+
+
+SMALLEST_EPS, SMALLEST_THETA = 1e-24, 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [("model__norm_eps", SMALLEST_EPS), ("model__rope_theta", SMALLEST_THETA), ("optim__eps", 2**-126)],
+)
+def test_the_smallest_legal_values(key, least):
+    validate(replace(Config(), **{key: least}))
+    with pytest.raises(UserError, match=rf"{key.replace('__', '.')}=\S+ is too small: .*; write \S+ or more"):
+        validate(replace(Config(), **{key: least * 0.99}))
+
+
+# Rows of nothing, of one value (which LayerNorm makes nothing), of about sqrt(eps), of usual and of large values.
+@pytest.mark.parametrize("eps", [SMALLEST_EPS, 1e-6])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_norm_and_its_gradient_at_any_size_of_row(kind, eps):
+    D, rng = 8, np.random.default_rng(0)
+    rows = np.stack([np.zeros(D), np.full(D, 3.0), *(size * rng.standard_normal(D) for size in (eps**0.5, 1.0, 1e10))])
+    rows, g = np.float64(np.float32(rows)), rng.standard_normal((5, D))
+    out, vjp = jax.vjp(Norm(kind, D, eps, "ffn"), jnp.float32(rows))
+    (grad,) = vjp(jnp.float32(g))
+
+    def centred(x):
+        return x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
+
+    x = centred(rows)
+    scale = 1 / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps)
+    want = centred(g * scale - x * scale**3 * np.mean(g * x, -1, keepdims=True))
+    # A few roundings of values of one size: largest error seen 1.7e-7.
+    np.testing.assert_allclose(out, x * scale, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(grad / scale, want / scale, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("theta", [SMALLEST_THETA, 3e38])
+def test_rotations_keep_lengths_at_any_theta_and_position(theta):
+    x = np.float32(np.random.default_rng(0).standard_normal((1, 2**16, 1, 64)))
+    turned = rotate(x, rotary_angles(2**16, 64, theta))
+    np.testing.assert_allclose(np.sum(np.square(turned), -1), np.sum(x**2, -1), rtol=2e-6)

@@ -214,7 +214,7 @@ def test_what_overflows_takes_the_ring(capacity, name):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_routing(scores, renormalize):
-    moe = MoEConfig(num_experts=E, top_k=K, scores=scores, renormalize=renormalize)
+    moe = MoEConfig(num_experts=E, top_k=K, scores=scores, renormalize=renormalize, balance="bias")
     rng = np.random.default_rng(2)
     logits, bias = rng.standard_normal((N, E)), np.array([0.0, 0.9, 0.0, -0.9])
     weights, ids, probs = route(jnp.float32(logits), jnp.float32(bias), moe)

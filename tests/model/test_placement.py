@@ -28,7 +28,7 @@ VARIANTS = {
     "moe_sigmoid": {
         "ffn": "gelu",
         "moe": MoEConfig(
-            num_experts=4, expert_dim=6, num_shared=1, scores="sigmoid", renormalize=False, balance="none"
+            num_experts=4, expert_dim=6, num_shared=1, scores="sigmoid", renormalize=False, balance="bias"
         ),
     },
     "all": {"qk_norm": True, "num_kv_heads": 2, "norm": "layernorm", "ffn": "gelu", "tied_head": True},
@@ -48,6 +48,8 @@ def make(placement, variant="plain", **changes):
     def draw(spec):
         if spec.role == "norm":
             return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        if spec.role == "router_state" and cfg.moe.balance != "bias":
+            return np.zeros(spec.shape, np.float32)
         return (0.4 * rng.standard_normal(spec.shape)).astype(np.float32)
 
     tokens = rng.integers(cfg.vocab_size, size=(2, 7)).astype(np.int32)

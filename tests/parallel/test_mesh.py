@@ -150,6 +150,28 @@ def test_eight_devices_train_as_one(one_device, placement, variant, layout):
     np.testing.assert_allclose(values, expected, rtol=2e-4 if variant.startswith("moe") else 5e-6)
 
 
+def assert_close(got, want):
+    """Each gradient within 1e-5 of its weight's largest (largest error seen: 2.2e-6)."""
+
+    def close(path, a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(close, got, want)
+
+
+def gradients_on(config, layout, num_devices, tokens, num_chunks=1):
+    """Of the drawn weights, on the host."""
+    model, mesh = define(config.model), make_mesh(MeshConfig(**layout), jax.devices()[:num_devices])
+    shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
+    with jax.set_mesh(mesh):
+        run = jax.jit(
+            lambda params, tokens: gradients(config, model, params, tokens, num_chunks)[0],
+            in_shardings=(shardings, sharding(mesh, ("batch", "time"))),
+            out_shardings=shardings,
+        )
+        return jax.device_get(run(drawn(model), tokens))
+
+
 @pytest.mark.parametrize("tied_head", [False, True])
 @pytest.mark.parametrize("layout", ["fsdp", "all_three", "fsdp_tensor"])
 def test_every_gradient_is_that_of_one_device(layout, tied_head):
@@ -158,31 +180,23 @@ def test_every_gradient_is_that_of_one_device(layout, tied_head):
     rows of all others get exactly 0 from the lookup.
     """
     config = make_config(model__tied_head=tied_head, model__vocab_size=256)
-    model = define(config.model)
     borders = np.array([0, 63, 64, 127, 128, 255])
     tokens = np.random.default_rng(0).choice(borders, size=(8, 17)).astype(np.int32)
-    params = drawn(model)
-
-    def gradients_on(layout, n):
-        mesh = make_mesh(MeshConfig(**layout), jax.devices()[:n])
-        shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
-        with jax.set_mesh(mesh):
-            run = jax.jit(
-                lambda params, tokens: gradients(config, model, params, tokens, 1)[0],
-                in_shardings=(shardings, sharding(mesh, ("batch", "time"))),
-                out_shardings=shardings,
-            )
-            return jax.device_get(run(params, tokens))
-
-    one, eight = gradients_on({"data": 1}, 1), gradients_on(LAYOUTS[layout], 8)
+    one, eight = gradients_on(config, {"data": 1}, 1, tokens), gradients_on(config, LAYOUTS[layout], 8, tokens)
     if not tied_head:
         assert set(np.flatnonzero(np.any(eight["embed"], axis=1))) == set(tokens[:, :-1].ravel())
-
-    def close(path, a, b):  # largest error seen 2.2e-6 of a weight's largest gradient
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(close, eight, one)
+    assert_close(eight, one)
     assert np.any(one["embed"])
+
+
+@pytest.mark.parametrize("num_chunks", [3, 5])
+@pytest.mark.parametrize("layout", ["all_three", "fsdp_tensor"])
+def test_a_loss_in_pieces_of_a_prime_length_is_that_of_one_device_at_once(layout, num_chunks):
+    config = make_config(model__vocab_size=256, data__seq_len=13)
+    tokens = np.random.default_rng(0).integers(256, size=(8, 14)).astype(np.int32)
+    assert_close(
+        gradients_on(config, LAYOUTS[layout], 8, tokens, num_chunks), gradients_on(config, {"data": 1}, 1, tokens)
+    )
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp_tensor"])

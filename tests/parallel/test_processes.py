@@ -69,12 +69,12 @@ def free_port():
 
 
 def start_two(env, module, *argv, second=None, heartbeat_s=10, devices=4):
-    """Two processes with the same arguments; `second`: (other arguments, other keywords) of process 1."""
+    """Two processes with the same arguments; `second`: (more arguments, other keywords) of process 1."""
     flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", heartbeat_s)
     others, keywords = second or ((), {})
     return (
         start(env, module, *argv, *flags, "--process_id", 0, devices=devices),
-        start(env, module, *argv, *others, *flags, "--process_id", 1, devices=devices, **keywords),
+        start(env, module, *argv, *others, *flags, "--process_id", 1, **{"devices": devices} | keywords),
     )
 
 
@@ -231,6 +231,21 @@ def test_processes_that_disagree_end_in_one_line_each(env, two, tmp_path, others
         assert err.count("\n") == 1 and err.startswith("error: ")
     assert re.search(says, out[0][1]), out
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("devices", [(4, 2), (1, 3)])
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_processes_with_unlike_numbers_of_devices_end_in_one_line_each(env, one, tmp_path, module, devices):
+    workdir = tmp_path / "run"
+    if module == "evaluate":
+        shutil.copytree(one, workdir)
+    before = sorted(workdir.rglob("*"))
+    argv = (*TINY, "--workdir", workdir) if module == "train" else ("--workdir", workdir)
+    out = run_two(env, module, *argv, devices=devices[0], second=((), {"devices": devices[1]}), codes=(2, 2))
+    line = f"error: process 1 has {devices[1]} devices, process 0 has {devices[0]}; give every process as many"
+    for printed, err in out:
+        assert printed == "" and err.startswith(line) and err.count("\n") == 1
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_processes_with_other_code_are_told(env, two, tmp_path):

@@ -1,7 +1,11 @@
 """Sampling as a user sees it, against full forward passes and closed-form probabilities."""
 
+import contextlib
 import dataclasses
 import logging
+import os
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ import pytest
 from spannorm_jax import sample as command
 from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve, to_dict
 from spannorm_jax.data.tokenizer import BYTES
-from spannorm_jax.errors import UserError
+from spannorm_jax.errors import UserError, visible
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.training import run_folder
@@ -218,6 +222,40 @@ def test_prompts_are_continued_together_as_each_alone(capsys, workdir):
     second, third = rest.split("--- 3 of 3\n")
     assert first == alone and third.startswith("import os")
     assert second.strip() and BYTES.decode([BYTES.end_of_text]) == ""
+
+
+UNSEEN = "\x1b[31m\x07\r\x9b2J\u202e\u2066\udcff\t\n"
+
+
+@pytest.mark.parametrize("prompts", [[UNSEEN], [UNSEEN, "x\x1bc"]])
+def test_a_terminal_gets_control_characters_as_escapes_and_a_pipe_as_they_are(monkeypatch, workdir, prompts):
+    """The prompt's and those that an untrained model draws among 60 tokens."""
+    argv = ["--workdir", str(workdir), "--max_tokens", "60", "--temperature", "9", "--top_k", "0"]
+    argv += [word for prompt in prompts for word in ("--prompt", prompt)]
+
+    def read_from(ours, theirs):
+        """What command.main writes to `theirs`, which a thread reads from `ours`: a terminal holds little."""
+        read = []
+
+        def reader():
+            with contextlib.suppress(OSError):  # so ends a terminal
+                while piece := os.read(ours, 4096):
+                    read.append(piece)
+
+        thread = threading.Thread(target=reader)
+        thread.start()
+        with open(theirs, "w", encoding="utf-8", newline="\n") as stdout, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            assert command.main(argv) == 0
+        thread.join()
+        os.close(ours)
+        return b"".join(read).decode()
+
+    piped, shown = read_from(*os.pipe()), read_from(*os.openpty())
+    assert all(prompt.replace("\udcff", "\ufffd") in piped for prompt in prompts)
+    assert len(set(piped) & set(map(chr, range(32)))) > 5  # some are the model's own
+    # The terminal itself makes \r\n of \n.
+    assert shown.replace("\r\n", "\n") == visible(piped)
 
 
 def test_one_prompt_is_written_as_it_comes(config, workdir):

@@ -125,14 +125,16 @@ def test_gradient_norms_are_those_of_the_gradients(full_batch):
 
 
 @pytest.mark.parametrize("tied_head", [False, True])
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_a_chunked_loss_is_the_whole_loss(chunks, tied_head):
+@pytest.mark.parametrize(("seq_len", "chunks"), [(8, 2), (8, 3), (8, 7), (8, 8), (13, 2), (13, 5), (13, 13), (1, 1)])
+def test_a_chunked_loss_is_the_whole_loss(seq_len, chunks, tied_head):
     """Sums and gradient, with some positions left out. Largest error seen 5e-7 of a leaf's largest."""
     model = define(configure(model__tied_head=tied_head).model)
-    weights = (np.random.default_rng(1).random((BATCH, SEQ_LEN)) < 0.7).astype(np.float32)
+    rng = np.random.default_rng(1)
+    weights = (rng.random((BATCH, seq_len)) < 0.7).astype(np.float32)
+    tokens = rng.integers(VOCAB, size=(BATCH, seq_len + 1)).astype(np.int32)
 
     def loss(params, num_chunks):
-        sums = loss_sums(model.bind(params), batch(), weights, num_chunks)
+        sums = loss_sums(model.bind(params), tokens, weights, num_chunks)
         return sums["nll"] + 0.1 * sums["z"], sums
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
@@ -142,6 +144,18 @@ def test_a_chunked_loss_is_the_whole_loss(chunks, tied_head):
     assert float(sums["correct"]) == float(whole_sums["correct"])
     assert_trees_close(sums, whole_sums, 1e-6)
     assert_trees_close(grads, whole_grads, 5e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_batch_of_padding_alone_adds_nothing(chunks):
+    model, weights = define(configure().model), np.zeros((BATCH, SEQ_LEN), np.float32)
+
+    def loss(params):
+        sums = loss_sums(model.bind(params), batch(), weights, chunks)
+        return sums["nll"] + sums["z"], sums
+
+    grads, sums = jax.jit(jax.grad(loss, has_aux=True))(drawn_params())
+    assert all(not np.any(x) for x in jax.tree.leaves((grads, sums)))  # NaN is not 0
 
 
 def test_sums_are_those_of_the_positions_with_weight():
@@ -193,6 +207,20 @@ def test_no_more_logits_live_than_the_limit(microbatches):
 def test_chunks_are_as_few_as_fit_on_a_device(rows, mesh, mib, chunks):
     config = configure(model__vocab_size=2**15, training__max_logits_mib=mib)
     assert num_loss_chunks(config, mesh, rows) == chunks
+
+
+ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "fit", "chunks"),
+    [(1021, 150, 7), (1021, 1021, 1), (1021, 910, 2), (1021, 341, 3), (1021, 1, 1021), (1024, 150, 8), (1023, 150, 11)],
+)
+def test_a_length_without_divisors_is_cut_into_as_few_pieces(seq_len, fit, chunks):
+    """`fit` positions take the limit of 1 MiB, or a little less; 1023 is 11 x 93."""
+    rows = 2**18 // VOCAB // fit
+    config = configure(data__seq_len=seq_len, training__max_logits_mib=1)
+    assert num_loss_chunks(config, ONE, rows) == chunks
 
 
 def test_z_loss_gradient_is_the_finite_difference():

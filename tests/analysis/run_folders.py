@@ -1,0 +1,70 @@
+"""Run folders as the trainer leaves them, with numbers of a test's choice."""
+
+import json
+
+from spannorm_jax.analysis.runs import read_run, summarise
+from spannorm_jax.config import Config, replace, to_dict
+
+ENTROPY = 4.0
+STEPS = 20
+
+
+def write_run(
+    folder,
+    placement="span",
+    init="scale",
+    losses=None,
+    done=True,
+    entropy=ENTROPY,
+    fingerprint="f00d",
+    bits=None,
+    device="cpu",
+    **changes,
+):
+    """A run's folder as the trainer leaves it: `losses` from step 1 on."""
+    losses = [5.0 - 0.1 * s for s in range(STEPS)] if losses is None else losses
+    config = replace(
+        Config(),
+        model__placement=placement,
+        model__init=init,
+        model__depth=3,
+        training__steps=STEPS,
+        data__fingerprint=fingerprint,
+    )
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(replace(config, **changes))))
+    start = {
+        "command": f"python -m spannorm_jax.train --config x.py:placement={placement}",
+        "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        "device": device,
+        "num_devices": 1,
+        "mesh": {"data": 1},
+        "num_params": 1234,
+        "flops_per_token": 7.4e3,
+        "data": {"dataset": "python_source", "fingerprint": fingerprint, "unigram_entropy": entropy},
+        "git_commit": "0123abc",
+        "time": "2026-01-05T10:00:00+00:00",
+    }
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step, loss in enumerate(losses, start=1):
+            # The first five steps are slow; then 100, 101, ... tokens/s.
+            line = {"step": step, "loss": loss, "tokens_per_s": 1.0 if step <= 5 else 94.0 + step}
+            if step in (1, len(losses)):
+                line["block_grad_norm"] = [0.1 * step, 0.2, 0.3]
+            file.write(json.dumps(line) + "\n")
+    if done:
+        (folder / "DONE").write_text(json.dumps({"step": len(losses)}))
+    if bits is not None:
+        write_eval(folder, len(losses), bits)
+    return folder
+
+
+def write_eval(folder, step, bits, split="validation"):
+    line = {"step": step, "bits_per_byte": bits, "split": split, "tokens": 99}
+    with open(folder / "eval.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def summary(folder):
+    return summarise(read_run(folder))

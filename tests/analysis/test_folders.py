@@ -1,0 +1,116 @@
+"""Folders that are no run's are passed over and said, and a run's files may hold null for any number."""
+
+import json
+
+import pytest
+from run_folders import summary, write_run
+
+from spannorm_jax.analysis import report
+from spannorm_jax.analysis.runs import find_runs
+from spannorm_jax.errors import UserError
+
+FOREIGN = {
+    "hugging_face": json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096}),
+    "no_json": "seed = 3",
+    "bytes": b"\x80\x00\xff",
+    "list": "[1, 2]",
+    "nothing": "",
+    "deep": "[" * 100_000,
+    "null": "null",
+    "other_keys": json.dumps({"model": {"placement": 3, "init": None}, "seed": 0, "training": {"steps": 1}}),
+    "model_is_a_name": json.dumps({"model": "gpt2", "seed": 0, "training": {"steps": 1}}),
+}
+
+
+def write_foreign(folder, name):
+    folder.mkdir(parents=True)
+    content = FOREIGN[name]
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_folders_of_other_programs_are_passed_over_and_said_and_searched(tmp_path, capsys):
+    for name in FOREIGN:
+        write_foreign(tmp_path / name, name)
+    write_run(tmp_path / "hugging_face" / "deep" / "run")
+    write_run(tmp_path / "run", "pre")
+    why = []
+    assert [run.placement for run in find_runs(tmp_path, why.append)] == ["span", "pre"]
+    assert report.main([str(tmp_path)]) == 0
+    said, page = capsys.readouterr().err, (tmp_path / "report" / "report.html").read_text()
+    assert len(why) == said.count("note: Passed over") == page.count("Passed over") == len(FOREIGN)
+    for name in FOREIGN:
+        assert any(str(tmp_path / name / "config.json") in line for line in why)
+        assert str(tmp_path / name / "config.json") in said
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_root_of_other_programs_alone_is_one_line(tmp_path, name):
+    for number in range(3):
+        write_foreign(tmp_path / str(number), name)
+    with pytest.raises(UserError, match=r"no run below .*/0/config\.json .*\(and 2 more\)") as caught:
+        report.main([str(tmp_path)])
+    assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
+
+
+def test_a_damaged_run_beside_a_foreign_folder_is_still_an_error(tmp_path):
+    write_foreign(tmp_path / "a", "hugging_face")
+    write_run(tmp_path / "b")
+    (write_run(tmp_path / "c") / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"c/metrics\.jsonl line 1 is not JSON"):
+        report.main([str(tmp_path)])
+
+
+# ---- no number where there is none ------------------------------------------------------------
+
+
+def without_numbers(value, missing):
+    """`value` with `missing` for every number in it but the steps."""
+    if isinstance(value, dict):
+        return {key: v if key == "step" else without_numbers(v, missing) for key, v in value.items()}
+    if isinstance(value, list):
+        return [without_numbers(v, missing) for v in value]
+    return missing if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+LINE = {
+    **{"loss": 1.0, "accuracy": 0.1, "grad_norm": 1.0, "lr": 0.1, "z_loss": 0.0, "aux_loss": 0.0, "router_z_loss": 0.0},
+    **{"expert_load_max": [1.0, 1.5], "router_entropy": [1.0, 1.0], "expert_overflow": [0.0, 0.0], "tokens": 9},
+    **{"block_grad_norm": [1.0, 2.0, 3.0], "tokens_per_s": 9.0, "step_time_s": 1.0, "model_flops_per_s": 1e9},
+    "machine_s": {"mfu": 0.1, "memory_bytes": 9},
+}
+EVALUATION = {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "accuracy": 0.5, "tokens": 9, "bytes": 9}
+
+
+@pytest.mark.parametrize("from_step", [1, 2, 20])  # of 20: nothing but null, all but the first, the last alone
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step):
+    def write_lines(path, lines):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    for seed in (0, 1):
+        folder = write_run(tmp_path / f"whole{seed}", bits=2.0, seed=seed)
+        whole = [json.loads(line) | LINE for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        folder = write_run(tmp_path / f"run{seed}", "pre", seed=seed)
+        write_lines(
+            folder / "metrics.jsonl",
+            [line if line["step"] < from_step else without_numbers(line, missing) for line in whole],
+        )
+        where = {"step": 20, "split": "validation", "mesh": {"data": 1}}
+        write_lines(folder / "eval.jsonl", [without_numbers(where | EVALUATION, missing)])
+        start = json.loads((folder / "starts.jsonl").read_text())
+        write_lines(folder / "starts.jsonl", [without_numbers(start, missing)])
+        (folder / "DIVERGED").write_text(json.dumps({"step": missing, "where": "the loss", "loss": missing}))
+    assert report.main([str(tmp_path)]) == 0
+    row = summary(tmp_path / "run0")
+    assert (row.train_loss, row.bits_per_byte, row.tokens_per_s) == (None, None, 9.0 if from_step == 20 else None)
+    assert str(row.outcome) == "diverged (step 20)"
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("src=") == 2 and "None" not in html
+    assert summary(tmp_path / "whole0").bits_per_byte == 2.0
+    # The same without the runs that have numbers, and without DIVERGED: a loss that is no number is enough.
+    for seed in (0, 1):
+        (tmp_path / f"run{seed}" / "DIVERGED").unlink()
+        assert report.main([str(tmp_path / f"run{seed}")]) == 0
+    assert str(summary(tmp_path / "run0").outcome) == "diverged (step 20)"
+    assert "None" not in capsys.readouterr().out
