@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
@@ -116,7 +119,8 @@ def open_split(
             f"choose a larger part of {', '.join(sorted(splits))}"
         )
     features = builder.info.features
-    text_features = [n for n, f in features.items() if isinstance(f, tfds.features.Text)]
+    features = features if isinstance(features, tfds.features.FeaturesDict) else {}
+    text_features = [n for n, f in features.items() if _is_text(f)]
     if data.text_feature not in text_features:
         fault = "is not text" if data.text_feature in features else "is unknown"
         hint = did_you_mean(data.text_feature, text_features) if text_features else "it has no text"
@@ -133,34 +137,55 @@ def open_split(
     return _texts(builder, part, data.text_feature)
 
 
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+    """Whether it holds one string: Text, or a scalar of a string's type, which TFDS stores in the same way."""
+    scalar = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return scalar and np.dtype(feature.np_dtype).kind in "OSU"
+
+
 def _format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat | None:
     available = builder.info.available_file_formats()
     return next((f for f in _FORMATS if f in available), None)
 
 
 def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
-    decoders = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != feature}
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
-        yield from _tfrecord_texts(builder, split, feature, decoders)
+        yield from _tfrecord_texts(builder, split, feature)
         return
-    source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
+    # Raw records, since TFDS without TensorFlow can neither decode nor skip most features that nest or repeat.
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
         try:
-            texts = [example[feature] for example in source.__getitems__(list(range(start, stop)))]
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise damage.first_damaged(builder, split) or error from error
-        if any(text is None for text in texts):  # what the reader makes of a record that it cannot find
+            records = source.__getitems__(list(range(start, stop)))
+            texts = [_text(record, feature) for record in records]
+        except (RuntimeError, ValueError, IndexError, TypeError, DecodeError) as error:
+            if found := damage.first_damaged(builder, split):
+                raise found from error
+            raise
+        if not all(records):  # what the reader makes of a record that it cannot find
             raise damage.first_damaged(builder, split) or damage.damaged(Path(builder.data_dir), "records are missing")
         yield from texts
 
 
-def _tfrecord_texts(
-    builder: tfds.core.DatasetBuilder, split: Any, feature: str, decoders: dict[str, Any]
-) -> Iterator[bytes]:
+def _text(record: bytes, feature: str) -> bytes:
+    """The text of a serialised tf.train.Example; one that lacks it has an empty one."""
+    values = tf_example_pb2.Example.FromString(record).features.feature[feature].bytes_list.value
+    return values[0] if values else b""
+
+
+def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
     # One file after another: by default TFDS interleaves them, and a split would not be its shards in a row.
     in_order = tfds.ReadConfig(interleave_cycle_length=1)
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order, decoders=decoders)
+    # A Translation, whose features are all text, is no FeaturesDict of which TFDS could decode a part.
+    part = type(builder.info.features) is tfds.features.FeaturesDict
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=False,
+        read_config=in_order,
+        decoders=tfds.decode.PartialDecoding({feature: True}) if part else None,
+    )
     for example in tfds.as_numpy(dataset):
         yield example[feature]
 
