@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,42 +13,35 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
+from spannorm_jax.data import damage, names, python_source, stdlib_files
 from spannorm_jax.errors import UserError, did_you_mean
 
-_NAME = re.compile(r"(?P<base>[A-Za-z_]\w*)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
 
 def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
-    """Returns the builder of `data.dataset`, whose examples lie in `data_dir` as array_record or TFRecord.
+    """Returns the builder of `data.full_name`, or, if that is open, of `data.dataset` in its newest version.
 
-    Only `python_source` is ever prepared here; other datasets are read, never made.
+    Its examples lie in `data_dir` as array_record or TFRecord. Only `python_source` is ever prepared here; other
+    datasets are read, never made.
 
     Raises:
       UserError: the dataset or its config is unknown, not prepared, damaged, or in another file format, or
         it is in TFRecord and TensorFlow is not installed.
     """
+    key, asked, name = names.asked_for(data)
     root = _data_dir(data)
-    parsed = _NAME.fullmatch(data.dataset)
-    if not parsed:
-        raise UserError(
-            f"config key data.dataset={data.dataset!r} is not a TFDS name; "
-            "write name, name/config or name/config:version"
-        )
-    base, config, version = parsed["base"], parsed["config"], parsed["version"]
-    if base == stdlib_files.DATASET and _is_default(config, version):
-        return python_source.prepare(root)
-    if data.dataset in (sys_path_files.DATASET, f"{sys_path_files.DATASET}:{stdlib_files.VERSION}"):
-        return python_source.prepare(root, sys_path_files.DATASET)
+    if full_name := names.embedded(name):
+        return python_source.prepare(root, full_name)
 
+    base, config, version = name.base, name.config, name.version
     builder_class = _builder_class(base)
     prepared = _prepared(root, base)
     if builder_class is None and not prepared:
         known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
         raise UserError(
-            f"config key data.dataset={data.dataset!r}: no TFDS dataset {base!r} is known or lies "
+            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies "
             f"in {root}; {did_you_mean(base, known)}"
         )
     configs = {p.split("/")[1] for p in prepared if p.count("/") == 2}
@@ -57,33 +49,33 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     configs |= {"sys_path"} if base == stdlib_files.DATASET else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
-        raise UserError(f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}")
-    wanted = [p for p in prepared if not version or p.endswith("/" + version)]
+        raise UserError(f"config key {key}={asked!r}: {base!r} has no config {config!r}; {hint}")
+    wanted = [p for p in prepared if {config, version} - {""} <= {*p.split("/")[1:]}]
     try:
         with damage.described(root / wanted[-1] if wanted else root):
-            builder = tfds.builder(data.dataset, data_dir=root) if wanted else None
+            builder = tfds.builder(str(name), data_dir=root) if wanted else None
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
         raise UserError(
-            f"dataset {data.dataset!r} is not prepared in {root} (there: "
+            f"dataset {asked!r} is not prepared in {root} (there: "
             f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to "
-            f"where it is, or run {_how_to_prepare(data.dataset, root)}"
+            f"where it is, or run {_how_to_prepare(str(name), root)}"
         )
     if _format(builder) is None:
         raise UserError(
-            f"dataset {data.dataset!r} is prepared in {builder.data_dir} as "
+            f"dataset {asked!r} is prepared in {builder.data_dir} as "
             f"{builder.info.file_format.value}, not as array_record or tfrecord; set config key data.data_dir "
-            f"to another folder DIR, and run {_how_to_prepare(data.dataset, 'DIR')}"
+            f"to another folder DIR, and run {_how_to_prepare(str(name), 'DIR')}"
         )
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
         try:
             tensorflow = importlib.import_module("tensorflow")
         except ImportError as error:
             raise UserError(
-                f"dataset {data.dataset!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
+                f"dataset {asked!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
                 "read: pip install 'spannorm_jax[tf]'; or set config key data.data_dir to another folder DIR, and "
-                f"run {_how_to_prepare(data.dataset, 'DIR')}"
+                f"run {_how_to_prepare(str(name), 'DIR')}"
             ) from error
         tensorflow.config.set_visible_devices([], "GPU")  # it would take the accelerator's memory from JAX
     return builder
@@ -197,11 +189,6 @@ def identity(builder: tfds.core.DatasetBuilder) -> str:
     sizes = [(s.name, s.num_bytes, s.shard_lengths) for s in builder.info.splits.values()]
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
     return f"{builder.info.full_name}-{digest[:8]}"
-
-
-def _is_default(config: str | None, version: str | None) -> bool:
-    here = stdlib_files.config_name()
-    return config in (None, here) and version in (None, stdlib_files.VERSION)
 
 
 def _data_dir(data: DataConfig) -> Path:

@@ -10,7 +10,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config, to_dict
+from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import UserError
@@ -61,6 +61,8 @@ def train(
         then.
     """
     start_jax(config.platform, flags)
+    full_name = distributed.from_first(lambda: run_folder.data_opened_as(workdir, config))
+    config = replace(config, data__full_name=full_name)
     config, data, mesh, loader = distributed.together(lambda: fit(config))
     check_steps(profile_steps, config.training.steps)
     check_agreement(config)

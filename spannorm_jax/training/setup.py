@@ -87,6 +87,7 @@ def open_data(config: Config) -> tuple[Data, Config]:
         vocab_size=data.tokenizer.vocab_size,
         platform=jax.default_backend(),
         fingerprint=fingerprint(data.train, data.eval),
+        full_name=data.train.dataset,
         tokenizer_hash=data.tokenizer.hash,
     )
     return data, resolved

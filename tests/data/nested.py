@@ -32,13 +32,14 @@ class Nested(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     text = F.Text()
     beside = tuple(FEATURES)
+    documents = tuple(texts())
 
     def _info(self):
         others = {name: FEATURES[name][0] for name in self.beside}
         return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict({"text": self.text, **others}))
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(texts()) for split in ("train", "validation")}
+        return {split: self._generate_examples(self.documents) for split in ("train", "validation")}
 
     def _generate_examples(self, documents):
         for i, text in enumerate(documents):
@@ -46,7 +47,10 @@ class Nested(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare_nested(data_dir: Path, file_format: str = "array_record", **changes) -> Path:
-    """Prepares dataset `nested`: a feature `text`, and those of FEATURES that `beside` names."""
+    """Prepares dataset `nested`: a feature `text`, and those of FEATURES that `beside` names.
+
+    `changes` are attributes of the builder: `text`, `beside`, `documents`, `VERSION`, `BUILDER_CONFIGS`.
+    """
     tfds.disable_progress_bar()
     builder = type("Nested", (Nested,), changes, skip_registration=True)(data_dir=data_dir)
     builder.download_and_prepare(file_format=file_format)
