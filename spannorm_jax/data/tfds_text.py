@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from spannorm_jax.data import damage, names, python_source, stdlib_files
 from spannorm_jax.errors import UserError, did_you_mean
 
 _FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
+_INFO = "dataset_info.json"  # in the folder of each version that is complete
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
 
@@ -33,13 +35,22 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     key, asked, name = names.asked_for(data)
     root = _data_dir(data)
     if full_name := names.embedded(name):
+        if not (root / full_name).is_dir() and (fault := _dataset_itself(root)):
+            raise UserError(f"dataset {full_name!r} cannot be made in {root}, {fault}")
         return python_source.prepare(root, full_name)
 
     base, config, version = name.base, name.config, name.version
     builder_class = _builder_class(base)
     prepared = _prepared(root, base)
+    known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
+    if not prepared and (fault := _no_folder(root) or _dataset_itself(root)):
+        hint, near = "", did_you_mean(base, known)
+        if builder_class and not root.exists():
+            hint = f", or run {_how_to_prepare(str(name), root)}"
+        elif builder_class is None and near.startswith("did you mean"):
+            hint = f"; {near}"
+        raise UserError(f"config key {key}={asked!r}: no dataset {base!r} lies in {root}, {fault}{hint}")
     if builder_class is None and not prepared:
-        known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
         raise UserError(
             f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies "
             f"in {root}; {did_you_mean(base, known)}"
@@ -57,10 +68,10 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
+        how = f", or run {_how_to_prepare(str(name), root)}" if builder_class else ""
         raise UserError(
             f"dataset {asked!r} is not prepared in {root} (there: "
-            f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to "
-            f"where it is, or run {_how_to_prepare(str(name), root)}"
+            f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to where it is{how}"
         )
     if _format(builder) is None:
         raise UserError(
@@ -207,7 +218,7 @@ def _builder_class(name: str) -> type[tfds.core.DatasetBuilder] | None:
 
 
 def _is_prepared(folder: Path) -> bool:
-    return (folder / "dataset_info.json").is_file()
+    return (folder / _INFO).is_file()
 
 
 def _folders(folder: Path) -> list[str]:
@@ -223,6 +234,29 @@ def _prepared(root: Path, base: str) -> list[str]:
         names = [f"{base}/{outer}", *(f"{base}/{outer}/{v}" for v in _folders(root / base / outer))]
         found += [name for name in names if _is_prepared(root / name)]
     return found
+
+
+def _no_folder(root: Path) -> str:
+    if root.is_dir():
+        return ""
+    return f"which {'is no folder' if root.exists() else 'does not exist'}; set config key data.data_dir to where it is"
+
+
+def _dataset_itself(root: Path) -> str:
+    """What to write instead if `root` is one dataset's own folder, or its config's or version's; "" if it is not."""
+    folders = [root, *(root / f for f in _folders(root))]
+    folders += [folder / f for folder in folders[1:] for f in _folders(folder)]
+    prepared = next(filter(_is_prepared, folders), None)
+    if prepared is None:
+        return ""
+    try:
+        name = json.loads((prepared / _INFO).read_text())["name"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return ""
+    above = [folder for folder in (prepared.parent, prepared.parent.parent) if folder.name == name]
+    if not above or not root.is_relative_to(above[0]):
+        return ""
+    return f"which is the folder of dataset {name!r} itself; set config key data.data_dir={above[0].parent}"
 
 
 def _how_to_prepare(name: str, data_dir: Path | str) -> str:
