@@ -59,7 +59,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "python_source"  # a TFDS name, "name/config" where it has configs
+    dataset: str = "python_source"  # a TFDS name: name or name/config, and :version (default: the newest there)
+    full_name: str = ""  # TFDS's, with config and version, of what dataset was opened as; "": filled in at start
     text_feature: str = "text"  # the feature that holds the text
     train_split: str = "train"
     eval_split: str = "validation"
@@ -158,6 +159,9 @@ RUNTIME_KEYS = (
     "model.moe.capacity",
     "model.moe.grouped_matmul",
 )
+
+# How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.
+NAMES_OF_DATA = ("data.dataset", "data.full_name")
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
 NORMS = ("rmsnorm", "layernorm")
@@ -274,11 +278,13 @@ def replace(config: Config, **changes: Any) -> Config:
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every difference that continuing a run does not allow."""
     before, after = flatten(old), flatten(new)
+    same_data = old.data.fingerprint == new.data.fingerprint != ""
+    allowed = RUNTIME_KEYS + (NAMES_OF_DATA if same_data else ())
 
-    def runtime(key: str) -> bool:
-        return any(key == r or key.startswith(r + ".") for r in RUNTIME_KEYS)
+    def may_change(key: str) -> bool:
+        return any(key == a or key.startswith(a + ".") for a in allowed)
 
-    return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not runtime(k)]
+    return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not may_change(k)]
 
 
 def num_steps(config: Config) -> int:
@@ -301,8 +307,10 @@ def fill_sizes(config: Config) -> Config:
     )
 
 
-def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str, tokenizer_hash: str = "") -> Config:
-    """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash and the data's fingerprint.
+def resolve(
+    config: Config, *, vocab_size: int, platform: str, fingerprint: str, full_name: str = "", tokenizer_hash: str = ""
+) -> Config:
+    """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash, the data's name and hash.
 
     Raises:
       UserError: the vocabulary is too small for the tokenizer, or the data are not those asked for.
@@ -321,7 +329,7 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str,
     if data.fingerprint not in ("", fingerprint):
         raise UserError(
             f"the data here have fingerprint {fingerprint}, not data.fingerprint={data.fingerprint}: "
-            f"{data.dataset} differs from what the config or run was made with, so results would not "
+            f"{full_name or data.dataset} differs from what the config or run was made with, so results would not "
             "compare; restore that data, or start a new run without data.fingerprint"
         )
     config = fill_sizes(config)
@@ -332,6 +340,6 @@ def resolve(config: Config, *, vocab_size: int, platform: str, fingerprint: str,
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),
-        data=dataclasses.replace(data, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
+        data=dataclasses.replace(data, full_name=full_name, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
         training=dataclasses.replace(config.training, steps=num_steps(config)),
     )

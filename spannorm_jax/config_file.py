@@ -152,6 +152,7 @@ def resolve_without_data(config: Config, platform: str) -> Config:
         vocab_size=vocab_size(data),
         platform=platform,
         fingerprint=data.fingerprint,
+        full_name=data.full_name,
         tokenizer_hash=data.tokenizer_hash,
     )
 

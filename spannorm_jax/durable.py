@@ -85,7 +85,9 @@ def sync_folder(path: Path) -> None:
 
 def unwritable(error: BaseException | None) -> str | None:
     """Why an error, or what caused it, means that nothing more can be written; None if it is something else."""
-    while error is not None:
+    seen: set[int] = set()  # nothing keeps a chain of causes from being a ring
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         for number, (says, text) in _UNWRITABLE.items():
             if (isinstance(error, OSError) and error.errno == number) or text in str(error):
                 return says

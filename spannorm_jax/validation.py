@@ -76,7 +76,8 @@ _LEAST_FLOATS = {  # key -> smallest legal value, and what is wrong below it
 }
 _FRACTIONS = ("optim.warmup_fraction", "optim.decay_fraction", "optim.final_lr_fraction")  # in [0, 1]
 _BELOW_ONE = ("optim.b1", "optim.b2")  # in [0, 1)
-_FILE_NAMES = ("data.dataset", "data.text_feature", "data.train_split", "data.eval_split")  # of token stores
+# of token stores
+_FILE_NAMES = ("data.dataset", "data.full_name", "data.text_feature", "data.train_split", "data.eval_split")
 _MAX_DEPTH = 2**16  # some of what is told of each block is told on the host
 _MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.config import RUNTIME_KEYS
+from spannorm_jax.config import NAMES_OF_DATA, RUNTIME_KEYS
 from spannorm_jax.errors import UserError, one_line
 
 # What a report compares; a difference in any other config key is said aloud.
@@ -389,13 +389,16 @@ def is_runtime(key: str) -> bool:
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Config keys that differ, but for those compared -> each run's value as JSON."""
+    """Config keys that differ, but for those compared -> each run's value as JSON.
+
+    What names the data is left out where they are the same.
+    """
     all_options = [run.options | {"data.fingerprint": run.fingerprint} for run in runs]
+    same_data = len({run.fingerprint for run in runs}) == 1 and runs[0].fingerprint
+    left_out = COMPARED_KEYS + (NAMES_OF_DATA if same_data else ())
     keys = list(dict.fromkeys(key for options in all_options for key in options))
     values = {
-        key: [json.dumps(o[key]) if key in o else "absent" for o in all_options]
-        for key in keys
-        if key not in COMPARED_KEYS
+        key: [json.dumps(o[key]) if key in o else "absent" for o in all_options] for key in keys if key not in left_out
     }
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
 

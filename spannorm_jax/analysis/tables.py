@@ -120,7 +120,13 @@ def notices(rows: Sequence[Row], passed_over: Sequence[str] = ()) -> list[tuple[
         if len(set(values)) > 1:
             warnings.append(f"Held-out {key} differ: {_counted(values)}.")
     for row in rows:
-        evaluation = held_out(row.run)
+        evaluation = held_out(row.run) or {}
+        shared = evaluation.get("eval_overlap") or row.run.data.get("eval_overlap")
+        if shared:
+            warnings.append(
+                f"{run_name(row)}: its held-out split shares {shared} examples with its training split, so its "
+                "held-out numbers are not held out."
+            )
         if evaluation and evaluation["step"] != row.run.last_step:
             notes.append(
                 f"{run_name(row)}: held-out numbers are those of step {evaluation['step']}, not of its last, "

@@ -5,15 +5,32 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from spannorm_jax.data.tokenizer import Tokenizer
 
+_LONGEST_RUN = 256  # characters
+# The expression of byte-level BPE (GPT-2's), with an upper bound wherever it has a "+". OpenAI's cl100k_base bounds
+# runs of digits in the same way, to three.
+_BOUNDED_RUNS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}"
+).replace(",N}", f",{_LONGEST_RUN}}}")
+_TELL_EVERY_S = 10.0
+_JOIN_S = 0.2  # Ctrl-C is heard as soon
+
 
 def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     """Returns the tokenizer.json of a BPE trained on `texts` (UTF-8), the same for the same texts.
+
+    In training, not in the tokenizer that comes of it, a run of more than 256 letters, digits,
+    other signs or white space is cut into runs of 256, since the trainer's time grows with the
+    square of the longest. So no token is longer than that, with a space before it. Progress is
+    told on stderr.
 
     Args:
       texts: documents.
@@ -24,7 +41,12 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     from tokenizers import models, pre_tokenizers, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_BOUNDED_RUNS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         # Without end-of-text: a special token is a string to `tokenizers`, and a text that holds
         # the string would be given its id. Ours is the id after the last one, and no string.
@@ -33,7 +55,9 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any byte can be encoded
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_front(texts, max_bytes), trainer)
+    front = _Front(texts, max_bytes)
+    _wait_for(lambda: tokenizer.train_from_iterator(front, trainer), front)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer.to_str()
 
 
@@ -91,13 +115,55 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     )
 
 
-def _front(texts: Iterable[bytes], max_bytes: int) -> Iterator[str]:
-    seen = 0
-    for text in texts:
-        yield text.decode("utf-8", errors="replace")
-        seen += len(text)
-        if max_bytes and seen >= max_bytes:
-            return
+class _Front:
+    """Iterates over the first texts, at least `max_bytes` of them (0: all), decoded."""
+
+    def __init__(self, texts: Iterable[bytes], max_bytes: int):
+        self.num_bytes, self.ended, self.stopped = 0, False, False
+        self._texts, self._max_bytes = texts, max_bytes
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            if self.stopped:
+                raise InterruptedError
+            yield text.decode("utf-8", errors="replace")
+            self.num_bytes += len(text)
+            if self._max_bytes and self.num_bytes >= self._max_bytes:
+                break
+        self.ended = True
+
+
+def _wait_for(train: Callable[[], None], front: _Front) -> None:
+    """Runs `train` in a thread, since native code hears no Ctrl-C, and tells of its progress."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            train()
+        except BaseException as error:  # raised again by the caller's thread
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="bpe")
+    thread.start()
+    began = told = time.monotonic()
+    try:
+        while thread.is_alive():
+            thread.join(_JOIN_S)
+            now = time.monotonic()
+            if now - told >= _TELL_EVERY_S:
+                told = now
+                doing = "merging" if front.ended else "reading"
+                print(
+                    f"training the tokenizer: {doing}, {front.num_bytes / 2**20:.1f} MiB read, {now - began:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    finally:
+        # After Ctrl-C a thread that reads ends at its next text, and one in native code with the process.
+        front.stopped = True
+        thread.join(_JOIN_S)
+    if raised:
+        raise raised[0]
 
 
 def _characters() -> list[str]:

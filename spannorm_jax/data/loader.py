@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, Windows
+from spannorm_jax.errors import UserError
 
 
 class TrainLoader:
@@ -35,6 +37,15 @@ class TrainLoader:
         return np.stack([self._order[i] for i in range(first + start, first + stop)])
 
 
+def check_held_out(store: TokenStore, tokenizer: Tokenizer) -> None:
+    """Raises UserError if predicting each token but the first predicts no text."""
+    if store.num_bytes == tokenizer.token_bytes[store.tokens[0]]:
+        raise UserError(
+            f"config key data.eval_split={store.split!r} leaves nothing to predict: the whole text of that split of "
+            f"{store.dataset} is one token; take more data"
+        )
+
+
 def eval_batches(
     store: TokenStore, seq_len: int, num_tokens: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -46,15 +57,12 @@ def eval_batches(
       store: held-out tokens.
       seq_len: T.
       num_tokens: predictions to make, rounded up to full windows, which are spread evenly over the
-        split and taken at most once each. 0: every token but the first exactly once, the short
-        tail included.
+        split and taken at most once each. 0, or a split that is shorter than one window: every
+        token but the first exactly once, the short tail included.
       batch_size: B.
-
-    Raises:
-      UserError: num_tokens is not 0 and the store is shorter than one window of T + 1 tokens.
     """
     tokens = np.asarray(store.tokens)
-    if num_tokens == 0:
+    if num_tokens == 0 or store.num_tokens <= seq_len:
         starts = np.arange(0, store.num_tokens - 1, seq_len)
     else:
         available = len(Windows(store, seq_len))

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from spannorm_jax.data import atomic, damage, stdlib_files, sys_path_files
+from spannorm_jax.errors import UserError
 
 
 class _LazyConfigs:
@@ -76,28 +77,35 @@ class SysPathSource(PythonSource, skip_registration=True):
         return sys_path_files.here()[0]
 
 
-def prepare(data_dir: Path, dataset: str = stdlib_files.DATASET) -> tfds.core.DatasetBuilder:
-    """Returns the builder of `dataset`, written below `data_dir` if it was not there.
+def prepare(data_dir: Path, full_name: str = "") -> tfds.core.DatasetBuilder:
+    """Returns the builder of a `python_source`, written below `data_dir` if it was not there.
 
     Args:
       data_dir: root of TFDS's folders.
-      dataset: `python_source` (its default config) or `python_source/sys_path`.
+      full_name: `python_source/stdlib_<hash>/<version>` or `python_source/sys_path_<hash>/<version>`. What lies in
+        `data_dir` is opened; of the others, only this interpreter's own can be made. "": its standard library.
 
     Raises:
-      UserError: `data_dir` cannot be written, there are no sources, or the files there are damaged.
+      UserError: it is neither there nor this interpreter's own, `data_dir` cannot be written, there are no sources, or
+        the files there are damaged.
     """
-    if dataset == sys_path_files.DATASET:
-        builder_class, full_name = SysPathSource, sys_path_files.full_name()
-    else:
-        builder_class, full_name = PythonSource, stdlib_files.full_name()
+    full_name = full_name or stdlib_files.full_name()
     target = data_dir / full_name
     if not target.is_dir():
+        of_path = full_name.startswith(sys_path_files.DATASET)
+        here = (sys_path_files if of_path else stdlib_files).full_name()
+        if full_name != here:
+            raise UserError(
+                f"dataset {full_name!r} is not in {data_dir}, and the files it was made from are not those of this "
+                f"Python, which are {here!r}; set config key data.data_dir to where it is, or start a new run with "
+                f"data.dataset={sys_path_files.DATASET if of_path else stdlib_files.DATASET}"
+            )
         with atomic.temporary_folder(data_dir / stdlib_files.DATASET, "data.data_dir") as temp:
             # TFDS announces itself on stdout, which belongs to our programs.
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):
-                builder = builder_class(data_dir=temp)
+                builder = (SysPathSource if of_path else PythonSource)(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
             atomic.publish(Path(builder.data_dir), target)
     with damage.described(target):
-        return builder_class(data_dir=data_dir)
+        return tfds.builder_from_directory(target)

@@ -2,52 +2,58 @@
 
 import hashlib
 import importlib
+import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import damage, python_source, stdlib_files, sys_path_files
+from spannorm_jax.data import damage, names, python_source, stdlib_files
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.paths import below_home, user_path
 
-_NAME = re.compile(r"(?P<base>[A-Za-z_]\w*)(/(?P<config>[\w\-+.]+))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _FORMATS = (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.TFRECORD)  # the first is preferred
+_INFO = "dataset_info.json"  # in the folder of each version that is complete
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
 
 def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
-    """Returns the builder of `data.dataset`, whose examples lie in `data_dir` as array_record or TFRecord.
+    """Returns the builder of `data.full_name`, or, if that is open, of `data.dataset` in its newest version.
 
-    Only `python_source` is ever prepared here; other datasets are read, never made.
+    Its examples lie in `data_dir` as array_record or TFRecord. Only `python_source` is ever prepared here; other
+    datasets are read, never made.
 
     Raises:
       UserError: the dataset or its config is unknown, not prepared, damaged, or in another file format, or
         it is in TFRecord and TensorFlow is not installed.
     """
+    key, asked, name = names.asked_for(data)
     root = _data_dir(data)
-    parsed = _NAME.fullmatch(data.dataset)
-    if not parsed:
-        raise UserError(
-            f"config key data.dataset={data.dataset!r} is not a TFDS name; "
-            "write name, name/config or name/config:version"
-        )
-    base, config, version = parsed["base"], parsed["config"], parsed["version"]
-    if base == stdlib_files.DATASET and _is_default(config, version):
-        return python_source.prepare(root)
-    if data.dataset in (sys_path_files.DATASET, f"{sys_path_files.DATASET}:{stdlib_files.VERSION}"):
-        return python_source.prepare(root, sys_path_files.DATASET)
+    if full_name := names.embedded(name):
+        if not (root / full_name).is_dir() and (fault := _dataset_itself(root)):
+            raise UserError(f"dataset {full_name!r} cannot be made in {root}, {fault}")
+        return python_source.prepare(root, full_name)
 
+    base, config, version = name.base, name.config, name.version
     builder_class = _builder_class(base)
     prepared = _prepared(root, base)
+    known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
+    if not prepared and (fault := _no_folder(root) or _dataset_itself(root)):
+        hint, near = "", did_you_mean(base, known)
+        if builder_class and not root.exists():
+            hint = f", or run {_how_to_prepare(str(name), root)}"
+        elif builder_class is None and near.startswith("did you mean"):
+            hint = f"; {near}"
+        raise UserError(f"config key {key}={asked!r}: no dataset {base!r} lies in {root}, {fault}{hint}")
     if builder_class is None and not prepared:
-        known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
         raise UserError(
-            f"config key data.dataset={data.dataset!r}: no TFDS dataset {base!r} is known or lies "
+            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies "
             f"in {root}; {did_you_mean(base, known)}"
         )
     configs = {p.split("/")[1] for p in prepared if p.count("/") == 2}
@@ -55,33 +61,33 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     configs |= {"sys_path"} if base == stdlib_files.DATASET else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
-        raise UserError(f"config key data.dataset={data.dataset!r}: {base!r} has no config {config!r}; {hint}")
-    wanted = [p for p in prepared if not version or p.endswith("/" + version)]
+        raise UserError(f"config key {key}={asked!r}: {base!r} has no config {config!r}; {hint}")
+    wanted = [p for p in prepared if {config, version} - {""} <= {*p.split("/")[1:]}]
     try:
         with damage.described(root / wanted[-1] if wanted else root):
-            builder = tfds.builder(data.dataset, data_dir=root) if wanted else None
+            builder = tfds.builder(str(name), data_dir=root) if wanted else None
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
+        how = f", or run {_how_to_prepare(str(name), root)}" if builder_class else ""
         raise UserError(
-            f"dataset {data.dataset!r} is not prepared in {root} (there: "
-            f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to "
-            f"where it is, or run {_how_to_prepare(data.dataset, root)}"
+            f"dataset {asked!r} is not prepared in {root} (there: "
+            f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to where it is{how}"
         )
     if _format(builder) is None:
         raise UserError(
-            f"dataset {data.dataset!r} is prepared in {builder.data_dir} as "
+            f"dataset {asked!r} is prepared in {builder.data_dir} as "
             f"{builder.info.file_format.value}, not as array_record or tfrecord; set config key data.data_dir "
-            f"to another folder DIR, and run {_how_to_prepare(data.dataset, 'DIR')}"
+            f"to another folder DIR, and run {_how_to_prepare(str(name), 'DIR')}"
         )
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
         try:
             tensorflow = importlib.import_module("tensorflow")
         except ImportError as error:
             raise UserError(
-                f"dataset {data.dataset!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
+                f"dataset {asked!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
                 "read: pip install 'spannorm_jax[tf]'; or set config key data.data_dir to another folder DIR, and "
-                f"run {_how_to_prepare(data.dataset, 'DIR')}"
+                f"run {_how_to_prepare(str(name), 'DIR')}"
             ) from error
         tensorflow.config.set_visible_devices([], "GPU")  # it would take the accelerator's memory from JAX
     return builder
@@ -117,7 +123,8 @@ def open_split(
             f"choose a larger part of {', '.join(sorted(splits))}"
         )
     features = builder.info.features
-    text_features = [n for n, f in features.items() if isinstance(f, tfds.features.Text)]
+    features = features if isinstance(features, tfds.features.FeaturesDict) else {}
+    text_features = [n for n, f in features.items() if _is_text(f)]
     if data.text_feature not in text_features:
         fault = "is not text" if data.text_feature in features else "is unknown"
         hint = did_you_mean(data.text_feature, text_features) if text_features else "it has no text"
@@ -134,34 +141,55 @@ def open_split(
     return _texts(builder, part, data.text_feature)
 
 
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+    """Whether it holds one string: Text, or a scalar of a string's type, which TFDS stores in the same way."""
+    scalar = isinstance(feature, tfds.features.Tensor) and feature.shape == ()
+    return scalar and np.dtype(feature.np_dtype).kind in "OSU"
+
+
 def _format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat | None:
     available = builder.info.available_file_formats()
     return next((f for f in _FORMATS if f in available), None)
 
 
 def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
-    decoders = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != feature}
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
-        yield from _tfrecord_texts(builder, split, feature, decoders)
+        yield from _tfrecord_texts(builder, split, feature)
         return
-    source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
+    # Raw records, since TFDS without TensorFlow can neither decode nor skip most features that nest or repeat.
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
     for start in range(0, len(source), _READ_AT_ONCE):
         stop = min(start + _READ_AT_ONCE, len(source))
         try:
-            texts = [example[feature] for example in source.__getitems__(list(range(start, stop)))]
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise damage.first_damaged(builder, split) or error from error
-        if any(text is None for text in texts):  # what the reader makes of a record that it cannot find
+            records = source.__getitems__(list(range(start, stop)))
+            texts = [_text(record, feature) for record in records]
+        except (RuntimeError, ValueError, IndexError, TypeError, DecodeError) as error:
+            if found := damage.first_damaged(builder, split):
+                raise found from error
+            raise
+        if not all(records):  # what the reader makes of a record that it cannot find
             raise damage.first_damaged(builder, split) or damage.damaged(Path(builder.data_dir), "records are missing")
         yield from texts
 
 
-def _tfrecord_texts(
-    builder: tfds.core.DatasetBuilder, split: Any, feature: str, decoders: dict[str, Any]
-) -> Iterator[bytes]:
+def _text(record: bytes, feature: str) -> bytes:
+    """The text of a serialised tf.train.Example; one that lacks it has an empty one."""
+    values = tf_example_pb2.Example.FromString(record).features.feature[feature].bytes_list.value
+    return values[0] if values else b""
+
+
+def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
     # One file after another: by default TFDS interleaves them, and a split would not be its shards in a row.
     in_order = tfds.ReadConfig(interleave_cycle_length=1)
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=in_order, decoders=decoders)
+    # A Translation, whose features are all text, is no FeaturesDict of which TFDS could decode a part.
+    part = type(builder.info.features) is tfds.features.FeaturesDict
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=False,
+        read_config=in_order,
+        decoders=tfds.decode.PartialDecoding({feature: True}) if part else None,
+    )
     for example in tfds.as_numpy(dataset):
         yield example[feature]
 
@@ -173,11 +201,6 @@ def identity(builder: tfds.core.DatasetBuilder) -> str:
     sizes = [(s.name, s.num_bytes, s.shard_lengths) for s in builder.info.splits.values()]
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
     return f"{builder.info.full_name}-{digest[:8]}"
-
-
-def _is_default(config: str | None, version: str | None) -> bool:
-    here = stdlib_files.config_name()
-    return config in (None, here) and version in (None, stdlib_files.VERSION)
 
 
 def _data_dir(data: DataConfig) -> Path:
@@ -199,7 +222,7 @@ def _builder_class(name: str) -> type[tfds.core.DatasetBuilder] | None:
 
 
 def _is_prepared(folder: Path) -> bool:
-    return (folder / "dataset_info.json").is_file()
+    return (folder / _INFO).is_file()
 
 
 def _folders(folder: Path) -> list[str]:
@@ -215,6 +238,29 @@ def _prepared(root: Path, base: str) -> list[str]:
         names = [f"{base}/{outer}", *(f"{base}/{outer}/{v}" for v in _folders(root / base / outer))]
         found += [name for name in names if _is_prepared(root / name)]
     return found
+
+
+def _no_folder(root: Path) -> str:
+    if root.is_dir():
+        return ""
+    return f"which {'is no folder' if root.exists() else 'does not exist'}; set config key data.data_dir to where it is"
+
+
+def _dataset_itself(root: Path) -> str:
+    """What to write instead if `root` is one dataset's own folder, or its config's or version's; "" if it is not."""
+    folders = [root, *(root / f for f in _folders(root))]
+    folders += [folder / f for folder in folders[1:] for f in _folders(folder)]
+    prepared = next(filter(_is_prepared, folders), None)
+    if prepared is None:
+        return ""
+    try:
+        name = json.loads((prepared / _INFO).read_text())["name"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return ""
+    above = [folder for folder in (prepared.parent, prepared.parent.parent) if folder.name == name]
+    if not above or not root.is_relative_to(above[0]):
+        return ""
+    return f"which is the folder of dataset {name!r} itself; set config key data.data_dir={above[0].parent}"
 
 
 def _how_to_prepare(name: str, data_dir: Path | str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import atomic, bpe, shards, stdlib_files, sys_path_files
+from spannorm_jax.data import atomic, bpe, names, shards
 from spannorm_jax.data.shards import Shard
 from spannorm_jax.data.tokenizer import BYTES, TOKENIZERS, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
@@ -79,9 +79,9 @@ class _Source:
     @functools.cached_property
     def identity(self) -> str:
         """Name that no other contents have, for folders."""
-        embedded = {stdlib_files.DATASET: stdlib_files, sys_path_files.DATASET: sys_path_files}
-        if self._data.dataset in embedded:
-            return embedded[self._data.dataset].full_name()
+        _, _, name = names.asked_for(self._data)
+        if full_name := names.embedded(name):
+            return full_name
         from spannorm_jax.data import tfds_text
 
         return tfds_text.identity(self._builder)

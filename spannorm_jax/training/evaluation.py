@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, MeshConfig
-from spannorm_jax.data.loader import eval_batches
+from spannorm_jax.data.loader import check_held_out, eval_batches
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
@@ -20,7 +20,7 @@ from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training import run_folder
 from spannorm_jax.training.checkpoint import Checkpoints
-from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax
+from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax
 from spannorm_jax.training.step import Program, make_program
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -58,6 +58,7 @@ def evaluate(
             distributed.say(f"passed over a checkpoint: {found}; evaluating step {step}", sys.stderr)
         data, config, mesh = distributed.together(lambda: _fit(config))
         check_agreement(config)
+        say_overlap(config, data)
         with jax.set_mesh(mesh), in_step():
             program = make_program(config, define(config.model), mesh)
             params = checkpoints.restore_params(step, program.abstract_state.params)
@@ -65,6 +66,8 @@ def evaluate(
     finally:
         checkpoints.close()
     line = result | {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
+    if data.eval_overlap:
+        line["eval_overlap"] = data.eval_overlap
     if out is not None and distributed.is_first():
         try:
             append_line(out, line)
@@ -85,13 +88,18 @@ def _check_writable(out: Path) -> None:
 
 def _fit(config: Config) -> tuple[Data, Config, Mesh]:
     data, config = open_data(config)
+    check_held_out(data.eval, data.tokenizer)
     mesh = make_mesh(config.mesh)
     check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
     return data, config, mesh
 
 
 def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[str, float]:
-    """Loss, perplexity, bits per byte and accuracy over the fixed part of the held-out split."""
+    """Loss, perplexity, bits per byte and accuracy over the fixed part of the held-out split.
+
+    Raises:
+      UserError: no token of that part stands for text.
+    """
     totals = {"nll": 0.0, "correct": 0.0, "count": 0.0}
     num_bytes = 0
     batches = eval_batches(data.eval, config.data.seq_len, config.eval.tokens, config.eval.batch_size)
@@ -102,6 +110,10 @@ def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[
         )
         sums = jax.device_get(program.evaluate(params, *arrays))
         totals = {key: total + float(sums[key]) for key, total in totals.items()}
+    if not num_bytes:
+        raise UserError(
+            f"config key eval.tokens={config.eval.tokens} predicts no text, only ends of documents; write more, or 0"
+        )
     loss = totals["nll"] / totals["count"]
     return {
         "loss": loss,

@@ -10,8 +10,8 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config, to_dict
-from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.config import Config, replace, to_dict
+from spannorm_jax.data.loader import TrainLoader, check_held_out
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model import grouped_matmul
@@ -32,7 +32,7 @@ from spannorm_jax.training.metrics import (
     peak_flops,
 )
 from spannorm_jax.training.profiling import StepTrace, check_steps
-from spannorm_jax.training.setup import Data, check_agreement, open_data, start_jax, start_record
+from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy", "expert_overflow")
@@ -61,6 +61,8 @@ def train(
     """
     start_jax(config.platform, flags)
     distributed.check_devices()
+    full_name = distributed.from_first(lambda: run_folder.data_opened_as(workdir, config))
+    config = replace(config, data__full_name=full_name)
     config, data, mesh, loader = distributed.together(lambda: fit(config))
     check_steps(profile_steps, config.training.steps)
     check_agreement(config)
@@ -84,6 +86,7 @@ def _open_folder(stack: ExitStack, config: Config, workdir: Path) -> Any:
 def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
     """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
     data, config = open_data(config)
+    check_held_out(data.eval, data.tokenizer)
     chosen(config.model, config.data.seq_len)
     _grouped_matmul(config)
     mesh = make_mesh(config.mesh)
@@ -142,6 +145,7 @@ def _train(
         f"data {data.train.dataset} ({config.data.tokenizer}), {data.train.num_tokens:,} training tokens, "
         f"fingerprint {config.data.fingerprint}"
     )
+    say_overlap(config, data)
 
     with (
         jax.set_mesh(mesh),

@@ -20,8 +20,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from spannorm_jax.config import Config, changed_keys, to_dict
+from spannorm_jax.config import Config, changed_keys, replace, to_dict
 from spannorm_jax.config_file import recorded_config
+from spannorm_jax.data import names
 from spannorm_jax.durable import exclusive, unwritable, write_json, write_text
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.paths import user_path
@@ -61,9 +62,35 @@ def read_config(workdir: Path) -> Config:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error
     try:
-        return recorded_config(values)
+        config = recorded_config(values)
     except UserError as error:
         raise UserError(f"{path}: {error} (if a newer version of this code wrote it, use that one)") from error
+    return config if config.data.full_name else replace(config, data__full_name=_started_with(workdir))
+
+
+def _started_with(workdir: Path) -> str:
+    """Full name of the data as the last start recorded it, for runs from before their config did; "" if none did."""
+    path = workdir / STARTS
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, which a crash leaves
+            return str(json.loads(line)["data"]["dataset"])
+    return ""
+
+
+def data_opened_as(workdir: Path, config: Config) -> str:
+    """The `data.full_name` by which `config` opens its data.
+
+    It is that of the run in `workdir` if `config` continues it and leaves its own open: a newer
+    version of the dataset beside the run's does not change what the run goes on with.
+
+    Raises:
+      UserError: the run's config cannot be read.
+    """
+    if not (workdir / CONFIG).is_file():
+        return config.data.full_name
+    old = read_config(workdir).data
+    return old.full_name if names.goes_on(config.data, old) else config.data.full_name
 
 
 @contextlib.contextmanager

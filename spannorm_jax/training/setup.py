@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 
 from spannorm_jax.config import Config, flatten, resolve
+from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.errors import UserError, one_line
@@ -51,6 +53,7 @@ class Data:
     train: TokenStore
     eval: TokenStore
     tokenizer: Tokenizer
+    eval_overlap: int = 0  # examples that the held-out split shares with the training split
 
 
 def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
@@ -123,15 +126,27 @@ def open_data(config: Config) -> tuple[Data, Config]:
         open_store(config.data, config.data.train_split),
         open_store(config.data, config.data.eval_split),
         open_tokenizer(config.data),
+        shared_examples(config.data),
     )
     resolved = resolve(
         config,
         vocab_size=data.tokenizer.vocab_size,
         platform=jax.default_backend(),
         fingerprint=fingerprint(data.train, data.eval),
+        full_name=data.train.dataset,
         tokenizer_hash=data.tokenizer.hash,
     )
     return data, resolved
+
+
+def say_overlap(config: Config, data: Data) -> None:
+    """Says if the held-out loss is of text that was trained on: legal, and easily overlooked."""
+    if data.eval_overlap:
+        distributed.say(
+            f"config key data.eval_split={config.data.eval_split!r} shares {data.eval_overlap:,} examples with "
+            f"data.train_split={config.data.train_split!r}: its loss is not held out",
+            sys.stderr,
+        )
 
 
 def check_agreement(config: Config) -> None:
@@ -161,6 +176,7 @@ def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str
             "fingerprint": fingerprint(data.train, data.eval),
             "train_tokens": data.train.num_tokens,
             "eval_tokens": data.eval.num_tokens,
+            "eval_overlap": data.eval_overlap,
             "unigram_entropy": data.train.unigram_entropy,
         },
         **facts,

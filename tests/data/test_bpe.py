@@ -1,11 +1,15 @@
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny_lines import TINY_TEST, TINY_TRAIN
 
 from spannorm_jax.config import DataConfig
@@ -95,6 +99,103 @@ def test_training_again_in_other_processes_gives_the_same_file():
 
 def test_only_the_front_is_trained_on():
     assert bpe.train(LINES, 300, max_bytes=1) == bpe.train(LINES[:1], 300, 0)
+
+
+def runs_of(letters, n):
+    return "".join(np.random.default_rng(0).choice(list(letters), n))
+
+
+RUNS = {
+    "genome": "ACGT",
+    "base64": "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/",
+    "digits": "0123456789",
+    "punctuation": "!#$%&()*+,-./:;<=>?",
+    "cjk": "天地玄黃宇宙洪荒日月盈昃辰宿列張",
+    "spaces": " ",
+    "newlines": "\n",
+    "white space": " \t\n",
+    "one letter": "a",
+}
+
+
+@pytest.mark.parametrize("letters", RUNS.values(), ids=RUNS)
+def test_no_token_is_longer_than_the_runs_that_training_sees(letters):
+    text = runs_of(letters, 20_000)
+    for around in ("{}", "x = {}", "{}\nx"):
+        tokenizer = bpe.load(bpe.train([around.format(text).encode()], 2000, 0), 2048)
+        assert 1 < tokenizer.token_bytes.max() <= 1 + 256 * len(letters[0].encode())  # a space goes before
+        assert tokenizer.decode(tokenizer.encode(text.encode())) == text
+
+
+def test_runs_without_white_space_take_no_time_with_their_square(start_python):
+    """A million letters take seconds; with the square of their number it would be a quarter of an hour."""
+    code = """
+import random
+from spannorm_jax.data import bpe
+text = "".join(random.Random(0).choices("ACGT", k=1_000_000)).encode()
+tokenizer = bpe.load(bpe.train([text], 8192, 0), 8192)
+print(tokenizer.decode(tokenizer.encode(text)).encode() == text)
+"""
+    assert start_python(code).communicate(timeout=300)[0] == "True\n"
+
+
+def test_ordinary_text_gives_the_tokenizer_that_unbounded_runs_give():
+    """The reference is byte-level BPE as `tokenizers` has it."""
+    lines = [*LINES, *(text.encode() for text in ODD[:-1]), b"x" * 256, b" " * 256 + b"x", b"don't we'll 1234567"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((line.decode() for line in lines), trainer)
+    assert bpe.train(lines, 600, 0) == tokenizer.to_str()
+
+
+def test_progress_is_told_on_stderr(monkeypatch, capsys):
+    monkeypatch.setattr(bpe, "_TELL_EVERY_S", 0)
+    bpe.train(LINES, 300, 0)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    told = printed.err.splitlines()
+    assert told and all(re.fullmatch(r"training the tokenizer: .* MiB read, \d+ s", line) for line in told)
+
+
+def test_what_goes_wrong_with_the_texts_is_raised():
+    def damaged():
+        yield b"some text"
+        raise UserError("shard 3 is damaged")
+
+    with pytest.raises(UserError, match="shard 3 is damaged"):
+        bpe.train(damaged(), 300, 0)
+
+
+@pytest.mark.parametrize("phase", ["reading", "merging"])
+def test_ctrl_c_ends_training_and_leaves_nothing(tiny, phase, start_python):
+    code = """
+import itertools, sys
+from spannorm_jax.data import bpe, prepare, tokens
+from spannorm_jax.errors import run_command
+phase = sys.argv.pop()
+bpe._TELL_EVERY_S = 0
+if phase == "reading":
+    tokens._Source.texts = lambda *args: itertools.repeat(b"some text")
+else:  # a merge that lasts
+    bpe._BOUNDED_RUNS = ".+"
+    tokens._Source.texts = lambda *args: ["".join(__import__("random").choices("ACGT", k=1_000_000)).encode()]
+run_command(prepare.main)
+"""
+    config = dataclasses.asdict(dataclasses.replace(tiny, tokenizer="bpe"))
+    changed = ("dataset", "text_feature", "eval_split", "data_dir", "cache_dir", "tokenizer")
+    options = [f"--config.data.{key}={config[key]}" for key in changed]
+    process = start_python(code, "--config", "configs/dense.py", *options, phase)
+    for line in process.stderr:
+        if f"training the tokenizer: {phase}" in line:
+            break
+        assert "training the tokenizer" in line, line + process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err and out == ""
+    assert not [path for path in Path(tiny.cache_dir).rglob("*") if path.is_file() or "incomplete" in path.name]
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (8192, 8192), (50257, 50304)])

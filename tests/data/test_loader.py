@@ -78,8 +78,6 @@ def test_rows_that_do_not_exist_are_refused(store, rows):
 def test_too_short_a_split_is_the_users_to_mend(store):
     with pytest.raises(UserError, match=r"data\.seq_len"):
         TrainLoader(store, store.num_tokens, B, seed=0)
-    with pytest.raises(UserError, match=r"data\.seq_len"):
-        eval_batches(store, store.num_tokens, 1, B)
 
 
 def predicted(batches, seq_len):
@@ -117,6 +115,13 @@ def test_a_partial_evaluation_is_spread_over_the_split(counting_store, num_token
 def test_asking_for_more_than_there_is_takes_every_full_window(counting_store):
     counts = predicted(eval_batches(counting_store, T, 10**6, B), T)
     assert (counts[1 : 62 * T + 1] == 1).all() and counts.sum() == 62 * T
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 10**6])
+@pytest.mark.parametrize("seq_len", [1000, 1001, 5000])
+def test_a_split_shorter_than_a_window_is_evaluated_whole(counting_store, seq_len, num_tokens):
+    counts = predicted(eval_batches(counting_store, seq_len, num_tokens, B), seq_len)
+    assert counts[0] == 0 and (counts[1:] == 1).all()
 
 
 def test_padding_is_all_zero(counting_store):

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -112,6 +113,28 @@ def test_it_is_a_dataset_by_name(two_roots, tmp_path):
     found = tfds.builder(name.rpartition("/")[0], data_dir=data.data_dir)
     assert found.info.full_name == name
     assert "path" in found.info.features
+
+
+def test_its_full_name_is_what_lay_here_when_it_was_made(two_roots, tmp_path):
+    lib, _ = two_roots
+    data = DataConfig(
+        dataset="python_source/sys_path", data_dir=str(tmp_path / "tfds"), cache_dir=str(tmp_path / "cache")
+    )
+    before = open_store(data, "train")
+    write(lib, {"new.py": b"installed = 'since'\n"})
+    sys_path_files.here.cache_clear()
+    assert open_store(data, "train").sha256 != before.sha256
+    sys_path_files.here.cache_clear()
+    for changes in ({"full_name": before.dataset}, {"dataset": before.dataset}, {"dataset": before.dataset[:-6]}):
+        again = dataclasses.replace(data, **changes)
+        assert open_store(again, "train").path == before.path
+        assert (
+            open_store(dataclasses.replace(again, cache_dir=str(tmp_path / "other")), "train").sha256 == before.sha256
+        )
+    assert sys_path_files.here.cache_info().misses == 0  # what lies here now is not even read
+    elsewhere = dataclasses.replace(data, full_name=before.dataset, data_dir=str(tmp_path), cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"{before.dataset}.*data.data_dir.*data.dataset=python_source/sys_path"):
+        open_store(elsewhere, "train")
 
 
 def test_the_default_config_reads_nothing_of_it(source_data):
