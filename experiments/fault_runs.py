@@ -105,7 +105,7 @@ def until(process: subprocess.Popen, text: str) -> str:
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the machine and the moment."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 

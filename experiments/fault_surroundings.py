@@ -72,7 +72,9 @@ def outputs(c: Campaign) -> None:
         done = (workdir / "DONE").exists() and metrics(workdir) == c.expected
         c.check(f"train {redirection}", "the run ends as unbroken", done)
         c.run([*shell, *c.command("evaluate", "--workdir", workdir)])
-        recorded = (workdir / "eval.jsonl").exists() and len((workdir / "eval.jsonl").read_text().splitlines()) == 1
+        recorded = (workdir / "eval.jsonl").exists() and len(
+            (workdir / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        ) == 1
         c.check(f"evaluate {redirection}", "one line in eval.jsonl", recorded)
     workdir = c.folder / "hung up"
     process = c.start(c.command("train", *TINY, "--workdir", workdir))

@@ -94,7 +94,7 @@ def stops(c: Campaign) -> None:
     time.sleep(c.run_s * 0.7)
     process.send_signal(signal.SIGTERM)
     code, _ = ended(process)
-    written = (workdir / "eval.jsonl").read_text() if (workdir / "eval.jsonl").exists() else ""
+    written = (workdir / "eval.jsonl").read_text(encoding="utf-8") if (workdir / "eval.jsonl").exists() else ""
     whole = not written or (written.endswith("\n") and all(json.loads(line) for line in written.splitlines()))
     c.check("SIGTERM in evaluation", "ends; no part of a line", code in (-signal.SIGTERM, 0) and whole, f"exit {code}")
 
@@ -115,7 +115,7 @@ def two_trainers(c: Campaign) -> None:
 
 def damaged_checkpoints(c: Campaign) -> None:
     newest = c.unbroken / "checkpoints" / str(STEPS)
-    files = [Path("manifest.json"), *map(Path, json.loads((newest / "manifest.json").read_text()))]
+    files = [Path("manifest.json"), *map(Path, json.loads((newest / "manifest.json").read_text(encoding="utf-8")))]
     kinds: dict[str, Path] = {}  # one file of each kind: the chunks of an array store have names of no meaning
     for path in files:
         kinds.setdefault(str(path.parent / ("chunk" if len(path.name) == 32 else path.name)), path)
@@ -162,7 +162,7 @@ def damaged_store(c: Campaign) -> None:
 
 def damaged_dataset(c: Campaign) -> None:
     dataset = next((c.folder / "tfds").rglob("dataset_info.json")).parent
-    sound = json.loads(next((c.folder / "cache").rglob("train/meta.json")).read_text())["sha256"]
+    sound = json.loads(next((c.folder / "cache").rglob("train/meta.json")).read_text(encoding="utf-8"))["sha256"]
     for path in sorted(p for p in dataset.iterdir() if "validation" not in p.name):
         kept = path.read_bytes()
         for way in (flip, cut):
@@ -171,7 +171,7 @@ def damaged_dataset(c: Campaign) -> None:
             argv = (f"--config.data.cache_dir={cache}", "--config.training.steps=2")
             code, out = c.train(c.folder / f"run {way.__name__} {path.name}", *argv)
             metas = list(cache.rglob("train/meta.json"))
-            same = code == 0 and metas and json.loads(metas[0].read_text())["sha256"] == sound
+            same = code == 0 and metas and json.loads(metas[0].read_text(encoding="utf-8"))["sha256"] == sound
             said = refused(code, out, dataset)
             expected = "refused, the file named; or not a token is changed by it"
             c.check(
@@ -186,15 +186,19 @@ def damaged_dataset(c: Campaign) -> None:
 def half_lines(c: Campaign) -> None:
     workdir = c.copy("half lines")
     for name in ("metrics.jsonl", "starts.jsonl", "eval.jsonl"):
-        with open(workdir / name, "a") as file:
+        with open(workdir / name, "a", encoding="utf-8") as file:
             file.write('{"step": 41, "lo')
     c.check_finishes("half a line at the end of each .jsonl", workdir)
     code, out = c.evaluate(workdir)
-    whole = all(json.loads(x) for n in ("starts.jsonl", "eval.jsonl") for x in (workdir / n).read_text().splitlines())
+    whole = all(
+        json.loads(x)
+        for n in ("starts.jsonl", "eval.jsonl")
+        for x in (workdir / n).read_text(encoding="utf-8").splitlines()
+    )
     c.check("evaluation after half a line", "appends a whole one", code == 0 and whole)
     workdir = c.copy("broken line")
-    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (workdir / "metrics.jsonl").write_text("".join([*lines[:9], lines[9][:20] + "\n", *lines[10:]]))
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join([*lines[:9], lines[9][:20] + "\n", *lines[10:]]), encoding="utf-8")
     code, out = c.train(workdir)
     c.check(
         "a damaged line within metrics.jsonl",
@@ -245,7 +249,7 @@ def no_room(c: Campaign) -> None:
     if code == 99 or not Path(f"{point}.code").exists():
         c.show("skipped: a full tmpfs, which cannot be mounted here")
         return
-    first = Path(f"{point}.code").read_text().strip()
+    first = Path(f"{point}.code").read_text(encoding="utf-8").strip()
     ok = first == "2" and out.count("error: cannot write") == 1 and "the disk is full" in out
     c.check("a tmpfs that fills up with checkpoints", "one line, exit code 2", ok, out)
     c.check("the tmpfs made larger", "goes on; metrics bitwise as unbroken", code == 0 and metrics(kept) == c.expected)
@@ -275,7 +279,9 @@ def clock_back(c: Campaign) -> None:
     argv = [sys.executable, "-c", CLOCK, "spannorm_jax.train", *TINY, "--workdir", str(workdir)]
     code, out = c.run(argv)
     ok = code == 0 and metrics(workdir) == c.expected
-    times = [json.loads(line)["step_time_s"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    times = [
+        json.loads(line)["step_time_s"] for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     c.check(
         "a clock that falls back",
         "bitwise as unbroken, no negative time",

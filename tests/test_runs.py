@@ -112,7 +112,7 @@ def test_killed_and_started_again_ends_bitwise_the_same(env, unbroken, tmp_path)
         signal_at(process, text, signal.SIGKILL)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL and not (workdir / "DONE").exists()
-    with open(workdir / "metrics.jsonl", "a") as file:
+    with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 30, "lo')  # what a crash in the middle of a write leaves
     out, _ = train(env, workdir)
     assert "continuing after step" in out

@@ -67,7 +67,7 @@ def _open(path: Path) -> ArrayRecordReader:
 def _unreadable_json(folder: Path) -> Path | None:
     for path in sorted(folder.glob("*.json")):
         try:
-            json.loads(path.read_text())
+            json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return path
     return None

@@ -49,7 +49,9 @@ def write(store: Path, shard: Shard, chunks: Iterator[np.ndarray]) -> None:
             for tokens in chunks:
                 digest.update(tokens.tobytes())
                 num_bytes += file.write(tokens.tobytes())
-        (temp / _PART).write_text(json.dumps({"num_bytes": num_bytes, "sha256": digest.hexdigest()}) + "\n")
+        (temp / _PART).write_text(
+            json.dumps({"num_bytes": num_bytes, "sha256": digest.hexdigest()}) + "\n", encoding="utf-8"
+        )
         atomic.publish(temp, target)
 
 
@@ -74,7 +76,7 @@ def read_all(store: Path, n: int, dtype: np.dtype) -> Iterator[np.ndarray]:
     for i in range(n):
         part = _folder(store) / _name((i, n))
         try:
-            expected = json.loads((part / _PART).read_text())["sha256"]
+            expected = json.loads((part / _PART).read_text(encoding="utf-8"))["sha256"]
         except (ValueError, KeyError) as error:
             raise _damaged(part / _PART, i, n) from error
         digest = hashlib.sha256()

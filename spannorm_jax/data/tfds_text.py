@@ -254,7 +254,7 @@ def _dataset_itself(root: Path) -> str:
     if prepared is None:
         return ""
     try:
-        name = json.loads((prepared / _INFO).read_text())["name"]
+        name = json.loads((prepared / _INFO).read_text(encoding="utf-8"))["name"]
     except (ValueError, KeyError, TypeError, OSError):
         return ""
     above = [folder for folder in (prepared.parent, prepared.parent.parent) if folder.name == name]

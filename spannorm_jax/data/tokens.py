@@ -172,11 +172,13 @@ def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
     if not folder.is_dir():
         texts = source.texts(data.train_split)
         with atomic.temporary_folder(folder.parent, "data.cache_dir") as temp:
-            (temp / _TOKENIZER).write_text(bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20))
+            (temp / _TOKENIZER).write_text(
+                bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20), encoding="utf-8"
+            )
             atomic.publish(temp, folder)
     path = folder / _TOKENIZER
     try:
-        opened = bpe.load(path.read_text(), vocab_size(data))
+        opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer {path} cannot be read ({error}); delete {folder}, and it is trained again"
@@ -253,7 +255,7 @@ def _read(path: Path, verify_mib: int) -> TokenStore | None:
         return None
     remedy = f"delete {path}, and it is rebuilt"
     try:
-        meta = json.loads((path / _META).read_text())
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
         checksum = meta.pop("meta_sha256")
         num_bytes_on_disk = (path / _TOKENS).stat().st_size
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -319,9 +321,11 @@ def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts
             "sha256": digest.hexdigest(),
             "unigram_entropy": _entropy(counts),
         }
-        (temp / _META).write_text(json.dumps(meta | {"meta_sha256": _meta_sha256(meta)}, indent=2) + "\n")
+        (temp / _META).write_text(
+            json.dumps(meta | {"meta_sha256": _meta_sha256(meta)}, indent=2) + "\n", encoding="utf-8"
+        )
         if tokenizer.source:
-            (temp / _TOKENIZER).write_text(tokenizer.source)
+            (temp / _TOKENIZER).write_text(tokenizer.source, encoding="utf-8")
         atomic.publish(temp, path)
 
 

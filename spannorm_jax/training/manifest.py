@@ -30,7 +30,7 @@ def fault(folder: Path) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     try:
-        expected = json.loads(path.read_text())
+        expected = json.loads(path.read_text(encoding="utf-8"))
         found = _files(folder)
     except (OSError, ValueError) as error:
         return f"{path} cannot be checked ({error})"

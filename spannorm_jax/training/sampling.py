@@ -256,7 +256,7 @@ def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{path} is missing; copy it back from the run's token store")
     try:
-        tokenizer = bpe.load(path.read_text(), vocab_size(config.data))
+        tokenizer = bpe.load(path.read_text(encoding="utf-8"), vocab_size(config.data))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it back from the run's token store") from error
     if tokenizer.hash != config.data.tokenizer_hash:

@@ -200,7 +200,7 @@ def machine_facts() -> dict[str, Any]:
 def _cpu_info(field: str) -> list[str]:
     """A field of /proc/cpuinfo, once a core; empty where there is no such file or field."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 

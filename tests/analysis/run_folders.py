@@ -46,7 +46,7 @@ def write_run(
         "time": "2026-01-05T10:00:00+00:00",
     }
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
-    with open(folder / "metrics.jsonl", "w") as file:
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for step, loss in enumerate(losses, start=1):
             # The first five steps are slow; then 100, 101, ... tokens/s.
             line = {"step": step, "loss": loss, "tokens_per_s": 1.0 if step <= 5 else 94.0 + step}
@@ -62,7 +62,7 @@ def write_run(
 
 def write_eval(folder, step, bits, split="validation"):
     line = {"step": step, "bits_per_byte": bits, "split": split, "tokens": 99}
-    with open(folder / "eval.jsonl", "a") as file:
+    with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -251,7 +251,7 @@ def test_processes_with_unlike_numbers_of_devices_end_in_one_line_each(env, one,
 def test_processes_with_other_code_are_told(env, two, tmp_path):
     shutil.copytree(ROOT / "spannorm_jax", tmp_path / "spannorm_jax")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    with open(tmp_path / "spannorm_jax" / "model" / "moe.py", "a") as file:
+    with open(tmp_path / "spannorm_jax" / "model" / "moe.py", "a", encoding="utf-8") as file:
         file.write("# another line\n")
     out = run_two(env, "train", *TINY, "--workdir", tmp_path / "run", second=((), {"cwd": tmp_path}), codes=(2, 2))
     assert all(re.search(r"process 1 has code='\w+', process 0 has '\w+'; .*same code", err) for _, err in out)
