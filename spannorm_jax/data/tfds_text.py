@@ -69,7 +69,8 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
-        how = f", or run {_how_to_prepare(str(name), root)}" if builder_class else ""
+        can_make = builder_class and base != stdlib_files.DATASET  # which is made here, or nowhere
+        how = f", or run {_how_to_prepare(str(name), root)}" if can_make else ""
         raise UserError(
             f"dataset {asked!r} is not prepared in {root} (there: "
             f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to where it is{how}"
