@@ -28,12 +28,13 @@ from spannorm_jax.errors import Parser, UserError, one_line, run_command
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.paths import user_path
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.folder import CHECKPOINTS, open_run
+from spannorm_jax.run.state import TrainState
 from spannorm_jax.train import parse
-from spannorm_jax.training.checkpoint import Checkpoints
 from spannorm_jax.training.loop import fit
 from spannorm_jax.training.optimizer import learning_rate
-from spannorm_jax.training.run_folder import CHECKPOINTS, open_run
-from spannorm_jax.training.step import TrainState, make_program
+from spannorm_jax.training.step import make_program
 
 FOLDER = "run"  # of the cases that are not about it
 BASE = ("depth=2", "width=32")

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spannorm_jax.errors import DIVERGED_EXIT
+from spannorm_jax.run.folder import CHECKPOINTS, DIVERGED, DONE, EVAL
 from spannorm_jax.training.metrics import format_seconds
-from spannorm_jax.training.run_folder import CHECKPOINTS, DIVERGED, DONE, EVAL
 
 INTERRUPTED_EXIT = 130
 

@@ -6,10 +6,10 @@ from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.errors import Parser, UserError, run_command
 from spannorm_jax.parallel.distributed import Flags, add_flags, flags_of
+from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.training.dry_run import MAX_DEVICES, dry_run
 from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
-from spannorm_jax.training.run_folder import run_folder_path
 
 
 def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:

@@ -53,7 +53,7 @@ def test_a_damaged_token_store_is_named(campaign):
 def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
     from spannorm_jax.durable import append_line
     from spannorm_jax.errors import UserError
-    from spannorm_jax.training.run_folder import keep_lines_until
+    from spannorm_jax.run.folder import keep_lines_until
 
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):

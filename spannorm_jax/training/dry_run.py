@@ -21,23 +21,12 @@ from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.parallel.collectives import KINDS, Collective, collectives
+from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
-from spannorm_jax.training.metrics import PEAK_FLOPS, known_kind
 from spannorm_jax.training.setup import fix_numerics
 from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
 
 MAX_DEVICES = 2048  # what XLA has for CPUs in one process
-
-# GB of a device, from the vendors' data sheets; of two sizes the smaller.
-MEMORY_GB = {
-    "NVIDIA A100": 40,
-    "NVIDIA H100": 80,
-    "NVIDIA H200": 141,
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
     """
     kind = known_kind(device_kind)
     if device_kind and not kind:
-        raise UserError(f"--device_kind {device_kind[:80]!r} is not known; {did_you_mean(device_kind, PEAK_FLOPS)}")
+        raise UserError(f"--device_kind {device_kind[:80]!r} is not known; {did_you_mean(device_kind, DEVICE_KINDS)}")
     config = resolve_without_data(config, platform="cpu" if config.platform == "cpu" else "accelerator")
     shape = mesh_shape(config.mesh, num_devices)
     microbatch = config.training.batch_size // config.training.num_microbatches
@@ -177,7 +166,7 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str)
 
 
 def report(needs: Needs, shape: dict[str, int], kind: str | None) -> str:
-    """The printed form, with shares of a device's memory and peak if `kind`, a key of MEMORY_GB, is given."""
+    """The printed form, with shares of a device's memory and peak if `kind`, a key of DEVICE_KINDS, is given."""
     num_devices = math.prod(shape.values())
     memory = _memory(needs, shape["tensor"], kind)
     return "\n".join([*_flops(needs, num_devices, kind), "", *memory, "", *_traffic(needs)])
@@ -186,7 +175,7 @@ def report(needs: Needs, shape: dict[str, int], kind: str | None) -> str:
 def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
     step = needs.flops_per_token * needs.tokens
     active = f"{needs.active_params:,} active" if needs.active_params != needs.params else "all active"
-    fastest = f", {step / num_devices / PEAK_FLOPS[kind]:.3g} s at the peak of {kind}" if kind else ""
+    fastest = f", {step / num_devices / DEVICE_KINDS[kind].peak_flops:.3g} s at the peak of {kind}" if kind else ""
     return [
         f"{needs.params:,} parameters ({active}), {needs.tokens:,} tokens a step; compiled in {needs.compile_s:.1f} s",
         f"{_flop(needs.flops_per_token)} a token, {_flop(step)} a step, {_flop(step / num_devices)} a device{fastest}",
@@ -212,10 +201,10 @@ def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
     rows.append(("sum", sum(size for _, size, _ in rows), total))
     plan = f"for a CPU: arguments {_size(needs.xla['arguments'])}, temporaries {_size(needs.xla['temporaries'])}"
     rows.append(("XLA's plan", sum(needs.xla.values()), plan))
-    whole = f", and its share of {MEMORY_GB[kind]} GB" if kind else ""
+    whole = f", and its share of {DEVICE_KINDS[kind].memory_gb} GB" if kind else ""
     lines = [f"memory of a device{whole} (GB: 10^9 bytes)"]
     for name, size, note in rows:
-        share = f"{size / MEMORY_GB[kind] / 1e7:.1f}%" if kind else ""
+        share = f"{size / DEVICE_KINDS[kind].memory_gb / 1e7:.1f}%" if kind else ""
         lines.append(f"  {name:<20}{_size(size):>10}{share:>8}   {note}")
     return lines
 

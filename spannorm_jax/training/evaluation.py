@@ -18,8 +18,8 @@ from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
-from spannorm_jax.training import run_folder
-from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax
 from spannorm_jax.training.step import Program, make_program
 

@@ -18,18 +18,17 @@ from spannorm_jax.model import grouped_matmul
 from spannorm_jax.model.attention import chosen
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel.devices import memory_bytes, peak_flops
 from spannorm_jax.parallel.liveness import Stop, Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
-from spannorm_jax.training import run_folder, wandb_log
-from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run import wandb_log
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.metrics import MetricsWriter, NoWriter
 from spannorm_jax.training.metrics import (
-    MetricsWriter,
-    NoWriter,
     Progress,
     first_nonfinite,
     host_metrics,
-    memory_bytes,
-    peak_flops,
 )
 from spannorm_jax.training.profiling import StepTrace, check_steps
 from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax, start_record

@@ -1,57 +1,13 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard, Weights & Biases if asked for, and a progress line.
+"""A step's metrics on the host, and the line on the console that says where the run is."""
 
-Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `step_time_s`, and `machine_s`, which
-holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
-"""
-
-import os
-import re
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from spannorm_jax.durable import to_json
-from spannorm_jax.training.run_folder import keep_lines_until
-from spannorm_jax.training.tensorboard import TensorBoard
-
-# Peak dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 _TERMINAL_REFRESH_S = 0.5
-
-
-def known_kind(device_kind: str) -> str | None:
-    """The name in PEAK_FLOPS of JAX's `device_kind`, which may say more: NVIDIA H100 80GB HBM3, TPU v5p."""
-    fits = (name for name in PEAK_FLOPS if re.match(rf"{name}p?(?![A-Za-z0-9])", device_kind))
-    return max(fits, key=len, default=None)
-
-
-def peak_flops(device: jax.Device, configured: float) -> float | None:
-    """FLOP/s that MFU is a share of: the configured one, else the table's, else None (a CPU has no one peak)."""
-    if configured:
-        return configured
-    kind = known_kind(device.device_kind)
-    return PEAK_FLOPS[kind] if kind else None
-
-
-def memory_bytes(device: jax.Device) -> int:
-    """Peak bytes in use on the device; on the CPU, of the process."""
-    stats = device.memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -74,51 +30,6 @@ def first_nonfinite(metrics: dict[str, Any]) -> str | None:
         if not np.isfinite(norm):
             return f"the gradient of {name}"
     return "the gradient norm" if np.isfinite(metrics["loss"]) else "the loss"
-
-
-class MetricsWriter:
-    """Appends to metrics.jsonl, TensorBoard and an open wandb run, from the step after `last_step` on."""
-
-    def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
-        self._wandb_run = wandb_run
-        keep_lines_until(metrics_path, last_step)
-        self._file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._tensorboard = None
-        if tensorboard is not None:
-            self._tensorboard = TensorBoard(tensorboard, last_step + 1)
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._file.write(to_json(line) + "\n")
-        self._file.flush()
-        values = {**line, **line["machine_s"]}
-        if self._tensorboard is not None:
-            self._tensorboard.write(line["step"], values, time.time())
-        if self._wandb_run is not None:
-            self._wandb_run.log({k: x for k, x in values.items() if isinstance(x, int | float)}, step=line["step"])
-
-    def sync(self) -> None:
-        """Makes the lines so far last through a power failure, as the checkpoint that follows them does."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
-
-
-class NoWriter:
-    """What a process has that writes no metrics."""
-
-    def write(self, line: dict[str, Any]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Progress:

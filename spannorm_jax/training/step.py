@@ -19,18 +19,8 @@ from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import NAMES, Decoder, ModelDef
 from spannorm_jax.model.moe import Stats, balanced_bias, load_balance_loss, moe_layers
 from spannorm_jax.parallel.mesh import batch_shards, sharding
+from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
-@dataclass
-class TrainState:
-    """All that a run is, besides its config: updates made (int32), weights, optimiser state."""
-
-    step: Array
-    params: Any
-    opt_state: Any
-
 
 # ---- loss -------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from spannorm_jax.parallel.mesh import (
     partition_spec,
     sharding,
 )
-from spannorm_jax.training.step import TrainState, gradients, make_program
+from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.step import gradients, make_program
 
 STEPS = 3
 LAYOUTS = {

@@ -18,8 +18,8 @@ from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import make_mesh
-from spannorm_jax.training import run_folder
-from spannorm_jax.training.checkpoint import Checkpoints
+from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.evaluation import here
 from spannorm_jax.training.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.training.step import make_program

@@ -14,9 +14,10 @@ from spannorm_jax.config import Config, replace, resolve
 from spannorm_jax.model.decoder import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.metrics import first_nonfinite, host_metrics
 from spannorm_jax.training.optimizer import learning_rate
-from spannorm_jax.training.step import TrainState, gradients, loss_sums, make_program, num_loss_chunks
+from spannorm_jax.training.step import gradients, loss_sums, make_program, num_loss_chunks
 
 VOCAB, SEQ_LEN, BATCH = 32, 8, 8
 

@@ -26,9 +26,9 @@ import orbax.checkpoint as ocp
 from spannorm_jax.config import CheckpointConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
-from spannorm_jax.training.array_store import incomplete, join_parts
-from spannorm_jax.training.manifest import MANIFEST, fault, write_manifest
-from spannorm_jax.training.step import TrainState
+from spannorm_jax.run.array_store import incomplete, join_parts
+from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
+from spannorm_jax.run.state import TrainState
 
 policies = ocp.checkpoint_managers
 
@@ -172,7 +172,7 @@ class Checkpoints:
             if "never joined" in lacks:  # as saved in a folder with brackets, before that was noticed
                 found += (
                     "; its data are there, and this joins them: python -c 'import sys; from pathlib import Path; "
-                    "from spannorm_jax.training.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
+                    "from spannorm_jax.run.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
                     f"{str(self._path(step))!r}"
                 )
         return found

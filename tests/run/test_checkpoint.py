@@ -9,9 +9,9 @@ import tensorstore as ts
 
 from spannorm_jax.config import CheckpointConfig
 from spannorm_jax.errors import UserError
-from spannorm_jax.training import array_store, checkpoint
-from spannorm_jax.training.checkpoint import Checkpoints
-from spannorm_jax.training.step import TrainState
+from spannorm_jax.run import array_store, checkpoint
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.state import TrainState
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

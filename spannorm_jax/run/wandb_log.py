@@ -9,7 +9,7 @@ from typing import Any
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.training import run_folder
+from spannorm_jax.run import folder as run_folder
 
 
 def load(config: Config) -> Any:

@@ -1,0 +1,59 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked for.
+
+Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `step_time_s`, and `machine_s`, which
+holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.durable import to_json
+from spannorm_jax.run.folder import keep_lines_until
+from spannorm_jax.run.tensorboard import TensorBoard
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, TensorBoard and an open wandb run, from the step after `last_step` on."""
+
+    def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
+        self._wandb_run = wandb_run
+        keep_lines_until(metrics_path, last_step)
+        self._file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._tensorboard = None
+        if tensorboard is not None:
+            self._tensorboard = TensorBoard(tensorboard, last_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(to_json(line) + "\n")
+        self._file.flush()
+        values = {**line, **line["machine_s"]}
+        if self._tensorboard is not None:
+            self._tensorboard.write(line["step"], values, time.time())
+        if self._wandb_run is not None:
+            self._wandb_run.log({k: x for k, x in values.items() if isinstance(x, int | float)}, step=line["step"])
+
+    def sync(self) -> None:
+        """Makes the lines so far last through a power failure, as the checkpoint that follows them does."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+
+
+class NoWriter:
+    """What a process has that writes no metrics."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
