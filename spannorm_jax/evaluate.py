@@ -10,10 +10,10 @@ import sys
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import DIVERGED_EXIT, Parser, run_command
+from spannorm_jax.inference.evaluation import evaluate, here
 from spannorm_jax.parallel.distributed import add_flags, flags_of, is_first
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
-from spannorm_jax.training.evaluation import evaluate, here
 
 # What may differ from the run's own config; anything else would evaluate another model.
 _OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir", "data.verify_mib")

@@ -8,9 +8,9 @@ import sys
 
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.errors import Parser, run_command, visible
+from spannorm_jax.inference.evaluation import here
+from spannorm_jax.inference.sampling import SampleOptions, check_options, sample
 from spannorm_jax.run.folder import read_config, run_folder_path
-from spannorm_jax.training.evaluation import here
-from spannorm_jax.training.sampling import SampleOptions, check_options, sample
 
 _OVERRIDABLE = ("platform", "mesh.")
 

@@ -16,12 +16,12 @@ from spannorm_jax import sample as command
 from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve, to_dict
 from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
+from spannorm_jax.inference.evaluation import here
+from spannorm_jax.inference.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.training.evaluation import here
-from spannorm_jax.training.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.training.step import make_program
 
 PADDED = 320  # rows of the embedding; the tokenizer has 256
