@@ -16,8 +16,8 @@ Parameters are those of placement=span; active ones are those that a token meets
 16b has the shape of DeepSeek-V2-Lite and Moonlight: a dense block, then 26 of 64 small experts (six and two shared a
 token), with the router of DeepSeek-V3. It has never been trained here. What a step of 1024 x 4096 tokens takes, from
 
-    python -m spannorm_jax.train --dry_run --config configs/moe.py:16b --devices 32 --device_kind 'TPU v5'
-    python -m spannorm_jax.train --dry_run --config configs/moe.py:16b --devices 8 --device_kind 'NVIDIA H200' \
+    python -m spannorm_jax.plan --config configs/moe.py:16b --devices 32 --device_kind 'TPU v5'
+    python -m spannorm_jax.plan --config configs/moe.py:16b --devices 8 --device_kind 'NVIDIA H200' \
         --config.training.num_microbatches=32
 
 machine                   mesh (from -1)     state    at least  planned by XLA for a CPU    received   at peak FLOP/s

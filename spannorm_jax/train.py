@@ -4,10 +4,10 @@ from pathlib import Path
 
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.parallel.distributed import Flags, add_flags, flags_of
+from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.run.folder import run_folder_path
-from spannorm_jax.training.dry_run import MAX_DEVICES, dry_run
 from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
 
@@ -22,40 +22,18 @@ def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
     parser.add_argument(
         "--stop_code", type=int, default=0, help="exit code if a signal stops the run before its end (default 0)"
     )
-    parser.add_argument("--dry_run", action="store_true", help="train nothing; see --dry_run --help")
-    parser.add_argument("--devices", metavar="N", help="with --dry_run only")
-    parser.add_argument("--device_kind", help="with --dry_run only")
+    parser.add_argument("--dry_run", action="store_true", help="train nothing: python -m spannorm_jax.plan")
     add_flags(parser)
     args = parser.parse_args(rest)
     if not 0 <= args.stop_code < 128:
         parser.error(f"--stop_code {args.stop_code} is no exit code; write 0 to 127")
-    if args.devices or args.device_kind:
-        parser.error("--devices and --device_kind go with --dry_run; training takes the devices that are here")
     profile_steps = range(0) if args.profile_steps is None else parse_steps(args.profile_steps)
     return load(args.config, overrides), args.workdir, profile_steps, flags_of(args), args.stop_code
 
 
-def parse_dry_run(argv: list[str]) -> tuple[Config, int, str]:
-    """Config, number and kind of the devices of a command line with --dry_run. Raises UserError."""
-    rest, overrides = split_overrides(argv)
-    parser = Parser(
-        prog="python -m spannorm_jax.train --dry_run",
-        description="Prints what a step takes on N devices: memory, FLOPs, collectives. Allocates and writes nothing.",
-    )
-    parser.add_argument("--dry_run", action="store_true")
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--devices", metavar="N", required=True, help="how many; none of them need be here")
-    parser.add_argument("--device_kind", default="", help='such as "TPU v5": what shares of its memory and peak are of')
-    parser.add_argument("--workdir", help="for the training command with --dry_run after it; not touched")
-    args = parser.parse_args(rest)
-    if not (args.devices.isdecimal() and 1 <= int(args.devices[:9]) <= MAX_DEVICES):
-        raise UserError(f"--devices {args.devices[:80]!r} must be a number of devices, from 1 to {MAX_DEVICES}")
-    return load(args.config, overrides), int(args.devices), args.device_kind
-
-
 def main(argv: list[str]) -> int:
     if "--dry_run" in argv:
-        return dry_run(*parse_dry_run(argv))
+        return plan.main([item for item in argv if item != "--dry_run"])
     config, workdir, profile_steps, flags, stop_code = parse(argv)
     return train(config, workdir, argv, profile_steps, flags, stop_code)
 

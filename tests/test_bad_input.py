@@ -201,7 +201,7 @@ def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
         (("--devices=8", "--config.mesh.expert=8"), ["mesh.expert=8", "num_experts=0"]),
         (("--devices=8", "--device_kind=NVIDIA H20"), ["--device_kind 'NVIDIA H20'", "'NVIDIA H200'"]),
         (("--devices=8", "--device_kind=TPU v5e"), ["--device_kind 'TPU v5e'", "did you mean 'TPU v5"]),
-        (("--devices=8", "--profile_steps=3"), ["--profile_steps=3", "--dry_run --help"]),
+        (("--devices=8", "--profile_steps=3"), ["--profile_steps=3", "spannorm_jax.plan --help"]),
         (("--devices=8", "--config.model.attention=cudnn"), ["model.attention=cudnn", "no GPU"]),
         (("--devices=8", "--config.model.vocab_size=100"), ["model.vocab_size=100", "256"]),
         (("--devices=8", "--config.model.detph=100"), ["model.detph", "'depth'"]),
@@ -215,7 +215,7 @@ def test_a_dry_run_that_cannot_be(refuse, options, says):
 
 @pytest.mark.parametrize("option", ["--devices=8", "--device_kind=TPU v4"])
 def test_training_takes_the_devices_that_are_here(refuse_train, option):
-    assert "--dry_run" in refuse_train(option)
+    assert option.partition("=")[0] in refuse_train(option)
 
 
 def test_training_needs_a_folder(refuse):

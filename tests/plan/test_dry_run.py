@@ -1,4 +1,4 @@
-"""What --dry_run says, against sums by hand; and the command itself, on devices that this machine does not have."""
+"""What the plan of a step says, against sums by hand; and the command, on devices that this machine lacks."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
-from spannorm_jax.training import dry_run
+from spannorm_jax.plan import dry_run
 from spannorm_jax.training.step import make_program
 
 CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
@@ -122,7 +122,7 @@ def test_16b_per_device_by_hand(devices, fsdp, expert):
 
 def test_the_command(tmp_path):
     """Sixteen devices, where JAX finds none or few; an experts' model; nothing is written."""
-    command = [sys.executable, "-m", "spannorm_jax.train", "--dry_run", "--devices=16", "--device_kind=TPU v5p"]
+    command = [sys.executable, "-m", "spannorm_jax.plan", "--devices=16", "--device_kind=TPU v5p"]
     command += [f"--config={CONFIGS}/moe.py:depth=1,width=32", "--workdir=run", "--config.mesh.expert=4"]
     command += ["--config.training.batch_size=16", "--config.data.dataset=no_such_dataset"]
     env = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
@@ -145,9 +145,6 @@ def test_a_mesh_of_the_wrong_size_says_so_before_it_compiles(monkeypatch):
     config = load(f"{CONFIGS}/dense.py", [("mesh.fsdp", "3")])
     with pytest.raises(UserError, match=r"mesh\.fsdp=3.* 256 devices"):
         dry_run.dry_run(config, 256)
-
-
-def test_the_table_of_memory_knows_what_the_table_of_peaks_knows():
 
 
 def test_a_place_in_the_program_reads_like_the_model():

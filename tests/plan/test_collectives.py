@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spannorm_jax.parallel.collectives import collectives
+from spannorm_jax.plan.collectives import collectives
 
 ROWS, WIDTH = 16, 48  # of a device's float32 array
 BYTES = ROWS * WIDTH * 4

@@ -20,9 +20,9 @@ from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
-from spannorm_jax.parallel.collectives import KINDS, Collective, collectives
 from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
+from spannorm_jax.plan.collectives import KINDS, Collective, collectives
 from spannorm_jax.training.setup import fix_numerics
 from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
 
