@@ -9,7 +9,7 @@
    $i counts from 0 to 63. The last one joins them; one that was killed is started again. The first ones train the
    BPE on 256 MiB of the training split, each for itself and all with the same result:
 
-    python -m spannorm_jax.data.prepare --config configs/c4.py --shard $i/64 \\
+    python -m spannorm_jax.prepare --config configs/c4.py --shard $i/64 \\
         --config.data.data_dir=DIR --config.data.cache_dir=/data/tokens
 
 3. The run:

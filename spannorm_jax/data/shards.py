@@ -107,7 +107,7 @@ def refuse(store: Path, left: dict[int, list[int]]) -> None:
     some = ", ".join(map(str, left[n][:8])) + (", ..." if len(left[n]) > 8 else "")
     raise UserError(
         f"token store {store} is made in {n} shards of which {len(left[n])} are missing ({some}); run python -m "
-        f"spannorm_jax.data.prepare with --shard i/{n} for each, or delete {_folder(store)} to make it at once"
+        f"spannorm_jax.prepare with --shard i/{n} for each, or delete {_folder(store)} to make it at once"
     )
 
 

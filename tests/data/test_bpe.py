@@ -172,7 +172,8 @@ def test_what_goes_wrong_with_the_texts_is_raised():
 def test_ctrl_c_ends_training_and_leaves_nothing(tiny, phase, start_python):
     code = """
 import itertools, sys
-from spannorm_jax.data import bpe, prepare, tokens
+from spannorm_jax.data import bpe, tokens
+from spannorm_jax import prepare
 from spannorm_jax.errors import run_command
 phase = sys.argv.pop()
 bpe._TELL_EVERY_S = 0

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tiny_c4 import TRAIN, VALIDATION, prepare_c4
 
-from spannorm_jax import evaluate, train
+from spannorm_jax import evaluate, prepare, train
 from spannorm_jax.config_file import load
-from spannorm_jax.data import prepare
 from spannorm_jax.data.tokens import open_store
 from spannorm_jax.errors import run_command
 

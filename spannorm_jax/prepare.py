@@ -1,4 +1,4 @@
-"""Makes the token stores of a config: python -m spannorm_jax.data.prepare --config FILE.py[:arg] [--shard i/n]
+"""Makes the token stores of a config: python -m spannorm_jax.prepare --config FILE.py[:arg] [--shard i/n]
 
 With --shard only part i (from 0) of n is made. The parts may be made in any order by any processes that share
 data.cache_dir; the last one joins them, and the store is the same to the byte as if it had been made at once.
@@ -11,7 +11,7 @@ from spannorm_jax.errors import Parser, run_command
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m spannorm_jax.data.prepare", description=__doc__)
+    parser = Parser(prog="python -m spannorm_jax.prepare", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--shard", metavar="i/n", help="make only part i of n, i from 0 (default: everything)")
     args = parser.parse_args(rest)
