@@ -9,9 +9,9 @@ and learning rate. Each is trained, then evaluated in a new process, through the
 from pathlib import Path
 
 from experiments.runner import run_all
-from spannorm_jax.analysis import report
 from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.paths import user_path
+from spannorm_jax.report.__main__ import main as report
 
 FULL = ("--config.training.steps=250", "--config.checkpoint.every_steps=50")
 SMOKE = ("--config.training.steps=12", "--config.checkpoint.every_steps=6", "--config.eval.tokens=8192")
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         code = run_all(out, runs)
         if code == 0:
             print()
-            code = report.main([str(out), "--out", str(out), "--title", title])
+            code = report([str(out), "--out", str(out), "--title", title])
         if code:
             return code
     return 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from experiments.demo import FULL
 from experiments.runner import run_all
-from spannorm_jax.analysis import report
 from spannorm_jax.errors import Parser, run_command
 from spannorm_jax.paths import user_path
+from spannorm_jax.report.__main__ import main as report
 
 PLACEMENTS = ("pre", "post", "span")
 TARGETS = ("ffn_out", "attn_out,ffn_out")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     code = run_all(args.out, runs)
     if code == 0:
         print()
-        code = report.main([str(args.out), "--out", str(args.out), "--title", "Which projections ScaleInit damps"])
+        code = report([str(args.out), "--out", str(args.out), "--title", "Which projections ScaleInit damps"])
     return code
 
 

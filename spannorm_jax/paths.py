@@ -39,7 +39,7 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
         )
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError):
         pass  # it may be made, and whoever makes it says why it cannot be
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

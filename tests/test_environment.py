@@ -220,7 +220,7 @@ def test_files_are_utf8_in_any_locale(ascii_env, tmp_path):
     assert "Ġ" in (tmp_path / "run" / "tokenizer.json").read_text(encoding="utf-8")
     run(ascii_env, "evaluate", "--workdir", tmp_path / "run")
     run(ascii_env, "sample", "--workdir", tmp_path / "run", "--max_tokens", 4, "--prompt", "é")
-    run(ascii_env, "analysis.report", tmp_path)
+    run(ascii_env, "report", tmp_path)
     # Whatever opens a file without naming its encoding is an error here.
     strict = ascii_env | {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning:spannorm_jax"}
     run(strict, "evaluate", "--workdir", tmp_path / "run")
@@ -336,7 +336,7 @@ def test_weights_that_diverged_are_evaluated_to_null_and_not_called_good(env, pl
     assert "loss of step 1 is not finite" in err
     _, err = run(env, "sample", "--workdir", workdir, "--max_tokens", 3, code=2)
     refused(err, "logits are not finite", "--step")
-    run(env, "analysis.report", tmp_path)
+    run(env, "report", tmp_path)
 
 
 def test_a_loss_beyond_what_a_perplexity_can_be_is_recorded(env, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ def run_folder_path(text: str) -> Path:
         raise UserError(
             f"--workdir {text!r} holds a backslash, which the checkpoints' library takes for a slash; write / instead"
         )
+    user_path(path / CONFIG, "--workdir")  # which tells whether the folder may be looked into
     return path
 
 

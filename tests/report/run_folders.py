@@ -2,8 +2,9 @@
 
 import json
 
-from spannorm_jax.analysis.runs import read_run, summarise
 from spannorm_jax.config import Config, replace, to_dict
+from spannorm_jax.report.folders import read_run
+from spannorm_jax.report.rows import summarise
 
 ENTROPY = 4.0
 STEPS = 20

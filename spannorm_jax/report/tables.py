@@ -3,16 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from spannorm_jax.analysis.runs import (
-    Group,
-    Row,
-    Spread,
-    differing_keys,
-    fact,
-    held_out,
-    is_runtime,
-    over_seeds,
-)
+from spannorm_jax.report.rows import Group, Row, Spread, differing_keys, fact, held_out, is_runtime, over_seeds
 
 # ---- the table --------------------------------------------------------------------------------
 

@@ -9,25 +9,20 @@ import sys
 import pytest
 from run_folders import ENTROPY, STEPS, summary, write_eval, write_run
 
-from spannorm_jax.analysis import plots, report
-from spannorm_jax.analysis.runs import (
-    STALL_MARGIN,
-    Outcome,
-    find_runs,
-    outcome,
-    over_seeds,
-    read_run,
-    summarise,
-    train_loss,
-)
 from spannorm_jax.errors import UserError
+from spannorm_jax.report import figures
+from spannorm_jax.report.__main__ import main
+from spannorm_jax.report.folders import find_runs, read_run
+from spannorm_jax.report.page import write_report
+from spannorm_jax.report.rows import STALL_MARGIN, Outcome, outcome, over_seeds, summarise, train_loss
+from spannorm_jax.report.tables import notices, text_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def texts(root, kind):
     rows = [summarise(run) for run in find_runs(root)]
-    return [text for k, text in report.notices(rows) if k == kind]
+    return [text for k, text in notices(rows) if k == kind]
 
 
 # ---- the numbers ------------------------------------------------------------------------------
@@ -62,7 +57,7 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
     write_run(tmp_path / "b", "span", "scale", bits=2.5)
     write_run(tmp_path / "a", "post", "plain", losses=[3.9] * STEPS)
     write_run(tmp_path / "c", "pre", "scale", losses=[5.0] * 7, done=False)
-    table = report.text_table([summarise(run) for run in find_runs(tmp_path)]).splitlines()
+    table = text_table([summarise(run) for run in find_runs(tmp_path)]).splitlines()
     assert re.split(r"  +", table[0]) == [
         "placement",
         "init",
@@ -156,7 +151,7 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
     spread = group.over_seeds(lambda row: row.train_loss)
     assert (spread.mean, spread.n) == (2.5, 3)
     assert spread.deviation == pytest.approx(((1.5**2 + 0.5**2 + 2.0**2) / 2) ** 0.5)
-    table = report.text_table(rows)
+    table = text_table(rows)
     assert "2.500 ± 1.803" in table and "2.100 ± 0.173" in table and "3 seeds (0, 1, 2)" in table
     assert group.ending == "2 trained, 1 stalled"  # a mean is over all that finished
 
@@ -166,7 +161,7 @@ def test_means_leave_out_seeds_that_did_not_finish_and_say_so(tmp_path):
     write_run(tmp_path / "1", losses=[2.0] * STEPS, seed=1)
     write_run(tmp_path / "2", losses=[9.0] * 4, seed=2, done=False)
     (write_run(tmp_path / "3", losses=[9.0] * 4, seed=3, done=False) / "DIVERGED").write_text('{"step": 5}')
-    (line,) = report.text_table([summarise(run) for run in find_runs(tmp_path)]).splitlines()[2:3]
+    (line,) = text_table([summarise(run) for run in find_runs(tmp_path)]).splitlines()[2:3]
     assert re.split(r"  +", line)[2:4] == ["2 of 4", "1.500 ± 0.707"]
     assert line.endswith("2 trained, 1 unfinished (step 4), 1 diverged (step 5)")
 
@@ -180,15 +175,15 @@ def test_differing_data_and_config_are_said_and_never_averaged(tmp_path):
     data, lr = texts(tmp_path, "warning")
     assert "same data" in data and "f00d (2 runs)" in data and "beef (1 run)" in data
     assert "optim.lr" in lr and "0.5 (1 run)" in lr
-    html = report.write_report(tmp_path, tmp_path / "out").read_text()
+    html = write_report(tmp_path, tmp_path / "out").read_text()
     assert html.index("did not see the same data") < html.index("<table>")
-    assert "optim.lr=0.5" in report.text_table(rows)
+    assert "optim.lr=0.5" in text_table(rows)
 
 
 def test_what_is_compared_is_no_difference(tmp_path):
     for i, (placement, init) in enumerate([("pre", "plain"), ("span", "scale"), ("post", "gpt2")]):
         write_run(tmp_path / str(i), placement, init, data__cache_dir="")
-    assert report.notices([summarise(run) for run in find_runs(tmp_path)]) == []
+    assert notices([summarise(run) for run in find_runs(tmp_path)]) == []
 
 
 def test_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
@@ -213,7 +208,7 @@ def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
 def test_the_page_needs_nothing_beside_it(tmp_path):
     write_run(tmp_path / "a", "post", "plain", losses=[3.9] * STEPS, bits=5.0)
     write_run(tmp_path / "b", "span", "scale", bits=2.5)
-    page = report.write_report(tmp_path, tmp_path / "out", "A <title>")
+    page = write_report(tmp_path, tmp_path / "out", "A <title>")
     html = page.read_text()
     assert page == tmp_path / "out" / "report.html"
     for word in ("http:", "https:", "file:", "<script", "<link", "@import", "url(", str(tmp_path)):
@@ -233,8 +228,8 @@ def test_the_page_needs_nothing_beside_it(tmp_path):
 
 def test_the_same_folders_give_the_same_bytes(tmp_path):
     write_run(tmp_path / "runs" / "a")
-    first = report.write_report(tmp_path / "runs", tmp_path / "1").read_bytes()
-    assert report.write_report(tmp_path / "runs", tmp_path / "2").read_bytes() == first
+    first = write_report(tmp_path / "runs", tmp_path / "1").read_bytes()
+    assert write_report(tmp_path / "runs", tmp_path / "2").read_bytes() == first
 
 
 def test_several_seeds_with_diverged_and_unfinished_ones_render(tmp_path):
@@ -242,7 +237,7 @@ def test_several_seeds_with_diverged_and_unfinished_ones_render(tmp_path):
     write_run(tmp_path / "1", losses=[4.1 - 0.01 * s for s in range(STEPS)], seed=1)
     write_run(tmp_path / "2", losses=[4.0, 5.0, float("nan")], seed=2, done=False)
     write_run(tmp_path / "3", "other", "new", losses=[4.0], done=False)
-    html = report.write_report(tmp_path, tmp_path / "out").read_text()
+    html = write_report(tmp_path, tmp_path / "out").read_text()
     assert "band is one sample standard deviation" in html and html.count("src=") == 2
 
 
@@ -250,28 +245,28 @@ def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
     folder = write_run(tmp_path / "run", losses=[], done=False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "loss.png").write_bytes(b"an older report's")
-    html = report.write_report(folder, tmp_path / "out").read_text()
+    html = write_report(folder, tmp_path / "out").read_text()
     assert "unfinished (step 0 of 20)" in html and "src=" not in html
     assert not (tmp_path / "out" / "loss.png").exists()
 
 
 def test_smoothing_keeps_lines_straight_and_ends_in_place():
-    line = plots.smooth(plots.np.arange(300.0))
-    assert line[:297] == pytest.approx(plots.np.arange(297.0))
-    noisy = plots.smooth(plots.np.array([1.0, -1.0] * 150))
+    line = figures.smooth(figures.np.arange(300.0))
+    assert line[:297] == pytest.approx(figures.np.arange(297.0))
+    noisy = figures.smooth(figures.np.array([1.0, -1.0] * 150))
     assert abs(noisy[10:-10]).max() < 0.2
 
 
 def test_legend_entries_never_overlap_and_stay_near():
-    assert plots.spread_out([0.5, 0.1, 0.9], 0.1, 0, 1) == pytest.approx([0.5, 0.1, 0.9])
-    assert plots.spread_out([0.5, 0.5, 0.9], 0.1, 0, 1) == pytest.approx([0.45, 0.55, 0.9])
-    crowded = sorted(plots.spread_out([0.98, 0.99, 1.0, 0.0], 0.2, 0, 1))
+    assert figures.spread_out([0.5, 0.1, 0.9], 0.1, 0, 1) == pytest.approx([0.5, 0.1, 0.9])
+    assert figures.spread_out([0.5, 0.5, 0.9], 0.1, 0, 1) == pytest.approx([0.45, 0.55, 0.9])
+    crowded = sorted(figures.spread_out([0.98, 0.99, 1.0, 0.0], 0.2, 0, 1))
     assert crowded[-1] <= 1 and all(b - a >= 0.2 - 1e-9 for a, b in itertools.pairwise(crowded))
 
 
 def test_a_placement_keeps_its_colour_whatever_else_is_drawn():
-    assert plots.colours(["span"])["span"] == plots.colours(["a", "pre", "span", "z"])["span"]
-    assert len(set(plots.colours(["a", "pre", "post", "span", "z"]).values())) == 5
+    assert figures.colours(["span"])["span"] == figures.colours(["a", "pre", "span", "z"])["span"]
+    assert len(set(figures.colours(["a", "pre", "post", "span", "z"]).values())) == 5
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -279,7 +274,7 @@ def test_a_placement_keeps_its_colour_whatever_else_is_drawn():
 
 def test_command_prints_the_table_and_the_path(tmp_path, capsys):
     write_run(tmp_path / "run")
-    assert report.main([str(tmp_path), "--title", "T"]) == 0
+    assert main([str(tmp_path), "--title", "T"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("placement") and lines[-1] == str(tmp_path / "report" / "report.html")
 
@@ -298,7 +293,7 @@ def test_command_prints_the_table_and_the_path(tmp_path, capsys):
 def test_bad_folders_are_named_in_one_line(tmp_path, spoil, says):
     spoil(write_run(tmp_path / "run"))
     with pytest.raises(UserError, match=re.escape(says)) as caught:
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     assert not (tmp_path / "report").exists()
 
@@ -307,14 +302,14 @@ def test_an_out_that_is_a_file_is_named(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="taken"):
-        report.main([str(tmp_path), "--out", str(tmp_path / "taken")])
+        main([str(tmp_path), "--out", str(tmp_path / "taken")])
 
 
 def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_library(tmp_path):
     code = (
-        "import sys; from spannorm_jax.analysis import report; from spannorm_jax.errors import run_command\n"
+        "import sys; from spannorm_jax.report.__main__ import main; from spannorm_jax.errors import run_command\n"
         "assert not {'matplotlib', 'jax', 'flax'} & set(sys.modules)\n"
-        f"sys.argv[1:] = [{str(tmp_path / 'missing')!r}]; run_command(report.main)"
+        f"sys.argv[1:] = [{str(tmp_path / 'missing')!r}]; run_command(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""

@@ -5,9 +5,9 @@ import json
 import pytest
 from run_folders import summary, write_run
 
-from spannorm_jax.analysis import report
-from spannorm_jax.analysis.runs import find_runs
 from spannorm_jax.errors import UserError
+from spannorm_jax.report.__main__ import main
+from spannorm_jax.report.folders import find_runs
 
 FOREIGN = {
     "hugging_face": json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096}),
@@ -36,7 +36,7 @@ def test_folders_of_other_programs_are_passed_over_and_said_and_searched(tmp_pat
     write_run(tmp_path / "run", "pre")
     why = []
     assert [run.placement for run in find_runs(tmp_path, why.append)] == ["span", "pre"]
-    assert report.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     said, page = capsys.readouterr().err, (tmp_path / "report" / "report.html").read_text()
     assert len(why) == said.count("note: Passed over") == page.count("Passed over") == len(FOREIGN)
     for name in FOREIGN:
@@ -49,7 +49,7 @@ def test_a_root_of_other_programs_alone_is_one_line(tmp_path, name):
     for number in range(3):
         write_foreign(tmp_path / str(number), name)
     with pytest.raises(UserError, match=r"no run below .*/0/config\.json .*\(and 2 more\)") as caught:
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_run_beside_a_foreign_folder_is_still_an_error(tmp_path):
     write_run(tmp_path / "b")
     (write_run(tmp_path / "c") / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"c/metrics\.jsonl line 1 is not JSON"):
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
 
 
 # ---- no number where there is none ------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step
         start = json.loads((folder / "starts.jsonl").read_text())
         write_lines(folder / "starts.jsonl", [without_numbers(start, missing)])
         (folder / "DIVERGED").write_text(json.dumps({"step": missing, "where": "the loss", "loss": missing}))
-    assert report.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     row = summary(tmp_path / "run0")
     assert (row.train_loss, row.bits_per_byte, row.tokens_per_s) == (None, None, 9.0 if from_step == 20 else None)
     assert str(row.outcome) == "diverged (step 20)"
@@ -111,6 +111,6 @@ def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step
     # The same without the runs that have numbers, and without DIVERGED: a loss that is no number is enough.
     for seed in (0, 1):
         (tmp_path / f"run{seed}" / "DIVERGED").unlink()
-        assert report.main([str(tmp_path / f"run{seed}")]) == 0
+        assert main([str(tmp_path / f"run{seed}")]) == 0
     assert str(summary(tmp_path / "run0").outcome) == "diverged (step 20)"
     assert "None" not in capsys.readouterr().out

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from spannorm_jax.analysis.runs import INIT_ORDER, PLACEMENT_ORDER, Group, Row, Run, finite, ranked
+from spannorm_jax.report.folders import Run, finite
+from spannorm_jax.report.rows import INIT_ORDER, PLACEMENT_ORDER, Group, Row, ranked
 
 # Distinct for colour-blind readers too, and at least 4.5:1 on white.
 _COLOURS = {"pre": "#0067a5", "post": "#c24e00", "span": "#00805b"}

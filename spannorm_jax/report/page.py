@@ -1,6 +1,6 @@
 """Results -> a table, two figures and one HTML page that needs nothing beside it.
 
-    python -m spannorm_jax.analysis.report runs/sweep
+    python -m spannorm_jax.report runs/sweep
 
 Reads run folders only. The same folders always give the same bytes.
 """
@@ -8,25 +8,15 @@ Reads run folders only. The same folders always give the same bytes.
 import base64
 import json
 import os
-import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from spannorm_jax.analysis import plots
-from spannorm_jax.analysis.runs import (
-    STALL_MARGIN,
-    Row,
-    differing_keys,
-    fact,
-    find_runs,
-    is_runtime,
-    over_seeds,
-    summarise,
-)
-from spannorm_jax.analysis.tables import NUMERIC, notices, run_name, seeds_line, table_cells, text_table
-from spannorm_jax.errors import Parser, UserError, one_line, run_command, visible
-from spannorm_jax.paths import user_path
+from spannorm_jax.errors import UserError, visible
+from spannorm_jax.report import figures
+from spannorm_jax.report.folders import find_runs
+from spannorm_jax.report.rows import STALL_MARGIN, Row, differing_keys, fact, is_runtime, over_seeds, summarise
+from spannorm_jax.report.tables import NUMERIC, notices, run_name, seeds_line, table_cells
 
 TITLE = "Norm placement and initialisation"
 
@@ -108,7 +98,7 @@ def _html_table(rows: Sequence[Row]) -> str:
             f'<td class="wide">{escape(c)}</td>' if n == "also differs" else h
             for h, c, n in zip(html, cells, header, strict=True)
         ]
-        html[0] = f"<td>{plots.svg_line(group, groups)}{escape(cells[0])}</td>"
+        html[0] = f"<td>{figures.svg_line(group, groups)}{escape(cells[0])}</td>"
         worst = {row.outcome.kind for row in group.rows} - {"trained"}
         kind = next((k for k in ("diverged", "stalled", "unfinished") if k in worst), "trained")
         html[-1] = f'<td class="{kind}">{escape(cells[-1])}</td>'
@@ -186,13 +176,13 @@ def _lead(rows: Sequence[Row]) -> str:
 
 
 def _page(
-    rows: Sequence[Row], title: str, root: Path, figures: Sequence[Path | None], said: Sequence[tuple[str, str]]
+    rows: Sequence[Row], title: str, root: Path, drawn: Sequence[Path | None], said: Sequence[tuple[str, str]]
 ) -> str:
     groups = over_seeds(rows)
     several = any(len(group.counted) > 1 for group in groups)
     header, _ = table_cells(rows, missing="–")
     items = "".join(f'<li class="{kind}">{escape(text)}</li>' for kind, text in said)
-    levels = plots.entropies(rows)
+    levels = figures.entropies(rows)
     below = [
         f"Stalled: above {(1 - STALL_MARGIN) * e:.3f} nats/token, {STALL_MARGIN:.0%} below the "
         f"unigram entropy of {e:.3f}."
@@ -211,15 +201,15 @@ def _page(
         and len({json.dumps(r.options.get(key)) for r in runs}) == 1
     }  # fmt: skip
     loss = _figure(
-        figures[0],
+        drawn[0],
         "Training loss by step",
         "Training loss by step. Smoothed by a centred running mean over "
-        f"{plots.SMOOTHING:.0%} of the logged steps, narrower at both ends. Dashed grey: the "
+        f"{figures.SMOOTHING:.0%} of the logged steps, narrower at both ends. Dashed grey: the "
         "unigram entropy. The number beside a name is its train loss in the table. A cross marks "
         f"where a run diverged. {alone}Curves may leave the top of the figure.{band}",
     )
     grads = _figure(
-        figures[1],
+        drawn[1],
         "Gradient norm of each block",
         "Norm of the loss gradient with respect to each block’s weights, block 0 nearest the input. "
         "Left: at the initial weights. Right: at the last step that recorded it, named where that "
@@ -262,18 +252,19 @@ def write_report(root: str | os.PathLike[str], out_dir: str | os.PathLike[str], 
     Raises:
       UserError: there is nothing to report, a run's folder is damaged, or `out_dir` cannot be made.
     """
-    rows, said = _read(Path(root))
-    return _write(rows, said, Path(root), Path(out_dir), title)
+    rows, said = read_rows(Path(root))
+    return write_page(rows, said, Path(root), Path(out_dir), title)
 
 
-def _read(root: Path) -> tuple[list[Row], list[tuple[str, str]]]:
-    """The rows, and the notices that go with them."""
+def read_rows(root: Path) -> tuple[list[Row], list[tuple[str, str]]]:
+    """The rows of the runs below `root`, and the notices that go with them. Raises UserError as `find_runs`."""
     passed_over: list[str] = []
     rows = [summarise(run) for run in find_runs(root, passed_over.append)]
     return rows, notices(rows, passed_over)
 
 
-def _write(rows: Sequence[Row], said: Sequence[tuple[str, str]], root: Path, out_dir: Path, title: str) -> Path:
+def write_page(rows: Sequence[Row], said: Sequence[tuple[str, str]], root: Path, out_dir: Path, title: str) -> Path:
+    """Writes the page of `rows` and its figures into `out_dir`. Raises UserError if that cannot be made."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -281,33 +272,11 @@ def _write(rows: Sequence[Row], said: Sequence[tuple[str, str]], root: Path, out
     groups = over_seeds(rows)
     drawn: list[Path | None] = []
     for name, draw in {
-        "loss.png": plots.plot_losses,
-        "block_grad_norm.png": plots.plot_block_grad_norms,
+        "loss.png": figures.plot_losses,
+        "block_grad_norm.png": figures.plot_block_grad_norms,
     }.items():
         (out_dir / name).unlink(missing_ok=True)  # an older report's
         drawn.append(draw(groups, out_dir / name))
     page = out_dir / "report.html"
     page.write_text(visible(_page(rows, title, root, drawn, said)), encoding="utf-8")
     return page
-
-
-def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m spannorm_jax.analysis.report",
-        description="Tables, figures and one HTML page from the runs below a folder.",
-    )
-    parser.add_argument("root", type=user_path, help="the folder that holds the runs")
-    parser.add_argument("--out", type=user_path, help="where the page goes (default: ROOT/report)")
-    parser.add_argument("--title", default=TITLE, help="the page's title")
-    args = parser.parse_args(argv)
-    rows, said = _read(args.root)
-    page = _write(rows, said, args.root, args.out or args.root / "report", args.title)
-    print(visible(text_table(rows)))
-    for kind, text in said:
-        print(f"{kind}: {one_line(text)}", file=sys.stderr)
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)
