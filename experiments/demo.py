@@ -9,7 +9,7 @@ and learning rate. Each is trained, then evaluated in a new process, through the
 from pathlib import Path
 
 from experiments.runner import run_all
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.paths import user_path
 from spannorm_jax.report.__main__ import main as report
 

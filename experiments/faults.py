@@ -22,7 +22,7 @@ from typing import Any
 from experiments import fault_surroundings
 from experiments.fault_runs import STEPS, TINY, Campaign, cut, ended, flip, metrics, refused, until
 from experiments.record import about, save_record
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.paths import user_path
 
 # A clock that falls back an hour every 50 times that it is read.

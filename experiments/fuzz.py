@@ -23,8 +23,9 @@ import numpy as np
 
 from experiments.fuzz_mutations import CONFIG, MUTATIONS
 from experiments.record import about, save_record
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
-from spannorm_jax.errors import Parser, UserError, one_line, run_command
+from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
 from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.paths import user_path

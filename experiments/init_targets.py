@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.demo import FULL
 from experiments.runner import run_all
-from spannorm_jax.errors import Parser, run_command
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.paths import user_path
 from spannorm_jax.report.__main__ import main as report
 

@@ -14,12 +14,14 @@ from typing import Any
 import jax
 
 from experiments.throughput import matmul_peak, step_times, train_loader, write_record
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.data.open import open_data
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.grouped_matmul import CHOICES, chosen
+from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
-from spannorm_jax.training.setup import open_data, start_jax
 from spannorm_jax.validation import validate
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.durable import write_json
-from spannorm_jax.training.setup import machine_facts
+from spannorm_jax.run.provenance import machine_facts
 
 
 def about(module: str, argv: list[str]) -> dict[str, Any]:

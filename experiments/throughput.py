@@ -20,18 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.data.open import OpenData, open_data
 from spannorm_jax.durable import write_json
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.attention import attention, chosen
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.layers import Norm
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
+from spannorm_jax.run.provenance import start_record
 from spannorm_jax.training.optimizer import make_optimizer
-from spannorm_jax.training.setup import Data, open_data, start_jax, start_record
 from spannorm_jax.training.step import loss_sums, make_program
 
 PLACEMENTS = ("pre", "post", "span")
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_record(
-    path: Path | None, program: str, argv: list[str], data: Data, config: Config, record: dict[str, Any]
+    path: Path | None, program: str, argv: list[str], data: OpenData, config: Config, record: dict[str, Any]
 ) -> None:
     """Writes a record with what made it, if it was asked for."""
     if path:
@@ -129,7 +132,7 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 # ---- the measurement ----------------------------------------------------------------------------
 
 
-def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, Any]:
+def measure(config: Config, data: OpenData, rounds: int, steps: int) -> dict[str, Any]:
     """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
     loader = train_loader(config, data)
     variants = {placement: replace(config, model__placement=placement) for placement in PLACEMENTS}
@@ -154,7 +157,7 @@ def measure(config: Config, data: Data, rounds: int, steps: int) -> dict[str, An
     }
 
 
-def train_loader(config: Config, data: Data) -> TrainLoader:
+def train_loader(config: Config, data: OpenData) -> TrainLoader:
     """Batches of `config`. Raises UserError if they or the model do not fit the devices."""
     rows = config.training.batch_size
     shape = dict(make_mesh(config.mesh).shape)

@@ -1,11 +1,8 @@
 """Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
 
-import argparse
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import NoReturn
 
 USER_ERROR_EXIT = 2
 DIVERGED_EXIT = 3  # a loss or a gradient is not finite
@@ -34,16 +31,6 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"valid ones are {', '.join(sorted(names))}"
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line like all others, and which takes no abbreviations."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 # Control characters but newline and tab, what turns the direction of text around, and lone halves of characters.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -61,25 +48,3 @@ def visible(text: str) -> str:
 def one_line(text: object) -> str:
     """The text in one line, which a terminal shows as it is."""
     return visible(" ".join(str(text).split()))
-
-
-def run_command(main: Callable[[list[str]], int], lasting: bool = False) -> None:
-    """Runs a command line's `main(argv)` and exits with its code; a UserError exits with 2.
-
-    `lasting` is for work whose result lies in files: it goes on when nobody reads its output any more.
-    """
-    from spannorm_jax.console import guard_output  # which raises the errors of this module
-
-    guard_output(lasting)
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        code = USER_ERROR_EXIT
-    except KeyboardInterrupt:  # before there was anything to save
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        code = 0
-    sys.exit(code)

@@ -7,11 +7,12 @@ The folder is all it needs. It runs on all devices here, whatever mesh trained t
 import math
 import sys
 
+from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.durable import to_json
-from spannorm_jax.errors import DIVERGED_EXIT, Parser, run_command
+from spannorm_jax.errors import DIVERGED_EXIT
 from spannorm_jax.inference.evaluation import evaluate, here
-from spannorm_jax.parallel.distributed import add_flags, flags_of, is_first
+from spannorm_jax.parallel.distributed import is_first
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
 

@@ -4,9 +4,9 @@ With --shard only part i (from 0) of n is made. The parts may be made in any ord
 data.cache_dir; the last one joins them, and the store is the same to the byte as if it had been made at once.
 """
 
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data import shards, tokens
-from spannorm_jax.errors import Parser, run_command
 
 
 def main(argv: list[str]) -> int:

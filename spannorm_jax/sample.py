@@ -6,8 +6,9 @@ several devices is split by --config.mesh.tensor=2.
 
 import sys
 
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, override, split_overrides
-from spannorm_jax.errors import Parser, run_command, visible
+from spannorm_jax.errors import visible
 from spannorm_jax.inference.evaluation import here
 from spannorm_jax.inference.sampling import SampleOptions, check_options, sample
 from spannorm_jax.run.folder import read_config, run_folder_path

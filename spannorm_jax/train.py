@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.errors import Parser, run_command
-from spannorm_jax.parallel.distributed import Flags, add_flags, flags_of
+from spannorm_jax.parallel.distributed import Flags
 from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.training.loop import train

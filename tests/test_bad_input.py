@@ -5,7 +5,7 @@ import json
 import pytest
 
 from spannorm_jax import evaluate, sample, show_init, train
-from spannorm_jax.errors import run_command
+from spannorm_jax.command import run_command
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 

@@ -5,7 +5,8 @@ import unicodedata
 
 import pytest
 
-from spannorm_jax.errors import UserError, one_line, run_command, visible
+from spannorm_jax.command import run_command
+from spannorm_jax.errors import UserError, one_line, visible
 
 
 def test_every_character_is_itself_or_its_escape():

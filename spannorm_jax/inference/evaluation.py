@@ -12,15 +12,17 @@ from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, MeshConfig
 from spannorm_jax.data.loader import check_held_out, eval_batches
+from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax
+from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.training.step import Program, make_program
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -86,7 +88,7 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file, or none") from error
 
 
-def _fit(config: Config) -> tuple[Data, Config, Mesh]:
+def _fit(config: Config) -> tuple[OpenData, Config, Mesh]:
     data, config = open_data(config)
     check_held_out(data.eval, data.tokenizer)
     mesh = make_mesh(config.mesh)
@@ -94,7 +96,7 @@ def _fit(config: Config) -> tuple[Data, Config, Mesh]:
     return data, config, mesh
 
 
-def held_out(config: Config, program: Program, params: Any, data: Data) -> dict[str, float]:
+def held_out(config: Config, program: Program, params: Any, data: OpenData) -> dict[str, float]:
     """Loss, perplexity, bits per byte and accuracy over the fixed part of the held-out split.
 
     Raises:

@@ -20,9 +20,9 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder, ModelDef, define
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
+from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.training.setup import start_jax
 from spannorm_jax.training.step import make_program
 
 

@@ -25,7 +25,7 @@ from typing import Any, TextIO, TypeVar
 
 import jax
 
-from spannorm_jax.errors import USER_ERROR_EXIT, Parser, UserError, one_line
+from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
 
 _POLL_MS = 2000  # of waiting for another process: Ctrl-C is heard in between
 T = TypeVar("T")
@@ -56,28 +56,6 @@ class Flags:
     process_id: int | None = None
     start_timeout_s: int = 300
     heartbeat_s: int = 100
-
-
-def add_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("many processes", "found by itself under Slurm, Kubernetes and on TPU pods")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num_processes", type=int, metavar="N")
-    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
-    group.add_argument("--start_timeout_s", type=int, default=300, help="to wait for the others (default 300)")
-    group.add_argument(
-        "--heartbeat_s", type=int, default=100, help="after which a silent process is dead (default 100)"
-    )
-
-
-def flags_of(args: Any) -> Flags:
-    """The flags of a parsed command line. Raises UserError if some are missing or out of range."""
-    flags = Flags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
-    given = (flags.coordinator, flags.num_processes, flags.process_id)
-    if any(value is not None for value in given) and None in given:
-        raise UserError("--coordinator, --num_processes and --process_id go together; give all three, or none")
-    if min(flags.start_timeout_s, flags.heartbeat_s) < 1:
-        raise UserError("--start_timeout_s and --heartbeat_s are seconds; write 1 or more")
-    return flags
 
 
 def find(flags: Flags, env: Mapping[str, str]) -> Place | None:

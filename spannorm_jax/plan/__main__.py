@@ -3,9 +3,10 @@
 python -m spannorm_jax.plan --config configs/dense.py:1b --devices 64 [--device_kind "TPU v5"] [--config.a.b=c]
 """
 
+from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.errors import Parser, UserError, run_command
+from spannorm_jax.errors import UserError
 from spannorm_jax.plan.dry_run import MAX_DEVICES, dry_run
 
 

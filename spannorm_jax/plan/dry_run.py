@@ -22,8 +22,8 @@ from spannorm_jax.model import attention, grouped_matmul
 from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
+from spannorm_jax.parallel.platform import fix_numerics
 from spannorm_jax.plan.collectives import KINDS, Collective, collectives
-from spannorm_jax.training.setup import fix_numerics
 from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
 
 MAX_DEVICES = 2048  # what XLA has for CPUs in one process

@@ -5,7 +5,8 @@ It reads run folders only. The same folders always give the same bytes.
 
 import sys
 
-from spannorm_jax.errors import Parser, one_line, run_command, visible
+from spannorm_jax.command import Parser, run_command
+from spannorm_jax.errors import one_line, visible
 from spannorm_jax.paths import user_path
 from spannorm_jax.report.page import TITLE, read_rows, write_page
 from spannorm_jax.report.tables import text_table

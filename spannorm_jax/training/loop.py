@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.data.loader import TrainLoader, check_held_out
+from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model import grouped_matmul
@@ -21,17 +22,18 @@ from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.devices import memory_bytes, peak_flops
 from spannorm_jax.parallel.liveness import Stop, Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run import wandb_log
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.metrics import MetricsWriter, NoWriter
+from spannorm_jax.run.provenance import check_agreement, start_record
 from spannorm_jax.training.metrics import (
     Progress,
     first_nonfinite,
     host_metrics,
 )
 from spannorm_jax.training.profiling import StepTrace, check_steps
-from spannorm_jax.training.setup import Data, check_agreement, open_data, say_overlap, start_jax, start_record
 from spannorm_jax.training.step import Program, make_program
 
 ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy", "expert_overflow")
@@ -82,7 +84,7 @@ def _open_folder(stack: ExitStack, config: Config, workdir: Path) -> Any:
     return None
 
 
-def fit(config: Config) -> tuple[Config, Data, Mesh, TrainLoader]:
+def fit(config: Config) -> tuple[Config, OpenData, Mesh, TrainLoader]:
     """What is asked for, against what is here: resolved config, data, mesh and loader. Raises UserError."""
     data, config = open_data(config)
     check_held_out(data.eval, data.tokenizer)
@@ -106,7 +108,7 @@ def _train(
     config: Config,
     workdir: Path,
     argv: list[str],
-    data: Data,
+    data: OpenData,
     mesh: Mesh,
     loader: TrainLoader,
     stop: Stop,

@@ -10,10 +10,11 @@ import tensorflow_datasets as tfds
 from nested import prepare_nested, texts
 
 from spannorm_jax import evaluate, train
+from spannorm_jax.command import run_command
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokens import open_store
-from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.errors import UserError
 from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.rows import summarise
 from spannorm_jax.report.tables import notices

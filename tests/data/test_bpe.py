@@ -174,7 +174,7 @@ def test_ctrl_c_ends_training_and_leaves_nothing(tiny, phase, start_python):
 import itertools, sys
 from spannorm_jax.data import bpe, tokens
 from spannorm_jax import prepare
-from spannorm_jax.errors import run_command
+from spannorm_jax.command import run_command
 phase = sys.argv.pop()
 bpe._TELL_EVERY_S = 0
 if phase == "reading":

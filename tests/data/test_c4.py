@@ -9,9 +9,9 @@ import pytest
 from tiny_c4 import TRAIN, VALIDATION, prepare_c4
 
 from spannorm_jax import evaluate, prepare, train
+from spannorm_jax.command import run_command
 from spannorm_jax.config_file import load
 from spannorm_jax.data.tokens import open_store
-from spannorm_jax.errors import run_command
 
 CONFIG = "configs/c4.py:124m,depth=2,width=64"
 

@@ -10,10 +10,11 @@ import tensorflow_datasets as tfds
 from nested import prepare_nested, texts
 
 from spannorm_jax import evaluate, train
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, DataConfig, changed_keys, replace
 from spannorm_jax.data import names, stdlib_files
 from spannorm_jax.data.tokens import open_store
-from spannorm_jax.errors import UserError, run_command
+from spannorm_jax.errors import UserError
 from spannorm_jax.report.folders import read_run
 from spannorm_jax.report.rows import differing_keys
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from spannorm_jax.errors import Parser, UserError
-from spannorm_jax.parallel.distributed import Flags, Place, add_flags, find, flags_of
+from spannorm_jax.command import Parser, add_flags, flags_of
+from spannorm_jax.errors import UserError
+from spannorm_jax.parallel.distributed import Flags, Place, find
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

@@ -307,7 +307,7 @@ def test_an_out_that_is_a_file_is_named(tmp_path):
 
 def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_library(tmp_path):
     code = (
-        "import sys; from spannorm_jax.report.__main__ import main; from spannorm_jax.errors import run_command\n"
+        "import sys; from spannorm_jax.report.__main__ import main; from spannorm_jax.command import run_command\n"
         "assert not {'matplotlib', 'jax', 'flax'} & set(sys.modules)\n"
         f"sys.argv[1:] = [{str(tmp_path / 'missing')!r}]; run_command(main)"
     )

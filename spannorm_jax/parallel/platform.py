@@ -1,25 +1,16 @@
-"""What a command line needs before it can compute: platform, token stores, resolved config, records of the start."""
+"""The platform that JAX runs on: chosen once, before anything asks JAX, with numbers that no environment changes."""
 
 import contextlib
 import ctypes
-import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from spannorm_jax.config import Config, flatten, resolve
-from spannorm_jax.data.overlap import shared_examples
-from spannorm_jax.data.tokenizer import Tokenizer
-from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
 from spannorm_jax.paths import cache_home
@@ -45,15 +36,6 @@ NUMERICS: dict[str, Any] = {
     "jax_debug_infs": False,
 }
 _BELOW_JAX = re.compile(r"(JAX|XLA|LIBTPU|CUBLAS|CUDNN)_|NVIDIA_TF32_OVERRIDE|TF_CUDNN_DETERMINISTIC")
-_RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-@dataclass(frozen=True)
-class Data:
-    train: TokenStore
-    eval: TokenStore
-    tokenizer: Tokenizer
-    eval_overlap: int = 0  # examples that the held-out split shares with the training split
 
 
 def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
@@ -71,7 +53,7 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:
         with contextlib.suppress(UserError):  # without a home there is no cache, and none is needed
             # One folder per kind of host: a home shared by unlike machines must not mix their CPU code.
-            host = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
+            host = hashlib.sha256(cpu_features().encode()).hexdigest()[:8]
             folder = cache_home("") / "spannorm_jax" / "xla" / host
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -120,83 +102,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(arena_max, 1)  # other arenas have heaps of 64 MiB, and map what is larger
 
 
-def open_data(config: Config) -> tuple[Data, Config]:
-    """Opens (or builds) the token stores, and resolves the config against them and the platform."""
-    data = Data(
-        open_store(config.data, config.data.train_split),
-        open_store(config.data, config.data.eval_split),
-        open_tokenizer(config.data),
-        shared_examples(config.data),
-    )
-    resolved = resolve(
-        config,
-        vocab_size=data.tokenizer.vocab_size,
-        platform=jax.default_backend(),
-        fingerprint=fingerprint(data.train, data.eval),
-        full_name=data.train.dataset,
-        tokenizer_hash=data.tokenizer.hash,
-    )
-    return data, resolved
-
-
-def say_overlap(config: Config, data: Data) -> None:
-    """Says if the held-out loss is of text that was trained on: legal, and easily overlooked."""
-    if data.eval_overlap:
-        distributed.say(
-            f"config key data.eval_split={config.data.eval_split!r} shares {data.eval_overlap:,} examples with "
-            f"data.train_split={config.data.train_split!r}: its loss is not held out",
-            sys.stderr,
-        )
-
-
-def check_agreement(config: Config) -> None:
-    """Raises UserError if the processes run other code or another config; where their data lie may differ."""
-    here = {key: value for key, value in flatten(config).items() if key not in ("data.data_dir", "data.cache_dir")}
-    distributed.check_same({"code": code_hash(), "jax": jax.__version__} | here)
-
-
-def code_hash() -> str:
-    """12 hex digits that change with any line of this package."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def start_record(argv: list[str], data: Data, facts: dict[str, Any]) -> dict[str, Any]:
-    """One line of starts.jsonl: what it takes to repeat the run, besides its config."""
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "spannorm_jax.train", *argv]),
-        **machine_facts(),
-        "numerics": numerics_record(),
-        "data": {
-            "dataset": data.train.dataset,
-            "fingerprint": fingerprint(data.train, data.eval),
-            "train_tokens": data.train.num_tokens,
-            "eval_tokens": data.eval.num_tokens,
-            "eval_overlap": data.eval_overlap,
-            "unigram_entropy": data.train.unigram_entropy,
-        },
-        **facts,
-    }
-
-
-def machine_facts() -> dict[str, Any]:
-    """Commit, versions and devices: what a record must say to be repeated elsewhere."""
-    return {
-        "git_commit": _git_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
-        },
-        "device": jax.devices()[0].device_kind + _cpu_name(),
-        "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
-    }
-
-
 def _cpu_info(field: str) -> list[str]:
     """A field of /proc/cpuinfo, once a core; empty where there is no such file or field."""
     path = Path("/proc/cpuinfo")
@@ -204,26 +109,11 @@ def _cpu_info(field: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name and number of the CPU's cores, in brackets after a space; "" on an accelerator."""
     names = _cpu_info("model name") if jax.default_backend() == "cpu" else []
     return f" ({names[0]}, {len(names)} cores)" if names else ""
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
     return platform.machine() + "".join(_cpu_info("flags")[:1])
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, with -dirty if it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() if out.returncode == 0 else None
