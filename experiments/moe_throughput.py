@@ -19,7 +19,7 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.grouped_matmul import CHOICES, chosen
+from spannorm_jax.model.moe.grouped_matmul import CHOICES, chosen
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate

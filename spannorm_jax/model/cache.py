@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
-from spannorm_jax.model.attention import cached_attention
 from spannorm_jax.model.decoder import Block, Decoder, over_blocks
+from spannorm_jax.model.kernels.attention import cached_attention
 from spannorm_jax.model.layers import rotary_angles
-from spannorm_jax.model.moe import Stats
+from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import constrain
 

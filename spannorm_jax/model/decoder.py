@@ -17,10 +17,11 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
-from spannorm_jax.model import experts
-from spannorm_jax.model.attention import keep_attention
+from spannorm_jax.model.kernels.attention import keep_attention
 from spannorm_jax.model.layers import ROLES, Attention, FeedForward, Norms, rotary_angles, weight
-from spannorm_jax.model.moe import MoE, Stats, moe_layers
+from spannorm_jax.model.moe import experts
+from spannorm_jax.model.moe.layer import MoE
+from spannorm_jax.model.moe.router import Stats, moe_layers
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, constrain

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
-from spannorm_jax.model.attention import attention
+from spannorm_jax.model.kernels.attention import attention
 
 ROLES = ("embedding", "hidden", "output", "norm", "expert", "router", "router_state")
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import NAMES, Decoder, ModelDef
-from spannorm_jax.model.moe import Stats, balanced_bias, load_balance_loss, moe_layers
+from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss, moe_layers
 from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from spannorm_jax.config import MeshConfig, ModelConfig
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.attention import attention, chosen, keep_attention
+from spannorm_jax.model.kernels.attention import attention, chosen, keep_attention
 from spannorm_jax.parallel.mesh import make_mesh
 
 B, H, G, K = 2, 4, 2, 8

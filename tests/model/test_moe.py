@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace, resolve
 from spannorm_jax.errors import UserError
-from spannorm_jax.model import experts
 from spannorm_jax.model.decoder import count_params, define, flops_per_token
-from spannorm_jax.model.grouped_matmul import _tokamax_problem, chosen, grouped_matmul
 from spannorm_jax.model.layers import rotary_angles
-from spannorm_jax.model.moe import balanced_bias, load_balance_loss, moe_layers, route, router_stats
+from spannorm_jax.model.moe import experts
+from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, chosen, grouped_matmul
+from spannorm_jax.model.moe.router import balanced_bias, load_balance_loss, moe_layers, route, router_stats
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import mixture_gain, predicted_branch_variance
 

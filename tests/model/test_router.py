@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spannorm_jax.config import MoEConfig
-from spannorm_jax.model.moe import load_balance_loss, route, router_stats
+from spannorm_jax.model.moe.router import load_balance_loss, route, router_stats
 
 E = 6
 LEVELS = (50.0, 95.0, 120.0, 1e4)

@@ -16,8 +16,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from spannorm_jax.config import MoEConfig
-from spannorm_jax.model.grouped_matmul import grouped_matmul, row_multiple
 from spannorm_jax.model.layers import activation
+from spannorm_jax.model.moe.grouped_matmul import grouped_matmul, row_multiple
 
 AXIS = "expert"
 # What remat=dots keeps: without the rows it would repeat the exchange between devices, without the others the matmuls.

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.model.blocked_attention import SAVED, blocked_attention
+from spannorm_jax.model.kernels.blocked_attention import SAVED, blocked_attention
 from spannorm_jax.parallel.mesh import partition_spec
 
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
