@@ -26,7 +26,7 @@ from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.model.decoder import count_params, define, flops_per_token
+from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.checkpoint import Checkpoints

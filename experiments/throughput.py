@@ -27,7 +27,7 @@ from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.data.open import OpenData, open_data
 from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.kernels.attention import attention, chosen
 from spannorm_jax.model.layers import Norm
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh

@@ -15,7 +15,7 @@ from spannorm_jax.data.loader import check_held_out, eval_batches
 from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh

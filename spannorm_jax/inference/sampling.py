@@ -18,7 +18,8 @@ from spannorm_jax.data import bpe
 from spannorm_jax.data.tokenizer import BYTES, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
-from spannorm_jax.model.decoder import Decoder, ModelDef, define
+from spannorm_jax.model.decoder import Decoder
+from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder

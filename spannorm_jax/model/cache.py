@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
-from spannorm_jax.model.decoder import Block, Decoder, over_blocks
+from spannorm_jax.model.block import Block
+from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.kernels.attention import cached_attention
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.stack import over_blocks
 from spannorm_jax.parallel.mesh import constrain
 
 Cache = dict[str, Array]
@@ -59,7 +61,7 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
         return stream, cache, stats
 
     stream = placement.enter(decoder.embeddings(tokens_BxT), decoder.ends)
-    stream, cache, _ = over_blocks(decoder, step, stream, cache)
+    stream, cache, _ = over_blocks(decoder.stacks, cfg, step, stream, cache)
     return placement.leave(stream, decoder.ends), cache
 
 

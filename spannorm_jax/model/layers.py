@@ -4,8 +4,6 @@ Shapes stand in names: B batch, T time, D width, H query heads, G key-value head
 Weights are float32 and are cast to the compute dtype where they are used; norms compute in float32.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,76 +11,8 @@ from jax import Array
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.kernels.attention import attention
-
-ROLES = ("embedding", "hidden", "output", "norm", "expert", "router", "router_state")
-
-
-def weight(
-    rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str
-) -> nnx.Param:
-    """Declares a weight, drawn from N(0, std^2): the one place that fixes its shape, axes, role and site.
-
-    Sharding reads `axes` (logical axis names, one a dimension), weight decay and FLOP counting read `role`,
-    initialisation reads `site`.
-    """
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes, role=role, site=site)
-
-
-def gain(size: int, axis: str) -> nnx.Param:
-    """Declares a norm's gain, which starts at one."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,), role="norm", site="norm")
-
-
-@jax.custom_vjp
-def linear(x: Array, w: Array) -> Array:
-    """x (..., D) times w (D, *F): (..., *F), in the inputs' dtype.
-
-    The weight's gradient is a product over all positions of which one factor must be transposed. Left to itself,
-    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two.
-    """
-    return _linear_forward(x, w)[0]
-
-
-def _linear_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))), (x, w)
-
-
-def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = residuals
-    batch, outputs = tuple(range(x.ndim - 1)), tuple(range(1, w.ndim))
-    dx = jax.lax.dot_general(g, w, ((tuple(range(x.ndim - 1, g.ndim)), outputs), ((), ())))
-    over_batch = ((batch, batch), ((), ()))
-    if w.shape[0] <= math.prod(w.shape[1:]):
-        return dx, jax.lax.dot_general(x, g, over_batch)
-    return dx, jnp.moveaxis(jax.lax.dot_general(g, x, over_batch), -1, 0)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype. Backward keeps x alone."""
-    return _gelu_forward(x)[0]
-
-
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))  # erfc is exact in the far tail too, and twice as slow
-
-
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    y = x.astype(jnp.float32)
-    return (y * _normal_cdf(y)).astype(x.dtype), x
-
-
-def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
-    y = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * jnp.square(y)) / math.sqrt(2 * math.pi)
-    return ((g * (_normal_cdf(y) + y * density)).astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
+from spannorm_jax.model.kernels.cpu import gelu, linear
+from spannorm_jax.model.weights import gain, weight
 
 
 class Norm(nnx.Module):

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.errors import UserError, did_you_mean
-from spannorm_jax.model.decoder import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind

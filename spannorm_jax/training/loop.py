@@ -15,7 +15,7 @@ from spannorm_jax.data.loader import TrainLoader, check_held_out
 from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
-from spannorm_jax.model.decoder import count_params, define, flops_per_token
+from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.kernels.attention import chosen
 from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.parallel import distributed

@@ -5,7 +5,7 @@ import optax
 from jax import Array
 
 from spannorm_jax.config import Config
-from spannorm_jax.model.decoder import ModelDef
+from spannorm_jax.model.definition import ModelDef
 
 DECAYED_ROLES = ("hidden", "output", "expert")
 

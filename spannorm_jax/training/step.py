@@ -16,8 +16,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
-from spannorm_jax.model.decoder import NAMES, Decoder, ModelDef
+from spannorm_jax.model.decoder import Decoder
+from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss, moe_layers
+from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
@@ -139,11 +141,11 @@ def gradient_norms(model: ModelDef, grads: Any) -> dict[str, Array]:
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
     blocks = jnp.zeros(model.cfg.depth)
-    for moe, name in NAMES.items():
+    for moe, name in STACKS.items():
         if name in grads:
             layers = [i for i, experts in enumerate(moe_layers(model.cfg)) if experts == moe]
             blocks = blocks.at[jnp.array(layers)].set(squares(grads[name], keep=1))
-    others = {name: squares(g, keep=0) for name, g in grads.items() if name not in NAMES.values()}
+    others = {name: squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
     return {
         "grad_norm": jnp.sqrt(jnp.sum(blocks) + sum(others.values())),
         "block_grad_norm": jnp.sqrt(blocks),

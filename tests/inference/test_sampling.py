@@ -18,7 +18,7 @@ from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
 from spannorm_jax.inference.evaluation import here
 from spannorm_jax.inference.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.checkpoint import Checkpoints

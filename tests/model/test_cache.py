@@ -7,7 +7,7 @@ import pytest
 
 from spannorm_jax.config import ModelConfig, MoEConfig
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 
 # theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.

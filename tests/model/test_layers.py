@@ -9,7 +9,8 @@ import pytest
 
 from spannorm_jax.config import Config, replace
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.layers import Norm, gelu, linear, rotary_angles, rotate
+from spannorm_jax.model.kernels.cpu import gelu, linear
+from spannorm_jax.model.layers import Norm, rotary_angles, rotate
 from spannorm_jax.validation import validate
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace, resolve
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.decoder import count_params, define, flops_per_token
+from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, chosen, grouped_matmul

@@ -7,7 +7,7 @@ import pytest
 
 import spannorm_jax
 from spannorm_jax.config_file import load, resolve_without_data
-from spannorm_jax.model.decoder import count_params, define
+from spannorm_jax.model.definition import count_params, define
 
 MOE = Path(spannorm_jax.__file__).parents[1] / "configs" / "moe.py"
 ROW = r"(\d+) +(\d+) +(\d+) +(\d+) \((\d+)\) +(\d+) +(\d+)(?: \(bytes\))?(, tied)? +([\d,]+) +([\d,]+)"

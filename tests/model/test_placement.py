@@ -9,7 +9,7 @@ import pytest
 import reference
 
 from spannorm_jax.config import Config, ModelConfig, MoEConfig
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.training.step import gradients
 

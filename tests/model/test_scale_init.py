@@ -17,7 +17,7 @@ import reference
 from flax import nnx
 
 from spannorm_jax.config import ModelConfig, default_ffn_dim
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.scale_init import (

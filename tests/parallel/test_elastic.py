@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.step import make_program

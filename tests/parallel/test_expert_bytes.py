@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from spannorm_jax.config import Config, MeshConfig, replace, resolve
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.moe import experts
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.plan.collectives import collectives

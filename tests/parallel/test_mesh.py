@@ -10,7 +10,7 @@ import pytest
 from spannorm_jax import config as configs
 from spannorm_jax.config import Config, MeshConfig, replace, resolve
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import (
     LOGICAL_AXES,

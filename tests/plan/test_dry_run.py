@@ -15,7 +15,7 @@ import spannorm_jax
 from spannorm_jax.config import replace, resolve
 from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
 from spannorm_jax.plan import dry_run
 from spannorm_jax.training.step import make_program

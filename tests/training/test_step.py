@@ -11,7 +11,7 @@ import reference
 from jax.extend.core import jaxprs_in_params
 
 from spannorm_jax.config import Config, replace, resolve
-from spannorm_jax.model.decoder import define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.state import TrainState

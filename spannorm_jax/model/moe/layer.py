@@ -12,9 +12,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from spannorm_jax.config import ModelConfig, MoEConfig
-from spannorm_jax.model.layers import FeedForward, weight
+from spannorm_jax.model.layers import FeedForward
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.router import Stats, route, router_stats
+from spannorm_jax.model.weights import weight
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, partition_spec
 
 
