@@ -1,6 +1,6 @@
 """The model that the CPU's speed is measured on: 12 blocks, width 256, 4 heads, GELU, 9.6M parameters.
 
-    python -m experiments.throughput --config configs/throughput.py --json experiments/results/throughput/cpu.json
+    python -m experiments.benchmarks.throughput --config configs/throughput.py --json cpu.json
 
 Sequence 256, batch 8, bytes, float32: the size that other trainers have been measured at.
 """

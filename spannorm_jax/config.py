@@ -41,7 +41,7 @@ class ModelConfig:
     ffn_dim: int = 0  # hidden units of the feed-forward; 0: `default_ffn_dim`
     vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's
     placement: str = "span"  # a key of model.placement.PLACEMENTS
-    init: str = "scale"  # a key of model.scale_init.INITS
+    init: str = "scale"  # a key of model.initialisation.INITS
     variance_budget: float = 1.0  # ScaleInit's c: branch variance summed over the stream's additions
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
     norm: str = "rmsnorm"  # rmsnorm | layernorm (both with a gain, neither with a bias)

@@ -27,10 +27,10 @@ from spannorm_jax.config import (
 )
 from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
+from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.scale_init import INITS, OUTPUT_SITES
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
 

@@ -6,8 +6,8 @@ Nothing is allocated and no data is read, so it answers for any size at once.
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.model.definition import count_params, define
+from spannorm_jax.model.initialisation import fan_in, predicted_branch_variance, residual_additions, weight_stds
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.scale_init import fan_in, predicted_branch_variance, residual_additions, weight_stds
 
 
 def main(argv: list[str]) -> int:

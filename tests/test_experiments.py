@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import moe_throughput, runner
+from experiments import runner
+from experiments.benchmarks import moe_throughput
 from spannorm_jax.errors import UserError
 
 ARGUMENTS = (
@@ -76,7 +77,9 @@ def test_experts_are_measured_against_a_dense_model_of_the_same_active_flops(tmp
         assert flops == pytest.approx(1 + 6 * 32 * 4 * record["tokens_per_step"] / dense_flops, rel=1e-9)
         ratios = [d / m for d, m in zip(dense["step_times_s"], got["step_times_s"], strict=True)]
         assert flops * min(ratios) <= got["rate_over_dense"] <= flops * max(ratios)
-    assert record["command"].startswith("python -m experiments.moe_throughput --config=configs/throughput.py")
+    assert record["command"].startswith(
+        "python -m experiments.benchmarks.moe_throughput --config=configs/throughput.py"
+    )
     assert "ragged_dot" in capsys.readouterr().out
 
 

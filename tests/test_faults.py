@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import faults
-from experiments.fault_runs import STEPS, Campaign, cut, flip, refused
+from experiments.campaigns import faults
+from experiments.campaigns.fault_runs import STEPS, Campaign, cut, flip, refused
 
 
 @pytest.fixture(scope="module")

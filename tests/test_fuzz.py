@@ -1,6 +1,6 @@
 """Odd command lines: each is a run that can start, or is refused in one line."""
 
-from experiments import fuzz
+from experiments.campaigns import fuzz
 
 
 def test_no_case_ends_otherwise(capsys):

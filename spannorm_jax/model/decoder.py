@@ -9,10 +9,10 @@ from jax import Array
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.block import Block
+from spannorm_jax.model.initialisation import weight_stds
 from spannorm_jax.model.layers import Norms, rotary_angles
 from spannorm_jax.model.moe.router import Stats, moe_layers
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.scale_init import weight_stds
 from spannorm_jax.model.stack import ACTIVATION, STACKS, Stacks, over_blocks, stacked_blocks
 from spannorm_jax.model.weights import weight
 from spannorm_jax.parallel.mesh import constrain

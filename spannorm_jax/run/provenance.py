@@ -34,11 +34,14 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def start_record(argv: list[str], data: OpenData, facts: dict[str, Any]) -> dict[str, Any]:
-    """One line of starts.jsonl: what it takes to repeat the run, besides its config."""
+def start_record(module: str, argv: list[str], data: OpenData, facts: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to repeat what `python -m module argv` does on `data`, besides its config; and `facts`.
+
+    It is a line of a run's starts.jsonl, and the head of a benchmark's record.
+    """
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "spannorm_jax.train", *argv]),
+        "command": " ".join(["python", "-m", module, *argv]),
         **machine_facts(),
         "numerics": numerics_record(),
         "data": {

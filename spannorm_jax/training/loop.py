@@ -135,7 +135,7 @@ def _train(
         "active_params": count_params(model, active=True),
         "flops_per_token": flops,
     }
-    start = start_record(argv, data, facts)
+    start = start_record("spannorm_jax.train", argv, data, facts)
     active = f"{facts['active_params']:,} active" if config.model.moe.num_experts else "all active"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     distributed.say(

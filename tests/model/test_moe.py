@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace, resolve
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import count_params, define, flops_per_token
+from spannorm_jax.model.initialisation import mixture_gain, predicted_branch_variance
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, chosen, grouped_matmul
 from spannorm_jax.model.moe.router import balanced_bias, load_balance_loss, moe_layers, route, router_stats
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.scale_init import mixture_gain, predicted_branch_variance
 
 N, D, F, E, K = 40, 6, 5, 4, 2
 BACKENDS = ("padded", "ragged_dot")

@@ -18,9 +18,7 @@ from flax import nnx
 
 from spannorm_jax.config import ModelConfig, default_ffn_dim
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.layers import rotary_angles
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.scale_init import (
+from spannorm_jax.model.initialisation import (
     INITS,
     fan_in,
     hidden_second_moment,
@@ -28,6 +26,8 @@ from spannorm_jax.model.scale_init import (
     residual_additions,
     weight_stds,
 )
+from spannorm_jax.model.layers import rotary_angles
+from spannorm_jax.model.placement import PLACEMENTS
 
 FIVE = 5
 

@@ -1,6 +1,6 @@
 """Breaks training on purpose, in real processes, and checks what is promised in README.md, "What survives".
 
-    python -m experiments.faults --json experiments/results/faults.json [--kills 50] [--seed 0]
+    python -m experiments.campaigns.faults --json experiments/results/faults.json [--kills 50] [--seed 0]
 
 A run of a tiny model with a checkpoint at every second step is killed at random moments, stopped, starved of disk
 space, damaged file by file, and run in odd surroundings (`fault_surroundings`). Every case says what it expects and
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import fault_surroundings
-from experiments.fault_runs import STEPS, TINY, Campaign, cut, ended, flip, metrics, refused, until
+from experiments.campaigns import fault_surroundings
+from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, cut, ended, flip, metrics, refused, until
 from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.paths import user_path
@@ -301,7 +301,7 @@ def campaign(folder: Path, num_kills: int, seed: int, show: Callable[[str], Any]
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m experiments.faults", description=__doc__)
+    parser = Parser(prog="python -m experiments.campaigns.faults", description=__doc__)
     parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(cases) - failed} cases as expected, {failed} not, in {seconds} s")
     if args.json:
         facts = {"kills": args.kills, "seed": args.seed, "failed": failed, "seconds": seconds}
-        save_record(args.json, about("experiments.faults", argv) | facts | {"cases": cases})
+        save_record(args.json, about("experiments.campaigns.faults", argv) | facts | {"cases": cases})
     return 1 if failed else 0
 
 

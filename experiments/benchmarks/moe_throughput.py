@@ -1,6 +1,6 @@
 """Speed of Mixture-of-Experts models against a dense one with the same active FLOPs, all in one process.
 
-    python -m experiments.moe_throughput --config configs/throughput.py --experts 8,32 \\
+    python -m experiments.benchmarks.moe_throughput --config configs/throughput.py --experts 8,32 \\
         --json experiments/results/throughput/cpu-moe.json
 
 The dense model's feed-forward of F units becomes experts of F / top_k units, so that a token meets as many weights, and
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments.throughput import matmul_peak, step_times, train_loader, write_record
+from experiments.benchmarks.throughput import matmul_peak, step_times, train_loader, write_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
@@ -27,7 +27,7 @@ from spannorm_jax.validation import validate
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.moe_throughput", description=__doc__)
+    parser = Parser(prog="python -m experiments.benchmarks.moe_throughput", description=__doc__)
     parser.add_argument("--config", required=True, help="of the dense model: FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--experts", default="8,32", help="numbers of experts, with commas between")
     parser.add_argument("--top_k", type=int, default=2, help="experts that a token goes to")
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         got["rate_over_dense"] = flops * statistics.median(first / mine for mine, first in pairs)
         got["peak_share_active_flops"] = got["model_flops_per_s"] / record["peak_flops_per_s"]
     print_table(record)
-    write_record(args.json, "experiments.moe_throughput", argv, data, config, record)
+    write_record(args.json, "experiments.benchmarks.moe_throughput", argv, data, config, record)
     return 0
 
 

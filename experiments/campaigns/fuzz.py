@@ -1,6 +1,6 @@
 """Fuzzes the command line: every argument list is either a run that can start, or is refused in one line.
 
-    python -m experiments.fuzz --count 300 --seed 0 --json experiments/results/fuzz.json
+    python -m experiments.campaigns.fuzz --count 300 --seed 0 --json experiments/results/fuzz.json
 
 Each case is train's argument list with something wrong, or merely odd, in it. It goes the way that training goes, up to
 where the first program would be compiled: parse, load, open the data, resolve, define the model, trace train and
@@ -21,13 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.fuzz_mutations import CONFIG, MUTATIONS
+from experiments.campaigns.fuzz_mutations import CONFIG, MUTATIONS
 from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.definition import count_params, define, flops_per_token
-from spannorm_jax.model.scale_init import weight_stds
+from spannorm_jax.model.initialisation import weight_stds
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, open_run
@@ -158,7 +158,7 @@ def campaign(count: int, seed: int, show: Callable[[str], Any] = print) -> list[
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m experiments.fuzz", description=__doc__)
+    parser = Parser(prog="python -m experiments.campaigns.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=user_path, help="where the record goes")
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"{n} {name}" for name, n in sorted(outcomes.items())), f"in {time.monotonic() - began:.0f} s")
     if args.json:
         facts = {"seed": args.seed, "outcomes": dict(outcomes), "seconds": round(time.monotonic() - began, 1)}
-        save_record(args.json, about("experiments.fuzz", argv) | facts | {"cases": cases})
+        save_record(args.json, about("experiments.campaigns.fuzz", argv) | facts | {"cases": cases})
     return 1 if outcomes["hole"] else 0
 
 

@@ -1,12 +1,13 @@
 """Speed and memory of the train step, for each placement in one process, so that ratios hold on a noisy machine.
 
-    python -m experiments.throughput --config configs/throughput.py --json experiments/results/throughput/cpu.json
+    python -m experiments.benchmarks.throughput --config configs/throughput.py --json cpu.json
 
 Prints a table and writes the record: the machine's matmul peak, and for each placement tokens/s, its share of that
 peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, memory against what the shapes say, where a
 step's time goes, compile seconds at 12 and 128 blocks, and how long a start with cached programs takes.
 """
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ PLACEMENTS = ("pre", "post", "span")
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.throughput", description=__doc__)
+    parser = Parser(prog="python -m experiments.benchmarks.throughput", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
@@ -58,17 +59,16 @@ def main(argv: list[str]) -> int:
     record = measure(config, data, args.rounds, args.steps)
     record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
     print_table(record)
-    write_record(args.json, "experiments.throughput", argv, data, config, record)
+    write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
     return 0
 
 
 def write_record(
-    path: Path | None, program: str, argv: list[str], data: OpenData, config: Config, record: dict[str, Any]
+    path: Path | None, module: str, argv: list[str], data: OpenData, config: Config, record: dict[str, Any]
 ) -> None:
     """Writes a record with what made it, if it was asked for."""
     if path:
-        start = start_record(argv, data, {"config": to_dict(config)})
-        start["command"] = start["command"].replace("spannorm_jax.train", program)
+        start = start_record(module, argv, data, {"config": to_dict(config)})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, start | record)
 
@@ -166,7 +166,10 @@ def train_loader(config: Config, data: OpenData) -> TrainLoader:
 
 
 def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step."""
+    """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
+
+    `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step, on average.
+    """
     measured: dict[str, dict[str, Any]] = {}
     running: dict[str, Any] = {}
     mesh = make_mesh(next(iter(variants.values())).mesh)
@@ -184,6 +187,8 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
                 "compile_s": time.perf_counter() - began,
                 "memory": memory(config, model, compiled, state, tokens),
                 "step_times_s": [],
+                "page_faults": 0.0,
+                "system_s": 0.0,
             }
             state, _ = compiled(state, tokens)  # the first call allocates
             running[name] = [compiled, state, tokens]
@@ -191,12 +196,16 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
             for name, now in running.items():
                 compiled, state, tokens = now
                 jax.block_until_ready(state)
-                began = time.perf_counter()
+                before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
                 for _ in range(steps):
                     state, metrics = compiled(state, tokens)
                 jax.block_until_ready((state, metrics))
+                elapsed, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
                 if counted:  # the first round fills caches and the allocator
-                    measured[name]["step_times_s"].append((time.perf_counter() - began) / steps)
+                    got = measured[name]
+                    got["step_times_s"].append(elapsed / steps)
+                    got["page_faults"] += (after.ru_minflt - before.ru_minflt) / (steps * rounds)
+                    got["system_s"] += (after.ru_stime - before.ru_stime) / (steps * rounds)
                 now[1] = state
     for name, config in variants.items():
         step = statistics.median(measured[name]["step_times_s"])
@@ -279,7 +288,7 @@ def print_table(record: dict[str, Any]) -> None:
     print(f"matmul peak {peak / 1e9:,.0f} GFLOP/s; {tokens:,} tokens a step; attention {record['attention']}")
     print(
         f"{'placement':<11}{'tokens/s':>10}{'6N share':>10}{'step':>11}{'vs pre':>9}{'compile':>10}"
-        f"{'memory':>11}{'x shapes':>10}"
+        f"{'memory':>11}{'x shapes':>10}{'faults':>9}"
     )
     for name, p in record["placements"].items():
         used = p["memory"]["step_bytes"]
@@ -287,6 +296,7 @@ def print_table(record: dict[str, Any]) -> None:
             f"{name:<11}{p['tokens_per_s']:>10,.0f}{p['peak_share_6N']:>10.1%}{p['step_s'] * 1e3:>8.1f} ms"
             f"{p['step_over_pre']:>9.3f}{p['compile_s']:>8.1f} s"
             f"{(used or 0) / 2**20:>7,.0f} MiB{p['memory']['ratio'] or 0:>10.2f}"
+            f"{p['page_faults']:>9,.0f}"
         )
     by_depth = record["compile_s_by_depth"]
     print(f"compile at 128 blocks / at 12: {by_depth['128'] / by_depth['12']:.2f}; ", end="")

@@ -1,4 +1,4 @@
-"""The kinds of odd command lines that `experiments.fuzz` tries: each makes arguments of train at random."""
+"""The kinds of odd command lines that `experiments.campaigns.fuzz` tries: each makes arguments of train at random."""
 
 import random
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spannorm_jax.config import Config, flatten
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "dense.py")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "dense.py")
 DEFAULTS = {key: value for key, value in flatten(Config()).items() if key != "platform"}
 HUGE = (
     "2147483647",

@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from experiments.fault_runs import STEPS, TINY, Campaign, ended, metrics, refused, until
+from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, ended, metrics, refused, until
 
 NAMES = ("seed[0]", "team [ml]/run", "[!a]", "a*", "a?", "{a,b}", "$HOME", "a b", " lead", "a%20b", "a#b", "a:b")
 NAMES += ("a'b", 'a"b', "-dash", "é", "e\u0301", "日本", "\U0001f9ea", "line\nend", "tab\tx", "esc\x1b[31m")
