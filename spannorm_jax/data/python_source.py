@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from spannorm_jax.data import atomic, damage, stdlib_files, sys_path_files
+from spannorm_jax import durable
+from spannorm_jax.data import damage, stdlib_files, sys_path_files
 from spannorm_jax.errors import UserError
 
 
@@ -100,12 +101,12 @@ def prepare(data_dir: Path, full_name: str = "") -> tfds.core.DatasetBuilder:
                 f"Python, which are {here!r}; set config key data.data_dir to where it is, or start a new run with "
                 f"data.dataset={sys_path_files.DATASET if of_path else stdlib_files.DATASET}"
             )
-        with atomic.temporary_folder(data_dir / stdlib_files.DATASET, "data.data_dir") as temp:
+        with durable.temporary_folder(data_dir / stdlib_files.DATASET, "data.data_dir") as temp:
             # TFDS announces itself on stdout, which belongs to our programs.
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):
                 builder = (SysPathSource if of_path else PythonSource)(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
-            atomic.publish(Path(builder.data_dir), target)
+            durable.publish(Path(builder.data_dir), target)
     with damage.described(target):
         return tfds.builder_from_directory(target)

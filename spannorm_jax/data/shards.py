@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spannorm_jax.data import atomic
+from spannorm_jax import durable
 from spannorm_jax.errors import UserError
 
 Shard = tuple[int, int]  # (i, n): part i of n, i from 0
@@ -44,7 +44,7 @@ def write(store: Path, shard: Shard, chunks: Iterator[np.ndarray]) -> None:
         return
     digest = hashlib.sha256()
     num_bytes = 0
-    with atomic.temporary_folder(store.parent, "data.cache_dir") as temp:
+    with durable.temporary_folder(store.parent, "data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
             for tokens in chunks:
                 digest.update(tokens.tobytes())
@@ -52,7 +52,7 @@ def write(store: Path, shard: Shard, chunks: Iterator[np.ndarray]) -> None:
         (temp / _PART).write_text(
             json.dumps({"num_bytes": num_bytes, "sha256": digest.hexdigest()}) + "\n", encoding="utf-8"
         )
-        atomic.publish(temp, target)
+        durable.publish(temp, target)
 
 
 def begun(store: Path) -> dict[int, list[int]]:

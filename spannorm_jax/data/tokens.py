@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from spannorm_jax import durable
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import atomic, bpe, names, shards
+from spannorm_jax.data import bpe, names, shards
 from spannorm_jax.data.shards import Shard
 from spannorm_jax.data.tokenizer import BYTES, TOKENIZERS, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
@@ -171,11 +172,11 @@ def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
     folder = _folder(data, source.identity, name, data.train_split)
     if not folder.is_dir():
         texts = source.texts(data.train_split)
-        with atomic.temporary_folder(folder.parent, "data.cache_dir") as temp:
+        with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
             (temp / _TOKENIZER).write_text(
                 bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20), encoding="utf-8"
             )
-            atomic.publish(temp, folder)
+            durable.publish(temp, folder)
     path = folder / _TOKENIZER
     try:
         opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
@@ -301,7 +302,7 @@ def _join(path: Path, n: int, tokenizer: Tokenizer, facts: dict) -> None:
 def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts: dict) -> None:
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.sha256()
-    with atomic.temporary_folder(path.parent, "data.cache_dir") as temp:
+    with durable.temporary_folder(path.parent, "data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
             for tokens in chunks:
                 counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
@@ -326,7 +327,7 @@ def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts
         )
         if tokenizer.source:
             (temp / _TOKENIZER).write_text(tokenizer.source, encoding="utf-8")
-        atomic.publish(temp, path)
+        durable.publish(temp, path)
 
 
 def _chunks(texts: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:

@@ -11,10 +11,11 @@ from spannorm_jax.errors import UserError
 MAKE = """
 import os, signal, sys
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import atomic, tokens
+from spannorm_jax.data import tokens
+from spannorm_jax import durable
 data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1], cache_dir=sys.argv[2])
 if sys.argv[4] == 'die':
-    atomic.publish = lambda folder, target: os.kill(os.getpid(), signal.SIGKILL)
+    durable.publish = lambda folder, target: os.kill(os.getpid(), signal.SIGKILL)
 print(tokens.write_shard(data, 'train', (int(sys.argv[3]), 3)))
 """
 

@@ -126,7 +126,7 @@ from spannorm_jax.data import tokens
 from spannorm_jax.data.tokens import open_store
 def die(folder, target):
     os.kill(os.getpid(), signal.SIGKILL)
-tokens.atomic.publish = die
+tokens.durable.publish = die
 data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1],
                   cache_dir=sys.argv[2])
 open_store(data, 'train')
