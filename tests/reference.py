@@ -3,8 +3,8 @@
 It shares nothing with the package but the names and shapes of the weights:
 
     embed (V, D), head (D, V) if not tied, ends.<norm>.gain (D,), and with a leading axis of L blocks
-    blocks.norms.{attn,ffn}.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
-    blocks.attn.{q_norm,k_norm}.gain (K,) with QK-norm, blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}
+    blocks.norms.<norm or gain>.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
+    blocks.attn.{q,k,v}_norm.gain (K,) where they are normed, blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}
 
 or, with experts in every block, moe_blocks, whose ffn is {router (D,E), bias (E,), in_ (E,D,2 or 1,F), out (E,F,D)} and
 {shared.{in_, out}} with shared experts.
@@ -77,7 +77,10 @@ def attention(w, x_TxD, options):
         q, k, v = x_TxD @ w["q"][:, h], x_TxD @ w["k"][:, g], x_TxD @ w["v"][:, g]
         if "q_norm" in w:
             q = rms_norm(q, w["q_norm"]["gain"], options.eps)
+        if "k_norm" in w:
             k = rms_norm(k, w["k_norm"]["gain"], options.eps)
+        if "v_norm" in w:
+            v = rms_norm(v, w["v_norm"]["gain"], options.eps)
         q = np.stack([rope(q[t], t, options.theta) for t in range(T)])
         k = np.stack([rope(k[t], t, options.theta) for t in range(T)])
         for t in range(T):
@@ -122,6 +125,80 @@ def router_loss(seen, options):
     return router.aux_loss * balance + router.z_loss * np.mean([z for _, _, z in seen])
 
 
+# ---- placements: how the stream is entered, one block, how it is left -------------------------------
+# n(name, x) is a norm of the block, g(name, x) a gain of it, N(name, x) a norm of the ends; l counts from 0.
+
+
+def pre(X, A, F, n, g, l):
+    X = X + A(n("before_attn", X))
+    return X + F(n("before_ffn", X))
+
+
+def post(X, A, F, n, g, l):
+    X = n("after_attn", X + A(X))
+    return n("after_ffn", X + F(X))
+
+
+def span(X, A, F, n, g, l):
+    """Y = N(X + A(X')), X = N(X + F(Y)); X' = X after the norm at the entry."""
+    Y = n("after_attn", X + A(X))
+    return n("after_ffn", X + F(Y))
+
+
+def span_raw(stream, A, F, n, g, l):
+    """The skip of block 1 carries the raw embeddings, its attention reads the normed ones."""
+    X, X_attn = stream
+    Y = n("after_attn", X + A(X_attn))
+    X = n("after_ffn", X + F(Y))
+    return X, X
+
+
+def peri(X, A, F, n, g, l):
+    for before, f, after in (("before_attn", A, "after_attn"), ("before_ffn", F, "after_ffn")):
+        X = X + n(after, f(n(before, X)))
+    return X
+
+
+def hybrid(X, A, F, n, g, l):
+    """Y = X + A(X) with queries, keys and values normed; Z = N(Y); X = Z + F(Z)."""
+    Z = n("after_attn", X + A(X))
+    return Z + F(Z)
+
+
+def layerscale(X, A, F, n, g, l):
+    X = X + g("scale_attn", A(n("before_attn", X)))
+    return X + g("scale_ffn", F(n("before_ffn", X)))
+
+
+def siamese(stream, A, F, n, g, l):
+    """O = f(N(X + N(Y))), X = N(X + O / sqrt(2 (l + 1))), Y = Y + O."""
+    X, Y = stream
+    for f, name in ((A, "attn"), (F, "ffn")):
+        O = f(n(f"before_{name}", X + n(f"side_{name}", Y)))
+        X, Y = n(f"after_{name}", X + O / math.sqrt(2 * (l + 1))), Y + O
+    return X, Y
+
+
+def as_it_is(X, N):
+    return X
+
+
+def final(X, N):
+    return N("final", X)
+
+
+EQUATIONS = {
+    "pre": (as_it_is, pre, final),
+    "post": (as_it_is, post, as_it_is),
+    "span": (lambda X, N: N("entry", X), span, as_it_is),
+    "span_raw": (lambda X, N: (X, N("entry", X)), span_raw, lambda stream, N: stream[0]),
+    "peri": (as_it_is, peri, final),
+    "hybrid": (as_it_is, hybrid, as_it_is),
+    "layerscale": (as_it_is, layerscale, final),
+    "siamese": (lambda X, N: (X, X), siamese, lambda stream, N: stream[0] + N("final", stream[1])),
+}
+
+
 def _stream(params, tokens_T, options, seen):
     """What the head reads, for one sequence; seen[layer] grows by what its router did."""
     norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
@@ -134,6 +211,8 @@ def _stream(params, tokens_T, options, seen):
     x = params["embed"][tokens_T]
     if "head" not in params:
         x = x * math.sqrt(x.shape[-1])
+    enter, block, leave = EQUATIONS[options.placement]
+    stream = enter(x, end_norm)
     for layer in range(depth):
         w = {
             part: {
@@ -151,27 +230,14 @@ def _stream(params, tokens_T, options, seen):
                 return experts(w["ffn"], x, options, seen.setdefault(layer, []))
             return feed_forward(w["ffn"], x, options)
 
-        def n_attn(x, w=w):
-            return norm_fn(x, w["norms"]["attn"], options.eps)
+        def n(name, x, w=w):
+            return norm_fn(x, w["norms"][name], options.eps)
 
-        def n_ffn(x, w=w):
-            return norm_fn(x, w["norms"]["ffn"], options.eps)
+        def g(name, x, w=w):
+            return w["norms"][name] * x
 
-        if options.placement == "pre":
-            x = x + attn(n_attn(x))
-            x = x + ffn(n_ffn(x))
-        elif options.placement == "post":
-            x = n_attn(x + attn(x))
-            x = n_ffn(x + ffn(x))
-        else:  # Y = N(X + A(X')), X = N(X + F(Y)); X' = N0(X) before the first block only
-            x_attn = x
-            if layer == 0:
-                x_attn = end_norm("entry", x)
-                if options.placement == "span":  # the skip of block 1 carries the normed embeddings too
-                    x = x_attn
-            y = n_attn(x + attn(x_attn))
-            x = n_ffn(x + ffn(y))
-    return end_norm("final", x) if options.placement == "pre" else x
+        stream = block(stream, attn, ffn, n, g, layer)
+    return leave(stream, end_norm)
 
 
 def _at(leaf, layer):

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.initialisation import gain_starts
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
@@ -21,7 +22,8 @@ class Block(nnx.Module):
         self.placement, self.depth = cfg.placement, cfg.depth
         self.attn = Attention(cfg, stds, rngs)
         self.ffn = (MoE if moe else FeedForward)(cfg, stds, rngs)
-        self.norms = Norms(cfg, PLACEMENTS[cfg.placement].block_norms)
+        placement = PLACEMENTS[cfg.placement]
+        self.norms = Norms(cfg, placement.block_norms, placement.block_gains, gain_starts(cfg))
 
     def __call__(self, stream: Any, attn: Callable[[Array], Array], layer: Array) -> tuple[Any, Stats | None]:
         """The stream after the block, and what its router did if it has experts. `attn` wraps this block's own."""

@@ -8,9 +8,11 @@ ScaleInit (Wang et al. 2026, arXiv 2601.22580; its exact published form is not p
 here with its free choices as config keys):
   base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input;
          the activation's second moment comes from Gauss-Hermite quadrature.
-  depth  the output projections in `init_targets` are multiplied by sqrt(c / n): c = `variance_budget`, n = the
-         number of residual additions the stream passes. SpanNorm's stream is added to once a block (n = L), by the
-         feed-forward; PreNorm's and PostNorm's twice (n = 2L).
+  depth  what sets the size of each branch that the stream is added (`Placement.additions`) is multiplied by
+         sqrt(c / n): c = `variance_budget`, n = the number of residual additions the stream passes. SpanNorm's stream
+         is added to once a block (n = L), by the feed-forward; PreNorm's and PostNorm's twice (n = 2L). Where a
+         branch ends in a norm, or in a gain of its own, its weights do not set its size: that gain starts at
+         sqrt(c / n). `init_targets` names weights instead.
 A Mixture of Experts is a feed-forward branch like any other: expert_out has the gain that makes the weighted sum of a
 token's experts, which are independent, a branch of unit variance, and it is damped where ffn_out is. So a block with
 experts adds to the stream what a dense one adds, under either router.
@@ -85,7 +87,12 @@ def mixture_gain(moe: MoEConfig, logit_std: float) -> float:
 
 def residual_additions(cfg: ModelConfig) -> int:
     """Times that the stream is added to on its way through the model: n of ScaleInit."""
-    return len(PLACEMENTS[cfg.placement].stream_branches) * cfg.depth
+    return len(PLACEMENTS[cfg.placement].additions) * cfg.depth
+
+
+def depth_factor(cfg: ModelConfig) -> float:
+    """sqrt(c / n): what ScaleInit multiplies the std of a branch by, so that all of them add c to the stream."""
+    return math.sqrt(cfg.variance_budget / residual_additions(cfg))
 
 
 def plain(cfg: ModelConfig) -> dict[str, float]:
@@ -107,8 +114,8 @@ def scale(cfg: ModelConfig) -> dict[str, float]:
     stds["ffn_out"] /= math.sqrt(hidden_second_moment(cfg.ffn))
     if cfg.moe.num_experts:
         stds["expert_out"] /= math.sqrt(hidden_second_moment(cfg.ffn) * mixture_gain(cfg.moe, logit_std=1.0))
-    factor = math.sqrt(cfg.variance_budget / residual_additions(cfg))
-    for site in cfg.init_targets or PLACEMENTS[cfg.placement].stream_branches:
+    factor = depth_factor(cfg)
+    for site in cfg.init_targets or [s for s in PLACEMENTS[cfg.placement].additions.values() if s in stds]:
         stds[site] *= factor
         if cfg.moe.num_experts and site.startswith("ffn"):
             stds[site.replace("ffn", "expert")] *= factor
@@ -123,6 +130,16 @@ def weight_stds(cfg: ModelConfig) -> dict[str, float]:
     return INITS[cfg.init](cfg)
 
 
+def gain_starts(cfg: ModelConfig) -> dict[str, float]:
+    """Where the gains of a block's norms, and those without a norm, start."""
+    placement = PLACEMENTS[cfg.placement]
+    starts = dict.fromkeys(placement.block_norms, 1.0)
+    starts |= {name: start(cfg.depth) for name, start in placement.block_gains.items()}
+    if cfg.init == "scale" and not cfg.init_targets:
+        starts |= {name: depth_factor(cfg) for name in placement.additions.values() if name in starts}
+    return starts
+
+
 def predicted_branch_variance(cfg: ModelConfig) -> dict[str, float]:
     """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input.
 
@@ -130,7 +147,7 @@ def predicted_branch_variance(cfg: ModelConfig) -> dict[str, float]:
     position) and bounds the others: averaging unrelated values over t positions lowers it towards 1/t.
     """
     stds, fan = weight_stds(cfg), fan_in(cfg)
-    value = fan["v"] * stds["v"] ** 2
+    value = 1.0 if "v" in PLACEMENTS[cfg.placement].inner_norms else fan["v"] * stds["v"] ** 2
     hidden = hidden_second_moment(cfg.ffn, stds["ffn_in"] * math.sqrt(fan["ffn_in"]))
     variance = {
         "attn": value * fan["attn_out"] * stds["attn_out"] ** 2,
@@ -140,3 +157,15 @@ def predicted_branch_variance(cfg: ModelConfig) -> dict[str, float]:
         gain = mixture_gain(cfg.moe, stds["router"] * math.sqrt(fan["router"]))
         variance["moe"] = gain * hidden * fan["expert_out"] * stds["expert_out"] ** 2
     return variance
+
+
+def predicted_additions(cfg: ModelConfig) -> dict[str, float]:
+    """Variance that each addition of one block brings to the stream at initialisation, by branch.
+
+    A branch that ends in a norm has its gain's square, whatever its weights are.
+    """
+    placement, variance, starts = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg), gain_starts(cfg)
+    return {
+        branch: (1.0 if size in placement.block_norms else variance[branch]) * starts.get(size, 1.0) ** 2
+        for branch, size in placement.additions.items()
+    }

@@ -4,6 +4,8 @@ Shapes stand in names: B batch, T time, D width, H query heads, G key-value head
 Weights are float32 and are cast to the compute dtype where they are used; norms compute in float32.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,15 +14,16 @@ from jax import Array
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.kernels.attention import attention
 from spannorm_jax.model.kernels.cpu import gelu, linear
+from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.weights import gain, weight
 
 
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed"):
+    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed", start: float = 1.0):
         self.kind, self.eps, self.site = kind, eps, site  # the site tells norms apart in a profile
-        self.gain = gain(size, axis)
+        self.gain = gain(size, axis, site, start)
 
     def __call__(self, x: Array) -> Array:
         with jax.named_scope("norm"), jax.named_scope(self.site):
@@ -31,12 +34,32 @@ class Norm(nnx.Module):
             return (y * self.gain[...]).astype(x.dtype)
 
 
-class Norms(nnx.Module):
-    """The norms of a block, or of the model's ends, as attributes named by the placement."""
+class Gain(nnx.Module):
+    """A gain without a norm, over the last axis, in the input's dtype."""
 
-    def __init__(self, cfg: ModelConfig, names: tuple[str, ...]):
+    def __init__(self, size: int, site: str, start: float):
+        self.site = site
+        self.gain = gain(size, "embed", site, start)
+
+    def __call__(self, x: Array) -> Array:
+        with jax.named_scope("gain"), jax.named_scope(self.site):
+            return x * self.gain[...].astype(x.dtype)
+
+
+class Norms(nnx.Module):
+    """The norms of a block, or of the model's ends, and gains without a norm, named by the placement.
+
+    `starts` says where gains start: those of norms at 1 unless they are in it.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, names: Iterable[str], gains: Iterable[str] = (), starts: dict[str, float] | None = None
+    ):
+        starts = starts or {}
         for name in names:
-            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
+            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name, start=starts.get(name, 1.0)))
+        for name in gains:
+            setattr(self, name, Gain(cfg.width, name, starts[name]))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
@@ -53,8 +76,14 @@ def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxTxHxK.dtype)
 
 
+def inner_norms(cfg: ModelConfig) -> tuple[str, ...]:
+    """Which of `q`, `k`, `v` have a norm: those of the placement, and queries and keys with `qk_norm`."""
+    wanted = {*PLACEMENTS[cfg.placement].inner_norms, *("qk" if cfg.qk_norm else "")}
+    return tuple(name for name in "qkv" if name in wanted)
+
+
 class Attention(nnx.Module):
-    """Causal self-attention: RoPE, grouped queries, optional QK-norm (Henry et al. 2020)."""
+    """Causal self-attention: RoPE, grouped queries, optional norms of queries, keys and values (Henry et al. 2020)."""
 
     def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
         D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
@@ -65,10 +94,9 @@ class Attention(nnx.Module):
         self.v = weight(rngs, stds["v"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "v")
         self.out = weight(rngs, stds["attn_out"], (H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out")
         # Heads share one gain: RMSNorm whatever `norm` is, since a mean over a head has no meaning here.
-        self.qk_norm = cfg.qk_norm
-        if cfg.qk_norm:
-            self.q_norm = Norm("rmsnorm", K, cfg.norm_eps, "q", axis="head_dim")
-            self.k_norm = Norm("rmsnorm", K, cfg.norm_eps, "k", axis="head_dim")
+        self.inner_norms = inner_norms(cfg)
+        for name in self.inner_norms:
+            setattr(self, f"{name}_norm", Norm("rmsnorm", K, cfg.norm_eps, f"{name}_norm", axis="head_dim"))
 
     def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
         with jax.named_scope("attention"):
@@ -79,9 +107,10 @@ class Attention(nnx.Module):
         """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2)."""
         dtype = x_BxTxD.dtype
         with jax.named_scope("qkv"):
-            q, k, v = (linear(x_BxTxD, w[...].astype(dtype)) for w in (self.q, self.k, self.v))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            heads = {name: linear(x_BxTxD, getattr(self, name)[...].astype(dtype)) for name in "qkv"}
+        for name in self.inner_norms:
+            heads[name] = getattr(self, f"{name}_norm")(heads[name])
+        q, k, v = heads.values()
         with jax.named_scope("rope"):
             return rotate(q, angles), rotate(k, angles), v
 

@@ -31,6 +31,6 @@ def weight(
     return nnx.Param(value, axes=axes, role=role, site=site)
 
 
-def gain(size: int, axis: str) -> nnx.Param:
-    """Declares a norm's gain, which starts at one."""
-    return nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,), role="norm", site="norm")
+def gain(size: int, axis: str, site: str, start: float = 1.0) -> nnx.Param:
+    """Declares a gain, of a norm or by itself; every number of it starts at `start`."""
+    return nnx.Param(jnp.full((size,), start, jnp.float32), axes=(axis,), role="norm", site=site)

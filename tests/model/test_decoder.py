@@ -35,13 +35,19 @@ def small(**changes):
 # ---- sizes ----------------------------------------------------------------------------------------------
 
 
+# placement -> gains of size D in a block, and at the ends
+GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
+GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1)}
+
+
 def hand_count(m):
-    """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, 2 gains) + ends + V D."""
+    """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, gains) + ends + V D."""
     D, K = m.width, m.width // m.num_heads
     attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
     feed_forward = {"swiglu": 3, "gelu": 2}[m.ffn] * D * m.ffn_dim
-    end_norms = {"pre": 1, "post": 0, "span": 1, "span_raw": 1}[m.placement]
-    return m.depth * (attention + feed_forward + 2 * D) + end_norms * D + m.vocab_size * D * (1 if m.tied_head else 2)
+    gains, ends = GAINS[m.placement]
+    attention += 3 * K * (m.placement == "hybrid") - 2 * K * (m.placement == "hybrid" and m.qk_norm)
+    return m.depth * (attention + feed_forward + gains * D) + ends * D + m.vocab_size * D * (1 if m.tied_head else 2)
 
 
 def hand_flops(m, seq_len):

@@ -5,6 +5,7 @@ rows, and the sampling error of a branch's variance can be written down (`branch
 case from a fixed seed; a bound is FIVE standard errors.
 """
 
+import dataclasses
 import functools
 import math
 import types
@@ -21,7 +22,9 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
     fan_in,
+    gain_starts,
     hidden_second_moment,
+    predicted_additions,
     predicted_branch_variance,
     residual_additions,
     weight_stds,
@@ -96,7 +99,7 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
         values = np.asarray(values, np.float64)
         sites.add(spec.site)
         if spec.role == "norm":
-            np.testing.assert_array_equal(values, 1)
+            np.testing.assert_array_equal(values, np.float32(gain_starts(cfg).get(spec.site, 1)))
             return
         for block in values if spec.axes[0] == "layers" else [values]:
             n = block.size
@@ -104,7 +107,7 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
             assert abs(block.mean()) < FIVE * stds[spec.site] / math.sqrt(n), spec
 
     model.map_weights(check, params)
-    assert sites == set(stds) - ({"head"} if tied_head else set()) | {"norm"}
+    assert sites == set(stds) - ({"head"} if tied_head else set()) | {"after_attn", "after_ffn", "entry"}
 
 
 def test_no_two_blocks_and_no_two_weights_share_their_draw():
@@ -239,17 +242,43 @@ def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
 @pytest.mark.parametrize("depth", [1, 12, 100])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_scale_spends_the_budget_over_the_streams_additions(placement, depth, ffn, budget):
-    """SpanNorm's stream is added to by F alone, once a block; PreNorm's and PostNorm's by A and F."""
+    """SpanNorm's stream is added to by F alone, once a block; that of the others by A and F."""
     cfg = config(placement=placement, depth=depth, ffn=ffn, variance_budget=budget, init="scale")
-    variance = predicted_branch_variance(cfg)
-    if placement in ("span", "span_raw"):
-        assert residual_additions(cfg) == depth
-        assert depth * variance["ffn"] == pytest.approx(budget)
-        assert variance["attn"] == pytest.approx(1)  # off the stream: not damped
-    else:
-        assert residual_additions(cfg) == 2 * depth
-        assert depth * (variance["attn"] + variance["ffn"]) == pytest.approx(budget)
-        assert variance["attn"] == pytest.approx(variance["ffn"])
+    added = predicted_additions(cfg)
+    number = 1 if placement in ("span", "span_raw") else 2
+    assert residual_additions(cfg) == number * depth
+    assert list(added.values()) == pytest.approx([budget / depth / number] * number)
+    if number == 1:
+        assert predicted_branch_variance(cfg)["attn"] == pytest.approx(1)  # off the stream: not damped
+
+
+@pytest.mark.parametrize("placement", ["peri", "layerscale"])
+def test_a_branch_that_ends_in_a_gain_is_damped_there_and_not_in_its_weights(placement):
+    """What its weights are does not set its size: plain and scale draw them alike, and the gains differ."""
+    plain, scale = (config(placement=placement, init=init, depth=8) for init in ("plain", "scale"))
+    assert weight_stds(scale)["attn_out"] == weight_stds(plain)["attn_out"]
+    names = set(PLACEMENTS[placement].additions.values())
+    assert {gain_starts(scale)[name] for name in names} == {0.25}  # sqrt(1 / 16)
+    assert {gain_starts(plain)[name] for name in names} == ({1.0} if placement == "peri" else {0.1})
+    # Who names weights to damp has said what to damp: the gains stay.
+    assert gain_starts(dataclasses.replace(scale, init_targets=("ffn_out",))) == gain_starts(plain)
+
+
+@pytest.mark.parametrize("depth", [4, 24])
+@pytest.mark.parametrize(("placement", "init"), [("peri", "scale"), ("peri", "plain"), ("layerscale", "scale")])
+def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
+    """One plus what is added, measured where a token attends to itself alone; Peri-LN with plain grows by 2L."""
+    N = D = 128
+    cfg = config(placement=placement, init=init, width=D, depth=depth, vocab_size=N)
+    model, params = draw(cfg)
+    tokens = np.arange(N)[:, None]
+    stream, _ = run_recording(model, params, tokens)
+    added = depth * sum(predicted_additions(cfg).values())
+    assert added == pytest.approx(1.0 if init == "scale" else 2 * depth)
+    # Cross terms of a branch meet a stream of variance up to 1 + added; a normed branch has its variance exactly.
+    error = math.hypot(cross_error(N, D, added * (1 + added)), math.sqrt(2 / (N * D)), added * 0.02)
+    assert FIVE * error < 0.25 * (1 + added)
+    assert abs(np.mean(stream**2) - (1 + added)) < FIVE * error
 
 
 @pytest.mark.parametrize("target", ["v", "attn_out", "ffn_in", "ffn_out"])
@@ -282,7 +311,8 @@ def run_recording(model, params, tokens):
 
             return norm
 
-        norms = types.SimpleNamespace(attn=recorder("attn"), ffn=recorder("ffn"))
+        names = (*placement.block_norms, *placement.block_gains)
+        norms = types.SimpleNamespace(**{name: recorder(name) for name in names})
         out = placement.block(stream, lambda x: block.attn(x, angles), block.ffn, norms, layer, cfg.depth)
         return out, seen
 
@@ -357,7 +387,7 @@ def test_skip_path_gain(placement, init, depth, budget):
     # The first block's skip is the embeddings in PostNorm: their variance is 1 within sqrt(2 / ND).
     _, mean_squares = run_recording(model, params, np.arange(N)[:, None])
     on_skip = ("ffn",) if placement == "span" else ("attn", "ffn")
-    log_gain = -sum(np.sum(np.log(mean_squares[name])) for name in on_skip) / 2
+    log_gain = -sum(np.sum(np.log(mean_squares[f"after_{name}"])) for name in on_skip) / 2
 
     variance = predicted_branch_variance(cfg)
     branches = [variance[name] for name in on_skip]

@@ -110,6 +110,10 @@ def test_the_reference_tells_placements_apart(placement):
     """No two placements agree on these weights, so that agreement above means that equation and no other."""
     _, params, tokens, _ = make(placement)
     params["ends"] = {"entry": {"gain": np.full(16, 0.7)}, "final": {"gain": np.full(16, 0.7)}}
+    rng = np.random.default_rng(4)
+    for other in PLACEMENTS.values():  # every norm and gain that any of them asks for
+        for name in (*other.block_norms, *other.block_gains):
+            params["blocks"]["norms"].setdefault(name, {"gain": rng.uniform(0.5, 1.5, (3, 16))})
     exact = reference.to_float64(params)
     mine = reference.logits(exact, tokens, reference.Options(placement))
     for other in set(PLACEMENTS) - {placement}:
@@ -122,7 +126,17 @@ def test_the_reference_tells_placements_apart(placement):
 # Sub-layers and norms as affine maps with coprime numbers: every path through a block leaves its own trace.
 attn = lambda x: 2 * x + 3  # noqa: E731
 ffn = lambda x: 5 * x + 7  # noqa: E731
-block_norms = types.SimpleNamespace(attn=lambda x: 11 * x + 13, ffn=lambda x: 17 * x + 19)
+
+
+def number(a, b):
+    return lambda x: a * x + b
+
+
+block_norms = types.SimpleNamespace(
+    before_attn=number(41, 43), after_attn=number(11, 13), before_ffn=number(47, 53), after_ffn=number(17, 19)
+)
+block_norms.side_attn, block_norms.side_ffn = number(59, 61), number(67, 71)
+block_norms.scale_attn, block_norms.scale_ffn = number(73, 0), number(79, 0)
 end_norms = types.SimpleNamespace(entry=lambda x: 23 * x + 29, final=lambda x: 31 * x + 37)
 
 
@@ -132,8 +146,8 @@ def run_block(placement, stream):
 
 def test_a_pre_block_adds_twice_to_an_unnormed_stream():
     x = 1.0
-    y = x + (2 * (11 * x + 13) + 3)
-    assert run_block("pre", x) == y + (5 * (17 * y + 19) + 7)
+    y = x + (2 * (41 * x + 43) + 3)
+    assert run_block("pre", x) == y + (5 * (47 * y + 53) + 7)
 
 
 def test_a_post_block_norms_each_sum():
@@ -154,6 +168,38 @@ def test_without_a_feed_forward_a_span_block_forgets_its_attention():
     out = PLACEMENTS["span"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1)
     assert out == 17 * 1.0 + 19
     assert PLACEMENTS["post"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1) != out
+
+
+def test_a_peri_block_norms_what_its_branches_read_and_what_they_add():
+    x = 1.0
+    y = x + (11 * (2 * (41 * x + 43) + 3) + 13)
+    assert run_block("peri", x) == y + (17 * (5 * (47 * y + 53) + 7) + 19)
+
+
+def test_a_hybrid_block_adds_its_feed_forward_to_a_normed_sum():
+    x = 1.0
+    z = 11 * (x + (2 * x + 3)) + 13
+    assert run_block("hybrid", x) == z + (5 * z + 7)
+    assert PLACEMENTS["hybrid"].inner_norms == ("q", "k", "v")
+
+
+def test_a_layerscale_block_is_a_pre_block_with_gains_on_its_branches():
+    x = 1.0
+    y = x + 73 * (2 * (41 * x + 43) + 3)
+    assert run_block("layerscale", x) == y + 79 * (5 * (47 * y + 53) + 7)
+
+
+@pytest.mark.parametrize("layer", [1, jnp.int32(1)], ids=["a number of Python", "an array"])
+def test_a_siamese_block_has_a_normed_stream_and_one_that_is_not(layer):
+    """Its factor is 1 / sqrt(2 (l + 1)), a half in block 1; a layer's index may be a number or a traced one."""
+    x, y = 1.0, 2.0
+    o = 2 * (41 * (x + (59 * y + 61)) + 43) + 3
+    x, y = 11 * (x + o / 2) + 13, y + o
+    o = 5 * (47 * (x + (67 * y + 71)) + 53) + 7
+    x, y = 17 * (x + o / 2) + 19, y + o
+    # float32 holds some of these numbers to 2^-24.
+    assert PLACEMENTS["siamese"].block((1.0, 2.0), attn, ffn, block_norms, layer, 4) == pytest.approx((x, y), rel=1e-6)
+    assert PLACEMENTS["siamese"].leave((x, y), end_norms) == x + (31 * y + 37)
 
 
 def test_span_and_span_raw_differ_in_the_first_skip_alone():
@@ -178,18 +224,41 @@ def test_how_the_stream_is_entered_and_left(placement, entered, left):
     assert PLACEMENTS[placement].leave(1.0, end_norms) == left
 
 
-@pytest.mark.parametrize(
-    ("placement", "ends"), [("pre", {"final"}), ("post", set()), ("span", {"entry"}), ("span_raw", {"entry"})]
-)
-def test_norms_owned(placement, ends):
-    """Two norms a block everywhere; PreNorm has a final one, SpanNorm one at the entry, PostNorm none."""
+OWNED = {
+    "pre": (2, {"final"}),
+    "post": (2, set()),
+    "span": (2, {"entry"}),
+    "span_raw": (2, {"entry"}),
+    "peri": (4, {"final"}),
+    "hybrid": (1, set()),
+    "layerscale": (4, {"final"}),
+    "siamese": (6, {"final"}),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_norms_and_gains_owned(placement):
+    """SpanNorm has as many as PreNorm and PostNorm: two a block, and one at an end or none."""
     weights = define(ModelConfig(placement=placement, **TINY)).weights
-    assert set(weights["blocks"]["norms"]) == {"attn", "ffn"}
-    assert set(weights.get("ends", {})) == ends
+    number, ends = OWNED[placement]
+    assert len(weights["blocks"]["norms"]) == number and set(weights.get("ends", {})) == ends
     gains = [
         spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"
     ]
-    assert sorted(gains) == sorted([(3, 16)] * 2 + [(16,)] * len(ends))
+    inner = [(3, 4)] * len(PLACEMENTS[placement].inner_norms)
+    assert sorted(gains) == sorted([(3, 16)] * number + [(16,)] * len(ends) + inner)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_norm_is_where_its_name_says(placement):
+    """`before_attn` norms what attention reads, `after_ffn` what the feed-forward made or the sum with it."""
+    for name in PLACEMENTS[placement].block_norms:
+        where, branch = name.split("_")
+        assert branch in ("attn", "ffn") and where in ("before", "after", "side"), name
+
+
+def test_the_reference_has_an_equation_for_every_placement():
+    assert set(reference.EQUATIONS) == set(PLACEMENTS)
 
 
 # ---- causality ----------------------------------------------------------------------------------------
