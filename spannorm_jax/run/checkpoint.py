@@ -28,6 +28,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
+from spannorm_jax.run.renamed import has_old_names, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
 
 policies = ocp.checkpoint_managers
@@ -99,17 +100,19 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads a whole state onto the shardings of `abstract`, whatever mesh wrote it."""
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
-        )
+        items = self._restore(step, {"params": abstract.params, "opt_state": abstract.opt_state})
         # Made by the devices that hold it: a host scalar would be placed, and compiled for, differently.
         number = np.asarray(step, abstract.step.dtype)
         restored = jax.make_array_from_callback((), abstract.step.sharding, lambda _: number)
-        return TrainState(restored, items.params, items.opt_state)
+        return TrainState(restored, items["params"], items["opt_state"])
+
+    def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Items by name, as `abstract` names their weights, whatever they were called when they were saved."""
+        old = has_old_names(self._path(step) / "params")
+        asked = {name: to_old_names(tree) if old else tree for name, tree in abstract.items()}
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in asked.items()})
+        found = self._manager.restore(step, args=args)
+        return {name: to_new_names(found[name], tree) if old else found[name] for name, tree in abstract.items()}
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Reads the parameters alone.
@@ -117,9 +120,8 @@ class Checkpoints:
         Raises:
           UserError: a trainer has removed the checkpoint meanwhile, where no lock could hold it.
         """
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
         try:
-            return self._manager.restore(step, args=args).params
+            return self._restore(step, {"params": abstract_params})["params"]
         except Exception as error:  # each store raises its own kind over a file that has gone
             if (self._path(step) / MANIFEST).exists():
                 raise

@@ -165,3 +165,39 @@ def test_multiples_of_keep_every_stay(tmp_path):
         saving.save(step, state(step), {"step": step})
     saving.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 9]
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "span", "span_raw"])
+def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path, placement):
+    """Norms of a block were called `attn` and `ffn`, whichever side of the sub-layer they stood on."""
+    from spannorm_jax.config import Config, fill_sizes, replace
+    from spannorm_jax.model.definition import define
+    from spannorm_jax.training.optimizer import make_optimizer
+
+    config = fill_sizes(replace(Config(), model__depth=2, model__width=16, model__vocab_size=8))
+    config = replace(config, model__placement=placement, model__dtype="float32")
+    model = define(config.model)
+    rng = np.random.default_rng(0)
+    params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
+    now = TrainState(np.int32(7), params, make_optimizer(config, model).init(params))
+    sides = {name.split("_")[1]: name for name in params["blocks"]["norms"]}
+
+    def then(tree):
+        """By hand, and by nothing of the code under test."""
+        blocks = tree["blocks"]
+        norms = {name: blocks["norms"][sides[name]] for name in ("attn", "ffn")}
+        return tree | {"blocks": blocks | {"norms": norms}}
+
+    moments = jax.tree.map(
+        lambda node: then(node) if isinstance(node, dict) else node,
+        now.opt_state,
+        is_leaf=lambda node: isinstance(node, dict),
+    )
+    saving = Checkpoints(tmp_path, CheckpointConfig())
+    saving.save(7, jax.device_put(TrainState(np.int32(7), then(params), moments), SHARDING), {"step": 7})
+    saving.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=SHARDING), now)
+    reading = Checkpoints(tmp_path)
+    same(reading.restore(7, abstract), now)
+    same(reading.restore_params(7, abstract.params), params)
+    reading.close()
