@@ -1,4 +1,4 @@
-"""Breaks training on purpose, in real processes, and checks what is promised in README.md, "What survives".
+"""Breaks training on purpose, in real processes, and checks what docs/reliability.md promises.
 
     python -m experiments.campaigns.faults --json experiments/results/faults.json [--kills 50] [--seed 0]
 

@@ -21,8 +21,19 @@ def test_a_profile_of_the_train_step_reads_like_the_paper():
     tokens = jax.ShapeDtypeStruct((8, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
     text = program.train.lower(program.abstract_state, tokens).compile().as_text()
     names = re.findall(r'op_name="(jit\(train_step\)[^"]*)"', text)
-    stages = ["block/attention/" + s for s in ("qkv", "rope", "norm/q", "norm/k", "dot_product_attention", "out")]
-    stages += ["block/norm/attn", "block/norm/ffn", "block/ffn", "embed", "norm/entry", "head", "loss", "accumulate"]
+    stages = [
+        "block/attention/" + s for s in ("qkv", "rope", "norm/q_norm", "norm/k_norm", "dot_product_attention", "out")
+    ]
+    stages += [
+        "block/norm/after_attn",
+        "block/norm/after_ffn",
+        "block/ffn",
+        "embed",
+        "norm/entry",
+        "head",
+        "loss",
+        "accumulate",
+    ]
     stages += ["optimizer", "metrics"]
 
     def under(stage, name):  # a scope of the backward pass reads transpose(jvp(loss))
