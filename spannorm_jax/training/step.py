@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.model.definition import ModelDef, abstract_params
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss, moe_layers
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
@@ -225,12 +225,12 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config, model)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch_sharding = sharding(mesh, ("batch", "time"))
-    params_shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
-    abstract_params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+    params = abstract_params(model, mesh)
+    params_shardings = jax.tree.map(lambda x: x.sharding, params)
     shardings = TrainState(
         replicated,
         params_shardings,
-        optimizer_shardings(optimizer, abstract_params, params_shardings, replicated),
+        optimizer_shardings(optimizer, params, params_shardings, replicated),
     )
     init = partial(init_state, model, optimizer)
     abstract_state = jax.tree.map(
@@ -240,10 +240,6 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     )
     microbatch = config.training.batch_size // config.training.num_microbatches
     train_chunks = num_loss_chunks(config, dict(mesh.shape), microbatch)
-    eval_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
-
-    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
-        return loss_sums(model.bind(params), tokens, weights, eval_chunks)
 
     return Program(
         mesh=mesh,
@@ -256,9 +252,21 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(
-            evaluate,
-            in_shardings=(params_shardings, batch_sharding, batch_sharding),
-            out_shardings=replicated,
-        ),
+        evaluate=make_evaluate(config, model, mesh),
+    )
+
+
+def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Array, Array], dict[str, Array]]:
+    """`evaluate(params, tokens_BxT1, weights_BxT)` -> loss sums of `eval.batch_size` rows, jitted; donates nothing."""
+    num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
+    params_shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
+    batch_sharding = sharding(mesh, ("batch", "time"))
+
+    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        return loss_sums(model.bind(params), tokens, weights, num_chunks)
+
+    return jax.jit(
+        evaluate,
+        in_shardings=(params_shardings, batch_sharding, batch_sharding),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
