@@ -15,9 +15,9 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.state import TrainState
-from spannorm_jax.training.metrics import first_nonfinite, host_metrics
 from spannorm_jax.training.optimizer import learning_rate
 from spannorm_jax.training.step import gradients, loss_sums, make_program, num_loss_chunks
+from spannorm_jax.training.step_log import first_nonfinite, host_metrics
 
 VOCAB, SEQ_LEN, BATCH = 32, 8, 8
 
