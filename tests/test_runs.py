@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from spannorm_jax.model.definition import define
+from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.run.folder import read_config
+from spannorm_jax.training.step import make_program
 
 # Checkpoints at 7, 14, ... are never on the step that a test stops at.
 STEPS = 40
@@ -99,6 +105,22 @@ def test_a_run_learns_and_leaves_its_records(unbroken):
     assert config["model"]["dtype"] == "float32" and config["model"]["vocab_size"] == 256  # nothing left open
     assert json.loads((unbroken / "DONE").read_text()) == {"step": STEPS}
     assert list((unbroken / "tensorboard").iterdir())
+
+
+def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
+    """Of a model that has all of them. A metric that is new in train_step needs no other line of code."""
+    options = ("--config.training.steps=2", "--config.metrics.block_grad_every=1", "--config.metrics.tensorboard=false")
+    model = "--config=configs/moe.py:depth=2,width=32"
+    finish(start(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
+    config = read_config(tmp_path / "run")
+    program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+    tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
+    groups = jax.eval_shape(program.train, program.abstract_state, tokens)[1]
+    assert list(groups.pop("diagnosis")) == ["other_grad_norm"]  # the one that names what is not finite
+    made = {name: shape.shape for group in groups.values() for name, shape in group.items()}
+    assert made["expert_load_max"] == made["block_grad_norm"] == (2,) and made["aux_loss"] == ()
+    for line in metrics(tmp_path / "run"):
+        assert {name: np.shape(line.get(name)) for name in made} == made
 
 
 def test_the_newest_checkpoints_are_kept(unbroken):

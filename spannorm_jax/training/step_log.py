@@ -13,7 +13,6 @@ from spannorm_jax.parallel.devices import memory_bytes, peak_flops
 from spannorm_jax.run.metrics import MetricsWriter, NoWriter
 from spannorm_jax.training.session import Session
 
-ROUTER_METRICS = ("aux_loss", "router_z_loss", "expert_load_max", "router_entropy", "expert_overflow")
 _TERMINAL_REFRESH_S = 0.5
 
 
@@ -34,17 +33,21 @@ def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(plain, jax.device_get(metrics))
 
 
-def first_nonfinite(metrics: dict[str, Any]) -> str | None:
-    """Names what is not finite: the first block's gradient, else another part's, else the loss; None if all is well."""
-    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+def first_nonfinite(metrics: dict[str, dict[str, Any]]) -> str | None:
+    """Names what is not finite: the first block's gradient, else another part's, else the loss; None if all is well.
+
+    `metrics` are a train step's, on the host.
+    """
+    loss, grad_norm = metrics["scalars"]["loss"], metrics["scalars"]["grad_norm"]
+    if np.isfinite(loss) and np.isfinite(grad_norm):
         return None
-    blocks = np.flatnonzero(~np.isfinite(metrics["block_grad_norm"]))
+    blocks = np.flatnonzero(~np.isfinite(metrics["per_block"]["block_grad_norm"]))
     if blocks.size:
         return f"the gradient of block {blocks[0]} (counted from 0, the first of {blocks.size} such blocks)"
-    for name, norm in metrics["other_grad_norm"].items():
+    for name, norm in metrics["diagnosis"]["other_grad_norm"].items():
         if not np.isfinite(norm):
             return f"the gradient of {name}"
-    return "the gradient norm" if np.isfinite(metrics["loss"]) else "the loss"
+    return "the gradient norm" if np.isfinite(loss) else "the loss"
 
 
 class Progress:
@@ -112,21 +115,16 @@ class StepLog:
         values = host_metrics(metrics)
         now = time.monotonic()
         step_time, self._last_read = now - self._last_read, now
-        where = first_nonfinite(values)
+        loss, where = values["scalars"]["loss"], first_nonfinite(values)
         if where:
-            raise Diverged(step, where, values["loss"])
+            raise Diverged(step, where, loss)
         steps, every = self._config.training.steps, self._config.metrics
-        self._progress.show(step, values["loss"], self._tokens / step_time)
+        self._progress.show(step, loss, self._tokens / step_time)
         if step % every.log_every and step not in (1, steps):
             return
-        line = {
-            "step": step,
-            **{key: values[key] for key in ("loss", "accuracy", "grad_norm", "lr", "z_loss")},
-            **{key: values[key] for key in ROUTER_METRICS if key in values},
-            "tokens": step * self._tokens,
-        }
+        line = {"step": step, **values["scalars"], **values["per_moe_block"], "tokens": step * self._tokens}
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
-            line["block_grad_norm"] = values["block_grad_norm"]
+            line |= values["per_block"]
         flops_per_s = self._flops / step_time
         line |= {
             "tokens_per_s": self._tokens / step_time,
