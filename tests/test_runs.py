@@ -123,6 +123,42 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
         assert {name: np.shape(line.get(name)) for name in made} == made
 
 
+def train_patched(env, workdir, patch, code=0):
+    """Four steps of training in a process whose loop has been changed by the Python of `patch`."""
+    program = f"{patch}\nimport sys\nfrom spannorm_jax.train import main\nsys.exit(main(sys.argv[1:]))"
+    more = ("--config.training.steps=4", "--config.checkpoint.every_steps=0", "--workdir", str(workdir))
+    command = [sys.executable, "-c", program, *TINY, *more]
+    return finish(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), code)
+
+
+def test_the_loop_refuses_an_implicit_transfer(env, tmp_path):
+    patch = """
+from spannorm_jax.training.batches import Batches
+Batches.__next__ = lambda self: self._loader.rows(1)  # on the host
+"""
+    _, err = train_patched(env, tmp_path / "run", patch, code=1)
+    assert "Disallowed host-to-device transfer" in err
+    assert metrics(tmp_path / "run") == []
+
+
+def test_the_loop_waits_for_a_step_when_the_next_is_dispatched(env, tmp_path):
+    patch = """
+from spannorm_jax.training import step_log
+from spannorm_jax.training.batches import Batches
+take, read = Batches.__next__, step_log.host_metrics
+def next_batch(self):
+    print("seen take")
+    return take(self)
+def host_metrics(metrics):
+    print("seen read")
+    return read(metrics)
+Batches.__next__, step_log.host_metrics = next_batch, host_metrics
+"""
+    out, _ = train_patched(env, tmp_path / "run", patch)
+    seen = [line.split()[1] for line in out.splitlines() if line.startswith("seen")]
+    assert seen == ["take", *["take", "read"] * 3, "read"]
+
+
 def test_the_newest_checkpoints_are_kept(unbroken):
     assert sorted(int(p.name) for p in (unbroken / "checkpoints").iterdir()) == [35, 40]
 

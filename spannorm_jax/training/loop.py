@@ -86,10 +86,11 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
             try:
                 for step in range(first, steps + 1):
                     trace.before(step, state)
-                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                        state, metrics = train_step(state, next(batches))
-                    trace.after(step, state)
-                    log.read_previous()  # waits for the step before, while the device works on this one
+                    with jax.transfer_guard("disallow"):  # an implicit transfer would be a wait that nobody sees
+                        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                            state, metrics = train_step(state, next(batches))
+                        trace.after(step, state)
+                        log.read_previous()  # waits for the step before, while the device works on this one
                     watchdog.alive(f"step {step - 1}")
                     log.dispatched(step, metrics)
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
