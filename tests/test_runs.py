@@ -123,6 +123,36 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
         assert {name: np.shape(line.get(name)) for name in made} == made
 
 
+def test_the_held_out_loss_of_training_is_that_of_evaluation_also_over_a_kill(env, unbroken, tmp_path):
+    workdir = tmp_path / "evaluated"
+    often = ("--config.eval.every_steps=9", "--config.metrics.log_every=6")
+    process = start(env, "train", *TINY, "--workdir", workdir, *often, "--config.metrics.log_every=1")
+    signal_at(process, "step 20/", signal.SIGKILL)
+    process.communicate(timeout=60)
+    train(env, workdir, *often)  # which may change when a run goes on, as its metrics do
+    lines = {line["step"]: line for line in metrics(workdir)}
+    held_out = {step: line["held_out_loss"] for step, line in lines.items() if "held_out_loss" in line}
+    assert list(held_out) == [9, 18, 27, 36, 40] and len(lines) < STEPS
+    for step, line in lines.items():  # measuring changes no number of training
+        was = metrics(unbroken)[step - 1]
+        assert {key: line[key] for key in was} == was
+    result = evaluate(env, workdir)
+    last = lines[STEPS]
+    assert (last["held_out_loss"], last["held_out_bits_per_byte"]) == (result["loss"], result["bits_per_byte"])
+    again = tmp_path / "again"
+    train(env, again, *often, "--config.checkpoint.every_steps=9")
+    lines_again = {line["step"]: line for line in metrics(again)}
+    assert {step: lines_again[step]["held_out_loss"] for step in held_out} == held_out
+    assert evaluate(env, again, "--step", 36)["loss"] == held_out[36]
+
+
+def test_held_out_rows_that_the_mesh_does_not_divide_are_refused_before_the_first_step(env, tmp_path):
+    argv = (*TINY, "--workdir", tmp_path / "run", "--config.eval.every_steps=9", "--config.eval.batch_size=12")
+    _, err = finish(start(env, "train", *argv, devices=8), code=2)
+    assert err.count("\n") == 1 and "eval.batch_size=12" in err
+    assert not (tmp_path / "run").exists()
+
+
 def train_patched(env, workdir, patch, code=0):
     """Four steps of training in a process whose loop has been changed by the Python of `patch`."""
     program = f"{patch}\nimport sys\nfrom spannorm_jax.train import main\nsys.exit(main(sys.argv[1:]))"

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from spannorm_jax.run.metrics import open_writer
 from spannorm_jax.run.provenance import check_agreement, start_record
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.batches import Batches
+from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.profiling import StepTrace, check_steps
 from spannorm_jax.training.session import Flags, Session, match_machine
 from spannorm_jax.training.step_log import Diverged, Progress, StepLog
@@ -83,6 +85,8 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
             watchdog.alive("the step was compiled")
             progress = Progress(steps, config.metrics.console_every_s, silent=not first_process)
             log = StepLog(session, writer, progress)
+            eval_every = config.eval.every_steps
+            measure = partial(held_out, config, session.mesh, program.evaluate, session.data)
             try:
                 for step in range(first, steps + 1):
                     trace.before(step, state)
@@ -93,6 +97,9 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
                         log.read_previous()  # waits for the step before, while the device works on this one
                     watchdog.alive(f"step {step - 1}")
                     log.dispatched(step, metrics)
+                    if eval_every and (step % eval_every == 0 or step == steps):
+                        log.read_previous(partial(measure, state.params))
+                        watchdog.alive(f"the held-out loss of step {step}")
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                     stopped_by = stop.at(step)
                     if due or stopped_by or step == steps:

@@ -12,6 +12,7 @@ from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.model.kernels.attention import attention_for
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.training.held_out import check_predicts_text
 from spannorm_jax.training.step import Program, make_program
 
 
@@ -53,6 +54,9 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
     training = config.training
     microbatch = training.batch_size // training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
+    if config.eval.every_steps:
+        check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
+        check_predicts_text(config, data)
     model = define(config.model)
     return Session(
         config=config,

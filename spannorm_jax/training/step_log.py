@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,8 +107,12 @@ class StepLog:
     def dispatched(self, step: int, metrics: dict[str, Array]) -> None:
         self._pending = (step, metrics)
 
-    def read_previous(self) -> None:
-        """Logs the pending step. Raises Diverged if its loss or gradient is not finite."""
+    def read_previous(self, held_out: Callable[[], dict[str, float]] | None = None) -> None:
+        """Logs the pending step, with what `held_out` measures of the weights after it; its time is no step's.
+
+        Raises:
+          Diverged: the step's loss or gradient is not finite; nothing is measured then.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -120,11 +125,15 @@ class StepLog:
             raise Diverged(step, where, loss)
         steps, every = self._config.training.steps, self._config.metrics
         self._progress.show(step, loss, self._tokens / step_time)
-        if step % every.log_every and step not in (1, steps):
+        if step % every.log_every and step not in (1, steps) and held_out is None:
             return
         line = {"step": step, **values["scalars"], **values["per_moe_block"], "tokens": step * self._tokens}
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
             line |= values["per_block"]
+        if held_out is not None:
+            measured = held_out()
+            line |= {f"held_out_{name}": measured[name] for name in ("loss", "bits_per_byte")}
+            self._last_read = time.monotonic()
         flops_per_s = self._flops / step_time
         line |= {
             "tokens_per_s": self._tokens / step_time,
