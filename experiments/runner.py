@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spannorm_jax.errors import DIVERGED_EXIT
 from spannorm_jax.run.folder import CHECKPOINTS, DIVERGED, DONE, EVAL
-from spannorm_jax.training.metrics import format_seconds
+from spannorm_jax.training.step_log import format_seconds
 
 INTERRUPTED_EXIT = 130
 

@@ -111,6 +111,7 @@ class CheckpointConfig:
 class EvalConfig:
     tokens: int = 131072  # predictions on the held-out split, evenly spread over it; 0: all of it
     batch_size: int = 16  # sequences a step
+    every_steps: int = 0  # updates between held-out losses in training, the last one included; 0: none
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ RUNTIME_KEYS = (
     "data.cache_dir",
     "data.verify_mib",
     "training.watchdog_minutes",
+    "eval.every_steps",
     "model.moe.expert_parallel",
     "model.moe.capacity",
     "model.moe.grouped_matmul",

@@ -5,15 +5,16 @@ from pathlib import Path
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.parallel.distributed import Flags
+from spannorm_jax.parallel import distributed
 from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.training.loop import train
 from spannorm_jax.training.profiling import parse_steps
+from spannorm_jax.training.session import Flags
 
 
-def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
-    """Config, run folder, steps to profile, the processes and --stop_code of a command line. Raises UserError."""
+def parse(argv: list[str]) -> tuple[Config, Path, Flags, distributed.Flags]:
+    """Config, run folder, flags and processes of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
@@ -28,14 +29,14 @@ def parse(argv: list[str]) -> tuple[Config, Path, range, Flags, int]:
     if not 0 <= args.stop_code < 128:
         parser.error(f"--stop_code {args.stop_code} is no exit code; write 0 to 127")
     profile_steps = range(0) if args.profile_steps is None else parse_steps(args.profile_steps)
-    return load(args.config, overrides), args.workdir, profile_steps, flags_of(args), args.stop_code
+    flags = Flags(argv, profile_steps, args.stop_code)
+    return load(args.config, overrides), args.workdir, flags, flags_of(args)
 
 
 def main(argv: list[str]) -> int:
     if "--dry_run" in argv:
         return plan.main([item for item in argv if item != "--dry_run"])
-    config, workdir, profile_steps, flags, stop_code = parse(argv)
-    return train(config, workdir, argv, profile_steps, flags, stop_code)
+    return train(*parse(argv))
 
 
 if __name__ == "__main__":

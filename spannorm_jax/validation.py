@@ -56,6 +56,7 @@ _AT_LEAST = {  # key -> smallest legal value
     "checkpoint.keep_every": 0,
     "eval.tokens": 0,
     "eval.batch_size": 1,
+    "eval.every_steps": 0,
     "metrics.log_every": 1,
     "metrics.block_grad_every": 0,
     "metrics.console_every_s": 0,

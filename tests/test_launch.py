@@ -115,8 +115,8 @@ def test_the_jobset_starts_a_run_that_can_be():
     [rule] = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
     assert container["command"][1:] == ["-m", "spannorm_jax.train"]
-    _, workdir, _, _, stop_code = parse(container["args"])
-    assert str(workdir).startswith(container["volumeMounts"][0]["mountPath"]) and stop_code == 75
+    _, workdir, flags, _ = parse(container["args"])
+    assert str(workdir).startswith(container["volumeMounts"][0]["mountPath"]) and flags.stop_code == 75
     assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
 
 

@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from spannorm_jax.model.definition import define
+from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.run.folder import read_config
+from spannorm_jax.training.step import make_program
 
 # Checkpoints at 7, 14, ... are never on the step that a test stops at.
 STEPS = 40
@@ -99,6 +105,88 @@ def test_a_run_learns_and_leaves_its_records(unbroken):
     assert config["model"]["dtype"] == "float32" and config["model"]["vocab_size"] == 256  # nothing left open
     assert json.loads((unbroken / "DONE").read_text()) == {"step": STEPS}
     assert list((unbroken / "tensorboard").iterdir())
+
+
+def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
+    """Of a model that has all of them. A metric that is new in train_step needs no other line of code."""
+    options = ("--config.training.steps=2", "--config.metrics.block_grad_every=1", "--config.metrics.tensorboard=false")
+    model = "--config=configs/moe.py:depth=2,width=32"
+    finish(start(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
+    config = read_config(tmp_path / "run")
+    program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+    tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
+    groups = jax.eval_shape(program.train, program.abstract_state, tokens)[1]
+    assert list(groups.pop("diagnosis")) == ["other_grad_norm"]  # the one that names what is not finite
+    made = {name: shape.shape for group in groups.values() for name, shape in group.items()}
+    assert made["expert_load_max"] == made["block_grad_norm"] == (2,) and made["aux_loss"] == ()
+    for line in metrics(tmp_path / "run"):
+        assert {name: np.shape(line.get(name)) for name in made} == made
+
+
+def test_the_held_out_loss_of_training_is_that_of_evaluation_also_over_a_kill(env, unbroken, tmp_path):
+    workdir = tmp_path / "evaluated"
+    often = ("--config.eval.every_steps=9", "--config.metrics.log_every=6")
+    process = start(env, "train", *TINY, "--workdir", workdir, *often, "--config.metrics.log_every=1")
+    signal_at(process, "step 20/", signal.SIGKILL)
+    process.communicate(timeout=60)
+    train(env, workdir, *often)  # which may change when a run goes on, as its metrics do
+    lines = {line["step"]: line for line in metrics(workdir)}
+    held_out = {step: line["held_out_loss"] for step, line in lines.items() if "held_out_loss" in line}
+    assert list(held_out) == [9, 18, 27, 36, 40] and len(lines) < STEPS
+    for step, line in lines.items():  # measuring changes no number of training
+        was = metrics(unbroken)[step - 1]
+        assert {key: line[key] for key in was} == was
+    result = evaluate(env, workdir)
+    last = lines[STEPS]
+    assert (last["held_out_loss"], last["held_out_bits_per_byte"]) == (result["loss"], result["bits_per_byte"])
+    again = tmp_path / "again"
+    train(env, again, *often, "--config.checkpoint.every_steps=9")
+    lines_again = {line["step"]: line for line in metrics(again)}
+    assert {step: lines_again[step]["held_out_loss"] for step in held_out} == held_out
+    assert evaluate(env, again, "--step", 36)["loss"] == held_out[36]
+
+
+def test_held_out_rows_that_the_mesh_does_not_divide_are_refused_before_the_first_step(env, tmp_path):
+    argv = (*TINY, "--workdir", tmp_path / "run", "--config.eval.every_steps=9", "--config.eval.batch_size=12")
+    _, err = finish(start(env, "train", *argv, devices=8), code=2)
+    assert err.count("\n") == 1 and "eval.batch_size=12" in err
+    assert not (tmp_path / "run").exists()
+
+
+def train_patched(env, workdir, patch, code=0):
+    """Four steps of training in a process whose loop has been changed by the Python of `patch`."""
+    program = f"{patch}\nimport sys\nfrom spannorm_jax.train import main\nsys.exit(main(sys.argv[1:]))"
+    more = ("--config.training.steps=4", "--config.checkpoint.every_steps=0", "--workdir", str(workdir))
+    command = [sys.executable, "-c", program, *TINY, *more]
+    return finish(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), code)
+
+
+def test_the_loop_refuses_an_implicit_transfer(env, tmp_path):
+    patch = """
+from spannorm_jax.training.batches import Batches
+Batches.__next__ = lambda self: self._loader.rows(1)  # on the host
+"""
+    _, err = train_patched(env, tmp_path / "run", patch, code=1)
+    assert "Disallowed host-to-device transfer" in err
+    assert metrics(tmp_path / "run") == []
+
+
+def test_the_loop_waits_for_a_step_when_the_next_is_dispatched(env, tmp_path):
+    patch = """
+from spannorm_jax.training import step_log
+from spannorm_jax.training.batches import Batches
+take, read = Batches.__next__, step_log.host_metrics
+def next_batch(self):
+    print("seen take")
+    return take(self)
+def host_metrics(metrics):
+    print("seen read")
+    return read(metrics)
+Batches.__next__, step_log.host_metrics = next_batch, host_metrics
+"""
+    out, _ = train_patched(env, tmp_path / "run", patch)
+    seen = [line.split()[1] for line in out.splitlines() if line.startswith("seen")]
+    assert seen == ["take", *["take", "read"] * 3, "read"]
 
 
 def test_the_newest_checkpoints_are_kept(unbroken):

@@ -19,7 +19,7 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.moe.grouped_matmul import CHOICES, chosen
+from spannorm_jax.model.moe.grouped_matmul import CHOICES, grouped_matmul_for
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
@@ -74,7 +74,7 @@ def models(config: Config, numbers: list[str], top_k: int, backends: list[str]) 
                 model__moe__num_experts=int(number),
                 model__moe__top_k=top_k,
                 model__moe__expert_dim=config.model.ffn_dim // top_k,
-                model__moe__grouped_matmul=chosen(backend)[0],
+                model__moe__grouped_matmul=grouped_matmul_for(backend)[0],
             )
             validate(variant)
             variants[f"{number} experts, {variant.model.moe.grouped_matmul}"] = variant

@@ -29,7 +29,7 @@ from spannorm_jax.data.open import OpenData, open_data
 from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
-from spannorm_jax.model.kernels.attention import attention, chosen
+from spannorm_jax.model.kernels.attention import attention, attention_for
 from spannorm_jax.model.layers import Norm
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
@@ -151,7 +151,7 @@ def measure(config: Config, data: OpenData, rounds: int, steps: int) -> dict[str
     return {
         "peak_flops_per_s": peak,
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
-        "attention": chosen(config.model, config.data.seq_len)[0],
+        "attention": attention_for(config.model, config.data.seq_len)[0],
         "placements": placements,
         "time_split_s": split,
     }

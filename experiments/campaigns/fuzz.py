@@ -26,16 +26,15 @@ from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.model.definition import count_params, define, flops_per_token
+from spannorm_jax.model.definition import count_params, flops_per_token
 from spannorm_jax.model.initialisation import weight_stds
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, open_run
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.train import parse
-from spannorm_jax.training.loop import fit
 from spannorm_jax.training.optimizer import learning_rate
-from spannorm_jax.training.step import make_program
+from spannorm_jax.training.session import match_machine
 
 FOLDER = "run"  # of the cases that are not about it
 BASE = ("depth=2", "width=32")
@@ -96,15 +95,14 @@ def start(argv: list[str]) -> None:
       UserError: the arguments are refused.
       ValueError: they were accepted, and the run could not have gone well.
     """
-    config, workdir, *_ = parse(argv)
-    config, _, mesh, loader = fit(config)
+    config, workdir, flags, _ = parse(argv)
+    session = match_machine(config, workdir, flags)
+    config, program = session.config, session.program
     if workdir != Path(FOLDER):
         keep_and_find(workdir)
-    loader.rows(1, 0, 1)
-    model = define(config.model)
-    count_params(model), flops_per_token(model, config.data.seq_len)
-    with jax.set_mesh(mesh):
-        program = make_program(config, model, mesh)
+    session.loader.rows(1, 0, 1)
+    count_params(session.model), flops_per_token(session.model, config.data.seq_len)
+    with jax.set_mesh(session.mesh):
         rows = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
         jax.eval_shape(program.train, program.abstract_state, rows)
         rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)

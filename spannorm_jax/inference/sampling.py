@@ -19,12 +19,11 @@ from spannorm_jax.data.tokenizer import BYTES, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
-from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.training.step import make_program
+from spannorm_jax.run.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -216,11 +215,7 @@ def sample(
     """
     check_options(options)
     start_jax(config.platform)
-    checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS)
-    try:
-        step, faults = checkpoints.find(step)
-        for found in faults:
-            print(f"passed over a checkpoint: {found}; sampling from step {step}", file=sys.stderr, flush=True)
+    with open_trained(workdir, step, "sampling from") as restore:
         tokenizer = run_tokenizer(config, workdir)
         ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         mesh = make_mesh(config.mesh)
@@ -229,9 +224,8 @@ def sample(
         check_divisible(config, dict(mesh.shape), "rows", rows)
         _check_length(config, rows, max(map(len, ids)), options)
         with jax.set_mesh(mesh):
-            model = define(config.model)
-            params = checkpoints.restore_params(step, make_program(config, model, mesh).abstract_state.params)
-            run = partial(generate, model, params, tokenizer, ids, options, rows_multiple=rows_multiple)
+            trained = restore(config, mesh)
+            run = partial(generate, trained.model, trained.params, tokenizer, ids, options, rows_multiple=rows_multiple)
             if len(ids) == 1:
                 stream = TextStream(tokenizer, write)
                 stream.add(ids[0])
@@ -241,8 +235,6 @@ def sample(
                 return
             for number, (prompt, new) in enumerate(zip(ids, run(), strict=True), 1):
                 write(f"--- {number} of {len(ids)}\n{tokenizer.decode(np.concatenate([prompt, new]))}\n")
-    finally:
-        checkpoints.close()
 
 
 def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.weights import ROLES, WeightSpec
-from spannorm_jax.parallel.mesh import LOGICAL_AXES
+from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ def define(cfg: ModelConfig) -> ModelDef:
             node = node.setdefault(name, {})
         node[path[-1]] = WeightSpec(param.shape, axes, meta["role"], meta["site"])
     return ModelDef(cfg, graph, table)
+
+
+def abstract_params(model: ModelDef, mesh: Mesh) -> Any:
+    """The parameters' shapes, float32, with their shardings on a mesh, as ShapeDtypeStructs."""
+    return model.map_weights(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding(mesh, spec.axes))
+    )
 
 
 def count_params(model: ModelDef, active: bool = False) -> int:

@@ -149,10 +149,10 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
 
 def _implementations(config: Config) -> str:
     """Those that a CPU runs. Raises UserError if it cannot run what the config names."""
-    words = f"attention {attention.chosen(config.model, config.data.seq_len)[0]}"
+    words = f"attention {attention.attention_for(config.model, config.data.seq_len)[0]}"
     if not config.model.moe.num_experts:
         return words
-    return f"{words}, grouped matmul {grouped_matmul.chosen(config.model.moe.grouped_matmul)[0]}"
+    return f"{words}, grouped matmul {grouped_matmul.grouped_matmul_for(config.model.moe.grouped_matmul)[0]}"
 
 
 def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str) -> str:

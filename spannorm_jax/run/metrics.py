@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spannorm_jax.config import Config
 from spannorm_jax.durable import to_json
-from spannorm_jax.run.folder import keep_lines_until
+from spannorm_jax.parallel import distributed
+from spannorm_jax.run.folder import METRICS, TENSORBOARD, keep_lines_until
 from spannorm_jax.run.tensorboard import TensorBoard
 
 
@@ -57,3 +59,11 @@ class NoWriter:
 
     def close(self) -> None:
         pass
+
+
+def open_writer(config: Config, workdir: Path, last_step: int, wandb_run: Any = None) -> MetricsWriter | NoWriter:
+    """What writes the metrics of a run in `workdir` from the step after `last_step` on: process 0 alone does."""
+    if not distributed.is_first():
+        return NoWriter()
+    tensorboard = workdir / TENSORBOARD if config.metrics.tensorboard else None
+    return MetricsWriter(workdir / METRICS, tensorboard, last_step, wandb_run)

@@ -4,6 +4,7 @@ Sums of losses and counts are carried everywhere and divided once, so that accum
 and any mesh give the mean of the full batch.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.model.definition import ModelDef, abstract_params
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss, moe_layers
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
@@ -134,8 +135,8 @@ def gradients(
         return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
-def gradient_norms(model: ModelDef, grads: Any) -> dict[str, Array]:
-    """`grad_norm`, `block_grad_norm` (L,) and the norm of each part outside the blocks, before clipping."""
+def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
+    """Norms before clipping: of the whole gradient, of each block's (L,), and of each part's outside the blocks."""
 
     def squares(tree: Any, keep: int) -> Array:
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
@@ -146,11 +147,8 @@ def gradient_norms(model: ModelDef, grads: Any) -> dict[str, Array]:
             layers = [i for i, experts in enumerate(moe_layers(model.cfg)) if experts == moe]
             blocks = blocks.at[jnp.array(layers)].set(squares(grads[name], keep=1))
     others = {name: squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
-    return {
-        "grad_norm": jnp.sqrt(jnp.sum(blocks) + sum(others.values())),
-        "block_grad_norm": jnp.sqrt(blocks),
-        "other_grad_norm": {name: jnp.sqrt(s) for name, s in others.items()},
-    }
+    total = jnp.sqrt(jnp.sum(blocks) + sum(others.values()))
+    return total, jnp.sqrt(blocks), {name: jnp.sqrt(s) for name, s in others.items()}
 
 
 def train_step(
@@ -160,8 +158,13 @@ def train_step(
     num_chunks: int,
     state: TrainState,
     tokens_BxT1: Array,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One update. The metrics are those of the weights before it; `step` numbers updates from 1."""
+) -> tuple[TrainState, dict[str, dict[str, Any]]]:
+    """One update; `step` numbers updates from 1.
+
+    The metrics are those of the weights before it, in groups that say when a line of metrics.jsonl
+    holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every
+    steps. Their order is that of the line. `diagnosis` is in no line: it names what is not finite.
+    """
     grads, sums = gradients(config, model, state.params, tokens_BxT1, num_chunks)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -171,29 +174,32 @@ def train_step(
             ffn["bias"] = balanced_bias(ffn["bias"], sums["router"]["counts"], config.model.moe.bias_rate)
     step = state.step + 1
     with jax.named_scope("metrics"):
-        metrics = {
-            "loss": sums["nll"] / sums["count"],
-            "accuracy": sums["correct"] / sums["count"],
-            "z_loss": config.training.z_loss * sums["z"] / sums["count"],
-            "lr": learning_rate(config, step),
-            **gradient_norms(model, grads),
+        grad_norm, block_grad_norm, other_grad_norm = gradient_norms(model, grads)
+        metrics = {  # an OrderedDict keeps its order under jit, where a dict is sorted
+            "scalars": OrderedDict(
+                loss=sums["nll"] / sums["count"],
+                accuracy=sums["correct"] / sums["count"],
+                grad_norm=grad_norm,
+                lr=learning_rate(config, step),
+                z_loss=config.training.z_loss * sums["z"] / sums["count"],
+                **{name: value / sums["count"] for name, value in sums.get("router_losses", {}).items()},
+            ),
+            "per_moe_block": router_metrics(sums["router"]) if "router" in sums else {},
+            "per_block": OrderedDict(block_grad_norm=block_grad_norm),
+            "diagnosis": {"other_grad_norm": other_grad_norm},
         }
-        if "router" in sums:
-            metrics |= router_metrics(sums)
     return TrainState(step, params, opt_state), metrics
 
 
-def router_metrics(sums: dict[str, Any]) -> dict[str, Array]:
-    """The routers' losses, and of each block with experts the largest load over the mean, the mean entropy
-    and the assignments beyond the capacity of `all_to_all`."""
-    stats = sums["router"]
+def router_metrics(stats: Stats) -> dict[str, Array]:
+    """Of each block with experts the largest load over the mean, the mean entropy (nats), and the assignments
+    beyond the capacity of `all_to_all`."""
     counts = stats["counts"]
-    return {
-        **{name: value / sums["count"] for name, value in sums["router_losses"].items()},
-        "expert_load_max": jnp.max(counts, axis=-1) / jnp.mean(counts, axis=-1),
-        "router_entropy": stats["entropy"] / stats["tokens"],
-        "expert_overflow": stats["overflow"],
-    }
+    return OrderedDict(
+        expert_load_max=jnp.max(counts, axis=-1) / jnp.mean(counts, axis=-1),
+        router_entropy=stats["entropy"] / stats["tokens"],
+        expert_overflow=stats["overflow"],
+    )
 
 
 def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:
@@ -216,7 +222,7 @@ class Program:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings: what a checkpoint is restored to
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
-    train: Callable[[TrainState, Array], tuple[TrainState, dict[str, Any]]]
+    train: Callable[[TrainState, Array], tuple[TrainState, dict[str, dict[str, Any]]]]
     evaluate: Callable[[Any, Array, Array], dict[str, Array]]
 
 
@@ -225,12 +231,12 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config, model)
     replicated = NamedSharding(mesh, PartitionSpec())
     batch_sharding = sharding(mesh, ("batch", "time"))
-    params_shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
-    abstract_params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+    params = abstract_params(model, mesh)
+    params_shardings = jax.tree.map(lambda x: x.sharding, params)
     shardings = TrainState(
         replicated,
         params_shardings,
-        optimizer_shardings(optimizer, abstract_params, params_shardings, replicated),
+        optimizer_shardings(optimizer, params, params_shardings, replicated),
     )
     init = partial(init_state, model, optimizer)
     abstract_state = jax.tree.map(
@@ -240,10 +246,6 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     )
     microbatch = config.training.batch_size // config.training.num_microbatches
     train_chunks = num_loss_chunks(config, dict(mesh.shape), microbatch)
-    eval_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
-
-    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
-        return loss_sums(model.bind(params), tokens, weights, eval_chunks)
 
     return Program(
         mesh=mesh,
@@ -256,9 +258,21 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(
-            evaluate,
-            in_shardings=(params_shardings, batch_sharding, batch_sharding),
-            out_shardings=replicated,
-        ),
+        evaluate=make_evaluate(config, model, mesh),
+    )
+
+
+def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Array, Array], dict[str, Array]]:
+    """`evaluate(params, tokens_BxT1, weights_BxT)` -> loss sums of `eval.batch_size` rows, jitted; donates nothing."""
+    num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
+    params_shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
+    batch_sharding = sharding(mesh, ("batch", "time"))
+
+    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        return loss_sums(model.bind(params), tokens, weights, num_chunks)
+
+    return jax.jit(
+        evaluate,
+        in_shardings=(params_shardings, batch_sharding, batch_sharding),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

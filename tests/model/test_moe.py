@@ -18,7 +18,7 @@ from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.initialisation import mixture_gain, predicted_branch_variance
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe import experts
-from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, chosen, grouped_matmul
+from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, grouped_matmul, grouped_matmul_for
 from spannorm_jax.model.moe.router import balanced_bias, load_balance_loss, moe_layers, route, router_stats
 from spannorm_jax.model.placement import PLACEMENTS
 
@@ -60,9 +60,9 @@ def test_each_row_meets_its_groups_matrix(name, sizes):
 
 
 def test_a_backend_that_cannot_run_is_refused_by_name_and_passed_over_by_auto():
-    assert chosen("auto") == ("padded", "")
+    assert grouped_matmul_for("auto") == ("padded", "")
     with pytest.raises(UserError, match="tokamax cannot run here: there is no GPU"):
-        chosen("tokamax")
+        grouped_matmul_for("tokamax")
 
 
 def ragged_dot_of_a_kernel(x, w, sizes, implementation):
@@ -87,11 +87,11 @@ def test_a_gpu_takes_tokamax_if_its_kernels_run(monkeypatch, module, runs, why):
     monkeypatch.setitem(sys.modules, "tokamax", module)
     _tokamax_problem.cache_clear()
     try:
-        found, reason = chosen("auto")
+        found, reason = grouped_matmul_for("auto")
         assert found == runs and why in reason and bool(reason) == (runs == "padded")
         if runs == "padded":
             with pytest.raises(UserError, match=rf"tokamax cannot run here: .*{why}.*=auto"):
-                chosen("tokamax")
+                grouped_matmul_for("tokamax")
     finally:
         _tokamax_problem.cache_clear()
 

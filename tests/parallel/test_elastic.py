@@ -65,7 +65,8 @@ class Run:
         with jax.set_mesh(self.mesh):
             for step in steps:
                 state, metrics = self.program.train(state, self.tokens(step))
-                values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+                scalars = metrics["scalars"]
+                values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
         return state, values
 
     def held_out(self, params):

@@ -72,7 +72,8 @@ def test_the_ring_moves_the_bytes_of_the_formula(layout, remat):
 def test_auto_takes_what_moves_less():
     """Of 8 experts, 2 a token: 7 shards' tokens against 1.5 x 2 rows a token, so all_to_all from 4 shards on."""
     moe = replace(Config(), model__moe__num_experts=8).model.moe
-    assert [experts.chosen(moe, 1024, n, 64, 4) for n in (1, 2, 4, 8)] == ["local", "ring", "all_to_all", "all_to_all"]
+    exchanges = [experts.exchange_for(moe, 1024, shards, 64, 4) for shards in (1, 2, 4, 8)]
+    assert exchanges == ["local", "ring", "all_to_all", "all_to_all"]
 
 
 def test_routing_gathers_no_scores():

@@ -104,7 +104,8 @@ def trajectory(config, layout, num_devices):
         for _ in range(STEPS):
             tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
             state, metrics = program.train(state, jax.device_put(tokens, program.batch_sharding))
-            values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+            scalars = metrics["scalars"]
+            values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
     return np.array(values), state
 
 

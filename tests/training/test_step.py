@@ -15,9 +15,9 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.state import TrainState
-from spannorm_jax.training.metrics import first_nonfinite, host_metrics
 from spannorm_jax.training.optimizer import learning_rate
 from spannorm_jax.training.step import gradients, loss_sums, make_program, num_loss_chunks
+from spannorm_jax.training.step_log import first_nonfinite, host_metrics
 
 VOCAB, SEQ_LEN, BATCH = 32, 8, 8
 
@@ -112,12 +112,13 @@ def test_the_gradient_is_that_of_the_mean(full_batch):
 def test_gradient_norms_are_those_of_the_gradients(full_batch):
     grads, _, _, metrics = jax.tree.map(lambda x: np.asarray(x, np.float64), full_batch)
     flat = np.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
-    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(flat), rel=1e-6)
+    assert metrics["scalars"]["grad_norm"] == pytest.approx(np.linalg.norm(flat), rel=1e-6)
     for layer in range(2):
         of_block = np.concatenate([g[layer].ravel() for g in jax.tree.leaves(grads["blocks"])])
-        assert metrics["block_grad_norm"][layer] == pytest.approx(np.linalg.norm(of_block), rel=1e-6)
-    assert set(metrics["other_grad_norm"]) == {"embed", "ends", "head"}
-    for name, norm in metrics["other_grad_norm"].items():
+        assert metrics["per_block"]["block_grad_norm"][layer] == pytest.approx(np.linalg.norm(of_block), rel=1e-6)
+    others = metrics["diagnosis"]["other_grad_norm"]
+    assert set(others) == {"embed", "ends", "head"}
+    for name, norm in others.items():
         part = np.concatenate([g.ravel() for g in jax.tree.leaves(grads[name])])
         assert norm == pytest.approx(np.linalg.norm(part), rel=1e-6)
 
@@ -318,10 +319,10 @@ def test_updates_are_those_of_adamw(placement, tied_head, clip_norm):
         g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))))
         state, metrics = program.train(state, batch(update))
         rate = cosine_with_warmup(optim, 20, update)
-        assert float(metrics["lr"]) == pytest.approx(rate, rel=1e-6)
+        assert float(metrics["scalars"]["lr"]) == pytest.approx(rate, rel=1e-6)
         assert int(state.step) == update
         norm = math.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(g)))
-        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)  # before clipping
+        assert float(metrics["scalars"]["grad_norm"]) == pytest.approx(norm, rel=1e-5)  # before clipping
         if clip_norm and norm > clip_norm:
             clipped += 1
             g = jax.tree.map(lambda x, s=clip_norm / norm: x * s, g)
@@ -366,10 +367,10 @@ def test_one_sequence_is_learnt_by_heart(placement):
     losses = []
     for _ in range(80):
         state, metrics = program.train(state, tokens)
-        losses.append(metrics["loss"])
+        losses.append(metrics["scalars"]["loss"])
     assert float(losses[0]) > 3
     assert float(losses[-1]) < 0.05
-    assert float(metrics["accuracy"]) == 1
+    assert float(metrics["scalars"]["accuracy"]) == 1
     sums = program.evaluate(state.params, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
     assert float(sums["correct"]) == float(sums["count"]) == BATCH * SEQ_LEN
 
@@ -414,11 +415,20 @@ def test_the_same_seed_is_the_same_run_and_another_is_not():
 
     def run(seed):
         state, metrics = program.train(program.init(seed), batch())
-        return jax.device_get((state.params, metrics["loss"]))
+        return jax.device_get((state.params, metrics["scalars"]["loss"]))
 
     same = jax.tree.map(np.array_equal, run(3), run(3))
     assert all(jax.tree.leaves(same))
     assert run(3)[1] != run(4)[1]
+
+
+def host(loss, total, blocks, others):
+    """A step's metrics on the host, as far as the search for what is not finite reads them."""
+    return {
+        "scalars": {"loss": loss, "grad_norm": total},
+        "per_block": {"block_grad_norm": blocks},
+        "diagnosis": {"other_grad_norm": others},
+    }
 
 
 @pytest.mark.parametrize(
@@ -434,14 +444,13 @@ def test_the_first_block_is_named(blocks, others, says):
     norms = {name: math.inf if name in others else 1.0 for name in ("embed", "ends", "head")}
     per_block = [math.nan if i in blocks else 1.0 for i in range(3)]
     total = math.nan if says else 1.0
-    metrics = {"loss": 2.0, "grad_norm": total, "block_grad_norm": per_block, "other_grad_norm": norms}
-    assert first_nonfinite(metrics) == (says and f"the gradient of {says}")
+    assert first_nonfinite(host(2.0, total, per_block, norms)) == (says and f"the gradient of {says}")
 
 
 def test_a_loss_or_a_norm_that_alone_is_not_finite_is_named():
-    metrics = {"loss": 2.0, "grad_norm": 1.0, "block_grad_norm": [1.0], "other_grad_norm": {"embed": 1.0}}
-    assert first_nonfinite(metrics | {"loss": math.nan}) == "the loss"
-    assert first_nonfinite(metrics | {"grad_norm": math.inf}) == "the gradient norm"  # squares that overflow as a sum
+    assert first_nonfinite(host(math.nan, 1.0, [1.0], {"embed": 1.0})) == "the loss"
+    overflown = host(2.0, math.inf, [1.0], {"embed": 1.0})  # squares that overflow as a sum
+    assert first_nonfinite(overflown) == "the gradient norm"
 
 
 def test_a_number_that_is_not_finite_is_noticed_in_the_step_that_makes_it():
@@ -451,5 +460,5 @@ def test_a_number_that_is_not_finite_is_noticed_in_the_step_that_makes_it():
     assert first_nonfinite(host_metrics(metrics)) is None
     state.params["blocks"]["ffn"]["out"] = state.params["blocks"]["ffn"]["out"].at[1, 0, 0].set(jnp.inf)
     metrics = host_metrics(program.train(state, batch())[1])
-    assert not np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["scalars"]["loss"])
     assert "block 0 (counted from 0, the first of 2 such blocks)" in first_nonfinite(metrics)

@@ -63,7 +63,7 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 _BEST = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}
 
 
-def chosen(cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
+def attention_for(cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
     """The implementation that runs here for `cfg.attention`, and why it is not the device's best, if `auto` had to.
 
     `auto` is blocked on a CPU, cuDNN's on a GPU, splash attention on a TPU, and XLA's where that one cannot run.

@@ -200,7 +200,7 @@ def moved_bytes(moe: MoEConfig, mode: str, num_tokens: int, num_shards: int, wid
     return others * capacity_rows(moe, num_tokens, num_shards) * (4 * width * itemsize + 4)
 
 
-def chosen(moe: MoEConfig, num_tokens: int, num_shards: int, width: int, itemsize: int) -> str:
+def exchange_for(moe: MoEConfig, num_tokens: int, num_shards: int, width: int, itemsize: int) -> str:
     """`local` on one shard, else the mode of the config; for `auto` the one that moves fewer bytes."""
     if num_shards == 1:
         return "local"

@@ -96,7 +96,7 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 _BEST = {"cpu": "padded", "gpu": "tokamax", "tpu": "ragged_dot"}
 
 
-def chosen(name: str) -> tuple[str, str]:
+def grouped_matmul_for(name: str) -> tuple[str, str]:
     """The implementation that runs here for a config's name, and why it is not the device's best, if `auto` had to.
 
     Raises:
@@ -130,9 +130,9 @@ def _tokamax_problem() -> str:
 
 def row_multiple(implementation: str) -> int:
     """What the rows of each group must be a multiple of."""
-    return _BLOCKS[-1] if chosen(implementation)[0] == "padded" else 1
+    return _BLOCKS[-1] if grouped_matmul_for(implementation)[0] == "padded" else 1
 
 
 def grouped_matmul(x_PxD: Array, w_ExDxF: Array, sizes_E: Array, implementation: str) -> Array:
     """(P, F) in the inputs' dtype: a row of group e times w[e]. `sizes_E` is int32."""
-    return IMPLEMENTATIONS[chosen(implementation)[0]](x_PxD, w_ExDxF, sizes_E)
+    return IMPLEMENTATIONS[grouped_matmul_for(implementation)[0]](x_PxD, w_ExDxF, sizes_E)

@@ -85,7 +85,7 @@ def _on_a_device(
 ) -> tuple[Array, Array]:
     x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, weights_BxTxk, ids_BxTxk))
     args = (x, weights, ids, w_in, w_out, experts.Compute(kind, moe.grouped_matmul))
-    mode = experts.chosen(moe, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
+    mode = experts.exchange_for(moe, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
     overflow = jnp.zeros((), jnp.int32)
     if mode == "local":
         out = experts.local(*args)

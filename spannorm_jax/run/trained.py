@@ -1,0 +1,52 @@
+"""The way to a trained model: a run's checkpoint, its parameters alone, on the mesh that is here."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from spannorm_jax.config import Config
+from spannorm_jax.model.definition import ModelDef, abstract_params, define
+from spannorm_jax.parallel import distributed
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.folder import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model with the weights after `step` updates, float32, sharded over `mesh`."""
+
+    config: Config
+    model: ModelDef
+    mesh: Mesh
+    step: int
+    params: Any
+
+
+@contextlib.contextmanager
+def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, Mesh], Trained]]:
+    """Finds a run's checkpoint (None: the newest sound one) and yields what restores it, on all processes.
+
+    The checkpoint is held until the end of the context: a trainer at work does not remove it. Newer
+    ones that are damaged are named on stderr, with what is done instead (`doing`, as in
+    "evaluating"). The function that is yielded takes the run's resolved config and a mesh that
+    divides its weights; it reads the parameters and nothing else.
+
+    Raises:
+      UserError: there is no such sound checkpoint, or it was removed where no lock could hold it.
+    """
+    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
+        found, faults = checkpoints.find(step)
+        for fault in faults:  # stdout may be one JSON line
+            distributed.say(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
+
+        def restore(config: Config, mesh: Mesh) -> Trained:
+            model = define(config.model)
+            params = checkpoints.restore_params(found, abstract_params(model, mesh))
+            return Trained(config, model, mesh, found, params)
+
+        yield restore

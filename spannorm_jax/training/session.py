@@ -1,0 +1,79 @@
+"""What a run needs once its config is matched to this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from spannorm_jax.config import Config
+from spannorm_jax.data.loader import TrainLoader, check_held_out
+from spannorm_jax.data.open import OpenData, open_data
+from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.kernels.attention import attention_for
+from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.training.held_out import check_predicts_text
+from spannorm_jax.training.step import Program, make_program
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line says of a run, besides its config and its processes."""
+
+    argv: list[str]  # the whole of it, for starts.jsonl
+    profile_steps: range = range(0)  # steps to trace
+    stop_code: int = 0  # exit code if a signal stops the run before its end
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run on this machine: `config` is resolved, and everything else is made from it."""
+
+    config: Config
+    workdir: Path
+    flags: Flags
+    data: OpenData
+    mesh: Mesh
+    loader: TrainLoader
+    model: ModelDef
+    program: Program
+    kernels: str  # what runs here, as the start says it: "attention xla (why), grouped matmul padded"
+
+
+def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
+    """Resolves the config against this machine's data, kernels and devices; compiles and writes nothing.
+
+    Raises:
+      UserError: the data are not those asked for or leave nothing to predict, a kernel that is
+        asked for by name cannot run here, or the devices do not divide the batch or the weights.
+    """
+    data, config = open_data(config)
+    check_held_out(data.eval, data.tokenizer)
+    kernels = _kernels(config)
+    mesh = make_mesh(config.mesh)
+    training = config.training
+    microbatch = training.batch_size // training.num_microbatches
+    check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
+    if config.eval.every_steps:
+        check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
+        check_predicts_text(config, data)
+    model = define(config.model)
+    return Session(
+        config=config,
+        workdir=workdir,
+        flags=flags,
+        data=data,
+        mesh=mesh,
+        loader=TrainLoader(data.train, config.data.seq_len, training.batch_size, config.seed),
+        model=model,
+        program=make_program(config, model, mesh),
+        kernels=kernels,
+    )
+
+
+def _kernels(config: Config) -> str:
+    """Names of the kernels that run here. Raises UserError if one that is asked for by name cannot."""
+    found = {"attention": attention_for(config.model, config.data.seq_len)}
+    if config.model.moe.num_experts:
+        found["grouped matmul"] = grouped_matmul_for(config.model.moe.grouped_matmul)
+    return ", ".join(f"{what} {name}{f' ({why})' if why else ''}" for what, (name, why) in found.items())

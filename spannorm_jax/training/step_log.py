@@ -1,0 +1,147 @@
+"""A step's metrics on the host: its line of metrics.jsonl, its line on the console, and whether all is finite."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from spannorm_jax.model.definition import flops_per_token
+from spannorm_jax.parallel.devices import memory_bytes, peak_flops
+from spannorm_jax.run.metrics import MetricsWriter, NoWriter
+from spannorm_jax.training.session import Session
+
+_TERMINAL_REFRESH_S = 0.5
+
+
+class Diverged(Exception):
+    """A loss or gradient was not finite."""
+
+    def __init__(self, step: int, where: str, loss: float):
+        super().__init__(f"step {step}: {where} is not finite (loss {loss})")
+        self.record = {"step": step, "where": where, "loss": str(loss)}
+
+
+def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Device metrics as Python floats and lists; waits for the step that makes them."""
+
+    def plain(x: np.ndarray) -> float | list[float]:
+        return np.asarray(x, np.float64).tolist()
+
+    return jax.tree.map(plain, jax.device_get(metrics))
+
+
+def first_nonfinite(metrics: dict[str, dict[str, Any]]) -> str | None:
+    """Names what is not finite: the first block's gradient, else another part's, else the loss; None if all is well.
+
+    `metrics` are a train step's, on the host.
+    """
+    loss, grad_norm = metrics["scalars"]["loss"], metrics["scalars"]["grad_norm"]
+    if np.isfinite(loss) and np.isfinite(grad_norm):
+        return None
+    blocks = np.flatnonzero(~np.isfinite(metrics["per_block"]["block_grad_norm"]))
+    if blocks.size:
+        return f"the gradient of block {blocks[0]} (counted from 0, the first of {blocks.size} such blocks)"
+    for name, norm in metrics["diagnosis"]["other_grad_norm"].items():
+        if not np.isfinite(norm):
+            return f"the gradient of {name}"
+    return "the gradient norm" if np.isfinite(loss) else "the loss"
+
+
+class Progress:
+    """One line that says where the run is: redrawn on a terminal, repeated every `every_s` in a log."""
+
+    def __init__(self, total_steps: int, every_s: float, silent: bool = False):
+        self._silent = silent
+        self._total = total_steps
+        self._terminal = sys.stdout.isatty()
+        self._every_s = _TERMINAL_REFRESH_S if self._terminal else every_s
+        self._started = time.monotonic()
+        self._shown = self._started - self._every_s
+        self._first_step: int | None = None
+
+    def show(self, step: int, loss: float, tokens_per_s: float) -> None:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = step
+        if self._silent or (now - self._shown < self._every_s and step != self._total):
+            return
+        self._shown = now
+        done = step - self._first_step
+        left = (now - self._started) / done * (self._total - step) if done else None
+        text = f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        text += f"  {format_seconds(left)} left" if left is not None else ""
+        if self._terminal:
+            print(f"\r{text:<78}", end="\n" if step == self._total else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def end_line(self) -> None:
+        """Leaves the progress line, so that the next print starts on its own."""
+        if self._terminal and not self._silent:
+            print(flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class StepLog:
+    """Reads a step's metrics one step late, so that the device never waits for the host."""
+
+    def __init__(self, session: Session, writer: MetricsWriter | NoWriter, progress: Progress):
+        config = session.config
+        self._config, self._writer, self._progress = config, writer, progress
+        self._device = session.mesh.local_devices[0]
+        self._tokens = config.training.batch_size * config.data.seq_len
+        self._flops = flops_per_token(session.model, config.data.seq_len) * self._tokens
+        self._peak = peak_flops(self._device, config.metrics.peak_flops)
+        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._last_read = time.monotonic()
+
+    def dispatched(self, step: int, metrics: dict[str, Array]) -> None:
+        self._pending = (step, metrics)
+
+    def read_previous(self, held_out: Callable[[], dict[str, float]] | None = None) -> None:
+        """Logs the pending step, with what `held_out` measures of the weights after it; its time is no step's.
+
+        Raises:
+          Diverged: the step's loss or gradient is not finite; nothing is measured then.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = host_metrics(metrics)
+        now = time.monotonic()
+        step_time, self._last_read = now - self._last_read, now
+        loss, where = values["scalars"]["loss"], first_nonfinite(values)
+        if where:
+            raise Diverged(step, where, loss)
+        steps, every = self._config.training.steps, self._config.metrics
+        self._progress.show(step, loss, self._tokens / step_time)
+        if step % every.log_every and step not in (1, steps) and held_out is None:
+            return
+        line = {"step": step, **values["scalars"], **values["per_moe_block"], "tokens": step * self._tokens}
+        if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
+            line |= values["per_block"]
+        if held_out is not None:
+            measured = held_out()
+            line |= {f"held_out_{name}": measured[name] for name in ("loss", "bits_per_byte")}
+            self._last_read = time.monotonic()
+        flops_per_s = self._flops / step_time
+        line |= {
+            "tokens_per_s": self._tokens / step_time,
+            "step_time_s": step_time,
+            "model_flops_per_s": flops_per_s,
+            "machine_s": {
+                "mfu": flops_per_s / (self._peak * jax.device_count()) if self._peak else None,
+                "memory_bytes": memory_bytes(self._device),
+            },
+        }
+        self._writer.write(line)
