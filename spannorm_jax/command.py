@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from spannorm_jax.console import guard_output
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
@@ -13,7 +13,7 @@ from spannorm_jax.parallel.distributed import Flags
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one line like all others, and which takes no abbreviations."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -93,7 +94,10 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
         return None
     job, step, nodes, num_tasks, process_id = (env[name] for name in names)
     # The first of node001,other or node[001-004,007],other; one port for each job and step.
-    first = re.match(r"[^,\[]+(\[[^,\-\]]+)?", nodes)[0].replace("[", "")
+    found = re.match(r"[^,\[]+(\[[^,\-\]]+)?", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r} begins with no host; give --coordinator and its companions")
+    first = found[0].replace("[", "")
     port = 61440 + (int(job) + 97 * int(step)) % 4096
     # Several tasks on a host take an accelerator each, unless Slurm already shows each its own alone.
     several = int(num_tasks) > int(env.get("SLURM_STEP_NUM_NODES", num_tasks))
@@ -110,25 +114,24 @@ def start(flags: Flags, platform: str) -> None:
         process does not come in time, this one ends with such a line and code 2.
     """
     place = find(flags, os.environ)
-    times = {
-        "initialization_timeout": flags.start_timeout_s,
-        "heartbeat_timeout_seconds": flags.heartbeat_s,
-        "shutdown_timeout_seconds": flags.heartbeat_s,
-    }
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=flags.heartbeat_s,
+        shutdown_timeout_seconds=flags.heartbeat_s,
+    )
     if place is not None:
         if place.process_id:
             _wait_for(place, flags.start_timeout_s)
-        # JAX would abort a process whose time is up, without an error to catch.
-        times["initialization_timeout"] += 60
         try:
             with _all_within(flags.start_timeout_s, place):
-                jax.distributed.initialize(
+                initialize(
                     place.coordinator,
                     place.num_processes,
                     place.process_id,
                     place.local_devices,
                     cluster_detection_method="deactivate",
-                    **times,
+                    # More than ours: JAX would abort a process whose time is up, without an error to catch.
+                    initialization_timeout=flags.start_timeout_s + 60,
                 )
         except RuntimeError as error:
             raise UserError(
@@ -137,7 +140,7 @@ def start(flags: Flags, platform: str) -> None:
             ) from error
     elif platform in ("auto", "tpu") and _on_tpu():
         with contextlib.suppress(ValueError):  # JAX finds no pod: one host
-            jax.distributed.initialize(**times)
+            initialize(initialization_timeout=flags.start_timeout_s)
 
 
 def _on_tpu() -> bool:
