@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
 
@@ -288,7 +291,10 @@ def from_first(fn: Callable[[], T]) -> T:
 
 
 def check_devices() -> None:
-    """Raises a UserError on all processes if two have unlike numbers of devices, of which no mesh can be made."""
+    """Raises a UserError on all processes if two have unlike numbers of devices, of which no mesh can be made.
+
+    The devices of all processes are connected then.
+    """
     if jax.process_count() == 1:
         return
 
@@ -302,6 +308,21 @@ def check_devices() -> None:
         )
 
     _judged(f"devices{next(_calls)}", jax.local_device_count(), judge)
+    if jax.default_backend() == "cpu":
+        _connect()
+
+
+def _connect() -> None:
+    """Does a first collective among all devices while all processes are here.
+
+    Gloo, which connects processes without accelerators, gives up if one comes to the first 30 s after another, as they
+    may once each has compiled a step on a busy machine. What is connected waits for as long as it takes.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    ones = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec("devices")), lambda index: np.ones(1, np.float32)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones))
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
