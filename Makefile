@@ -1,8 +1,9 @@
-# make demo | demo-smoke | test | test-slow | lint | env.  PYTHON is the interpreter that .venv is made with (3.11 or newer).
+# make demo | demo-smoke | test | test-quick | test-process | test-slow | lint | env.
+# PYTHON is the interpreter that .venv is made with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo demo-smoke test test-slow lint
+.PHONY: env demo demo-smoke test test-quick test-process test-slow lint
 
 env: .venv/installed
 
@@ -22,9 +23,21 @@ demo-smoke: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
+# What each tier holds:
+#   test-quick    the model, the train step, bad input: while working
+#   test          everything within the tests' own process, and short commands: before a commit
+#   test-process  runs of whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
+#   test-slow     test-process, the whole fault campaign, and the commands of experiments/launch/README.md
 test: lint
 	$(BIN)/python -m pytest
 
+test-quick: env
+	$(BIN)/python -m pytest tests/model tests/training tests/test_bad_input.py
+
+test-process: env
+	$(BIN)/python -m pytest -m "process and not slow"
+
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "process or slow"

@@ -3,17 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spannorm_jax.console import guard_output
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
-from spannorm_jax.parallel.distributed import Flags
+
+if TYPE_CHECKING:
+    from spannorm_jax.parallel.distributed import Flags
 
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one line like all others, and which takes no abbreviations."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -31,8 +33,10 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def flags_of(args: argparse.Namespace) -> Flags:
+def flags_of(args: argparse.Namespace) -> "Flags":
     """The flags of a parsed command line. Raises UserError if some are missing or out of range."""
+    from spannorm_jax.parallel.distributed import Flags  # and with it JAX, which commands that only read do without
+
     flags = Flags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
     given = (flags.coordinator, flags.num_processes, flags.process_id)
     if any(value is not None for value in given) and None in given:

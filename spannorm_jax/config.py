@@ -234,7 +234,7 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: b
                 continue
             raise UserError(f"config key {path} is missing; a config must hold every key")
         value = values[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not hasattr(value, "keys"):
                 raise UserError(f"config key {path} is a group, not {value!r}; set {path}.NAME instead")
             made[name] = from_dict(value, kind, path + ".", of_older_run)
@@ -271,9 +271,8 @@ def replace(config: Config, **changes: Any) -> Config:
     """`dataclasses.replace` for dotted keys, written with `__` for the dot: `model__depth=4`."""
     for key, value in changes.items():
         name, _, rest = key.partition("__")
-        config = dataclasses.replace(
-            config, **{name: replace(getattr(config, name), **{rest: value}) if rest else value}
-        )
+        changed: dict[str, Any] = {name: replace(getattr(config, name), **{rest: value}) if rest else value}
+        config = dataclasses.replace(config, **changed)
     return config
 
 

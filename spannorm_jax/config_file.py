@@ -10,6 +10,7 @@ import os
 import traceback
 import types
 import typing
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -114,7 +115,7 @@ def read_config_file(spec: str) -> ConfigDict:
     if not os.path.isfile(path):
         raise UserError(f"config file {path[:200]!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
     module_spec = importlib.util.spec_from_file_location("_config_file", path)
-    if module_spec is None:
+    if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -133,7 +134,7 @@ def read_config_file(spec: str) -> ConfigDict:
     return config
 
 
-def load(spec: str, overrides: list[tuple[str, str]] = ()) -> Config:
+def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Reads a config file, applies `(dotted key, text)` overrides and validates the result.
 
     Raises:
@@ -159,7 +160,7 @@ def resolve_without_data(config: Config, platform: str) -> Config:
 
 
 def _check_names(config: Config) -> None:
-    choices = {
+    choices: dict[str, Collection[str]] = {
         "model.placement": PLACEMENTS,
         "model.init": INITS,
         "model.attention": attention.CHOICES,

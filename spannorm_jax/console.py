@@ -4,9 +4,12 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from spannorm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a pipe's other end, a terminal that was closed
 
@@ -22,7 +25,7 @@ class _Output(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self._lasting = lasting
 
-    def write(self, data) -> int | None:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:

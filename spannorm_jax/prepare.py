@@ -18,8 +18,7 @@ def main(argv: list[str]) -> int:
     data = load(args.config, overrides).data
     shard = shards.parse(args.shard) if args.shard else None
     for split in dict.fromkeys((data.train_split, data.eval_split)):
-        left = tokens.write_shard(data, split, shard) if shard else []
-        if left:
+        if shard and (left := tokens.write_shard(data, split, shard)):
             print(f"{split}: shard {args.shard} is made, {len(left)} of {shard[1]} are missing", flush=True)
             continue
         store = tokens.open_store(data, split)

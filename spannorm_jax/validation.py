@@ -92,9 +92,9 @@ def validate(config: Config) -> None:
     for key, value in flat.items():
         if isinstance(value, int) and value > _MAX_INT and key != "training.tokens":
             raise UserError(f"config key {key}={value} is too large; write {_MAX_INT} or less")
-    for key, (least, why) in _LEAST_FLOATS.items():
-        if flat[key] < least:
-            raise UserError(f"config key {key}={flat[key]} is too small: {why}; write {least} or more")
+    for key, (lowest, why) in _LEAST_FLOATS.items():
+        if flat[key] < lowest:
+            raise UserError(f"config key {key}={flat[key]} is too small: {why}; write {lowest} or more")
     for key, value in flat.items():
         if isinstance(value, float) and 0 < abs(value) < _MIN_FLOAT:  # a clip_norm of 0 / 0 would be no number
             raise UserError(f"config key {key}={value} vanishes in float32; write 0, or {_MIN_FLOAT} or more")

@@ -7,7 +7,9 @@ that a program which a test starts sees what a user's would.
 import os
 from pathlib import Path
 
-FLAG = "--xla_force_host_platform_device_count=8"
+from processes import xla_flags
+
+FLAG = xla_flags(devices=8)
 
 _flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{_flags or ''} {FLAG}".strip()

@@ -25,6 +25,7 @@ def home(monkeypatch, tmp_path):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
+@pytest.mark.process
 def test_runs_are_trained_and_evaluated_once_and_divergence_is_a_result(tmp_path, capfd):
     out = tmp_path / "out"
     assert runner.run_all(out, RUNS) == 0
@@ -42,6 +43,7 @@ def test_runs_are_trained_and_evaluated_once_and_divergence_is_a_result(tmp_path
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.process
 def test_what_was_trained_but_not_evaluated_is_evaluated(tmp_path):
     runs = {"good": RUNS["good"]}
     assert runner.run_all(tmp_path, runs) == 0
@@ -52,6 +54,7 @@ def test_what_was_trained_but_not_evaluated_is_evaluated(tmp_path):
     assert (tmp_path / "good" / "metrics.jsonl").read_bytes() == trained
 
 
+@pytest.mark.process
 def test_a_mistake_stops_the_list_with_its_code(tmp_path, capfd):
     assert runner.run_all(tmp_path, {"typo": (*ARGUMENTS, "--config.optim.rl=1"), **RUNS}) == 2
     assert "optim.rl" in capfd.readouterr().err and not (tmp_path / "good").exists()

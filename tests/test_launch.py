@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import LIMIT_S
 
 from spannorm_jax.parallel.distributed import Flags, Place, find
 from spannorm_jax.train import parse
@@ -43,7 +44,7 @@ def run(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=LIMIT_S,
         )
         calls = [line.rstrip("|").split("|") for line in (tmp_path / "calls").read_text().splitlines()]
         return done.returncode, calls, done.stderr
@@ -139,7 +140,9 @@ def test_every_command_of_the_page_runs(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "JAX_PLATFORMS": "cpu"}
     script = f"set -e\n{commands}"
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=10 * LIMIT_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.parent.name for p in tmp_path.glob("runs/*/DONE")} == {"pod", "pod-dense", "pod-expert", "pod-two"}
     assert "of 2 processes" in done.stdout and "collectives of a step" in done.stdout

@@ -7,6 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from processes import LIMIT_S
+
+pytestmark = pytest.mark.process
 
 WANDB = """
 import json, os
@@ -59,7 +62,7 @@ def train(tmp_path_factory):
 
     def run(workdir, *options, code=0, **more_env):
         command = [sys.executable, "-m", "spannorm_jax.train", *OPTIONS, "--workdir", str(workdir), *options]
-        done = subprocess.run(command, env=env | more_env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=env | more_env, capture_output=True, text=True, timeout=LIMIT_S)
         assert done.returncode == code, done.stdout + done.stderr
         path = home / "seen.jsonl"
         seen = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

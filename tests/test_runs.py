@@ -11,11 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import LIMIT_S, paused, pausing, xla_flags
 
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.folder import read_config
 from spannorm_jax.training.step import make_program
+
+pytestmark = pytest.mark.process
 
 # Checkpoints at 7, 14, ... are never on the step that a test stops at.
 STEPS = 40
@@ -42,10 +45,11 @@ def env(tmp_path_factory):
     }
 
 
-def start(env, module, *argv, devices=1):
+def start(env, module, *argv, devices=1, pause_at=None):
+    name = f"spannorm_jax.{module}"
     return subprocess.Popen(
-        [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)],
-        env={**env, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
+        env={**env, "XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,7 +57,7 @@ def start(env, module, *argv, devices=1):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == code, out + err
     return out, err
 
@@ -62,15 +66,13 @@ def train(env, workdir, *overrides, code=0):
     return finish(start(env, "train", *TINY, "--workdir", workdir, *overrides), code)
 
 
-def signal_at(process, text, number):
-    """Sends a signal as soon as a line of output starts with `text`, and returns what was read."""
-    read = []
-    for line in process.stdout:
-        read.append(line)
-        if line.startswith(text):
-            process.send_signal(number)
-            return "".join(read)
-    raise AssertionError(f"no line {text!r} in {''.join(read)} {process.stderr.read()}")
+def train_until(env, workdir, text, number, *overrides):
+    """A training process that gets a signal at the moment when it has printed a line that starts with `text`."""
+    process = start(env, "train", *TINY, "--workdir", workdir, *overrides, pause_at=text)
+    paused(process)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    return process
 
 
 def metrics(workdir):
@@ -126,9 +128,8 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
 def test_the_held_out_loss_of_training_is_that_of_evaluation_also_over_a_kill(env, unbroken, tmp_path):
     workdir = tmp_path / "evaluated"
     often = ("--config.eval.every_steps=9", "--config.metrics.log_every=6")
-    process = start(env, "train", *TINY, "--workdir", workdir, *often, "--config.metrics.log_every=1")
-    signal_at(process, "step 20/", signal.SIGKILL)
-    process.communicate(timeout=60)
+    process = train_until(env, workdir, "step 20/", signal.SIGKILL, *often, "--config.metrics.log_every=1")
+    process.communicate(timeout=LIMIT_S)
     train(env, workdir, *often)  # which may change when a run goes on, as its metrics do
     lines = {line["step"]: line for line in metrics(workdir)}
     held_out = {step: line["held_out_loss"] for step, line in lines.items() if "held_out_loss" in line}
@@ -196,9 +197,8 @@ def test_the_newest_checkpoints_are_kept(unbroken):
 def test_killed_and_started_again_ends_bitwise_the_same(env, unbroken, tmp_path):
     workdir = tmp_path / "killed"
     for text in ("step 3/", "step 16/", "step 29/"):  # before the first checkpoint, then between two
-        process = start(env, "train", *TINY, "--workdir", workdir)
-        signal_at(process, text, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process = train_until(env, workdir, text, signal.SIGKILL)
+        process.communicate(timeout=LIMIT_S)
         assert process.returncode == -signal.SIGKILL and not (workdir / "DONE").exists()
     with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 30, "lo')  # what a crash in the middle of a write leaves
@@ -211,9 +211,7 @@ def test_killed_and_started_again_ends_bitwise_the_same(env, unbroken, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_saves_and_the_same_command_goes_on(env, unbroken, tmp_path, number):
     workdir = tmp_path / "stopped"
-    process = start(env, "train", *TINY, "--workdir", workdir)
-    signal_at(process, "step 10/", number)
-    out, err = finish(process)
+    out, err = finish(train_until(env, workdir, "step 10/", number))
     assert "the same command goes on" in out and "Traceback" not in err
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved >= 10 and f"saved at step {saved}" in out and not (workdir / "DONE").exists()

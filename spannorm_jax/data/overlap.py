@@ -16,8 +16,8 @@ def shared_examples(data: DataConfig) -> int:
     Raises:
       UserError: TFDS is asked and the dataset cannot be opened (see `tfds_text.open_dataset`).
     """
-    train, held_out = _names(data.train_split), _names(data.eval_split)
-    if train.isdisjoint(held_out) and "all" not in train | held_out:
+    names, other_names = _names(data.train_split), _names(data.eval_split)
+    if names.isdisjoint(other_names) and "all" not in names | other_names:
         return 0
     from spannorm_jax.data import tfds_text
 

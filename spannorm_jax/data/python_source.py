@@ -64,7 +64,7 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
                 yield path if copies[path] == 1 else f"{path}#{copies[path]}", {"text": text, "path": path}
 
 
-class SysPathSource(PythonSource, skip_registration=True):
+class SysPathSource(PythonSource, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
     """The same for the files on sys.path.
 
     A class of its own, since TFDS reads the names of all of a builder's configs whenever it opens

@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class _Source:
         self._data = data
 
     @functools.cached_property
-    def _builder(self):
+    def _builder(self) -> Any:
         from spannorm_jax.data import tfds_text
 
         return tfds_text.open_dataset(self._data)
@@ -123,6 +124,8 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
         else:
             _build(path, source.texts(split), tokenizer, facts)
         store = _read(path, data.verify_mib)
+        if store is None:
+            raise UserError(f"{path} was removed as soon as it was made; repeat the command")
     return store
 
 
@@ -276,7 +279,7 @@ def _read(path: Path, verify_mib: int) -> TokenStore | None:
         print(
             f"only the size of {path / _TOKENS} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr
         )
-    elif hashlib.sha256(tokens).hexdigest() != meta["sha256"]:
+    elif hashlib.sha256(tokens.data).hexdigest() != meta["sha256"]:
         raise UserError(f"{path / _TOKENS} is damaged: it has not the hash in its {_META}; {remedy}")
     return TokenStore(path=path, tokens=tokens, **meta)
 

@@ -57,7 +57,7 @@ def evaluate(
             trained = restore(config, mesh)
             loss_sums = make_evaluate(config, trained.model, mesh)
             result = held_out(config, mesh, loss_sums, data, trained.params)
-    line = {"step": trained.step} | result
+    line: dict[str, Any] = {"step": trained.step, **result}
     line |= {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
     if data.eval_overlap:
         line["eval_overlap"] = data.eval_overlap

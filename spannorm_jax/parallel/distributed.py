@@ -20,10 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
 
@@ -93,7 +97,10 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
         return None
     job, step, nodes, num_tasks, process_id = (env[name] for name in names)
     # The first of node001,other or node[001-004,007],other; one port for each job and step.
-    first = re.match(r"[^,\[]+(\[[^,\-\]]+)?", nodes)[0].replace("[", "")
+    found = re.match(r"[^,\[]+(\[[^,\-\]]+)?", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r} begins with no host; give --coordinator and its companions")
+    first = found[0].replace("[", "")
     port = 61440 + (int(job) + 97 * int(step)) % 4096
     # Several tasks on a host take an accelerator each, unless Slurm already shows each its own alone.
     several = int(num_tasks) > int(env.get("SLURM_STEP_NUM_NODES", num_tasks))
@@ -110,25 +117,24 @@ def start(flags: Flags, platform: str) -> None:
         process does not come in time, this one ends with such a line and code 2.
     """
     place = find(flags, os.environ)
-    times = {
-        "initialization_timeout": flags.start_timeout_s,
-        "heartbeat_timeout_seconds": flags.heartbeat_s,
-        "shutdown_timeout_seconds": flags.heartbeat_s,
-    }
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=flags.heartbeat_s,
+        shutdown_timeout_seconds=flags.heartbeat_s,
+    )
     if place is not None:
         if place.process_id:
             _wait_for(place, flags.start_timeout_s)
-        # JAX would abort a process whose time is up, without an error to catch.
-        times["initialization_timeout"] += 60
         try:
             with _all_within(flags.start_timeout_s, place):
-                jax.distributed.initialize(
+                initialize(
                     place.coordinator,
                     place.num_processes,
                     place.process_id,
                     place.local_devices,
                     cluster_detection_method="deactivate",
-                    **times,
+                    # More than ours: JAX would abort a process whose time is up, without an error to catch.
+                    initialization_timeout=flags.start_timeout_s + 60,
                 )
         except RuntimeError as error:
             raise UserError(
@@ -137,7 +143,7 @@ def start(flags: Flags, platform: str) -> None:
             ) from error
     elif platform in ("auto", "tpu") and _on_tpu():
         with contextlib.suppress(ValueError):  # JAX finds no pod: one host
-            jax.distributed.initialize(**times)
+            initialize(initialization_timeout=flags.start_timeout_s)
 
 
 def _on_tpu() -> bool:
@@ -285,7 +291,10 @@ def from_first(fn: Callable[[], T]) -> T:
 
 
 def check_devices() -> None:
-    """Raises a UserError on all processes if two have unlike numbers of devices, of which no mesh can be made."""
+    """Raises a UserError on all processes if two have unlike numbers of devices, of which no mesh can be made.
+
+    The devices of all processes are connected then.
+    """
     if jax.process_count() == 1:
         return
 
@@ -299,6 +308,21 @@ def check_devices() -> None:
         )
 
     _judged(f"devices{next(_calls)}", jax.local_device_count(), judge)
+    if jax.default_backend() == "cpu":
+        _connect()
+
+
+def _connect() -> None:
+    """Does a first collective among all devices while all processes are here.
+
+    Gloo, which connects processes without accelerators, gives up if one comes to the first 30 s after another, as they
+    may once each has compiled a step on a busy machine. What is connected waits for as long as it takes.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    ones = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec("devices")), lambda index: np.ones(1, np.float32)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones))
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

@@ -59,8 +59,8 @@ def stop_signals() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, previous in usual.items():
-            signal.signal(number, previous)
+        for n, previous in usual.items():
+            signal.signal(n, previous)
 
 
 def _leave(code: int) -> NoReturn:

@@ -50,7 +50,7 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
       UserError: the platform is absent here, or the other processes cannot be reached.
     """
     fix_numerics()
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         with contextlib.suppress(UserError):  # without a home there is no cache, and none is needed
             # One folder per kind of host: a home shared by unlike machines must not mix their CPU code.
             host = hashlib.sha256(cpu_features().encode()).hexdigest()[:8]

@@ -151,8 +151,16 @@ def _walk(module: _Module, computation: str, count: int, branch: tuple[int, ...]
             yield from _walk(module, _called(made, "calls|to_apply"), count, branch)
 
 
+def _found(pattern: str, made: _Instruction) -> str:
+    """The first group of a pattern that an instruction's attributes must hold."""
+    match = re.search(pattern, made.attributes)
+    if match is None:
+        raise ValueError(f"{made.name} is written in an unknown way: {pattern} is not in {made.attributes[:100]!r}")
+    return match[1]
+
+
 def _called(made: _Instruction, key: str) -> str:
-    return re.search(rf"\b(?:{key})=%([\w.\-]+)", made.attributes)[1]
+    return _found(rf"\b(?:{key})=%([\w.\-]+)", made)
 
 
 def _branches(made: _Instruction) -> list[str]:
@@ -172,7 +180,7 @@ def _of(
     branch: tuple[int, ...],
 ) -> Iterator[Collective]:
     if kind == "collective_permute":
-        pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", _pairs(start))]
+        pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", _pairs(start))]
         group = _longest_chain(pairs)
         moved = float(group > 1)
     else:
@@ -188,7 +196,7 @@ def _of(
 
 
 def _pairs(start: _Instruction) -> str:
-    return re.search(r"source_target_pairs=(\{(?:\{[\d,]*\},?)*\})", start.attributes)[1]
+    return _found(r"source_target_pairs=(\{(?:\{[\d,]*\},?)*\})", start)
 
 
 def _longest_chain(pairs: list[tuple[int, int]]) -> int:
@@ -196,7 +204,8 @@ def _longest_chain(pairs: list[tuple[int, int]]) -> int:
     following = {a: b for a, b in pairs if a != b}
     longest = 1
     for first in following:
-        device, length = following[first], 1
+        device: int | None = following[first]
+        length = 1
         while device != first and device is not None:
             device, length = following.get(device), length + 1
         longest = max(longest, length)

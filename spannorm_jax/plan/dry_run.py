@@ -218,7 +218,7 @@ def _traffic(needs: Needs) -> list[str]:
         lines += _rows([found for found in needs.collectives if found.branch == branch])
     if not needs.collectives:
         return [*lines, "  none"]
-    places = Counter()
+    places: Counter[tuple[str, str]] = Counter()
     always = [found for found in needs.collectives if not found.branch]
     for one in always:
         places[one.kind.replace("_", "-"), _place(one.name)] += _received(one)
@@ -250,7 +250,8 @@ def _place(name: str) -> str:
 
 
 def _rows(found: list[Collective]) -> list[str]:
-    counts, sizes = Counter(), Counter()
+    counts: Counter[tuple[int, bool, int]] = Counter()
+    sizes: Counter[tuple[int, bool, int]] = Counter()
     for one in found:
         key = (KINDS.index(one.kind), one.sliced, one.group)
         counts[key] += one.count

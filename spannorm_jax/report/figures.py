@@ -141,8 +141,9 @@ def _block_norms(run: Run, last: bool) -> tuple[int, dict[int, float]]:
     """(step, block -> log10 of its gradient norm) at the initial weights, or at the last record."""
     found: tuple[int, dict[int, float]] = (0, {})
     for line in run.metrics:
-        norms = [finite(n) for n in line.get("block_grad_norm") or ()]
-        if norms and None not in norms and (line["step"] > 1) == last:
+        recorded = [finite(n) for n in line.get("block_grad_norm") or ()]
+        norms = [n for n in recorded if n is not None]
+        if norms and len(norms) == len(recorded) and (line["step"] > 1) == last:
             logs = {i: math.log10(n) for i, n in enumerate(norms) if n > 0}
             found = (line["step"], logs)
     return found

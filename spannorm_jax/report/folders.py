@@ -199,6 +199,6 @@ def find_runs(root: str | os.PathLike[str], passed_over: Callable[[str], None] =
     if not runs:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise UserError(f"no run below {root}: {foreign[0] + more if foreign else 'no folder holds a config.json'}")
-    for why in foreign:
-        passed_over(why)
+    for line in foreign:
+        passed_over(line)
     return runs

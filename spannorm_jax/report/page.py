@@ -8,7 +8,7 @@ Reads run folders only. The same folders always give the same bytes.
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def _definitions(names: Sequence[str]) -> str:
     return "".join(f"<dt>{escape(n)}</dt><dd>{_DEFINITIONS[n]}</dd>" for n in names)
 
 
-def _facts(items: dict[str, object]) -> str:
+def _facts(items: Mapping[str, object]) -> str:
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in items.items())
 
 

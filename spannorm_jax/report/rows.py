@@ -59,7 +59,8 @@ def train_loss(run: Run) -> float | None:
     """Mean loss over the last 10% of the steps taken (at least the last one), in nats per token."""
     first = (1 - FINAL_FRACTION) * run.last_step
     losses = [finite(line.get("loss")) for line in run.metrics if line["step"] > first + 1e-6]
-    return None if not losses or None in losses else math.fsum(losses) / len(losses)
+    numbers = [loss for loss in losses if loss is not None]
+    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(losses) else None
 
 
 def held_out(run: Run) -> dict[str, Any] | None:
@@ -99,8 +100,8 @@ def outcome(run: Run) -> Outcome:
 def summarise(run: Run) -> Row:
     """The run's numbers, as `Row` defines them."""
     ended = outcome(run)
-    speeds = [finite(m.get("tokens_per_s")) for m in run.metrics if m["step"] > WARMUP_STEPS]
-    speeds = [s for s in speeds if s is not None]
+    recorded = [finite(m.get("tokens_per_s")) for m in run.metrics if m["step"] > WARMUP_STEPS]
+    speeds = [s for s in recorded if s is not None]
     evaluation = held_out(run)
     return Row(
         placement=run.placement,
@@ -212,11 +213,14 @@ def over_seeds(rows: Sequence[Row]) -> list[Group]:
     """Groups rows that differ in nothing but the seed, ordered by placement and initialisation."""
     differing = differing_keys([row.run for row in rows])
     differing = {key: texts for key, texts in differing.items() if not is_runtime(key)}
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
     for i, row in enumerate(rows):
         variant = tuple((key, texts[i].strip('"')) for key, texts in differing.items())
         groups.setdefault((row.placement, row.init, variant), []).append(row)
     placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
     inits = ranked((row.init for row in rows), INIT_ORDER)
-    made = [Group(*key, tuple(sorted(g, key=lambda r: r.seed))) for key, g in groups.items()]
+    made = [
+        Group(placement, init, variant, tuple(sorted(members, key=lambda r: r.seed)))
+        for (placement, init, variant), members in groups.items()
+    ]
     return sorted(made, key=lambda g: (placements.index(g.placement), inits.index(g.init), g.variant))

@@ -22,6 +22,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from spannorm_jax.config import CheckpointConfig
 from spannorm_jax.errors import UserError
@@ -30,8 +31,6 @@ from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
 from spannorm_jax.run.renamed import has_old_names, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
-
-policies = ocp.checkpoint_managers
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
 # that a reader's manager is read-only, and that parts were not joined, which `_seal` does and checks itself.
@@ -132,7 +131,7 @@ class Checkpoints:
 
     def newest_sound(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as they were saved, and what is wrong with each newer one."""
-        faults = []
+        faults: list[str] = []
         for step in reversed(self.steps()):
             found = self._fault(step)
             if found is None:
@@ -187,7 +186,8 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint, or it is not as it was saved.
         """
-        return tuple(distributed.from_first(lambda: self._find(step)))
+        found, faults = distributed.from_first(lambda: self._find(step))
+        return found, faults
 
     def _find(self, wanted: int | None) -> tuple[int, list[str]]:
         steps = self.steps()
@@ -197,7 +197,7 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder} holds no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}"
             )
-        faults = []
+        faults: list[str] = []
         for step in [wanted] if wanted is not None else steps[::-1]:
             if not self._hold(step):
                 continue

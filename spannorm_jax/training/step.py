@@ -97,7 +97,7 @@ def router_losses(config: Config, stats: Stats) -> dict[str, Array]:
 
 def gradients(
     config: Config, model: ModelDef, params: Any, tokens_BxT1: Array, num_chunks: int
-) -> tuple[Any, dict[str, Array]]:
+) -> tuple[Any, dict[str, Any]]:
     """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch.
 
     The load-balance loss is not linear in the batch: with microbatches it is the mean of theirs.

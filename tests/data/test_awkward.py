@@ -8,6 +8,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 from nested import prepare_nested, texts
+from processes import LIMIT_S
 
 from spannorm_jax import evaluate, train
 from spannorm_jax.command import run_command
@@ -138,7 +139,7 @@ from spannorm_jax.data.overlap import shared_examples
 print(shared_examples(DataConfig()), shared_examples(DataConfig(train_split='train[:9%]', eval_split='test[:9%]+val')))
 print('tensorflow_datasets' in sys.modules)
 """
-    assert start_python(code).communicate(timeout=60) == ("0 0\nFalse\n", "")
+    assert start_python(code).communicate(timeout=LIMIT_S) == ("0 0\nFalse\n", "")
 
 
 @pytest.mark.parametrize(("eval_split", "shared"), [("train[80%:]", 8), ("validation", 0)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from processes import LIMIT_S
 from tiny_lines import TINY_TEST, TINY_TRAIN
 
 from spannorm_jax.config import DataConfig
@@ -136,7 +137,7 @@ text = "".join(random.Random(0).choices("ACGT", k=1_000_000)).encode()
 tokenizer = bpe.load(bpe.train([text], 8192, 0), 8192)
 print(tokenizer.decode(tokenizer.encode(text)).encode() == text)
 """
-    assert start_python(code).communicate(timeout=300)[0] == "True\n"
+    assert start_python(code).communicate(timeout=LIMIT_S)[0] == "True\n"
 
 
 def test_ordinary_text_gives_the_tokenizer_that_unbounded_runs_give():
@@ -193,7 +194,7 @@ run_command(prepare.main)
             break
         assert "training the tokenizer" in line, line + process.stderr.read()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted" and "Traceback" not in err and out == ""
     assert not [path for path in Path(tiny.cache_dir).rglob("*") if path.is_file() or "incomplete" in path.name]
@@ -255,4 +256,4 @@ data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1
 open_store(data, 'train'), open_tokenizer(data)
 assert 'tokenizers' not in sys.modules
 """
-    assert start_python(code, tiny.data_dir, tiny.cache_dir).communicate(timeout=60) == ("", "")
+    assert start_python(code, tiny.data_dir, tiny.cache_dir).communicate(timeout=LIMIT_S) == ("", "")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from processes import LIMIT_S
 
 from spannorm_jax.data import python_source, stdlib_files
 from spannorm_jax.errors import UserError
@@ -99,7 +100,7 @@ from spannorm_jax.data import python_source
 python_source.prepare(Path(sys.argv[1]))
 """
     both = [start_python(code, tmp_path) for _ in range(2)]
-    assert [(p.communicate(timeout=60), p.returncode) for p in both] == [(("", ""), 0)] * 2
+    assert [(p.communicate(timeout=LIMIT_S), p.returncode) for p in both] == [(("", ""), 0)] * 2
     assert [p.name for p in (tmp_path / "python_source").iterdir()] == [stdlib_files.config_name()]
     again = tfds.builder("python_source", data_dir=tmp_path)
     for split in ("train", "validation"):
@@ -116,7 +117,7 @@ import spannorm_jax.data.python_source
 assert stdlib_files.content_hash.cache_info().misses == 0
 """
     process = start_python(code)
-    assert process.communicate(timeout=60) == ("", "")
+    assert process.communicate(timeout=LIMIT_S) == ("", "")
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path):

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from processes import LIMIT_S
 
 from spannorm_jax.data import shards, tokens
 from spannorm_jax.data.tokens import open_store, write_shard
@@ -62,7 +63,7 @@ def test_a_killed_shard_is_made_again(tiny, tmp_path, start_python):
     expected = content(open_store(dataclasses.replace(tiny, cache_dir=str(tmp_path / "once")), "train").path)
     write_shard(tiny, "train", (0, 3))
     killed = start_python(MAKE, tiny.data_dir, tiny.cache_dir, 1, "die")
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=LIMIT_S)
     assert killed.returncode == -9
     assert list(Path(tiny.cache_dir).rglob(".incomplete-*/tokens.bin")), "the kill came too early to test anything"
     assert write_shard(tiny, "train", (2, 3)) == [1]
@@ -73,7 +74,7 @@ def test_a_killed_shard_is_made_again(tiny, tmp_path, start_python):
 def test_processes_at_the_same_time(tiny, tmp_path, start_python):
     expected = content(open_store(dataclasses.replace(tiny, cache_dir=str(tmp_path / "once")), "train").path)
     processes = [start_python(MAKE, tiny.data_dir, tiny.cache_dir, i, "live") for i in (0, 1, 2, 2)]
-    results = [(*p.communicate(timeout=60), p.returncode) for p in processes]
+    results = [(*p.communicate(timeout=LIMIT_S), p.returncode) for p in processes]
     assert all(err == "" and code == 0 for _, err, code in results), results
     assert "[]\n" in [out for out, _, _ in results]
     store = open_store(tiny, "train")

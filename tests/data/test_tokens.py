@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import LIMIT_S
 from tiny_lines import TINY_TEST, TINY_TRAIN, prepare_tiny
 
 from spannorm_jax.config import DataConfig
@@ -80,7 +81,7 @@ store = open_store(DataConfig(data_dir=sys.argv[1], cache_dir=sys.argv[2]), 'tra
 print(store.sha256, 'tensorflow_datasets' in sys.modules)
 """
     process = start_python(code, source_data.data_dir, source_data.cache_dir)
-    assert process.communicate(timeout=60) == (f"{expected} False\n", "")
+    assert process.communicate(timeout=LIMIT_S) == (f"{expected} False\n", "")
 
 
 def test_the_default_cache_follows_xdg(tiny, tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1
 print(open_store(data, 'train').sha256)
 """
     both = [start_python(code, tiny.data_dir, tiny.cache_dir) for _ in range(2)]
-    outputs = [p.communicate(timeout=60) for p in both]
+    outputs = [p.communicate(timeout=LIMIT_S) for p in both]
     store = open_store(tiny, "train")
     assert outputs == [(store.sha256 + "\n", "")] * 2
     assert [p.name for p in store.path.parent.iterdir()] == ["train"]
@@ -132,7 +133,7 @@ data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1
 open_store(data, 'train')
 """
     process = start_python(code, tiny.data_dir, tiny.cache_dir)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_S)
     assert process.returncode == -9
     assert list(Path(tiny.cache_dir).rglob("tokens.bin")), "the kill came too early to test anything"
     assert open_store(tiny, "train").num_docs == len(TINY_TRAIN)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import LIMIT_S, paused, pausing, xla_flags
 
 import spannorm_jax
+
+pytestmark = pytest.mark.process
 
 STEPS = 12
 TINY = (
@@ -51,10 +54,11 @@ def env(tmp_path_factory):
     }
 
 
-def start(env, module, *argv, devices=4, cwd=ROOT):
+def start(env, module, *argv, devices=4, cwd=ROOT, pause_at=None):
+    name = f"spannorm_jax.{module}"
     return subprocess.Popen(
-        [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)],
-        env={**env, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
+        env={**env, "XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,12 +72,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_two(env, module, *argv, second=None, heartbeat_s=10, devices=4):
-    """Two processes with the same arguments; `second`: (more arguments, other keywords) of process 1."""
-    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", heartbeat_s)
+def start_two(env, module, *argv, second=None, devices=4, pause_at=None):
+    """Two processes with the same arguments; `second`: (more arguments, other keywords) of process 1.
+
+    `pause_at`: the beginning of the line at which process 0 stops itself.
+    """
+    # On a busy machine a process may be silent for long: no test waits for the heartbeat.
+    flags = ("--coordinator", f"localhost:{free_port()}", "--num_processes", 2, "--heartbeat_s", LIMIT_S)
     others, keywords = second or ((), {})
     return (
-        start(env, module, *argv, *flags, "--process_id", 0, devices=devices),
+        start(env, module, *argv, *flags, "--process_id", 0, devices=devices, pause_at=pause_at),
         start(env, module, *argv, *others, *flags, "--process_id", 1, **{"devices": devices} | keywords),
     )
 
@@ -84,7 +92,11 @@ def finish(processes, codes):
     def ours(text):
         return "".join(line for line in text.splitlines(True) if not re.search(r"Gloo|Rank|peer|^[\s:\d]*$", line))
 
-    out = [tuple(ours(text) for text in process.communicate(timeout=120)) for process in processes]
+    try:
+        out = [tuple(ours(text) for text in process.communicate(timeout=LIMIT_S)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # if it hangs
     assert tuple(p.returncode for p in processes) == codes, out
     return out
 
@@ -180,10 +192,11 @@ def test_a_signal_to_one_stops_both_at_the_same_step(env, two, tmp_path, number,
 
 def test_both_go_on_where_they_stopped(env, one, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_two(env, "train", *TINY, *EXPERTS, "--workdir", workdir)
-    until(processes[0], "step 7/")  # the save of step 6 has waited for that of step 3
-    for process in processes:
+    processes = start_two(env, "train", *TINY, *EXPERTS, "--workdir", workdir, pause_at="step 7/")
+    paused(processes[0])  # the save of step 6 has waited for that of step 3
+    for process in processes[::-1]:
         process.kill()
+        process.wait()
     finish(processes, (-9, -9))
     (out, _), _ = run_two(env, "train", *TINY, *EXPERTS, "--workdir", workdir)
     assert re.search("continuing after step [36]", out)
@@ -196,24 +209,30 @@ def test_a_dead_process_ends_the_other(env, two, tmp_path, dead):
     until(processes[0], "step 3/")
     processes[dead].kill()
     survivor = processes[1 - dead]
-    _, err = survivor.communicate(timeout=30)  # the heartbeat is 10 s
+    _, err = survivor.communicate(timeout=LIMIT_S // 2)  # a connection that breaks tells it, not the heartbeat
     # Whichever notices first: our step, or JAX's connection to process 0, which aborts in C++.
     assert survivor.returncode in (5, -signal.SIGABRT)
     assert "lost another process" in err or "another task died" in err
 
 
 def test_the_watchdog_ends_a_process_that_waits_for_one_that_is_stopped(env, two, tmp_path):
-    overrides = (*ENDLESS, "--config.training.watchdog_minutes=0.2")  # below the 30 s after which gloo gives up
-    processes = start_two(env, "train", *overrides, "--workdir", tmp_path / "run", heartbeat_s=100, devices=1)
+    # What the watchdog would have to wait for on a busy machine, compiling, is done before it is there.
+    processes = start_two(env, "train", *ENDLESS, "--workdir", tmp_path / "compiles", devices=1)
+    until(processes[0], "step 3/")
+    for process in processes:
+        process.kill()
+        process.communicate()
+    overrides = (*ENDLESS, "--config.training.watchdog_minutes=1")
+    processes = start_two(env, "train", *overrides, "--workdir", tmp_path / "run", devices=1)
     until(processes[0], "step 3/")
     processes[1].send_signal(signal.SIGSTOP)
     try:
-        _, err = processes[0].communicate(timeout=60)
+        _, err = processes[0].communicate(timeout=LIMIT_S // 2)  # before the heartbeat ends it
     finally:
         processes[1].kill()
         processes[1].communicate()
     assert processes[0].returncode == 4
-    assert "training.watchdog_minutes: nothing since step" in err and "0.2 minutes ago" in err
+    assert "training.watchdog_minutes: nothing since step" in err and "1 minutes ago" in err
     assert "most recent call first" in err and "loop.py" in err  # the stacks
 
 

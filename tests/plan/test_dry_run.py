@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from processes import LIMIT_S
 
 import spannorm_jax
 from spannorm_jax.config import replace, resolve
@@ -126,7 +127,7 @@ def test_the_command(tmp_path):
     command += [f"--config={CONFIGS}/moe.py:depth=1,width=32", "--workdir=run", "--config.mesh.expert=4"]
     command += ["--config.training.batch_size=16", "--config.data.dataset=no_such_dataset"]
     env = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
     for said in (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import LIMIT_S
 from run_folders import ENTROPY, STEPS, summary, write_eval, write_run
 
 from spannorm_jax.errors import UserError
@@ -311,6 +312,6 @@ def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_librar
         "assert not {'matplotlib', 'jax', 'flax'} & set(sys.modules)\n"
         f"sys.argv[1:] = [{str(tmp_path / 'missing')!r}]; run_command(main)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "missing" in done.stderr

@@ -1,0 +1,50 @@
+"""What tests of whole processes share: a limit for those that hang, and a moment that waits until a test has acted."""
+
+import os
+import subprocess
+import sys
+
+LIMIT_S = 600  # for one process; only one that hangs takes so long, however busy the machine is
+
+
+def xla_flags(devices: int) -> str:
+    """So many fake devices. On a busy machine their threads take long to meet in a collective; XLA allows 40 s."""
+    limit = f"--xla_cpu_collective_call_terminate_timeout_seconds={2 * LIMIT_S}"
+    return f"--xla_force_host_platform_device_count={devices} {limit}"
+
+
+PAUSING = """
+import io, os, runpy, signal, sys
+text, module = sys.argv[1:3]
+del sys.argv[1:3]
+
+class Pausing(io.TextIOWrapper):
+    begun = ""
+
+    def write(self, said):
+        count = super().write(said)
+        *lines, self.begun = (self.begun + said).split("\\n")
+        if any(line.startswith(text) for line in lines):
+            self.flush()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return count
+
+sys.stdout = Pausing(sys.stdout.buffer, encoding="utf-8", line_buffering=True)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def pausing(text: str, module: str) -> list[str]:
+    """The beginning of a command line: like `python -m module`, but it stops itself once it has printed such a line.
+
+    Whoever reads the line and then sends a signal may do so when the run has ended, on a busy machine.
+    """
+    return [sys.executable, "-c", PAUSING, text, module]
+
+
+def paused(process: subprocess.Popen[str]) -> None:
+    """Returns when the process has stopped itself; SIGCONT makes it go on."""
+    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert state is not None
+    if state.si_code != os.CLD_STOPPED:
+        raise AssertionError(f"it ended before that: {process.communicate()}")
