@@ -25,9 +25,9 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What each tier holds:
-#   test-quick    the model, the train step, bad input: while working
-#   test          everything within the tests' own process, and short commands: before a commit
+# What each tier holds, and the seconds of CPU time that it took once the tests' compiled programs were cached:
+#   test-quick    the model, the train step, bad input (220)
+#   test          everything within the tests' own process, and short commands (470)
 #   test-process  runs of whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
 #   test-slow     test-process, the whole fault campaign, and the commands of experiments/launch/README.md
 test: lint
