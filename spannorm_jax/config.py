@@ -111,7 +111,7 @@ class CheckpointConfig:
 class EvalConfig:
     tokens: int = 131072  # predictions on the held-out split, evenly spread over it; 0: all of it
     batch_size: int = 16  # sequences a step
-    every_steps: int = 0  # updates between held-out losses in training, the last one included; 0: none
+    every_steps: int = 0  # updates between held-out losses in training, and one at its end; 0: none
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class NoWriter:
 
 
 def open_writer(config: Config, workdir: Path, last_step: int, wandb_run: Any = None) -> MetricsWriter | NoWriter:
-    """What writes the metrics of a run in `workdir` from the step after `last_step` on: process 0 alone does."""
+    """The writer of a run's metrics from the step after `last_step` on; process 0 alone writes."""
     if not distributed.is_first():
         return NoWriter()
     tensorboard = workdir / TENSORBOARD if config.metrics.tensorboard else None

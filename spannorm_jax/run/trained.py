@@ -1,4 +1,4 @@
-"""The way to a trained model: a run's checkpoint, its parameters alone, on the mesh that is here."""
+"""The way to a trained model: the parameters of a run's checkpoint, on the mesh that is here."""
 
 import contextlib
 import sys
@@ -29,12 +29,12 @@ class Trained:
 
 @contextlib.contextmanager
 def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, Mesh], Trained]]:
-    """Finds a run's checkpoint (None: the newest sound one) and yields what restores it, on all processes.
+    """Finds a checkpoint (None: the newest sound one) and yields a function that restores it.
 
     The checkpoint is held until the end of the context: a trainer at work does not remove it. Newer
     ones that are damaged are named on stderr, with what is done instead (`doing`, as in
-    "evaluating"). The function that is yielded takes the run's resolved config and a mesh that
-    divides its weights; it reads the parameters and nothing else.
+    "evaluating"). The function takes the run's resolved config and a mesh that divides its weights;
+    it reads the parameters and nothing else. Every process calls both.
 
     Raises:
       UserError: there is no such sound checkpoint, or it was removed where no lock could hold it.

@@ -11,7 +11,7 @@ from spannorm_jax.training.session import Session
 
 
 class Batches:
-    """The batches of `steps`, one a `next`, as often as there are steps; the one after it is read meanwhile.
+    """The batches of `steps`, one a `next`; the one after it is read while the device works.
 
     `abstract` is what each of them is: int32 (B, T + 1), with its sharding.
     """

@@ -1,4 +1,4 @@
-"""The loss on a fixed part of the held-out split: what evaluation reports, and training every few steps."""
+"""The loss on a fixed part of the held-out split, for evaluation and within training."""
 
 import math
 import sys
@@ -22,9 +22,9 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 def held_out(
     config: Config, mesh: Mesh, evaluate: Callable[[Any, Array, Array], dict[str, Array]], data: OpenData, params: Any
 ) -> dict[str, float]:
-    """Loss (nats a token), perplexity, bits per byte and accuracy over the fixed part of the held-out split.
+    """Loss (nats a token), perplexity, bits per byte and accuracy over that part of the split.
 
-    `evaluate` is `training.step.make_evaluate`'s, on `mesh`.
+    `evaluate` is what `training.step.make_evaluate` returns for the same config and mesh.
 
     Raises:
       UserError: no token of that part stands for text.
@@ -52,7 +52,7 @@ def held_out(
 
 
 def check_predicts_text(config: Config, data: OpenData) -> None:
-    """Raises UserError if no token of the fixed part stands for text; reads as far as the first that does."""
+    """Raises UserError if no token of that part stands for text; reads no further than it must."""
     if not any(num_bytes for _, _, num_bytes in _batches(config, data)):
         raise UserError(
             f"config key eval.tokens={config.eval.tokens} predicts no text, only ends of documents; write more, or 0"
@@ -60,6 +60,6 @@ def check_predicts_text(config: Config, data: OpenData) -> None:
 
 
 def _batches(config: Config, data: OpenData) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(tokens, weights) of `eval_batches`, and the bytes of text that the predicted tokens stand for."""
+    """The (tokens, weights) of `eval_batches`, and the bytes of text that its predictions make."""
     for tokens, weights in eval_batches(data.eval, config.data.seq_len, config.eval.tokens, config.eval.batch_size):
         yield tokens, weights, int(np.sum(data.tokenizer.token_bytes[tokens[:, 1:]] * weights))

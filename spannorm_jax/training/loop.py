@@ -30,12 +30,12 @@ from spannorm_jax.training.step_log import Diverged, Progress, StepLog
 
 
 def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Flags) -> int:
-    """Trains until `training.steps`, a signal, or a non-finite number; returns 0, `flags.stop_code`, or 3.
+    """Trains to `training.steps`, a signal or a non-finite number: 0, `flags.stop_code` or 3.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint.
     `flags.profile_steps` are traced by the profiler, as far as they are still to come. Of several
-    `processes`, process 0 writes the folder and the console; all of them read their own rows of each
-    batch and write their part of the checkpoints.
+    `processes`, process 0 writes the folder and the console. Each of them reads its own rows of a
+    batch and writes its part of the checkpoints.
 
     Raises:
       UserError: the config does not fit the devices, the data, the folder or the other processes;
@@ -124,7 +124,11 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
 
 
 def _open_folder(stack: ExitStack, session: Session) -> Any:
-    """Opens the run's folder on process 0, and returns wandb if it is asked for; the others must see that folder."""
+    """Opens the run's folder on process 0, and returns wandb there if it is asked for.
+
+    Raises:
+      UserError: process 0 cannot open the folder, or another process does not see it.
+    """
     config, workdir = session.config, session.workdir
     if distributed.is_first():
         wandb = wandb_log.load(config)
@@ -162,7 +166,11 @@ def _announce(session: Session) -> dict[str, Any]:
 
 
 def _first_state(session: Session, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The step to begin with and the state before it. Raises UserError if all checkpoints have gone bad."""
+    """The step to begin with, and the state before it.
+
+    Raises:
+      UserError: there are checkpoints, and none is sound.
+    """
     restored, faults = checkpoints.resume(session.workdir / run_folder.DAMAGED)
     for fault in faults:
         distributed.say(f"passed over a checkpoint: {fault}")

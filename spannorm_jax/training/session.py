@@ -41,7 +41,9 @@ class Session:
 
 
 def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
-    """Resolves the config against this machine's data, kernels and devices; compiles and writes nothing.
+    """Resolves the config against this machine's data, kernels and devices; compiles no step.
+
+    Token stores that are absent are built. Nothing is written into `workdir`.
 
     Raises:
       UserError: the data are not those asked for or leave nothing to predict, a kernel that is
@@ -72,7 +74,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
 
 
 def _kernels(config: Config) -> str:
-    """Names of the kernels that run here. Raises UserError if one that is asked for by name cannot."""
+    """Names the kernels that run here. Raises UserError if one asked for by name cannot."""
     found = {"attention": attention_for(config.model, config.data.seq_len)}
     if config.model.moe.num_experts:
         found["grouped matmul"] = grouped_matmul_for(config.model.moe.grouped_matmul)

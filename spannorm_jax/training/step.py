@@ -136,7 +136,7 @@ def gradients(
 
 
 def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
-    """Norms before clipping: of the whole gradient, of each block's (L,), and of each part's outside the blocks."""
+    """Norms before clipping: of the gradient, of each block's (L,), of each part outside blocks."""
 
     def squares(tree: Any, keep: int) -> Array:
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
@@ -192,8 +192,8 @@ def train_step(
 
 
 def router_metrics(stats: Stats) -> dict[str, Array]:
-    """Of each block with experts the largest load over the mean, the mean entropy (nats), and the assignments
-    beyond the capacity of `all_to_all`."""
+    """Of each block with experts: the largest load over the mean, the mean entropy (nats), and the
+    assignments beyond the capacity of `all_to_all`."""
     counts = stats["counts"]
     return OrderedDict(
         expert_load_max=jnp.max(counts, axis=-1) / jnp.mean(counts, axis=-1),
@@ -263,7 +263,10 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
 
 
 def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Array, Array], dict[str, Array]]:
-    """`evaluate(params, tokens_BxT1, weights_BxT)` -> loss sums of `eval.batch_size` rows, jitted; donates nothing."""
+    """evaluate(params, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
+
+    It donates nothing.
+    """
     num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
     params_shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
     batch_sharding = sharding(mesh, ("batch", "time"))

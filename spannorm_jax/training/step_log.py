@@ -1,4 +1,4 @@
-"""A step's metrics on the host: its line of metrics.jsonl, its line on the console, and whether all is finite."""
+"""A step's metrics on the host: their line of metrics.jsonl, the line on the console."""
 
 import sys
 import time
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.parallel.devices import memory_bytes, peak_flops
@@ -35,9 +34,9 @@ def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_nonfinite(metrics: dict[str, dict[str, Any]]) -> str | None:
-    """Names what is not finite: the first block's gradient, else another part's, else the loss; None if all is well.
+    """Names what is not finite, in a train step's metrics on the host; None if all is well.
 
-    `metrics` are a train step's, on the host.
+    It is the first block's gradient, else that of another part, else the loss.
     """
     loss, grad_norm = metrics["scalars"]["loss"], metrics["scalars"]["grad_norm"]
     if np.isfinite(loss) and np.isfinite(grad_norm):
@@ -101,14 +100,17 @@ class StepLog:
         self._tokens = config.training.batch_size * config.data.seq_len
         self._flops = flops_per_token(session.model, config.data.seq_len) * self._tokens
         self._peak = peak_flops(self._device, config.metrics.peak_flops)
-        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._pending: tuple[int, dict[str, dict[str, Any]]] | None = None
         self._last_read = time.monotonic()
 
-    def dispatched(self, step: int, metrics: dict[str, Array]) -> None:
+    def dispatched(self, step: int, metrics: dict[str, dict[str, Any]]) -> None:
+        """Takes the metrics of a step that the device is still working on."""
         self._pending = (step, metrics)
 
     def read_previous(self, held_out: Callable[[], dict[str, float]] | None = None) -> None:
-        """Logs the pending step, with what `held_out` measures of the weights after it; its time is no step's.
+        """Logs the pending step, with what `held_out`, if given, measures of the weights after it.
+
+        The time of that measurement is no step's.
 
         Raises:
           Diverged: the step's loss or gradient is not finite; nothing is measured then.
