@@ -16,9 +16,9 @@ from spannorm_jax.errors import UserError, did_you_mean
 @dataclass(frozen=True)
 class MoEConfig:
     num_experts: int = 0  # routed experts of a Mixture-of-Experts feed-forward; 0: every feed-forward is dense
-    top_k: int = 2  # of them that a token goes to
+    top_k: int = 2  # routed experts per token
     expert_dim: int = 0  # hidden units of an expert; 0: model.ffn_dim
-    num_shared: int = 0  # experts more, of the same size, that every token goes to
+    num_shared: int = 0  # extra experts, of the same size, that see every token
     every: int = 1  # each n-th block has experts, the others a dense feed-forward
     first_dense: int = 0  # blocks at the start that are dense in any case
     scores: str = "softmax"  # softmax | sigmoid (each expert by itself)
@@ -28,7 +28,7 @@ class MoEConfig:
     bias_rate: float = 1e-3  # step of the selection bias; balance=bias only
     router_z_loss: float = 0.0  # weight of the router's log(Z)^2, summed over blocks
     expert_parallel: str = "auto"  # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
-    capacity: float = 1.5  # rows of all_to_all's buffers, over an even share; what overflows them takes the ring
+    capacity: float = 1.5  # all_to_all buffer size over an even share; a step that overflows takes the ring
     grouped_matmul: str = "auto"  # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
 
 

@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
 
 
 def unwritable(error: BaseException | None) -> str | None:
-    """Why an error, or what caused it, means that nothing more can be written; None if it is something else."""
+    """The reason if this error means that the disk cannot be written (full, read-only, ...), else None."""
     seen: set[int] = set()  # nothing keeps a chain of causes from being a ring
     while error is not None and id(error) not in seen:
         seen.add(id(error))

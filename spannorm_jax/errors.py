@@ -12,8 +12,8 @@ _LONGEST = 900  # characters of a line
 class UserError(Exception):
     """A mistake in what the user asked for.
 
-    The message is one line that says what was wrong, where, and what to write instead; of a very long one, which holds
-    a very long value, the beginning and the end. Everything else that goes wrong keeps its traceback.
+    The message is one line that says what was wrong, where, and what to write instead. Long messages are cut in the
+    middle. Everything else that goes wrong keeps its traceback.
     """
 
     def __init__(self, message: str):

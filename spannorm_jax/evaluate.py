@@ -11,7 +11,7 @@ from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import DIVERGED_EXIT
-from spannorm_jax.inference.evaluation import evaluate, here
+from spannorm_jax.inference.evaluation import evaluate, for_this_machine
 from spannorm_jax.parallel.distributed import is_first
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     add_flags(parser)
     args = parser.parse_args(rest)
     check_overridable(overrides, _OVERRIDABLE, "evaluation")
-    config = override(here(read_config(args.workdir)), overrides)
+    config = override(for_this_machine(read_config(args.workdir)), overrides)
     if args.out is None:
         out = args.workdir / EVAL
     else:

@@ -9,7 +9,7 @@ import sys
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, override, split_overrides
 from spannorm_jax.errors import visible
-from spannorm_jax.inference.evaluation import here
+from spannorm_jax.inference.evaluation import for_this_machine
 from spannorm_jax.inference.sampling import SampleOptions, check_options, sample
 from spannorm_jax.run.folder import read_config, run_folder_path
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     check_overridable(overrides, _OVERRIDABLE, "sampling")
     options = SampleOptions(args.max_tokens, args.temperature, args.top_k, args.seed, args.max_cache_mib)
     check_options(options)
-    config = override(here(read_config(args.workdir)), overrides)
+    config = override(for_this_machine(read_config(args.workdir)), overrides)
 
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from processes import LIMIT_S
 
-from spannorm_jax.parallel.distributed import Flags, Place, find
+from spannorm_jax.parallel.distributed import Flags, Place, find_place
 from spannorm_jax.train import parse
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
@@ -109,7 +109,7 @@ def test_the_jobset_starts_a_run_that_can_be():
     env = {e["name"]: e["value"] for e in container["env"]} | {"JOB_COMPLETION_INDEX": "3"}
     host = f"{manifest['metadata']['name']}-{workers['name']}-0-0.{manifest['metadata']['name']}"
     port = container["ports"][0]["containerPort"]
-    assert find(Flags(), env) == Place(f"{host}:{port}", 4, 3)
+    assert find_place(Flags(), env) == Place(f"{host}:{port}", 4, 3)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == 4
     # A failure policy of exit codes needs pods that are not restarted in place; it names the container.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0

@@ -16,7 +16,7 @@ from spannorm_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager
-def described(folder: Path) -> Iterator[None]:
+def naming_the_damaged_file(folder: Path) -> Iterator[None]:
     """Turns what TFDS raises over damaged metadata in `folder` into a UserError that names the file."""
     try:
         yield

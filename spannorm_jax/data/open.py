@@ -42,7 +42,7 @@ def open_data(config: Config) -> tuple[OpenData, Config]:
 def say_overlap(config: Config, data: OpenData) -> None:
     """Says if the held-out loss is of text that was trained on: legal, and easily overlooked."""
     if data.eval_overlap:
-        distributed.say(
+        distributed.print_once(
             f"config key data.eval_split={config.data.eval_split!r} shares {data.eval_overlap:,} examples with "
             f"data.train_split={config.data.train_split!r}: its loss is not held out",
             sys.stderr,

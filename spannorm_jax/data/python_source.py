@@ -108,5 +108,5 @@ def prepare(data_dir: Path, full_name: str = "") -> tfds.core.DatasetBuilder:
                 builder = (SysPathSource if of_path else PythonSource)(data_dir=temp)
                 builder.download_and_prepare(file_format="array_record")
             durable.publish(Path(builder.data_dir), target)
-    with damage.described(target):
+    with damage.naming_the_damaged_file(target):
         return tfds.builder_from_directory(target)

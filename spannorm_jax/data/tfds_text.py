@@ -64,7 +64,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
         raise UserError(f"config key {key}={asked!r}: {base!r} has no config {config!r}; {hint}")
     wanted = [p for p in prepared if {config, version} - {""} <= {*p.split("/")[1:]}]
     try:
-        with damage.described(root / wanted[-1] if wanted else root):
+        with damage.naming_the_damaged_file(root / wanted[-1] if wanted else root):
             builder = tfds.builder(str(name), data_dir=root) if wanted else None
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None

@@ -24,7 +24,7 @@ from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.step import make_evaluate
 
 
-def here(config: Config) -> Config:
+def for_this_machine(config: Config) -> Config:
     """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
     return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
 
@@ -50,7 +50,7 @@ def evaluate(
     if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
         _check_writable(out)
     with open_trained(workdir, step, "evaluating") as restore:
-        data, config, mesh = distributed.together(lambda: _match_machine(config))
+        data, config, mesh = distributed.run_on_all(lambda: _match_machine(config))
         check_agreement(config)
         say_overlap(config, data)
         with jax.set_mesh(mesh), in_step():

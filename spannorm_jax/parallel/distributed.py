@@ -1,11 +1,11 @@
 """Many processes: how they start, and what they agree on.
 
-A process finds its place (`find`) in the flags --coordinator, --num_processes and --process_id; else in the environment
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes sets in an
-Indexed Job); else in Slurm's; else on a TPU pod, where JAX asks the machine. With none of these it is alone.
+A process finds its place (`find_place`) in the flags --coordinator, --num_processes and --process_id; else in the
+environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes
+sets in an Indexed Job); else in Slurm's; else on a TPU pod, where JAX asks the machine. With none of these it is alone.
 
 The processes speak through JAX's coordination service, before and beside their collectives. Every process must call
-`together`, `from_first`, `check_devices` and `check_same` in the same order.
+`run_on_all`, `from_first`, `check_devices` and `check_same` in the same order.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Flags:
     heartbeat_s: int = 100
 
 
-def find(flags: Flags, env: Mapping[str, str]) -> Place | None:
+def find_place(flags: Flags, env: Mapping[str, str]) -> Place | None:
     """This process's place, from the flags or the environment; None if it is alone or only JAX can tell.
 
     Raises:
@@ -113,10 +113,11 @@ def start(flags: Flags, platform: str) -> None:
     """Joins this process with the others, if there are any. Call it before anything touches a device.
 
     Raises:
-      UserError: nothing listens at process 0's address in time, or the place makes no sense (see `find`). If another
-        process does not come in time, this one ends with such a line and code 2.
+      UserError: nothing listens at process 0's address in time, or the place makes no sense
+        (see `find_place`). If another process does not come in time, this one ends with such a line
+        and code 2.
     """
-    place = find(flags, os.environ)
+    place = find_place(flags, os.environ)
     initialize = partial(
         jax.distributed.initialize,
         heartbeat_timeout_seconds=flags.heartbeat_s,
@@ -200,7 +201,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def print_once(text: str, file: TextIO | None = None) -> None:
     """Prints a line, on process 0 alone."""
     if is_first():
         print(text, file=file, flush=True)
@@ -230,7 +231,7 @@ def _get(key: str) -> Any:
 
 
 def _judged(name: str, mine: Any, judge: Callable[[list[Any]], str]) -> None:
-    """Raises the UserError that process 0's `judge` makes of what all of them say, if any, on all processes."""
+    """Process 0 judges all answers; if it objects, every process raises the same UserError."""
     _put(f"{name}/{jax.process_index()}", mine)
     if is_first():
         _put(f"{name}/all", judge([_get(f"{name}/{i}") for i in range(jax.process_count())]))
@@ -238,7 +239,7 @@ def _judged(name: str, mine: Any, judge: Callable[[list[Any]], str]) -> None:
         raise UserError(verdict)
 
 
-def together(fn: Callable[[], T]) -> T:
+def run_on_all(fn: Callable[[], T]) -> T:
     """fn() on every process, on process 0 before the others, which may find what it made. All return, or all raise.
 
     Raises:
@@ -246,7 +247,7 @@ def together(fn: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return fn()
-    name, here = f"together{next(_calls)}", jax.process_index()
+    name, here = f"run_on_all{next(_calls)}", jax.process_index()
     try:
         if here and (failed := _get(f"{name}/first")):
             raise UserError(f"process 0 stopped: {failed}")

@@ -31,7 +31,7 @@ MAX_DEVICES = 2048  # what XLA has for CPUs in one process
 
 
 @dataclass(frozen=True)
-class Needs:
+class StepCost:
     """What one step takes. Memory is in bytes of one device.
 
     Attributes:
@@ -88,7 +88,7 @@ def _start_jax(num_devices: int) -> None:
         raise UserError(f"this process has {jax.device_count()} devices already; start another for {num_devices}")
 
 
-def measure(config: Config, mesh: Mesh) -> Needs:
+def measure(config: Config, mesh: Mesh) -> StepCost:
     """Compiles the step of a resolved config; `mesh` is of CPU devices, which are not used."""
     model, seq_len, batch_size = define(config.model), config.data.seq_len, config.training.batch_size
     began = time.monotonic()
@@ -103,7 +103,7 @@ def measure(config: Config, mesh: Mesh) -> Needs:
         activations = _activations(config, model, mesh)
     memory = compiled.memory_analysis()
     state = program.abstract_state
-    return Needs(
+    return StepCost(
         params=count_params(model),
         active_params=count_params(model, active=True),
         flops_per_token=flops_per_token(model, seq_len),
@@ -127,7 +127,7 @@ def _bytes_here(tree: Any) -> int:
 
 
 def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
-    """`Needs.activations`, from the shapes of what `jax.vjp` keeps; under the mesh."""
+    """`StepCost.activations`, from the shapes of what `jax.vjp` keeps; under the mesh."""
     rows = config.training.batch_size // config.training.num_microbatches
     num_chunks = num_loss_chunks(config, dict(mesh.shape), rows)
     params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
@@ -166,20 +166,20 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str)
     )
 
 
-def report(needs: Needs, shape: dict[str, int], kind: str | None) -> str:
+def report(cost: StepCost, shape: dict[str, int], kind: str | None) -> str:
     """The printed form, with shares of a device's memory and peak if `kind`, a key of DEVICE_KINDS, is given."""
     num_devices = math.prod(shape.values())
-    memory = _memory(needs, shape["tensor"], kind)
-    return "\n".join([*_flops(needs, num_devices, kind), "", *memory, "", *_traffic(needs)])
+    memory = _memory(cost, shape["tensor"], kind)
+    return "\n".join([*_flops(cost, num_devices, kind), "", *memory, "", *_traffic(cost)])
 
 
-def _flops(needs: Needs, num_devices: int, kind: str | None) -> list[str]:
-    step = needs.flops_per_token * needs.tokens
-    active = f"{needs.active_params:,} active" if needs.active_params != needs.params else "all active"
+def _flops(cost: StepCost, num_devices: int, kind: str | None) -> list[str]:
+    step = cost.flops_per_token * cost.tokens
+    active = f"{cost.active_params:,} active" if cost.active_params != cost.params else "all active"
     fastest = f", {step / num_devices / DEVICE_KINDS[kind].peak_flops:.3g} s at the peak of {kind}" if kind else ""
     return [
-        f"{needs.params:,} parameters ({active}), {needs.tokens:,} tokens a step; compiled in {needs.compile_s:.1f} s",
-        f"{_flop(needs.flops_per_token)} a token, {_flop(step)} a step, {_flop(step / num_devices)} a device{fastest}",
+        f"{cost.params:,} parameters ({active}), {cost.tokens:,} tokens a step; compiled in {cost.compile_s:.1f} s",
+        f"{_flop(cost.flops_per_token)} a token, {_flop(step)} a step, {_flop(step / num_devices)} a device{fastest}",
     ]
 
 
@@ -189,19 +189,19 @@ def _flop(count: float) -> str:
     return f"{count / size:.1f} {prefix}FLOP"
 
 
-def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
+def _memory(cost: StepCost, tensor: int, kind: str | None) -> list[str]:
     rows = [
-        ("parameters", needs.state["parameters"], "float32"),
-        ("optimiser", needs.state["optimizer"], "two moments, float32"),
-        ("gradients", needs.gradients, "float32"),
-        ("kept for backward", needs.activations, "what it keeps that grows with the batch"),
+        ("parameters", cost.state["parameters"], "float32"),
+        ("optimiser", cost.state["optimizer"], "two moments, float32"),
+        ("gradients", cost.gradients, "float32"),
+        ("kept for backward", cost.activations, "what it keeps that grows with the batch"),
     ]
     total = "about the least; what lives for a moment comes on top"
     if tensor > 1:
         total = "but mesh.tensor splits some of what is kept, which is counted whole"
     rows.append(("sum", sum(size for _, size, _ in rows), total))
-    plan = f"for a CPU: arguments {_size(needs.xla['arguments'])}, temporaries {_size(needs.xla['temporaries'])}"
-    rows.append(("XLA's plan", sum(needs.xla.values()), plan))
+    plan = f"for a CPU: arguments {_size(cost.xla['arguments'])}, temporaries {_size(cost.xla['temporaries'])}"
+    rows.append(("XLA's plan", sum(cost.xla.values()), plan))
     whole = f", and its share of {DEVICE_KINDS[kind].memory_gb} GB" if kind else ""
     lines = [f"memory of a device{whole} (GB: 10^9 bytes)"]
     for name, size, note in rows:
@@ -210,16 +210,16 @@ def _memory(needs: Needs, tensor: int, kind: str | None) -> list[str]:
     return lines
 
 
-def _traffic(needs: Needs) -> list[str]:
+def _traffic(cost: StepCost) -> list[str]:
     lines = [f"{'collectives of a step, received by a device':<46}{'arrays':>8}{'bytes':>12}"]
-    for branch in sorted({found.branch for found in needs.collectives}):
+    for branch in sorted({found.branch for found in cost.collectives}):
         if branch:
             lines.append(f" of a condition, if it takes branch {'.'.join(map(str, branch))}")
-        lines += _rows([found for found in needs.collectives if found.branch == branch])
-    if not needs.collectives:
+        lines += _rows([found for found in cost.collectives if found.branch == branch])
+    if not cost.collectives:
         return [*lines, "  none"]
     places: Counter[tuple[str, str]] = Counter()
-    always = [found for found in needs.collectives if not found.branch]
+    always = [found for found in cost.collectives if not found.branch]
     for one in always:
         places[one.kind.replace("_", "-"), _place(one.name)] += _received(one)
     all_sizes = _size(sum(places.values()))

@@ -42,7 +42,7 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
     with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
         found, faults = checkpoints.find(step)
         for fault in faults:  # stdout may be one JSON line
-            distributed.say(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
+            distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
         def restore(config: Config, mesh: Mesh) -> Trained:
             model = define(config.model)

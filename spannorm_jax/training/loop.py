@@ -46,16 +46,16 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
     distributed.check_devices()
     full_name = distributed.from_first(lambda: run_folder.data_opened_as(workdir, config))
     config = replace(config, data__full_name=full_name)
-    session = distributed.together(lambda: match_machine(config, workdir, flags))
+    session = distributed.run_on_all(lambda: match_machine(config, workdir, flags))
     config, program, steps = session.config, session.program, session.config.training.steps
     check_steps(flags.profile_steps, steps)
     check_agreement(config)
     first_process = distributed.is_first()
     with ExitStack() as opened:
-        wandb = distributed.together(lambda: _open_folder(opened, session))
+        wandb = distributed.run_on_all(lambda: _open_folder(opened, session))
         stop = opened.enter_context(stop_signals())
         if distributed.from_first((workdir / run_folder.DONE).exists):
-            distributed.say(f"{workdir} is done already (step {steps})")
+            distributed.print_once(f"{workdir} is done already (step {steps})")
             return 0
         start = _announce(session)
 
@@ -81,8 +81,10 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
             # ---- steps
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract).compile()
-            distributed.say(f"compiled in {time.monotonic() - began:.1f} s")
+            distributed.print_once(f"compiled in {time.monotonic() - began:.1f} s")
             watchdog.alive("the step was compiled")
+            # Gloo gives the processes 30 s to meet in a first collective: none may still be compiling then.
+            distributed.run_on_all(lambda: None)
             progress = Progress(steps, config.metrics.console_every_s, silent=not first_process)
             log = StepLog(session, writer, progress)
             eval_every = config.eval.every_steps
@@ -109,7 +111,9 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
                     if stopped_by and step < steps:
                         progress.end_line()
                         checkpoints.wait()
-                        distributed.say(f"stopped by {stopped_by}, saved at step {step}; the same command goes on")
+                        distributed.print_once(
+                            f"stopped by {stopped_by}, saved at step {step}; the same command goes on"
+                        )
                         return flags.stop_code
                 checkpoints.wait()
             except Diverged as diverged:
@@ -119,7 +123,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
                 return DIVERGED_EXIT
         if first_process:
             write_json(workdir / run_folder.DONE, {"step": steps})
-        distributed.say(f"done: {workdir}")
+        distributed.print_once(f"done: {workdir}")
         return 0
 
 
@@ -153,7 +157,7 @@ def _announce(session: Session) -> dict[str, Any]:
     start = start_record("spannorm_jax.train", session.flags.argv, data, facts)
     active = f"{facts['active_params']:,} active" if config.model.moe.num_experts else "all active"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    distributed.say(
+    distributed.print_once(
         f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
         f"{facts['num_params']:,} parameters ({active}), {facts['flops_per_token'] / 1e6:,.1f} MFLOP a token\n"
         f"{start['num_devices']} x {start['device']}{processes}, mesh {facts['mesh']}, compute {config.model.dtype}, "
@@ -173,11 +177,11 @@ def _first_state(session: Session, checkpoints: Checkpoints) -> tuple[int, Train
     """
     restored, faults = checkpoints.resume(session.workdir / run_folder.DAMAGED)
     for fault in faults:
-        distributed.say(f"passed over a checkpoint: {fault}")
+        distributed.print_once(f"passed over a checkpoint: {fault}")
     if restored is None:
         return 1, session.program.init(session.config.seed)
     state = checkpoints.restore(restored, session.program.abstract_state)
-    distributed.say(f"continuing after step {restored}")
+    distributed.print_once(f"continuing after step {restored}")
     return restored + 1, state
 
 
@@ -193,4 +197,4 @@ def _record_divergence(workdir: Path, diverged: Diverged, kept: list[int]) -> No
         last += f" (that of step {met} holds the weights with which this happened)"
     if distributed.is_first():
         write_json(workdir / run_folder.DIVERGED, diverged.record | {"last_good_checkpoint": good})
-    distributed.say(f"stopped: {diverged}; {last}")
+    distributed.print_once(f"stopped: {diverged}; {last}")

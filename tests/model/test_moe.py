@@ -139,12 +139,12 @@ def check(run, args, cotangent):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_experts_and_all_gradients(name):
-    check(partial(experts.local, how=experts.Compute("swiglu", name)), *drawn(N, E))
+    check(partial(experts.local, how=experts.ExpertOps("swiglu", name)), *drawn(N, E))
 
 
 def test_dispatch_takes_no_memory_for_more_experts():
     """Eight times as many experts of an eighth the size: 2048 x 2 rows of their width, padded to 32 an expert."""
-    num_tokens, width, how = 2048, 64, experts.Compute("swiglu", "padded")
+    num_tokens, width, how = 2048, 64, experts.ExpertOps("swiglu", "padded")
 
     def temporaries(num_experts):
         hidden = 512 // num_experts
@@ -172,7 +172,7 @@ SPECS = (*3 * (P(("data", "expert")),), P("expert"), P("expert"))
 @pytest.mark.parametrize("layout", [(1, 8), (2, 4)], ids=str)
 def test_experts_on_eight_devices(layout, mode, name, remat):
     """Two experts or one a device, 8 tokens a device; capacity 8 x 2 holds all, whatever the loads."""
-    how = experts.Compute("swiglu", name)
+    how = experts.ExpertOps("swiglu", name)
     run = partial(experts.ring, how=how)
     if mode == "all_to_all":
         run = lambda *args: experts.all_to_all(*args, how, capacity=16)[0]  # noqa: E731
@@ -191,7 +191,7 @@ def test_experts_on_eight_devices(layout, mode, name, remat):
 def test_what_overflows_takes_the_ring(capacity, name):
     """Of 8 tokens a device half of the devices send 8 to the device of expert 0 and 8 to that of expert 3."""
     args, cotangent = drawn(64, 8)
-    how = experts.Compute("swiglu", name)
+    how = experts.ExpertOps("swiglu", name)
 
     def run(*args):
         out, overflow = experts.all_to_all(*args, how, capacity=capacity)

@@ -4,7 +4,7 @@ import pytest
 
 from spannorm_jax.command import Parser, add_flags, flags_of
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.distributed import Flags, Place, find
+from spannorm_jax.parallel.distributed import Flags, Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -23,19 +23,19 @@ KUBERNETES = {
 
 
 def port(env):
-    return int(find(Flags(), env).coordinator.rpartition(":")[2])
+    return int(find_place(Flags(), env).coordinator.rpartition(":")[2])
 
 
 def test_alone_without_flags_and_cluster():
-    assert find(Flags(), {}) is None
-    assert find(Flags(), KUBERNETES | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}) is None
-    assert find(Flags(), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert find_place(Flags(), {}) is None
+    assert find_place(Flags(), KUBERNETES | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}) is None
+    assert find_place(Flags(), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_a_shell_within_an_allocation_is_alone():
     """salloc and sbatch set what describes the job, srun alone what describes a step."""
     job = {key: value for key, value in SLURM.items() if "STEP" not in key}
-    assert find(Flags(), job | {"SLURM_NTASKS": "4", "SLURM_NODELIST": "gpu[007-009,012]"}) is None
+    assert find_place(Flags(), job | {"SLURM_NTASKS": "4", "SLURM_NODELIST": "gpu[007-009,012]"}) is None
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_shell_within_an_allocation_is_alone():
     ],
 )
 def test_slurm_puts_process_0_on_the_first_host(nodes, first):
-    place = find(Flags(), SLURM | {"SLURM_STEP_NODELIST": nodes})
+    place = find_place(Flags(), SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert place.coordinator.rpartition(":")[0] == first
     assert (place.num_processes, place.process_id, place.local_devices) == (4, 2, None)
 
@@ -61,19 +61,21 @@ def test_jobs_and_steps_on_a_host_have_ports_of_their_own():
 
 def test_tasks_that_share_a_host_take_an_accelerator_each():
     shared = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"}
-    assert find(Flags(), shared).local_devices == (2,)
-    assert find(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_devices == (2,)
-    assert find(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None  # --gpus-per-task shows it alone
+    assert find_place(Flags(), shared).local_devices == (2,)
+    assert find_place(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_devices == (2,)
+    assert (
+        find_place(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
+    )  # --gpus-per-task shows it alone
 
 
 def test_kubernetes_numbers_the_processes():
-    assert find(Flags(), KUBERNETES) == Place("run-workers-0-0.run:12345", 8, 5)
-    assert find(Flags(), KUBERNETES | {"JAX_PROCESS_ID": "3"}).process_id == 3
+    assert find_place(Flags(), KUBERNETES) == Place("run-workers-0-0.run:12345", 8, 5)
+    assert find_place(Flags(), KUBERNETES | {"JAX_PROCESS_ID": "3"}).process_id == 3
 
 
 def test_flags_come_first():
     flags = Flags("host:1234", 2, 1)
-    assert find(flags, SLURM) == find(flags, KUBERNETES) == Place("host:1234", 2, 1)
+    assert find_place(flags, SLURM) == find_place(flags, KUBERNETES) == Place("host:1234", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_flags_come_first():
 )
 def test_a_place_that_cannot_be_is_one_line(flags, env, says):
     with pytest.raises(UserError, match=says):
-        find(flags, env)
+        find_place(flags, env)
 
 
 def test_some_of_the_flags_are_none():

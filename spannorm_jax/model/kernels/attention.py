@@ -35,7 +35,7 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
     block = next(size for size in (512, 256, 128) if T % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
-    def on_a_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+    def attention_on_one_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BxTxHxK.shape[2]),
             block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
@@ -49,8 +49,10 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
 
     if not jax.sharding.get_abstract_mesh().empty:
         q_spec, kv_spec = (partition_spec(("batch", "time", heads, "head_dim")) for heads in ("heads", "kv_heads"))
-        on_a_device = jax.shard_map(on_a_device, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False)
-    return on_a_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+        attention_on_one_device = jax.shard_map(
+            attention_on_one_device, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False
+        )
+    return attention_on_one_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {

@@ -25,7 +25,7 @@ KEPT = ("expert_rows", "expert_hidden", "expert_out")
 
 
 @dataclass(frozen=True)
-class Compute:
+class ExpertOps:
     """How experts compute: their activation's kind, the grouped matmul, and whether what KEPT lists bears its name."""
 
     kind: str
@@ -90,7 +90,7 @@ def _sizes(group_M: Array, num_groups: int) -> Array:
 # ---- one device -------------------------------------------------------------------------------------
 
 
-def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute) -> Array:
+def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps) -> Array:
     """(M, D): for each assignment, M / N a token, its expert's output; zeros if that is not here (E or more)."""
     M, (E, D, P, F) = expert_M.shape[0], w_in_ExDxPxF.shape
     with jax.named_scope("dispatch"):
@@ -108,14 +108,14 @@ def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array,
         return _collect(out_PxD, source, slot)
 
 
-def _weighted(out_MxD: Array, weights_Nxk: Array, how: Compute) -> Array:
+def _weighted(out_MxD: Array, weights_Nxk: Array, how: ExpertOps) -> Array:
     """(N, D): the sum over a token's experts, in float32 and returned in the outputs' dtype."""
     out_NxkxD = how.name(out_MxD, "expert_out").reshape(*weights_Nxk.shape, -1)
     return jnp.sum(out_NxkxD.astype(jnp.float32) * weights_Nxk[..., None], axis=1).astype(out_MxD.dtype)
 
 
 def local(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps
 ) -> Array:
     """(N, D): each token's experts, weighted and summed; those that are not here give nothing. Memory O(M (D + F))."""
     return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExDxPxF, w_out_ExFxD, how), weights_Nxk, how)
@@ -125,7 +125,7 @@ def local(
 
 
 def ring(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: Compute
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps
 ) -> Array:
     """All tokens to all devices, each runs its experts, sums are scattered back. Memory O(n M (D + F))."""
     E = w_in_ExDxPxF.shape[0]
@@ -150,7 +150,7 @@ def all_to_all(
     ids_Nxk: Array,
     w_in_ExDxPxF: Array,
     w_out_ExFxD: Array,
-    how: Compute,
+    how: ExpertOps,
     capacity: int,
 ) -> tuple[Array, Array]:
     """Each token to the devices of its experts and back, `capacity` rows a pair of devices; and how many did not fit.

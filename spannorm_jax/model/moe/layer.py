@@ -56,7 +56,7 @@ class MoE(nnx.Module):
         dtype = x_BxTxD.dtype
         routing = (a.reshape(*x_BxTxD.shape[:2], -1) for a in (weights_Nxk, ids_Nxk))
         args = (x_BxTxD, *routing, self.in_[...].astype(dtype), self.out[...].astype(dtype))
-        run = partial(_on_a_device, moe=self.cfg, kind=self.kind)
+        run = partial(_experts_on_one_device, moe=self.cfg, kind=self.kind)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return run(*args)
@@ -71,7 +71,7 @@ class MoE(nnx.Module):
         return jax.shard_map(run, in_specs=specs, out_specs=(rows, PartitionSpec()), check_vma=False)(*args)
 
 
-def _on_a_device(
+def _experts_on_one_device(
     x_BxTxD: Array,
     weights_BxTxk: Array,
     ids_BxTxk: Array,
@@ -84,7 +84,7 @@ def _on_a_device(
     count_over: tuple[str, ...] = (),
 ) -> tuple[Array, Array]:
     x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, weights_BxTxk, ids_BxTxk))
-    args = (x, weights, ids, w_in, w_out, experts.Compute(kind, moe.grouped_matmul))
+    args = (x, weights, ids, w_in, w_out, experts.ExpertOps(kind, moe.grouped_matmul))
     mode = experts.exchange_for(moe, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
     overflow = jnp.zeros((), jnp.int32)
     if mode == "local":
