@@ -1,10 +1,12 @@
-"""Every option of a run: frozen dataclasses with defaults and reasons, and their form as dictionaries.
+"""Every option of a run: frozen dataclasses with defaults, rules and reasons, and their form as dictionaries.
 
-Unknown keys and wrong types raise `UserError` with one line that names the key, the value and the remedy; so do the
-impossible combinations of `validation.py`. `config_file.py` reads configs from files and command lines.
+Unknown keys and wrong types raise `UserError` with one line that names the key, the value and the remedy. What an
+option may be stands on its own line; combinations are checked by `validation.py`, names by `config_file.py`, which
+also reads configs from files and command lines.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass, field
@@ -12,130 +14,187 @@ from typing import Any
 
 from spannorm_jax.errors import UserError, did_you_mean
 
+MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
+MIN_FLOAT = 2.0**-126  # float32's smallest normal number
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option may be, apart from its type and from the other options (`validation.py`)."""
+
+    least: float = -math.inf
+    why: str = ""  # what is wrong below `least`
+    most: float = math.inf
+    unbounded: bool = False  # an integer that may be above MAX_INT
+    below: float = math.inf
+    choices: tuple[str, ...] = ()  # (): any text, or what the code that knows the names says (`config_file.py`)
+    names_file: bool = False  # it becomes the name of a folder of token stores
+    runtime: bool = False  # may change when a run is continued: it touches no number beyond float rounding
+
+
+def option(default: Any, **rule: Any) -> Any:
+    """A field of a config's dataclass, with its `Rule`."""
+    return field(default=default, metadata={"rule": Rule(**rule)})
+
 
 @dataclass(frozen=True)
 class MoEConfig:
-    num_experts: int = 0  # routed experts of a Mixture-of-Experts feed-forward; 0: every feed-forward is dense
-    top_k: int = 2  # routed experts per token
-    expert_dim: int = 0  # hidden units of an expert; 0: model.ffn_dim
-    num_shared: int = 0  # extra experts, of the same size, that see every token
-    every: int = 1  # each n-th block has experts, the others a dense feed-forward
-    first_dense: int = 0  # blocks at the start that are dense in any case
-    scores: str = "softmax"  # softmax | sigmoid (each expert by itself)
+    # routed experts of a Mixture-of-Experts feed-forward; 0: every feed-forward is dense
+    num_experts: int = option(0, least=0, most=2**16)
+    top_k: int = option(2, least=1)  # routed experts per token
+    expert_dim: int = option(0, least=0)  # hidden units of an expert; 0: model.ffn_dim
+    num_shared: int = option(0, least=0)  # extra experts, of the same size, that see every token
+    every: int = option(1, least=1)  # each n-th block has experts, the others a dense feed-forward
+    first_dense: int = option(0, least=0)  # blocks at the start that are dense in any case
+    scores: str = option("softmax", choices=("softmax", "sigmoid"))  # softmax | sigmoid (each expert by itself)
     renormalize: bool = True  # the weights of a token's experts sum to 1
-    balance: str = "aux_loss"  # aux_loss | bias (selection bias, moved by the loads, outside the optimiser) | none
-    aux_loss: float = 0.01  # weight of the load-balance loss, summed over blocks; balance=aux_loss only
-    bias_rate: float = 1e-3  # step of the selection bias; balance=bias only
-    router_z_loss: float = 0.0  # weight of the router's log(Z)^2, summed over blocks
-    expert_parallel: str = "auto"  # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
-    capacity: float = 1.5  # all_to_all buffer size over an even share; a step that overflows takes the ring
-    grouped_matmul: str = "auto"  # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
+    # aux_loss | bias (selection bias, moved by the loads, outside the optimiser) | none
+    balance: str = option("aux_loss", choices=("aux_loss", "bias", "none"))
+    # weight of the load-balance loss, summed over blocks; balance=aux_loss only
+    aux_loss: float = option(0.01, least=0)
+    bias_rate: float = option(1e-3, least=0)  # step of the selection bias; balance=bias only
+    router_z_loss: float = option(0.0, least=0)  # weight of the router's log(Z)^2, summed over blocks
+    # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
+    expert_parallel: str = option("auto", choices=("auto", "ring", "all_to_all"), runtime=True)
+    # all_to_all buffer size over an even share; a step that overflows takes the ring
+    capacity: float = option(1.5, least=1, why="even loads do not fit", runtime=True)
+    # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
+    grouped_matmul: str = option("auto", runtime=True)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    depth: int = 24  # number of blocks, L
-    width: int = 64  # residual stream width, D
-    num_heads: int = 4  # query heads; must divide width
-    num_kv_heads: int = 0  # grouped-query attention; 0: as many as num_heads
-    ffn_dim: int = 0  # hidden units of the feed-forward; 0: `default_ffn_dim`
-    vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's
+    depth: int = option(24, least=1, most=2**16)  # number of blocks, L
+    width: int = option(64, least=2)  # residual stream width, D
+    num_heads: int = option(4, least=1)  # query heads; must divide width
+    num_kv_heads: int = option(0, least=0)  # grouped-query attention; 0: as many as num_heads
+    ffn_dim: int = option(0, least=0)  # hidden units of the feed-forward; 0: `default_ffn_dim`
+    vocab_size: int = option(0, least=0)  # rows of the embedding; 0: the tokenizer's
     placement: str = "span"  # a key of model.placement.PLACEMENTS
     init: str = "scale"  # a key of model.initialisation.INITS
-    variance_budget: float = 1.0  # ScaleInit's c: branch variance summed over the stream's additions
+    # ScaleInit's c: branch variance summed over the stream's additions
+    variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32")
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
-    norm: str = "rmsnorm"  # rmsnorm | layernorm (both with a gain, neither with a bias)
-    norm_eps: float = 1e-6
-    ffn: str = "swiglu"  # swiglu | gelu
+    # rmsnorm | layernorm (both with a gain, neither with a bias)
+    norm: str = option("rmsnorm", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row of zeros overflows float32")
+    ffn: str = option("swiglu", choices=("swiglu", "gelu"))  # swiglu | gelu
     qk_norm: bool = False  # RMSNorm with a gain on each head's queries and keys
-    rope_theta: float = 10000.0
+    rope_theta: float = option(10000.0, least=1.0, why="a pair turns by more than 1 radian a token")
     tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
-    dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    attention: str = "auto"  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
-    remat: str = "none"  # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
-    scan_unroll: int = 1  # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
+    # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
+    attention: str = option(
+        "auto", runtime=True
+    )  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
+    # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
+    remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
+    # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
+    scan_unroll: int = option(1, least=1, runtime=True)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "python_source"  # a TFDS name: name or name/config, and :version (default: the newest there)
-    full_name: str = ""  # TFDS's, with config and version, of what dataset was opened as; "": filled in at start
-    text_feature: str = "text"  # the feature that holds the text
-    train_split: str = "train"
-    eval_split: str = "validation"
+    # a TFDS name: name or name/config, and :version (default: the newest there)
+    dataset: str = option("python_source", names_file=True)
+    # TFDS's, with config and version, of what dataset was opened as; "": filled in at start
+    full_name: str = option("", names_file=True)
+    text_feature: str = option("text", names_file=True)  # the feature that holds the text
+    train_split: str = option("train", names_file=True)
+    eval_split: str = option("validation", names_file=True)
     tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
-    bpe_vocab_size: int = 8192  # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
-    bpe_train_mib: int = 256  # text of the training split that bpe is trained on, from its front; 0: all of it
+    # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
+    bpe_vocab_size: int = option(8192, least=257)
+    # text of the training split that bpe is trained on, from its front; 0: all of it
+    bpe_train_mib: int = option(256, least=0)
     tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
-    seq_len: int = 128  # tokens the model sees, T; a window has one more
-    data_dir: str = ""  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
-    cache_dir: str = ""  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
-    verify_mib: int = 4096  # token stores up to this size are hashed whole at each start, about 1 s a GiB
+    seq_len: int = option(128, least=1)  # tokens the model sees, T; a window has one more
+    data_dir: str = option("", runtime=True)  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+    cache_dir: str = option("", runtime=True)  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
+    # token stores up to this size are hashed whole at each start, about 1 s a GiB
+    verify_mib: int = option(4096, least=0, runtime=True)
     fingerprint: str = ""  # hash of the tokens trained and evaluated on; "": filled in at start
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     steps: int = 300  # optimiser updates; 0: as many as training.tokens takes
-    tokens: int = 0  # tokens trained on, rounded up to whole updates; 0: training.steps decides. Never both
-    batch_size: int = 8  # sequences an update, over all devices and microbatches
-    num_microbatches: int = 1  # gradient accumulation; the result equals one full batch
-    z_loss: float = 0.0  # weight of log(Z)^2, which keeps the logits' normaliser near 1
-    watchdog_minutes: float = 30.0  # without a step, after which the process ends itself (exit code 4); 0: never
-    max_logits_mib: int = 256  # float32 logits alive at once per device; above it the loss is chunked
+    # tokens trained on, rounded up to whole updates; 0: training.steps decides. Never both
+    tokens: int = option(0, least=0, unbounded=True)
+    batch_size: int = option(8, least=1)  # sequences an update, over all devices and microbatches
+    num_microbatches: int = option(1, least=1)  # gradient accumulation; the result equals one full batch
+    z_loss: float = option(0.0, least=0)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
+    # without a step, after which the process ends itself (exit code 4); 0: never
+    watchdog_minutes: float = option(30.0, least=0, runtime=True)
+    max_logits_mib: int = option(
+        256, least=1, runtime=True
+    )  # float32 logits alive at once per device; above it the loss is chunked
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 3e-3  # peak learning rate of AdamW
-    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay); both warm up and end alike
-    warmup_fraction: float = 0.1  # of all updates, linear from 0
-    decay_fraction: float = 0.2  # of all updates, linear at the end; wsd only, the cosine takes all after warm-up
-    final_lr_fraction: float = 0.1  # of lr, where the decay ends
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on hidden matrices and the head, tied or not; never on norms and other embeddings
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    lr: float = option(3e-3, least=0)  # peak learning rate of AdamW
+    # cosine | wsd (warm-up, stable, decay); both warm up and end alike
+    schedule: str = option("cosine", choices=("cosine", "wsd"))
+    warmup_fraction: float = option(0.1, least=0, most=1)  # of all updates, linear from 0
+    # of all updates, linear at the end; wsd only, the cosine takes all after warm-up
+    decay_fraction: float = option(0.2, least=0, most=1)
+    final_lr_fraction: float = option(0.1, least=0, most=1)  # of lr, where the decay ends
+    b1: float = option(0.9, least=0, below=1)
+    b2: float = option(0.95, least=0, below=1)
+    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")
+    # on hidden matrices and the head, tied or not; never on norms and other embeddings
+    weight_decay: float = option(0.1, least=0)
+    clip_norm: float = option(1.0, least=0)  # global gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 100  # 0: only at the end or when stopped
-    keep_last: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # checkpoints at multiples of this are kept for ever; 0: none
+    every_steps: int = option(100, least=0, runtime=True)  # 0: only at the end or when stopped
+    keep_last: int = option(2, least=1, runtime=True)  # newest checkpoints kept
+    keep_every: int = option(0, least=0, runtime=True)  # checkpoints at multiples of this are kept for ever; 0: none
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    tokens: int = 131072  # predictions on the held-out split, evenly spread over it; 0: all of it
-    batch_size: int = 16  # sequences a step
-    every_steps: int = 0  # updates between held-out losses in training, and one at its end; 0: none
+    tokens: int = option(
+        131072, least=0, runtime=True
+    )  # predictions on the held-out split, evenly spread over it; 0: all of it
+    batch_size: int = option(16, least=1, runtime=True)  # sequences a step
+    # updates between held-out losses in training, and one at its end; 0: none
+    every_steps: int = option(0, least=0, runtime=True)
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    log_every: int = 1  # steps between lines of metrics.jsonl
-    block_grad_every: int = 50  # steps between gradient norms per block; 0: only the first and last step
-    console_every_s: float = 5.0  # seconds between progress lines in a log; a terminal's is redrawn in place
-    tensorboard: bool = True
-    wandb_project: str = ""  # also log to this Weights & Biases project (pip install wandb); "": do not
-    peak_flops: float = 0.0  # FLOP/s of one device for MFU; 0: from the table of known accelerators
+    log_every: int = option(1, least=1, runtime=True)  # steps between lines of metrics.jsonl
+    # steps between gradient norms per block; 0: only the first and last step
+    block_grad_every: int = option(50, least=0, runtime=True)
+    # seconds between progress lines in a log; a terminal's is redrawn in place
+    console_every_s: float = option(5.0, least=0, runtime=True)
+    tensorboard: bool = option(True, runtime=True)
+    # also log to this Weights & Biases project (pip install wandb); "": do not
+    wandb_project: str = option("", runtime=True)
+    # FLOP/s of one device for MFU; 0: from the table of known accelerators
+    peak_flops: float = option(0.0, least=0, runtime=True)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # replicas of the parameters; -1 on one axis: all the devices that are left
-    fsdp: int = 1  # shards of parameters, optimiser state and batch
-    expert: int = 1  # shards of routed experts and batch; dense weights are replicated over it
-    tensor: int = 1  # shards of heads, ffn units and vocabulary
+    # replicas of the parameters; -1 on one axis: all the devices that are left
+    data: int = option(-1, least=-1, runtime=True)
+    fsdp: int = option(1, least=-1, runtime=True)  # shards of parameters, optimiser state and batch
+    # shards of routed experts and batch; dense weights are replicated over it
+    expert: int = option(1, least=-1, runtime=True)
+    tensor: int = option(1, least=-1, runtime=True)  # shards of heads, ffn units and vocabulary
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 0  # initialisation and data order
-    platform: str = "auto"  # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
+    seed: int = option(0, least=0)  # initialisation and data order
+    # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
+    platform: str = option("auto", choices=("auto", "cpu", "gpu", "tpu"), runtime=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -146,34 +205,8 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-# What may change when a run is continued: none of it touches the numbers beyond float rounding.
-RUNTIME_KEYS = (
-    "platform",
-    "mesh",
-    "checkpoint",
-    "metrics",
-    "data.data_dir",
-    "data.cache_dir",
-    "data.verify_mib",
-    "training.watchdog_minutes",
-    "eval.every_steps",
-    "model.moe.expert_parallel",
-    "model.moe.capacity",
-    "model.moe.grouped_matmul",
-)
-
 # How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.
 NAMES_OF_DATA = ("data.dataset", "data.full_name")
-
-PLATFORMS = ("auto", "cpu", "gpu", "tpu")
-NORMS = ("rmsnorm", "layernorm")
-FFNS = ("swiglu", "gelu")
-SCHEDULES = ("cosine", "wsd")
-DTYPES = ("auto", "float32", "bfloat16")
-REMATS = ("none", "block", "dots")
-SCORES = ("softmax", "sigmoid")
-EXPERT_PARALLEL = ("auto", "ring", "all_to_all")
-BALANCES = ("aux_loss", "bias", "none")
 
 
 def default_ffn_dim(width: int, ffn: str) -> int:
@@ -276,14 +309,35 @@ def replace(config: Config, **changes: Any) -> Config:
     return config
 
 
+@functools.cache
+def rules() -> dict[str, Rule]:
+    """Dotted keys to rules, of the options that have one."""
+    found: dict[str, Rule] = {}
+
+    def walk(cls: type, prefix: str) -> None:
+        kinds = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(kinds[item.name]):
+                walk(kinds[item.name], f"{prefix}{item.name}.")
+            elif "rule" in item.metadata:
+                found[prefix + item.name] = item.metadata["rule"]
+
+    walk(Config, "")
+    return found
+
+
+def is_runtime(key: str) -> bool:
+    """Whether an option may change when a run is continued: it touches no number beyond float rounding."""
+    return key in rules() and rules()[key].runtime
+
+
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every difference that continuing a run does not allow."""
     before, after = flatten(old), flatten(new)
     same_data = old.data.fingerprint == new.data.fingerprint != ""
-    allowed = RUNTIME_KEYS + (NAMES_OF_DATA if same_data else ())
 
     def may_change(key: str) -> bool:
-        return any(key == a or key.startswith(a + ".") for a in allowed)
+        return is_runtime(key) or (same_data and key in NAMES_OF_DATA)
 
     return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not may_change(k)]
 

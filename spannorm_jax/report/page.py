@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from spannorm_jax.config import is_runtime
 from spannorm_jax.errors import UserError, visible
 from spannorm_jax.report import figures
 from spannorm_jax.report.folders import find_runs
-from spannorm_jax.report.rows import STALL_MARGIN, Row, differing_keys, fact, is_runtime, over_seeds, summarise
+from spannorm_jax.report.rows import STALL_MARGIN, Row, differing_keys, fact, over_seeds, summarise
 from spannorm_jax.report.tables import NUMERIC, notices, run_name, seeds_line, table_cells
 
 TITLE = "Norm placement and initialisation"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spannorm_jax.config import NAMES_OF_DATA, RUNTIME_KEYS
+from spannorm_jax.config import NAMES_OF_DATA, is_runtime
 from spannorm_jax.report.folders import Run, finite
 
 # What a report compares; a difference in any other config key is said aloud.
@@ -187,11 +187,6 @@ class Group:
 def ranked(names: Iterable[str], order: Sequence[str]) -> list[str]:
     """Distinct names: those of `order` first, in its order, then the others alphabetically."""
     return sorted(set(names), key=lambda n: (order.index(n) if n in order else len(order), n))
-
-
-def is_runtime(key: str) -> bool:
-    """Whether a config key leaves the numbers as they are, beyond float rounding."""
-    return any(key == r or key.startswith(r + ".") for r in RUNTIME_KEYS)
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from spannorm_jax.report.rows import Group, Row, Spread, differing_keys, fact, held_out, is_runtime, over_seeds
+from spannorm_jax.config import is_runtime
+from spannorm_jax.report.rows import Group, Row, Spread, differing_keys, fact, held_out, over_seeds
 
 # ---- the table --------------------------------------------------------------------------------
 
