@@ -27,9 +27,8 @@ def _check(key: str, value: Any, rule: Rule) -> None:
             raise UserError(f"config key {key}={value!r} is too long for the name of a file; write 200 bytes at most")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         most = MAX_INT if isinstance(value, int) and rule.most == math.inf and not rule.unbounded else rule.most
-        if (
-            rule.below < math.inf and not rule.least <= value <= rule.below - 2**-24
-        ):  # what is nearer is equal in float32
+        nearest = rule.below - 2**-24  # what is nearer to `below` is equal to it in float32
+        if rule.below < math.inf and not rule.least <= value <= nearest:
             wrong = f"must be at least {rule.least} and below {rule.below}, also in float32"
         elif isinstance(value, float) and most < math.inf and not rule.least <= value <= most:
             wrong = f"must be between {rule.least} and {most}"

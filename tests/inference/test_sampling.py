@@ -16,7 +16,7 @@ from spannorm_jax import sample as command
 from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve, to_dict
 from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
-from spannorm_jax.inference.evaluation import here
+from spannorm_jax.inference.evaluation import for_this_machine
 from spannorm_jax.inference.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
@@ -260,7 +260,7 @@ def test_a_terminal_gets_control_characters_as_escapes_and_a_pipe_as_they_are(mo
 
 def test_one_prompt_is_written_as_it_comes(config, workdir):
     pieces = []
-    sample(here(config), workdir, None, ["def "], SampleOptions(9, temperature=0), pieces.append)
+    sample(for_this_machine(config), workdir, None, ["def "], SampleOptions(9, temperature=0), pieces.append)
     assert pieces[0] == "def " and pieces[-1] == "\n" and len(pieces) > 3
 
 
@@ -272,9 +272,9 @@ def test_a_note_says_where_the_trained_length_ends(capsys, workdir):
 
 def test_more_than_the_cache_may_hold_is_refused(config, workdir):
     with pytest.raises(UserError, match=r"4 \+ 2000000000 tokens take .* MiB, above --max_cache_mib 4096"):
-        sample(here(config), workdir, None, ["def "], SampleOptions(2_000_000_000), print)
+        sample(for_this_machine(config), workdir, None, ["def "], SampleOptions(2_000_000_000), print)
 
 
 def test_a_step_that_was_not_saved_is_refused(config, workdir):
     with pytest.raises(UserError, match="no checkpoint of step 3; there are 1, 2"):
-        sample(here(config), workdir, 3, ["def "], SampleOptions(), print)
+        sample(for_this_machine(config), workdir, 3, ["def "], SampleOptions(), print)
