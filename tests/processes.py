@@ -8,9 +8,15 @@ LIMIT_S = 600  # for one process; only one that hangs takes so long, however bus
 
 
 def xla_flags(devices: int) -> str:
-    """So many fake devices. On a busy machine their threads take long to meet in a collective; XLA allows 40 s."""
+    """So many fake devices in one process, without XLA's scheduler that runs independent collectives side by side.
+
+    With it eight devices on two cores wait for one another for ever in some programs: 4 of 5 runs of
+    the loss in pieces of a prime length did, and none of 10 without. On a busy machine their threads
+    also take long to meet, where XLA allows 40 s.
+    """
     limit = f"--xla_cpu_collective_call_terminate_timeout_seconds={2 * LIMIT_S}"
-    return f"--xla_force_host_platform_device_count={devices} {limit}"
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return f"--xla_force_host_platform_device_count={devices} {limit} {in_order}"
 
 
 PAUSING = """
