@@ -33,8 +33,9 @@ from spannorm_jax.run.renamed import has_old_names, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
-# that a reader's manager is read-only, and that parts were not joined, which `_seal` does and checks itself.
-_SAID_OTHERWISE = re.compile(r".*(read.only|Skipping merge of OCDBT)", re.DOTALL)
+# a reader's manager is read-only; parts were not joined, which `_seal` does and checks itself; a checkpoint that a
+# trainer is removing has no metadata any more, which `_hold` and `fault` find.
+_SAID_OTHERWISE = re.compile(r".*(read.only|Skipping merge of OCDBT|Metadata file does not exist)", re.DOTALL)
 
 
 def _says_more(record: logging.LogRecord) -> bool:
