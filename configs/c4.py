@@ -61,5 +61,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.tokens = 2**21
     if arg.preset == "1b":
         config.model.num_kv_heads = config.model.num_heads // 2
-        config.model.remat = "dots"
+        config.execution.remat = "dots"
     return config

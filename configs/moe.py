@@ -62,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.preset != "tiny":
         config.model.vocab_size = 50304
         config.model.tied_head = True
-        config.model.remat = "dots"
+        config.execution.remat = "dots"
         config.training.steps = 20000
         config.training.z_loss = 1e-4
         config.checkpoint.every_steps = 1000
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.vocab_size = 102400
         config.model.tied_head = False
         config.model.ffn_dim = 8 * 1408  # of the first block: as many hidden units as a token meets in the others
-        config.model.remat = "block"
+        config.execution.remat = "block"
         config.model.moe.num_shared = 2
         config.model.moe.first_dense = 1
         # As DeepSeek-V3: loads are balanced without a loss that pulls against the language model's.
@@ -81,6 +81,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.moe.balance = "bias"
         config.training.num_microbatches = 8
         # Each piece of the loss gathers the head and sums its gradient: with 256 MiB that was half of all traffic.
-        config.training.max_logits_mib = 2048
+        config.execution.max_logits_mib = 2048
         config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 4
     return config

@@ -54,12 +54,6 @@ class MoEConfig:
     aux_loss: float = option(0.01, least=0)
     bias_rate: float = option(1e-3, least=0)  # step of the selection bias; balance=bias only
     router_z_loss: float = option(0.0, least=0)  # weight of the router's log(Z)^2, summed over blocks
-    # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
-    expert_parallel: str = option("auto", choices=("auto", "ring", "all_to_all"), runtime=True)
-    # all_to_all buffer size over an even share; a step that overflows takes the ring
-    capacity: float = option(1.5, least=1, why="even loads do not fit", runtime=True)
-    # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
-    grouped_matmul: str = option("auto", runtime=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class ModelConfig:
     ffn_dim: int = option(0, least=0)  # hidden units of the feed-forward; 0: `default_ffn_dim`
     vocab_size: int = option(0, least=0)  # rows of the embedding; 0: the tokenizer's
     placement: str = "span"  # a key of model.placement.PLACEMENTS
-    init: str = "scale"  # a key of model.initialisation.INITS
+    init: str = "scale"  # a key of model.initialisation.INITS, or published: that of the placement's authors
     # ScaleInit's c: branch variance summed over the stream's additions
     variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32")
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
@@ -84,14 +78,27 @@ class ModelConfig:
     tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
     # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
-    attention: str = option(
-        "auto", runtime=True
-    )  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a model runs: nothing here says what it is, so all of it may change when a run goes on."""
+
+    # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
+    attention: str = option("auto", runtime=True)
+    # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
+    grouped_matmul: str = option("auto", runtime=True)
     # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
     remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
     scan_unroll: int = option(1, least=1, runtime=True)
-    moe: MoEConfig = field(default_factory=MoEConfig)
+    # float32 logits alive at once per device; above it the loss is chunked
+    max_logits_mib: int = option(256, least=1, runtime=True)
+    # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
+    expert_parallel: str = option("auto", choices=("auto", "ring", "all_to_all"), runtime=True)
+    # all_to_all buffer size over an even share; a step that overflows takes the ring
+    capacity: float = option(1.5, least=1, why="even loads do not fit", runtime=True)
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,6 @@ class TrainingConfig:
     z_loss: float = option(0.0, least=0)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
     # without a step, after which the process ends itself (exit code 4); 0: never
     watchdog_minutes: float = option(30.0, least=0, runtime=True)
-    max_logits_mib: int = option(
-        256, least=1, runtime=True
-    )  # float32 logits alive at once per device; above it the loss is chunked
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ class Config:
     # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
     platform: str = option("auto", choices=("auto", "cpu", "gpu", "tpu"), runtime=True)
     model: ModelConfig = field(default_factory=ModelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -203,6 +208,14 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def moe_layers(cfg: ModelConfig) -> tuple[bool, ...]:
+    """Which blocks have experts: after the first `first_dense`, each `every`-th."""
+    moe = cfg.moe
+    if not moe.num_experts:
+        return (False,) * cfg.depth
+    return tuple(i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 for i in range(cfg.depth))
 
 
 # How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.

@@ -4,6 +4,7 @@ A config file (`configs/*.py`) defines `get_config(arg)`, which edits `default_c
 Every failure on this way is the user's to mend, and is one line.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spannorm_jax.config import (
     Config,
+    ModelConfig,
     fill_sizes,
     flatten,
     from_dict,
@@ -28,12 +30,23 @@ from spannorm_jax.config import (
 )
 from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES
+from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
+
+# Options that stood elsewhere in the config.json of older runs: key then -> key now.
+_MOVED = {
+    "model.attention": "execution.attention",
+    "model.remat": "execution.remat",
+    "model.scan_unroll": "execution.scan_unroll",
+    "model.moe.grouped_matmul": "execution.grouped_matmul",
+    "model.moe.expert_parallel": "execution.expert_parallel",
+    "model.moe.capacity": "execution.capacity",
+    "training.max_logits_mib": "execution.max_logits_mib",
+}
 
 
 def default_config() -> ConfigDict:
@@ -162,9 +175,9 @@ def resolve_without_data(config: Config, platform: str) -> Config:
 def _check_names(config: Config) -> None:
     choices: dict[str, Collection[str]] = {
         "model.placement": PLACEMENTS,
-        "model.init": INITS,
-        "model.attention": attention.CHOICES,
-        "model.moe.grouped_matmul": grouped_matmul.CHOICES,
+        "model.init": (*INITS, PUBLISHED),
+        "execution.attention": attention.CHOICES,
+        "execution.grouped_matmul": grouped_matmul.CHOICES,
         "data.tokenizer": TOKENIZERS,
     }
     values = flatten(config)
@@ -216,14 +229,32 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
 
 
 def recorded_config(values: dict[str, Any]) -> Config:
-    """The config of a run from what its config.json holds. Options that are younger than the run take their default.
+    """The config of a run from what its config.json holds.
+
+    Options that are younger than the run take their default, those that have moved are found where
+    they stood.
 
     Raises:
       UserError: as for a config that is typed; a name or a key may be of a newer version.
     """
-    made = fill_sizes(from_dict(values, of_older_run=True))
+    made = fill_sizes(from_dict(_moved(values), of_older_run=True))
     check(made)
     return made
+
+
+def _moved(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run's config in which options that stood elsewhere when it was made have their place of now."""
+    values = copy.deepcopy(values)
+    for old, new in _MOVED.items():
+        *groups, name = old.split(".")
+        node: Any = values
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node:
+            target, _, new_name = new.partition(".")
+            if isinstance(values.setdefault(target, {}), dict):
+                values[target][new_name] = node.pop(name)
+    return values
 
 
 def _checked(config: Config) -> Config:
@@ -233,7 +264,21 @@ def _checked(config: Config) -> Config:
         for name, text in (("data_dir", config.data.data_dir), ("cache_dir", config.data.cache_dir))
         if text
     }
-    return replace(config, **folders)  # absolute, so that a run's config holds in any working folder
+    # Absolute, so that a run's config holds in any working folder.
+    return replace(config, **folders, model__init=_init(config.model))
+
+
+def _init(model: ModelConfig) -> str:
+    """The name in INITS that a config means."""
+    if model.init != PUBLISHED:
+        return model.init
+    found = PLACEMENTS[model.placement].published_init
+    if not found:
+        raise UserError(
+            f"config key model.init={PUBLISHED}: what model.placement={model.placement} was published with is not "
+            f"among the initialisations here; write one of {', '.join(INITS)}"
+        )
+    return found
 
 
 def check(config: Config) -> None:

@@ -3,16 +3,16 @@
 Nothing is allocated and no data is read, so it answers for any size at once.
 """
 
+import numpy as np
+
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.model.definition import count_params, define
 from spannorm_jax.model.initialisation import (
-    fan_in,
-    gain_starts,
+    INITS,
     predicted_additions,
     predicted_branch_variance,
     residual_additions,
-    weight_stds,
 )
 from spannorm_jax.model.placement import PLACEMENTS
 
@@ -23,25 +23,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
     cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
-    model, stds, fan = define(cfg), weight_stds(cfg), fan_in(cfg)
+    model = define(cfg)
     print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
+    gains = []
     for spec in model.specs():
-        if spec.site in stds:
-            std, n = stds[spec.site], fan[spec.site]
+        size = float(np.mean(INITS[cfg.init](cfg, spec)))
+        if spec.start is None:
             shape = " x ".join(map(str, spec.shape))
-            print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{n:>7}{std:>12.6f}{std * n**0.5:>20.4f}")
-    variance = predicted_branch_variance(cfg)
-    experts = f", experts {variance['moe']:.6f}" if cfg.moe.num_experts else ""
+            gain = size * spec.fan_in**0.5
+            print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{spec.fan_in:>7}{size:>12.6f}{gain:>20.4f}")
+        elif size != 1:
+            gains.append(f"{spec.site:<12}{'norm':<11}gain, starts at {size:.6g}")
+    print("\n".join(gains), end="\n" if gains else "")
+    branches = {"attn": "attention", "ffn": "feed-forward", "moe": "experts"}
+    variance = predicted_branch_variance(cfg, model.specs())
+    words = [f"{branches[name]} {np.mean(values):.6f}" for name, values in variance.items()]
+    words[0] += " (at the first position; less where values are averaged)"
     additions = PLACEMENTS[cfg.placement].additions
-    gains = {name: start for name, start in gain_starts(cfg).items() if start != 1}
-    for name, start in gains.items():
-        print(f"{name:<12}{'norm':<11}gain, starts at {start:.6g}")
     print(
-        f"\npredicted branch variance at unit-variance input: attention {variance['attn']:.6f} (at the first position; "
-        f"less where values are averaged), feed-forward {variance['ffn']:.6f}{experts}"
+        f"\npredicted branch variance at unit-variance input: {', '.join(words)}"
         f"\nadded to the stream over its {residual_additions(cfg)} additions (sized by {', '.join(additions.values())})"
-        f": {cfg.depth * sum(predicted_additions(cfg).values()):.4f}"
+        f": {sum(np.sum(values) for values in predicted_additions(cfg, model.specs()).values()):.4f}"
     )
     return 0
 

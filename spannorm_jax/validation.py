@@ -105,10 +105,10 @@ def _validate_shapes(config: Config) -> None:
             f"config key model.num_kv_heads={model.num_kv_heads} does not divide "
             f"model.num_heads={model.num_heads}; write a divisor, or 0 for as many"
         )
-    if model.depth % model.scan_unroll:
+    if model.depth % config.execution.scan_unroll:
         raise UserError(
-            f"config key model.scan_unroll={model.scan_unroll} does not divide model.depth={model.depth}; "
-            "write a divisor (1 for a loop, the depth for none)"
+            f"config key execution.scan_unroll={config.execution.scan_unroll} does not divide "
+            f"model.depth={model.depth}; write a divisor (1 for a loop, the depth for none)"
         )
     if training.batch_size % training.num_microbatches:
         raise UserError(

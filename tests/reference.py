@@ -4,10 +4,11 @@ It shares nothing with the package but the names and shapes of the weights:
 
     embed (V, D), head (D, V) if not tied, ends.<norm>.gain (D,), and with a leading axis of L blocks
     blocks.norms.<norm or gain>.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
-    blocks.attn.{q,k,v}_norm.gain (K,) where they are normed, blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}
+    blocks.attn.{q,k,v}_norm.gain (K,) where they are normed, blocks.attn.heads_norm.gain (H K,) too,
+    blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}, blocks.ffn.hidden_norm.gain (F,); of experts hidden_gain (E,F)
 
-or, with experts in every block, moe_blocks, whose ffn is {router (D,E), bias (E,), in_ (E,D,2 or 1,F), out (E,F,D)} and
-{shared.{in_, out}} with shared experts.
+or, with experts in every block, moe_blocks, whose ffn is {router (D,E), in_ (E,D,2 or 1,F), out (E,F,D)},
+{shared.{in_, out}} with shared experts, and bias (E,) if that takes part in the selection.
 """
 
 import math
@@ -71,7 +72,7 @@ def attention(w, x_TxD, options):
     T, D = x_TxD.shape
     H, K = w["q"].shape[1:]
     G = w["k"].shape[1]
-    y = np.zeros((T, D))
+    heads = np.zeros((T, H, K))
     for h in range(H):
         g = h // (H // G)
         q, k, v = x_TxD @ w["q"][:, h], x_TxD @ w["k"][:, g], x_TxD @ w["v"][:, g]
@@ -86,8 +87,11 @@ def attention(w, x_TxD, options):
         for t in range(T):
             logits = k[: t + 1] @ q[t] / math.sqrt(K)
             p = np.exp(logits - logits.max())
-            y[t] += (p / p.sum()) @ v[: t + 1] @ w["out"][h]
-    return y
+            heads[t, h] = (p / p.sum()) @ v[: t + 1]
+    heads = heads.reshape(T, H * K)
+    if "heads_norm" in w:
+        heads = rms_norm(heads, w["heads_norm"]["gain"], options.eps)
+    return heads @ w["out"].reshape(H * K, D)
 
 
 def feed_forward(w, x_TxD, options):
@@ -96,6 +100,8 @@ def feed_forward(w, x_TxD, options):
         hidden = a / (1 + np.exp(-a)) * (x_TxD @ w["in_"][:, 1])
     else:
         hidden = a * (1 + erf(a / math.sqrt(2))) / 2
+    if "hidden_norm" in w:
+        hidden = rms_norm(hidden, w["hidden_norm"]["gain"], options.eps)
     return hidden @ w["out"]
 
 
@@ -108,10 +114,12 @@ def experts(w, x_TxD, options, seen):
             score = np.exp(logits) / np.sum(np.exp(logits))
         else:
             score = 1 / (1 + np.exp(-logits))
-        chosen = np.argsort(-(score + w["bias"]))[: router.top_k]
+        chosen = np.argsort(-(score + w.get("bias", 0)))[: router.top_k]
         total = np.sum(score[chosen]) if router.renormalize else 1.0
         for e in chosen:
             expert = {"in_": w["in_"][e], "out": w["out"][e]}
+            if "hidden_gain" in w:
+                expert["hidden_norm"] = {"gain": w["hidden_gain"][e]}
             out[t] += score[e] / total * feed_forward(expert, x[None], options)[0]
         seen.append((chosen, score / np.sum(score), math.log(np.sum(np.exp(logits))) ** 2))
     return out + feed_forward(w["shared"], x_TxD, options) if "shared" in w else out

@@ -13,7 +13,9 @@ NUMBERS = [key for key, value in OPTIONS.items() if isinstance(value, int | floa
 # What may be any number or text, and why.
 FREE = {
     "training.steps": "0 with training.tokens, else 1 or more: a combination",
-    **dict.fromkeys(("model.placement", "model.init", "model.attention", "model.moe.grouped_matmul"), "a name in code"),
+    **dict.fromkeys(
+        ("model.placement", "model.init", "execution.attention", "execution.grouped_matmul"), "a name in code"
+    ),
     **dict.fromkeys(("data.tokenizer", "data.tokenizer_hash", "data.fingerprint"), "a name or a hash"),
     **dict.fromkeys(("data.data_dir", "data.cache_dir"), "a folder"),
     "metrics.wandb_project": "Weights & Biases decides",
@@ -60,5 +62,5 @@ def test_what_may_change_when_a_run_goes_on():
     """How a run is run, and nothing of what it is."""
     runtime = {key for key in OPTIONS if is_runtime(key)}
     assert {"mesh.fsdp", "checkpoint.keep_last", "metrics.log_every", "platform", "data.cache_dir"} <= runtime
-    assert {"model.remat", "model.attention", "model.scan_unroll", "eval.tokens", "eval.every_steps"} <= runtime
+    assert {key for key in OPTIONS if key.startswith(("execution.", "eval."))} <= runtime
     assert runtime.isdisjoint({"seed", "model.depth", "model.dtype", "optim.lr", "training.batch_size", "data.seq_len"})

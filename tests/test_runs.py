@@ -115,7 +115,7 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
     model = "--config=configs/moe.py:depth=2,width=32"
     finish(start(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
     config = read_config(tmp_path / "run")
-    program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+    program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
     groups = jax.eval_shape(program.train, program.abstract_state, tokens)[1]
     assert list(groups.pop("diagnosis")) == ["other_grad_norm"]  # the one that names what is not finite

@@ -74,10 +74,10 @@ def models(config: Config, numbers: list[str], top_k: int, backends: list[str]) 
                 model__moe__num_experts=int(number),
                 model__moe__top_k=top_k,
                 model__moe__expert_dim=config.model.ffn_dim // top_k,
-                model__moe__grouped_matmul=grouped_matmul_for(backend)[0],
+                execution__grouped_matmul=grouped_matmul_for(backend)[0],
             )
             validate(variant)
-            variants[f"{number} experts, {variant.model.moe.grouped_matmul}"] = variant
+            variants[f"{number} experts, {variant.execution.grouped_matmul}"] = variant
     return variants
 
 

@@ -151,7 +151,7 @@ def measure(config: Config, data: OpenData, rounds: int, steps: int) -> dict[str
     return {
         "peak_flops_per_s": peak,
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
-        "attention": attention_for(config.model, config.data.seq_len)[0],
+        "attention": attention_for(config.execution, config.model, config.data.seq_len)[0],
         "placements": placements,
         "time_split_s": split,
     }
@@ -175,7 +175,7 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
     mesh = make_mesh(next(iter(variants.values())).mesh)
     with jax.set_mesh(mesh):
         for name, config in variants.items():
-            model = define(config.model)
+            model = define(config.model, config.execution)
             program = make_program(config, model, mesh)
             state = program.init(config.seed)
             tokens = jax.device_put(loader.rows(1), program.batch_sharding)
@@ -210,7 +210,7 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
     for name, config in variants.items():
         step = statistics.median(measured[name]["step_times_s"])
         rate = config.training.batch_size * config.data.seq_len / step
-        flops = flops_per_token(define(config.model), config.data.seq_len)
+        flops = flops_per_token(define(config.model, config.execution), config.data.seq_len)
         measured[name] |= {"step_s": step, "tokens_per_s": rate, "model_flops_per_s": flops * rate}
     return measured
 

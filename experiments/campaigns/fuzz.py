@@ -27,7 +27,7 @@ from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.definition import count_params, flops_per_token
-from spannorm_jax.model.initialisation import weight_stds
+from spannorm_jax.model.initialisation import INITS
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, open_run
@@ -75,7 +75,7 @@ def time_limit(seconds: float):
 
 def keep_and_find(workdir: Path) -> None:
     """Raises what a checkpoint in that folder makes of its name."""
-    state = jax.device_put(TrainState(np.int32(1), {"w": np.ones(2, np.float32)}, {"m": np.ones(2, np.float32)}))
+    state = jax.device_put(TrainState(np.int32(1), {"w": np.ones(2, np.float32)}, {"m": np.ones(2, np.float32)}, {}))
     with open_run(workdir, Config()):
         for config in (CheckpointConfig(), None):  # a trainer's, a reader's
             checkpoints = Checkpoints(workdir / CHECKPOINTS, config)
@@ -107,9 +107,11 @@ def start(argv: list[str]) -> None:
         jax.eval_shape(program.train, program.abstract_state, rows)
         rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)
         weights = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len), np.float32)
-        jax.eval_shape(program.evaluate, program.abstract_state.params, rows, weights)
+        state = program.abstract_state
+        jax.eval_shape(program.evaluate, state.params, state.router, rows, weights)
     rates = [float(learning_rate(config, update)) for update in (1, config.training.steps)]
-    stds = [float(np.float32(std)) for std in weight_stds(config.model).values()]
+    init = INITS[config.model.init]
+    stds = [np.float32(np.max(init(config.model, spec))) for spec in session.model.specs()]
     if not np.all(np.isfinite([*rates, *stds])):
         raise ValueError(f"accepted, but the learning rate or a weight's std is not finite: {rates} {stds}")
 

@@ -140,7 +140,7 @@ def _contradictory(rng):
         "model.num_heads",
         "model.num_kv_heads",
         "model.depth",
-        "model.scan_unroll",
+        "execution.scan_unroll",
         "model.ffn_dim",
     )
     sizes += (
@@ -159,7 +159,7 @@ def _contradictory(rng):
 
 def _huge_together(rng):
     keys = ("model.width", "model.depth", "model.ffn_dim", "training.batch_size", "data.seq_len", "eval.batch_size")
-    keys += ("model.vocab_size", "training.steps", "training.max_logits_mib")
+    keys += ("model.vocab_size", "training.steps", "execution.max_logits_mib")
     values = ("65536", "1048576", "2147483646", "1073741824", "1000000007")
     return [override(rng, values, key) for key in rng.sample(keys, rng.randint(2, 4))]
 
@@ -231,7 +231,7 @@ def _legal(rng):
         "--config.model.ffn=gelu",
     ]
     choices += ["--config.model.norm=layernorm", "--config.model.tied_head=true", "--config.optim.clip_norm=0"]
-    choices += ["--config.training.batch_size=16", "--config.model.remat=block", "--config.model.dtype=bfloat16"]
+    choices += ["--config.training.batch_size=16", "--config.execution.remat=block", "--config.model.dtype=bfloat16"]
     choices += [
         "--config.model.init_targets=ffn_out,attn_out",
         "--config.data.seq_len=77",

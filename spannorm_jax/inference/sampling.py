@@ -94,20 +94,27 @@ def _advance(
 
 
 def prefill(
-    model: ModelDef, pick: Callable, slots: int, params: Any, tokens_BxP: Array, lengths_B: Array, seed: Array
+    model: ModelDef,
+    pick: Callable,
+    slots: int,
+    params: Any,
+    router: Any,
+    tokens_BxP: Array,
+    lengths_B: Array,
+    seed: Array,
 ) -> Rows:
     """Reads prompts, padded on the right to P tokens, into a cache of `slots`, and chooses the first new tokens."""
     B, P = tokens_BxP.shape
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
     empty = Rows(empty_cache(model.cfg, B, slots), tokens_BxP[:, 0], lengths_B, keys, jnp.ones(B, bool))
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    return _advance(model.bind(params), pick, tokens_BxP, positions, lengths_B - 1, empty)
+    return _advance(model.bind(params, router), pick, tokens_BxP, positions, lengths_B - 1, empty)
 
 
-def decode(model: ModelDef, pick: Callable, params: Any, rows: Rows) -> Rows:
+def decode(model: ModelDef, pick: Callable, params: Any, router: Any, rows: Rows) -> Rows:
     """One token more for every row."""
     first = jnp.zeros_like(rows.positions)
-    return _advance(model.bind(params), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
+    return _advance(model.bind(params, router), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
 
 
 def as_computed(model: ModelDef, params: Any) -> Any:
@@ -118,6 +125,7 @@ def as_computed(model: ModelDef, params: Any) -> Any:
 def generate(
     model: ModelDef,
     params: Any,
+    router: Any,
     tokenizer: Tokenizer,
     prompts: list[np.ndarray],
     options: SampleOptions,
@@ -143,17 +151,17 @@ def generate(
     )  # end of text is the last id
     slots = int(lengths.max()) + options.max_tokens
     first = jax.jit(partial(prefill, model, pick, slots))
-    step = jax.jit(partial(decode, model, pick), donate_argnums=1)
+    step = jax.jit(partial(decode, model, pick), donate_argnums=2)
 
     params = jax.jit(partial(as_computed, model))(params)
-    rows = first(params, tokens, lengths, options.seed)
+    rows = first(params, router, tokens, lengths, options.seed)
     made = np.full((B, options.max_tokens), end, np.int32)
     ended = np.zeros(B, bool)
     for t in range(options.max_tokens):
         # A copy: the next step takes the rows' buffers, and is dispatched before this one's tokens are read.
         newest, finite = jnp.copy(rows.tokens), jnp.copy(rows.finite)
         if t + 1 < options.max_tokens:
-            rows = step(params, rows)
+            rows = step(params, router, rows)
         if not np.asarray(finite)[:B].all():
             raise UserError("the model's logits are not finite: these weights have diverged; give an older --step")
         made[:, t] = np.where(ended, end, np.asarray(newest)[:B])
@@ -225,7 +233,8 @@ def sample(
         _check_length(config, rows, max(map(len, ids)), options)
         with jax.set_mesh(mesh):
             trained = restore(config, mesh)
-            run = partial(generate, trained.model, trained.params, tokenizer, ids, options, rows_multiple=rows_multiple)
+            weights = (trained.params, trained.router)
+            run = partial(generate, trained.model, *weights, tokenizer, ids, options, rows_multiple=rows_multiple)
             if len(ids) == 1:
                 stream = TextStream(tokenizer, write)
                 stream.add(ids[0])

@@ -7,8 +7,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from spannorm_jax.config import ModelConfig
-from spannorm_jax.model.initialisation import gain_starts
+from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
@@ -18,24 +17,37 @@ from spannorm_jax.model.placement import PLACEMENTS
 class Block(nnx.Module):
     """One Transformer block: two sub-layers, and the norms where the placement puts them."""
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, moe: bool = False):
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False):
         self.placement, self.depth = cfg.placement, cfg.depth
-        self.attn = Attention(cfg, stds, rngs)
-        self.ffn = (MoE if moe else FeedForward)(cfg, stds, rngs)
+        self.attn = Attention(cfg, execution)
+        self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
         placement = PLACEMENTS[cfg.placement]
-        self.norms = Norms(cfg, placement.block_norms, placement.block_gains, gain_starts(cfg))
+        gains = {name: start(cfg.depth) for name, start in placement.block_gains.items()}
+        self.norms = Norms(cfg, placement.block_norms, gains)
 
-    def __call__(self, stream: Any, attn: Callable[[Array], Array], layer: Array) -> tuple[Any, Stats | None]:
-        """The stream after the block, and what its router did if it has experts. `attn` wraps this block's own."""
+    def feed_forward(self, x_BxTxD: Array) -> tuple[Array, Stats | None]:
+        """The block's own feed-forward branch, and what its router did if it has experts."""
+        out = self.ffn(x_BxTxD)
+        return out if isinstance(self.ffn, MoE) else (out, None)
+
+    def __call__(
+        self,
+        stream: Any,
+        layer: Any,
+        attn: Callable[[Array], Array],
+        ffn: Callable[[Array], tuple[Array, Stats | None]],
+    ) -> tuple[Any, Stats | None]:
+        """The stream after the block, and what its router did.
+
+        `attn` and `ffn` are this block's own sub-layers (`self.attn` with its angles,
+        `self.feed_forward`), or something around them.
+        """
         stats = None
 
-        def ffn(x_BxTxD: Array) -> Array:
+        def branch(x_BxTxD: Array) -> Array:
             nonlocal stats
-            out = self.ffn(x_BxTxD)
-            if isinstance(self.ffn, MoE):
-                out, stats = out
+            out, stats = ffn(x_BxTxD)
             return out
 
         with jax.named_scope("block"):
-            block = PLACEMENTS[self.placement].block
-            return block(stream, attn, ffn, self.norms, layer, self.depth), stats
+            return PLACEMENTS[self.placement].block(stream, attn, branch, self.norms, layer, self.depth), stats

@@ -57,11 +57,11 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
                 cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
                 return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
 
-        stream, stats = block(stream, attn, layer)
+        stream, stats = block(stream, layer, attn, block.feed_forward)
         return stream, cache, stats
 
     stream = placement.enter(decoder.embeddings(tokens_BxT), decoder.ends)
-    stream, cache, _ = over_blocks(decoder.stacks, cfg, step, stream, cache)
+    stream, cache, _ = over_blocks(decoder.stacks, cfg, decoder.execution, step, stream, cache)
     return placement.leave(stream, decoder.ends), cache
 
 

@@ -7,35 +7,40 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.block import Block
-from spannorm_jax.model.initialisation import weight_stds
 from spannorm_jax.model.layers import Norms, rotary_angles
-from spannorm_jax.model.moe.router import Stats, moe_layers
+from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import ACTIVATION, STACKS, Stacks, over_blocks, stacked_blocks
+from spannorm_jax.model.stack import ACTIVATION, STACKS, Stacks, over_blocks
 from spannorm_jax.model.weights import weight
 from spannorm_jax.parallel.mesh import constrain
 
 
 class Decoder(nnx.Module):
-    """Tokens -> logits. The weights of the dense blocks, and of those with experts, are stacked on a layer axis."""
+    """Tokens -> logits.
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.cfg = cfg
-        stds = weight_stds(cfg)
+    It declares one dense block and one with experts. `ModelDef.bind` fills them with the weights of
+    all, stacked on a layer axis.
+    """
+
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
+        self.cfg, self.execution = cfg, execution
         V, D = cfg.vocab_size, cfg.width
         # Decay and FLOPs follow the role: a tied embedding is the head's matrix too.
         role = "output" if cfg.tied_head else "embedding"
-        self.embed = weight(rngs, stds["embed"], (V, D), ("vocab", "embed"), role, "embed")
+        # A lookup sums one row, so that 1 / sqrt(fan_in) lets the stream start at unit variance. A tied embedding is
+        # the head's matrix, and its rows enter times sqrt(D) to the same end (Vaswani et al. 2017, section 3.4).
+        fans = {"fan_in": D, "fan_out": V} if cfg.tied_head else {"fan_in": 1, "fan_out": D}
+        self.embed = weight((V, D), ("vocab", "embed"), role, "embed", **fans)
 
         kinds = moe_layers(cfg)
         for moe, name in STACKS.items():
             if moe in kinds:
-                setattr(self, name, stacked_blocks(cfg, stds, rngs, kinds.count(moe), moe))
+                setattr(self, name, Block(cfg, execution, moe))
         self.ends = Norms(cfg, PLACEMENTS[cfg.placement].end_norms)
         if not cfg.tied_head:
-            self.head = weight(rngs, stds["head"], (D, V), ("embed", "vocab"), "output", "head")
+            self.head = weight((D, V), ("embed", "vocab"), "output", "head", fan_in=D, fan_out=V)
 
     @property
     def stacks(self) -> Stacks:
@@ -63,11 +68,11 @@ class Decoder(nnx.Module):
         angles = rotary_angles(tokens_BxT.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
 
         def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, None, Stats | None]:
-            stream, stats = block(stream, lambda x_BxTxD: block.attn(x_BxTxD, angles), layer)
+            stream, stats = block(stream, layer, lambda x_BxTxD: block.attn(x_BxTxD, angles), block.feed_forward)
             return stream, None, stats
 
         stream = placement.enter(self.embeddings(tokens_BxT), self.ends)
-        stream, _, stats = over_blocks(self.stacks, cfg, step, stream, None)
+        stream, _, stats = over_blocks(self.stacks, cfg, self.execution, step, stream, None)
         return placement.leave(stream, self.ends), stats
 
     def head_matrix(self) -> Array:

@@ -1,69 +1,131 @@
 """A model before it has weights: its structure, the table of its weights, and what is counted from that.
 
-`define(cfg)` allocates nothing; `ModelDef.init` draws the weights; `ModelDef.bind` puts a pytree of weights back into
-the modules. Everything outside this package works on the pytree.
+`define(cfg)` allocates nothing; `ModelDef.init` draws the weights from the table; `ModelDef.bind` puts a pytree of
+weights into the modules. Everything outside this package works on the pytree.
 """
 
+import dataclasses
 import math
+import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.weights import ROLES, WeightSpec
+from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.model.stack import STACKS
+from spannorm_jax.model.weights import ROLES, RouterState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
 @dataclass(frozen=True)
 class ModelDef:
-    """A model's structure: `weights` is the table of its weights, shaped like its parameter pytree."""
+    """A model's structure.
+
+    Attributes:
+      cfg: what the model is.
+      graph: its modules, without arrays.
+      weights: the table of its weights, shaped like its parameter pytree, a nested dict.
+      router: shapes of its router state, a nested dict; {} for all models but those that balance
+        their experts by a bias.
+    """
 
     cfg: ModelConfig
     graph: nnx.GraphDef
     weights: dict[str, Any]
+    router: dict[str, Any]
 
     def init(self, key: Array) -> dict[str, Any]:
-        """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.cfg, nnx.Rngs(params=key)), nnx.Param))
+        """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded.
 
-    def bind(self, params: dict[str, Any]) -> Decoder:
-        return nnx.merge(self.graph, params)
+        Each weight of each block has a key of its own, by its name and its block's index: it is the
+        same whatever the depth, the norms, or the kind of the other blocks.
+        """
+        init = INITS[self.cfg.init]
+
+        def draw(path: tuple[Any, ...], spec: WeightSpec) -> Array:
+            return _draw(key, [entry.key for entry in path], spec, init(self.cfg, spec))
+
+        return jax.tree_util.tree_map_with_path(draw, self.weights, is_leaf=_is_spec)
+
+    def init_router(self) -> dict[str, Any]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.router)
+
+    def bind(self, params: dict[str, Any], router: dict[str, Any] | None = None) -> Decoder:
+        """The modules with these weights and this router state, which a model may lack."""
+        return nnx.merge(self.graph, params, router or {})
 
     def map_weights(self, fn: Any, *rest: Any) -> Any:
         """`jax.tree.map` over the table, each WeightSpec a leaf."""
-        return jax.tree.map(fn, self.weights, *rest, is_leaf=lambda x: isinstance(x, WeightSpec))
+        return jax.tree.map(fn, self.weights, *rest, is_leaf=_is_spec)
 
     def specs(self) -> list[WeightSpec]:
-        return jax.tree.leaves(self.weights, is_leaf=lambda x: isinstance(x, WeightSpec))
+        return jax.tree.leaves(self.weights, is_leaf=_is_spec)
 
 
-def define(cfg: ModelConfig) -> ModelDef:
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, WeightSpec)
+
+
+def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarray) -> Array:
+    """Gains are `size`, other weights are drawn from N(0, size^2); `size` may differ by layer, (L,)."""
+    per_layer = np.reshape(size, (-1, *(1,) * (len(spec.shape) - 1))).astype(np.float32)
+    if spec.start is not None:
+        return jnp.broadcast_to(per_layer, spec.shape)
+    name = "/".join(part for part in path if part not in STACKS.values())
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    if not spec.layers:
+        return per_layer * jax.random.normal(key, spec.shape, jnp.float32)
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.array(spec.layers))
+    return per_layer * jax.vmap(lambda key: jax.random.normal(key, spec.shape[1:], jnp.float32))(keys)
+
+
+def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelDef:
     """The structure of the model of a resolved config (no zeros or 'auto' left), allocating nothing.
+
+    `execution` says how it runs, and changes no number of it.
 
     Raises:
       ValueError: a weight was declared with an unknown role or logical axis.
     """
-    abstract = nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(params=0)))
-    graph, state = nnx.split(abstract)
+    kinds = moe_layers(cfg)
+    layers = {name: tuple(i for i, kind in enumerate(kinds) if kind == moe) for moe, name in STACKS.items()}
+    # The modules declare one block of each kind; the tables stack as many as there are.
+    declared = nnx.eval_shape(lambda: Decoder(cfg, execution or ExecutionConfig()))
+    graph, params, router = cast(tuple[nnx.GraphDef, nnx.State, nnx.State], nnx.split(declared, nnx.Param, RouterState))
+
+    def spec_of(path: tuple[Any, ...], param: nnx.Variable) -> WeightSpec:
+        spec = param.get_metadata()["spec"]
+        unknown = [axis for axis in spec.axes if axis not in LOGICAL_AXES]
+        if unknown or spec.role not in ROLES:
+            raise ValueError(f"weight {path}: unknown axes {unknown} or role {spec.role!r}")
+        own = layers.get(path[0], ())
+        if not own:
+            return spec
+        return dataclasses.replace(spec, shape=(len(own), *spec.shape), axes=("layers", *spec.axes), layers=own)
+
+    def stacked(path: tuple[Any, ...], state: nnx.Variable) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers[path[0]]), *state.shape), state.dtype)
+
+    return ModelDef(cfg, graph, _nested(params, spec_of), _nested(router, stacked))
+
+
+def _nested(state: nnx.State, fn: Any) -> dict[str, Any]:
+    """A nested dict of fn(path, variable)."""
     table: dict[str, Any] = {}
-    for path, param in nnx.to_flat_state(state):
-        meta = param.get_metadata()
-        # Stacking by nnx.vmap adds a leading layer axis that the declaration does not name.
-        axes = ("layers",) * (len(param.shape) - len(meta["axes"])) + meta["axes"]
-        unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
-        if unknown or meta["role"] not in ROLES:
-            raise ValueError(f"weight {path}: unknown axes {unknown} or role {meta['role']!r}")
+    for path, variable in nnx.to_flat_state(state):
         node = table
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = WeightSpec(param.shape, axes, meta["role"], meta["site"])
-    return ModelDef(cfg, graph, table)
+        node[path[-1]] = fn(path, variable)
+    return table
 
 
 def abstract_params(model: ModelDef, mesh: Mesh) -> Any:
@@ -73,9 +135,15 @@ def abstract_params(model: ModelDef, mesh: Mesh) -> Any:
     )
 
 
+def abstract_router(model: ModelDef, mesh: Mesh) -> Any:
+    """The router state's shapes, replicated over a mesh, as ShapeDtypeStructs."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), model.router)
+
+
 def count_params(model: ModelDef, active: bool = False) -> int:
     """Weights; with `active`, those that a token meets: of routed experts, top_k."""
-    return sum(_count(model, spec, active) for spec in model.specs() if spec.role != "router_state")
+    return sum(_count(model, spec, active) for spec in model.specs())
 
 
 def _count(model: ModelDef, spec: WeightSpec, active: bool) -> int:

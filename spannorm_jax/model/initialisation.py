@@ -1,8 +1,8 @@
-"""ScaleInit and the other initialisations: model config -> std of each weight, and what they predict.
+"""ScaleInit and the other initialisations: the size of each weight of the table, and what it predicts.
 
-A site names a kind of weight: embed, q, k, v, attn_out, ffn_in, ffn_out, head, and with experts router, expert_in and
-expert_out. Every initialisation is a function from the model config to one std per site, so any
-of them goes with any placement.
+An initialisation is a function (model config, WeightSpec) -> the std that a weight is drawn with, or
+where a gain starts; a number, or one for each of the weight's layers, (L,). It reads the
+weight's site and fans, so any initialisation goes with any placement.
 
 ScaleInit (Wang et al. 2026, arXiv 2601.22580; its exact published form is not public, so the principle is stated
 here with its free choices as config keys):
@@ -13,40 +13,29 @@ here with its free choices as config keys):
          is added to once a block (n = L), by the feed-forward; PreNorm's and PostNorm's twice (n = 2L). Where a
          branch ends in a norm, or in a gain of its own, its weights do not set its size: that gain starts at
          sqrt(c / n). `init_targets` names weights instead.
-A Mixture of Experts is a feed-forward branch like any other: expert_out has the gain that makes the weighted sum of a
-token's experts, which are independent, a branch of unit variance, and it is damped where ffn_out is. So a block with
-experts adds to the stream what a dense one adds, under either router.
+A Mixture of Experts is a feed-forward branch like any other: expert_out and shared_out have the gain that makes the
+weighted sum of a token's experts, which are independent, a branch of unit variance, and they are damped where ffn_out
+is. So a block with experts adds to the stream what a dense one adds, under either router.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spannorm_jax.config import ModelConfig, MoEConfig
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.config import ModelConfig, MoEConfig, moe_layers
+from spannorm_jax.model.placement import PLACEMENTS, inner_norms
+
+if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
+    from spannorm_jax.model.weights import WeightSpec
 
 OUTPUT_SITES = ("v", "attn_out", "ffn_in", "ffn_out")  # what `init_targets` may name
 
 
-def fan_in(cfg: ModelConfig) -> dict[str, int]:
-    """Inputs summed by one output of each site. An embedding lookup sums one row, so that plain 1/sqrt(fan_in)
-    lets the stream start at unit variance; a tied embedding is the head's weight, and the lookup is multiplied by
-    sqrt(D) to the same end (Vaswani et al. 2017, section 3.4)."""
-    D = cfg.width
-    fans = {
-        "embed": D if cfg.tied_head else 1,
-        "q": D,
-        "k": D,
-        "v": D,
-        "attn_out": D,
-        "ffn_in": D,
-        "ffn_out": cfg.ffn_dim,
-        "head": D,
-    }
-    if cfg.moe.num_experts:
-        fans |= {"router": D, "expert_in": D, "expert_out": cfg.moe.expert_dim}
-    return fans
+Size = float | np.ndarray  # one number, or one for each layer, (L,)
 
 
 def _activation(name: str, x: np.ndarray) -> np.ndarray:
@@ -68,6 +57,7 @@ def hidden_second_moment(ffn: str, std: float = 1.0) -> float:
     return float(moment * std**2 if ffn == "swiglu" else moment)
 
 
+@functools.cache
 def mixture_gain(moe: MoEConfig, logit_std: float) -> float:
     """E sum_i w_i^2 over a token's experts: the variance of the mixture when each expert has variance 1.
 
@@ -95,77 +85,105 @@ def depth_factor(cfg: ModelConfig) -> float:
     return math.sqrt(cfg.variance_budget / residual_additions(cfg))
 
 
-def plain(cfg: ModelConfig) -> dict[str, float]:
+def plain(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """1 / sqrt(fan_in) everywhere (LeCun et al. 1998), nothing scaled by depth."""
-    return {site: n**-0.5 for site, n in fan_in(cfg).items()}
+    return spec.fan_in**-0.5 if spec.start is None else spec.start
 
 
-def gpt2(cfg: ModelConfig) -> dict[str, float]:
+def gpt2(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere, output projections times 1 / sqrt(2L) (Radford et al. 2019, section 2.3)."""
-    stds = dict.fromkeys(fan_in(cfg), 0.02)
-    for site in {"attn_out", "ffn_out", "expert_out"} & stds.keys():
-        stds[site] *= (2 * cfg.depth) ** -0.5
-    return stds
+    if spec.start is not None:
+        return spec.start
+    return 0.02 * ((2 * cfg.depth) ** -0.5 if spec.site in ("attn_out", *BRANCH_OUTPUTS["ffn_out"]) else 1.0)
 
 
-def scale(cfg: ModelConfig) -> dict[str, float]:
-    """ScaleInit: unit-variance branches, their output projections times sqrt(variance_budget / n)."""
-    stds = plain(cfg)
-    stds["ffn_out"] /= math.sqrt(hidden_second_moment(cfg.ffn))
-    if cfg.moe.num_experts:
-        stds["expert_out"] /= math.sqrt(hidden_second_moment(cfg.ffn) * mixture_gain(cfg.moe, logit_std=1.0))
-    factor = depth_factor(cfg)
-    for site in cfg.init_targets or [s for s in PLACEMENTS[cfg.placement].additions.values() if s in stds]:
-        stds[site] *= factor
-        if cfg.moe.num_experts and site.startswith("ffn"):
-            stds[site.replace("ffn", "expert")] *= factor
-    return stds
+def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """ScaleInit: unit-variance branches, and what sets a branch's size times sqrt(variance_budget / n)."""
+    damped = spec.site in damped_sites(cfg)
+    if spec.start is not None:
+        return depth_factor(cfg) if damped else spec.start
+    size = plain(cfg, spec)
+    if spec.site in BRANCH_OUTPUTS["ffn_out"]:
+        size /= math.sqrt(_hidden_variance(cfg, pre_activation_std=1.0))
+    if spec.site in ("expert_out", "shared_out"):
+        size /= math.sqrt(mixture_gain(cfg.moe, logit_std=1.0))
+    return size * depth_factor(cfg) if damped else size
 
 
-INITS: dict[str, Callable[[ModelConfig], dict[str, float]]] = {"plain": plain, "gpt2": gpt2, "scale": scale}
+# Weights of dense blocks -> the same weights, dense and of experts.
+BRANCH_OUTPUTS = {
+    "ffn_in": ("ffn_in", "expert_in", "shared_in"),
+    "ffn_out": ("ffn_out", "expert_out", "shared_out"),
+}
 
 
-def weight_stds(cfg: ModelConfig) -> dict[str, float]:
-    """Std of each site's weights under the config's initialisation."""
-    return INITS[cfg.init](cfg)
+def damped_sites(cfg: ModelConfig) -> set[str]:
+    """What ScaleInit multiplies by its depth factor: `init_targets`, or what sizes the placement's additions."""
+    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
+    return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
 
 
-def gain_starts(cfg: ModelConfig) -> dict[str, float]:
-    """Where the gains of a block's norms, and those without a norm, start."""
-    placement = PLACEMENTS[cfg.placement]
-    starts = dict.fromkeys(placement.block_norms, 1.0)
-    starts |= {name: start(cfg.depth) for name, start in placement.block_gains.items()}
-    if cfg.init == "scale" and not cfg.init_targets:
-        starts |= {name: depth_factor(cfg) for name in placement.additions.values() if name in starts}
-    return starts
+Init = Callable[[ModelConfig, "WeightSpec"], Size]
+INITS: dict[str, Init] = {"plain": plain, "gpt2": gpt2, "scale": scale}
+PUBLISHED = "published"  # in a config: what the placement was published with
 
 
-def predicted_branch_variance(cfg: ModelConfig) -> dict[str, float]:
-    """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input.
+# ---- what follows for the branches ----------------------------------------------------------------------
 
-    The feed-forward's holds at every position. The attention's holds where a token attends to itself alone (the first
-    position) and bounds the others: averaging unrelated values over t positions lowers it towards 1/t.
+
+def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+    """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input, (L,).
+
+    `specs` is the model's table of weights. The feed-forward's (`ffn`, and `moe` with experts) holds
+    at every position. The attention's holds where a token attends to itself alone (the first
+    position) and bounds the others: averaging unrelated values over t positions lowers it towards
+    1/t.
     """
-    stds, fan = weight_stds(cfg), fan_in(cfg)
-    value = 1.0 if "v" in PLACEMENTS[cfg.placement].inner_norms else fan["v"] * stds["v"] ** 2
-    hidden = hidden_second_moment(cfg.ffn, stds["ffn_in"] * math.sqrt(fan["ffn_in"]))
-    variance = {
-        "attn": value * fan["attn_out"] * stds["attn_out"] ** 2,
-        "ffn": hidden * fan["ffn_out"] * stds["ffn_out"] ** 2,
-    }
-    if cfg.moe.num_experts:
-        gain = mixture_gain(cfg.moe, stds["router"] * math.sqrt(fan["router"]))
-        variance["moe"] = gain * hidden * fan["expert_out"] * stds["expert_out"] ** 2
-    return variance
+    gain = _gains(cfg, specs)
+    norms = inner_norms(cfg)
+    value = 1.0 if {"v", "heads"} & set(norms) else gain["v"]
+    variance = {"attn": value * gain["attn_out"]}
+    if "ffn_out" in gain:
+        variance["ffn"] = _hidden_variance(cfg, np.sqrt(gain["ffn_in"])) * gain["ffn_out"]
+    if "expert_out" in gain:
+        mixture = mixture_gain(cfg.moe, float(np.sqrt(np.mean(gain["router"]))))
+        variance["moe"] = mixture * _hidden_variance(cfg, np.sqrt(gain["expert_in"])) * gain["expert_out"]
+    return {branch: np.broadcast_to(v, (cfg.depth,)) for branch, v in variance.items()}
 
 
-def predicted_additions(cfg: ModelConfig) -> dict[str, float]:
-    """Variance that each addition of one block brings to the stream at initialisation, by branch.
+def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+    """Variance that each addition of a block brings to the stream at initialisation, by branch, (L,).
 
     A branch that ends in a norm has its gain's square, whatever its weights are.
     """
-    placement, variance, starts = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg), gain_starts(cfg)
-    return {
-        branch: (1.0 if size in placement.block_norms else variance[branch]) * starts.get(size, 1.0) ** 2
-        for branch, size in placement.additions.items()
-    }
+    specs = list(specs)
+    placement, variance, sizes = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs), _sizes(cfg, specs)
+    if "moe" in variance:
+        variance["ffn"] = np.where(moe_layers(cfg), variance["moe"], variance.get("ffn", 0.0))
+    added = {}
+    for branch, size in placement.additions.items():
+        before = 1.0 if size in placement.block_norms else variance[branch]
+        factor = sizes[size] ** 2 if size in (*placement.block_norms, *placement.block_gains) else 1.0
+        added[branch] = np.broadcast_to(before * factor, (cfg.depth,))
+    return added
+
+
+def _sizes(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+    """Size of each site's weights, in all layers alike as if every block had them: () or (L,)."""
+    layers = tuple(range(cfg.depth))
+    alike = (dataclasses.replace(spec, layers=layers) if spec.layers else spec for spec in specs)
+    return {spec.site: np.asarray(INITS[cfg.init](cfg, spec)) for spec in alike}
+
+
+def _gains(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+    """Factor by which each site's matrix multiplies the variance: fan_in x std^2."""
+    specs = list(specs)
+    sizes = _sizes(cfg, specs)
+    return {spec.site: spec.fan_in * sizes[spec.site] ** 2 for spec in specs if spec.fan_in}
+
+
+def _hidden_variance(cfg: ModelConfig, pre_activation_std: Size) -> Any:
+    """Mean square of what a feed-forward's output projection reads."""
+    if "hidden" in inner_norms(cfg):
+        return 1.0
+    return np.vectorize(functools.partial(hidden_second_moment, cfg.ffn))(pre_activation_std)

@@ -11,19 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.kernels.attention import attention
 from spannorm_jax.model.kernels.cpu import gelu, linear
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import inner_norms
 from spannorm_jax.model.weights import gain, weight
 
 
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed", start: float = 1.0):
+    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed"):
         self.kind, self.eps, self.site = kind, eps, site  # the site tells norms apart in a profile
-        self.gain = gain(size, axis, site, start)
+        self.gain = gain((size,), (axis,), site)
 
     def __call__(self, x: Array) -> Array:
         with jax.named_scope("norm"), jax.named_scope(self.site):
@@ -39,7 +39,7 @@ class Gain(nnx.Module):
 
     def __init__(self, size: int, site: str, start: float):
         self.site = site
-        self.gain = gain(size, "embed", site, start)
+        self.gain = gain((size,), ("embed",), site, start)
 
     def __call__(self, x: Array) -> Array:
         with jax.named_scope("gain"), jax.named_scope(self.site):
@@ -47,19 +47,13 @@ class Gain(nnx.Module):
 
 
 class Norms(nnx.Module):
-    """The norms of a block, or of the model's ends, and gains without a norm, named by the placement.
+    """Norms of a block or of the model's ends, and gains without a norm (name -> start), named by the placement."""
 
-    `starts` says where gains start: those of norms at 1 unless they are in it.
-    """
-
-    def __init__(
-        self, cfg: ModelConfig, names: Iterable[str], gains: Iterable[str] = (), starts: dict[str, float] | None = None
-    ):
-        starts = starts or {}
+    def __init__(self, cfg: ModelConfig, names: Iterable[str], gains: dict[str, float] | None = None):
         for name in names:
-            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name, start=starts.get(name, 1.0)))
-        for name in gains:
-            setattr(self, name, Gain(cfg.width, name, starts[name]))
+            setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
+        for name, start in (gains or {}).items():
+            setattr(self, name, Gain(cfg.width, name, start))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
@@ -76,27 +70,29 @@ def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxTxHxK.dtype)
 
 
-def inner_norms(cfg: ModelConfig) -> tuple[str, ...]:
-    """Which of `q`, `k`, `v` have a norm: those of the placement, and queries and keys with `qk_norm`."""
-    wanted = {*PLACEMENTS[cfg.placement].inner_norms, *("qk" if cfg.qk_norm else "")}
-    return tuple(name for name in "qkv" if name in wanted)
-
-
 class Attention(nnx.Module):
-    """Causal self-attention: RoPE, grouped queries, optional norms of queries, keys and values (Henry et al. 2020)."""
+    """Causal self-attention: RoPE, grouped queries, and the inner norms of the placement.
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
+    Those are RMSNorms whatever `norm` is. Queries, keys and values are normed by head, with one
+    gain for all heads (Henry et al. 2020); `heads` is a norm over all heads' outputs together,
+    before their projection (SubLN, Wang et al. 2022, arXiv 2210.06423).
+    """
+
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
         D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
         K = D // H
-        self.implementation = cfg.attention
-        self.q = weight(rngs, stds["q"], (D, H, K), ("embed", "heads", "head_dim"), "hidden", "q")
-        self.k = weight(rngs, stds["k"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "k")
-        self.v = weight(rngs, stds["v"], (D, G, K), ("embed", "kv_heads", "head_dim"), "hidden", "v")
-        self.out = weight(rngs, stds["attn_out"], (H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out")
-        # Heads share one gain: RMSNorm whatever `norm` is, since a mean over a head has no meaning here.
-        self.inner_norms = inner_norms(cfg)
-        for name in self.inner_norms:
+        self.implementation = execution.attention
+        by_head, by_kv_head = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.q = weight((D, H, K), by_head, "hidden", "q", fan_in=D, fan_out=H * K)
+        self.k = weight((D, G, K), by_kv_head, "hidden", "k", fan_in=D, fan_out=G * K)
+        self.v = weight((D, G, K), by_kv_head, "hidden", "v", fan_in=D, fan_out=G * K)
+        self.out = weight((H, K, D), ("heads", "head_dim", "embed"), "hidden", "attn_out", fan_in=H * K, fan_out=D)
+        norms = inner_norms(cfg)
+        self.normed = tuple(name for name in "qkv" if name in norms)
+        for name in self.normed:
             setattr(self, f"{name}_norm", Norm("rmsnorm", K, cfg.norm_eps, f"{name}_norm", axis="head_dim"))
+        if "heads" in norms:
+            self.heads_norm = Norm("rmsnorm", H * K, cfg.norm_eps, "heads_norm", axis="heads")
 
     def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
         with jax.named_scope("attention"):
@@ -108,17 +104,24 @@ class Attention(nnx.Module):
         dtype = x_BxTxD.dtype
         with jax.named_scope("qkv"):
             heads = {name: linear(x_BxTxD, getattr(self, name)[...].astype(dtype)) for name in "qkv"}
-        for name in self.inner_norms:
+        for name in self.normed:
             heads[name] = getattr(self, f"{name}_norm")(heads[name])
         q, k, v = heads.values()
         with jax.named_scope("rope"):
             return rotate(q, angles), rotate(k, angles), v
 
     def project(self, heads_BxTxHxK: Array) -> Array:
+        H, K, D = self.out.shape
+        x = heads_BxTxHxK.reshape(*heads_BxTxHxK.shape[:2], H * K)
+        if hasattr(self, "heads_norm"):
+            x = self.heads_norm(x)
         with jax.named_scope("out"):
-            H, K, D = self.out.shape
-            w = self.out[...].astype(heads_BxTxHxK.dtype).reshape(H * K, D)
-            return linear(heads_BxTxHxK.reshape(*heads_BxTxHxK.shape[:2], H * K), w)
+            return linear(x, self.out[...].astype(x.dtype).reshape(H * K, D))
+
+
+def parts(kind: str) -> int:
+    """P: the matmul that enters a feed-forward makes a and b of SwiGLU, or a of GELU alone."""
+    return 2 if kind == "swiglu" else 1
 
 
 def activation(hidden_xPxF: Array, kind: str) -> Array:
@@ -129,17 +132,26 @@ def activation(hidden_xPxF: Array, kind: str) -> Array:
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a)). `hidden` units: ffn_dim."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a)).
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, hidden: int = 0):
+    The inner norm `hidden` is an RMSNorm of what `out` reads. `copies` of `hidden` units each may be
+    summed, which a Mixture of Experts calls shared experts; their weights are sites of their own.
+    """
+
+    def __init__(self, cfg: ModelConfig, site: str = "ffn", hidden: int = 0, copies: int = 1):
         D, F = cfg.width, hidden or cfg.ffn_dim
         self.kind = cfg.ffn
-        parts = 2 if cfg.ffn == "swiglu" else 1  # a and b of SwiGLU come from one matmul
-        self.in_ = weight(rngs, stds["ffn_in"], (D, parts, F), ("embed", "parts", "ffn"), "hidden", "ffn_in")
-        self.out = weight(rngs, stds["ffn_out"], (F, D), ("ffn", "embed"), "hidden", "ffn_out")
+        P = parts(cfg.ffn)
+        axes_in, axes_out = ("embed", "parts", "ffn"), ("ffn", "embed")
+        self.in_ = weight((D, P, copies * F), axes_in, "hidden", f"{site}_in", fan_in=D, fan_out=P * F)
+        self.out = weight((copies * F, D), axes_out, "hidden", f"{site}_out", fan_in=F, fan_out=D)
+        if "hidden" in inner_norms(cfg):
+            self.hidden_norm = Norm("rmsnorm", copies * F, cfg.norm_eps, f"{site}_hidden_norm", axis="ffn")
 
     def __call__(self, x_BxTxD: Array) -> Array:
         with jax.named_scope("ffn"):
             dtype = x_BxTxD.dtype
             h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(dtype)), self.kind)
+            if hasattr(self, "hidden_norm"):
+                h_BxTxF = self.hidden_norm(h_BxTxF)
             return linear(h_BxTxF, self.out[...].astype(dtype))

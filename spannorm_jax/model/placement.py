@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from spannorm_jax.config import ModelConfig
+
 Stream = Any  # a pytree of arrays
 SubLayer = Callable[[Any], Any]
 
@@ -31,8 +33,12 @@ class Placement:
       additions: branch (`attn`, `ffn`) that is added to the stream -> what sets its size: the site of
         an output projection, or one of block_norms or block_gains. ScaleInit damps that, and counts
         len(additions) * depth residual additions.
-      inner_norms: which of a head's `q`, `k`, `v` have a norm (RMSNorm, one gain for all heads).
+      inner_norms: what is normed inside sub-layers (RMSNorm): a head's `q`, `k` or `v` (one gain for
+        all heads), all `heads` together before their projection, the `hidden` units of a
+        feed-forward before theirs.
       block_gains: gains of size D without a norm that every block owns -> their start, from the depth.
+      published_init: the initialisation that it was published with, if that is a key of
+        model.initialisation.INITS, else ""; `model.init=published` stands for it.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Placement:
     additions: dict[str, str]
     inner_norms: tuple[str, ...] = ()
     block_gains: dict[str, Callable[[int], float]] = field(default_factory=dict)
+    published_init: str = ""
 
 
 def _same(stream: Stream, n: Any) -> Stream:
@@ -67,6 +74,7 @@ _PRE = Placement(
     block=_pre_block,
     leave=_final,
     additions={"attn": "attn_out", "ffn": "ffn_out"},
+    published_init="gpt2",
 )
 
 
@@ -102,6 +110,7 @@ _SPAN = Placement(
     block=_span_block,
     leave=_same,
     additions={"ffn": "ffn_out"},
+    published_init="scale",
 )
 
 
@@ -120,6 +129,7 @@ _SPAN_RAW = Placement(
     block=_span_raw_block,
     leave=lambda stream, n: stream[0],
     additions={"ffn": "ffn_out"},
+    published_init="scale",
 )
 
 
@@ -210,4 +220,11 @@ def _like(factor: Any, x: Any) -> Any:
     return factor.astype(x.dtype) if hasattr(factor, "astype") and hasattr(x, "dtype") else factor
 
 
+INNER_NORMS = ("q", "k", "v", "heads", "hidden")
 PLACEMENTS = {p.name: p for p in (_PRE, _POST, _SPAN, _SPAN_RAW, _PERI, _HYBRID, _LAYERSCALE, _SIAMESE)}
+
+
+def inner_norms(cfg: ModelConfig) -> tuple[str, ...]:
+    """What is normed inside a model's sub-layers: what the placement asks for, and q and k with `qk_norm`."""
+    wanted = {*PLACEMENTS[cfg.placement].inner_norms, *(("q", "k") if cfg.qk_norm else ())}
+    return tuple(name for name in INNER_NORMS if name in wanted)

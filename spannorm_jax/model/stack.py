@@ -1,89 +1,116 @@
-"""Blocks stacked on a layer axis, those with experts apart, and one scan over them all."""
+"""Blocks stacked on a layer axis, those with experts apart, and scans over them all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.kernels.attention import keep_attention
 from spannorm_jax.model.moe import experts
-from spannorm_jax.model.moe.router import Stats, moe_layers
+from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.parallel.mesh import constrain
 
 ACTIVATION = ("batch", "time", "activation")
 STACKS = {False: "blocks", True: "moe_blocks"}  # has experts -> attribute of the stack
 Stacks = dict[bool, Block]  # has experts -> its blocks, every weight with a leading layer axis
+Step = Callable[[Block, Any, Array, Any], tuple[Any, Any, Stats | None]]
 
 
-def stacked_blocks(cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs, number: int, moe: bool) -> Block:
-    """`number` blocks, drawn each from a key of its own."""
+@dataclass(frozen=True)
+class Place:
+    """A place in the pattern of blocks that a scan repeats: its layers, and their rows in the stack of their kind."""
 
-    @nnx.split_rngs(splits=number)
-    @nnx.vmap
-    def make(rngs: nnx.Rngs) -> Block:
-        return Block(cfg, stds, rngs, moe)
+    moe: bool
+    layers: range
+    rows: range
 
-    return make(rngs)
+
+def scans(cfg: ModelConfig) -> list[list[Place]]:
+    """The scans that run all blocks in order, each the places of its pattern.
+
+    Dense blocks that stand before the first period of dense and expert blocks are a scan of their
+    own; the periods are another.
+    """
+    depth, moe = cfg.depth, cfg.moe
+    if not moe.num_experts:
+        return [[Place(False, range(depth), range(depth))]]
+    lead, dense = moe.first_dense, moe.every - 1  # dense blocks at the start, and of a period
+    periods = (depth - lead) // moe.every
+    pattern = [
+        Place(False, range(lead + i, depth, moe.every), range(lead + i, lead + periods * dense, dense))
+        for i in range(dense)
+    ]
+    pattern.append(Place(True, range(lead + dense, depth, moe.every), range(periods)))
+    return [[Place(False, range(lead), range(lead))], pattern] if lead else [pattern]
 
 
 def over_blocks(
-    stacks: Stacks, cfg: ModelConfig, step: Callable, stream: Any, per_layer: Any
+    stacks: Stacks, cfg: ModelConfig, execution: ExecutionConfig, step: Step, stream: Any, per_layer: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Runs step(block, stream, layer, x) -> (stream, y, stats) over all blocks; x is a slice of `per_layer`, (L, ...).
 
-    Returns the stream, the ys (L, ...) and the stats of the blocks with experts. Compile time does not depend on the
-    depth: blocks before the first period of dense and expert blocks are one scan, the periods another.
+    Returns the stream, the ys (L, ...) and the stats of the blocks with experts. Compile time does
+    not depend on the depth: `scans(cfg)` are one program each.
     """
-    kinds = moe_layers(cfg)
-    lead = cfg.moe.first_dense if any(kinds) else 0
-    period = kinds[lead : lead + cfg.moe.every] if any(kinds) else (False,)
-    split = {moe: nnx.split(stack) for moe, stack in stacks.items()}
+    all_ys, all_stats = [], []
+    for places in scans(cfg):
+        stream, ys, stats = _scan(stacks, execution, step, places, stream, per_layer)
+        all_ys.append(_interleaved(ys))
+        all_stats += [stats] if stats else []
+    return stream, _joined(all_ys), _joined(all_stats) if all_stats else None
 
-    def parts(tree: Any, start: int, rounds: int, width: int) -> list[Any]:
-        """Of (n, ...) from `start` on, every width-th, for each place in a period: `width` trees of (rounds, ...)."""
 
-        def every(x: Array, i: int) -> Array:
-            return x[start : start + rounds * width].reshape(rounds, width, *x.shape[1:])[:, i]
+def _scan(
+    stacks: Stacks, execution: ExecutionConfig, step: Step, places: list[Place], stream: Any, per_layer: Any
+) -> tuple[Any, list[Any], Stats | None]:
+    """Runs the blocks of all places, a period an iteration.
 
-        return [jax.tree.map(partial(every, i=i), tree) for i in range(width)]
+    Returns the stream, each place's ys (periods, ...), and the stats of the one place with experts.
+    """
+    parts = {place.moe: nnx.split(stacks[place.moe]) for place in places}
+    # Sliced before the scan: slices that its body makes would be saved for the backward pass.
+    inputs = [
+        (_slice(parts[place.moe][1], place.rows), np.array(place.layers), _slice(per_layer, place.layers))
+        for place in places
+    ]
 
-    def one(stream: Any, moe: bool, weights: Any, layer: Array, x: Any) -> Any:
-        stream, y, stats = step(nnx.merge(split[moe][0], weights), stream, layer, x)
+    def run(place: Place, stream: Any, weights: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
+        stream, y, stats = step(nnx.merge(parts[place.moe][0], weights), stream, layer, x)
         return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), y, stats
 
-    def scan(stream: Any, kinds: tuple[bool, ...], start: int, dense_start: int, rounds: int) -> Any:
-        starts = {False: dense_start, True: 0}
-        # Sliced outside of the loop: what its body computed of the weights would be kept for the backward pass.
-        weights = {moe: iter(parts(stack, starts[moe], rounds, kinds.count(moe))) for moe, (_, stack) in split.items()}
-        layers = parts(jnp.arange(cfg.depth), start, rounds, len(kinds))
-        xs = parts(per_layer, start, rounds, len(kinds))
-        inputs = [(next(weights[moe]), layer, x) for moe, layer, x in zip(kinds, layers, xs, strict=True)]
+    def period(stream: Any, inputs: list[Any]) -> tuple[Any, Any]:
+        ys, of_experts = [], None
+        for place, own in zip(places, inputs, strict=True):
+            stream, y, stats = _remat(partial(run, place), execution.remat)(stream, *own)
+            ys.append(y)
+            of_experts = stats if place.moe else of_experts
+        return stream, (ys, of_experts)
 
-        def body(stream: Any, inputs: list[Any]) -> tuple[Any, Any]:
-            ys, all_stats = [], []
-            for moe, (own, layer, x) in zip(kinds, inputs, strict=True):
-                stream, y, stats = _remat(partial(one, moe=moe), cfg.remat)(stream, weights=own, layer=layer, x=x)
-                ys.append(y)
-                all_stats += [stats] if moe else []
-            return stream, tuple(jax.tree.map(lambda *a: jnp.stack(a), *v) if v else None for v in (ys, all_stats))
+    periods = len(places[0].layers)
+    unroll = execution.scan_unroll if periods % execution.scan_unroll == 0 else 1
+    stream, (ys, stats) = jax.lax.scan(period, stream, inputs, unroll=unroll)
+    return stream, ys, stats
 
-        unroll = cfg.scan_unroll if rounds % cfg.scan_unroll == 0 else 1
-        stream, out = jax.lax.scan(body, stream, inputs, unroll=unroll)
-        return stream, *(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), v) for v in out)
 
-    pieces = []
-    if lead:
-        stream, y, _ = scan(stream, (False,), 0, 0, lead)
-        pieces.append(y)
-    stream, y, stats = scan(stream, period, lead, lead, (cfg.depth - lead) // len(period))
-    pieces.append(y)
-    return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces), stats
+def _slice(tree: Any, rows: range) -> Any:
+    return jax.tree.map(lambda x: x[rows.start : rows.stop : rows.step], tree)
+
+
+def _interleaved(trees: list[Any]) -> Any:
+    """Trees of (periods, ...), one a place -> one of (periods x places, ...), in the order of the layers."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *trees)
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
 def _remat(block: Any, policy: str) -> Any:

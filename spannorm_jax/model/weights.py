@@ -1,36 +1,59 @@
-"""Weights as they are declared: the one place that fixes shape, logical axes, role and site of each."""
+"""Weights as modules declare them: the one place that fixes shape, axes, fans, role and site of each.
+
+A declaration draws nothing. `definition.py` gathers the declarations into a table, and draws the weights from it.
+"""
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-ROLES = ("embedding", "hidden", "output", "norm", "expert", "router", "router_state")
+ROLES = ("embedding", "hidden", "output", "norm", "expert", "router")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What is known of a weight before it exists: shape, logical axes (one a dimension), role and site."""
+    """What is known of a weight before it exists.
+
+    Attributes:
+      shape: with a leading layer axis for a weight of stacked blocks.
+      axes: logical axes, one a dimension; sharding reads them.
+      role: one of ROLES; weight decay, FLOP counting and compute dtypes read it.
+      site: the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it.
+      fan_in: inputs that one output sums; 0 for gains.
+      fan_out: outputs that one input reaches; 0 for gains.
+      start: where every number of a gain starts; None for weights that are drawn.
+      layers: the blocks that own the slices of a stacked weight; () outside of blocks.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     role: str
     site: str
+    fan_in: int
+    fan_out: int
+    start: float | None
+    layers: tuple[int, ...] = ()
+
+
+class RouterState(nnx.Variable):
+    """What a router keeps besides its weights: no gradient, no optimiser. It starts at zero."""
 
 
 def weight(
-    rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str
+    shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, *, fan_in: int, fan_out: int
 ) -> nnx.Param:
-    """Declares a weight, drawn from N(0, std^2): the one place that fixes its shape, axes, role and site.
-
-    Sharding reads `axes` (logical axis names, one a dimension), weight decay and FLOP counting read `role`,
-    initialisation reads `site`.
-    """
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes, role=role, site=site)
+    """Declares a weight that is drawn; an initialisation says with what standard deviation."""
+    return _declare(shape, axes, role, site, fan_in, fan_out, None)
 
 
-def gain(size: int, axis: str, site: str, start: float = 1.0) -> nnx.Param:
-    """Declares a gain, of a norm or by itself; every number of it starts at `start`."""
-    return nnx.Param(jnp.full((size,), start, jnp.float32), axes=(axis,), role="norm", site=site)
+def gain(shape: tuple[int, ...], axes: tuple[str, ...], site: str, start: float = 1.0) -> nnx.Param:
+    """Declares a gain, of a norm or by itself."""
+    return _declare(shape, axes, "norm", site, 0, 0, start)
+
+
+def _declare(
+    shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, fan_in: int, fan_out: int, start: float | None
+) -> nnx.Param:
+    spec = WeightSpec(shape, axes, role, site, fan_in, fan_out, start)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), spec=spec)

@@ -90,14 +90,14 @@ def _start_jax(num_devices: int) -> None:
 
 def measure(config: Config, mesh: Mesh) -> StepCost:
     """Compiles the step of a resolved config; `mesh` is of CPU devices, which are not used."""
-    model, seq_len, batch_size = define(config.model), config.data.seq_len, config.training.batch_size
+    model, seq_len, batch_size = define(config.model, config.execution), config.data.seq_len, config.training.batch_size
     began = time.monotonic()
     with jax.set_mesh(mesh):
         compiled_as = config
         if config.model.dtype == "bfloat16":
             # A CPU computes and sends float32 in place of bfloat16, but float16, of the same size, as it is.
             compiled_as = replace(config, model__dtype="float16")
-        program = make_program(compiled_as, define(compiled_as.model), mesh)
+        program = make_program(compiled_as, define(compiled_as.model, config.execution), mesh)
         batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32, sharding=program.batch_sharding)
         compiled = program.train.lower(program.abstract_state, batch).compile()
         activations = _activations(config, model, mesh)
@@ -133,12 +133,13 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
     params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
 
     def kept(rows: int) -> int:
-        def residuals(params: Any, tokens: jax.Array) -> Any:
+        def residuals(params: Any, router: Any, tokens: jax.Array) -> Any:
             weights = jnp.ones(tokens[:, 1:].shape)
-            return jax.vjp(lambda p: loss_sums(model.bind(p), tokens, weights, num_chunks)["nll"], params)[1]
+            return jax.vjp(lambda p: loss_sums(model.bind(p, router), tokens, weights, num_chunks)["nll"], params)[1]
 
         tokens = jax.ShapeDtypeStruct((rows, config.data.seq_len + 1), jnp.int32)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(residuals, params, tokens)))
+        shapes = jax.eval_shape(residuals, params, model.router, tokens)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     # Weights are among the residuals, whatever the batch: the difference leaves them out.
     return (kept(2 * rows) - kept(rows)) // batch_shards(dict(mesh.shape))
@@ -149,10 +150,10 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
 
 def _implementations(config: Config) -> str:
     """Those that a CPU runs. Raises UserError if it cannot run what the config names."""
-    words = f"attention {attention.attention_for(config.model, config.data.seq_len)[0]}"
+    words = f"attention {attention.attention_for(config.execution, config.model, config.data.seq_len)[0]}"
     if not config.model.moe.num_experts:
         return words
-    return f"{words}, grouped matmul {grouped_matmul.grouped_matmul_for(config.model.moe.grouped_matmul)[0]}"
+    return f"{words}, grouped matmul {grouped_matmul.grouped_matmul_for(config.execution.grouped_matmul)[0]}"
 
 
 def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str) -> str:
@@ -160,7 +161,7 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str)
     stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
     return (
         f"{model.placement} / {model.init}: {model.depth} blocks, width {model.width}, batch "
-        f"{config.training.batch_size} x {config.data.seq_len}, remat {model.remat}\n"
+        f"{config.training.batch_size} x {config.data.seq_len}, remat {config.execution.remat}\n"
         f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
         f"shaped with {implementations}, compute {model.dtype}{stands_for}"
     )

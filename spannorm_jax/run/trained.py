@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
-from spannorm_jax.model.definition import ModelDef, abstract_params, define
+from spannorm_jax.model.definition import ModelDef, abstract_params, abstract_router, define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS
@@ -18,13 +18,14 @@ from spannorm_jax.run.folder import CHECKPOINTS
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model with the weights after `step` updates, float32, sharded over `mesh`."""
+    """A run's model with the weights and the router state after `step` updates, float32, sharded over `mesh`."""
 
     config: Config
     model: ModelDef
     mesh: Mesh
     step: int
     params: Any
+    router: Any
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
     The checkpoint is held until the end of the context: a trainer at work does not remove it. Newer
     ones that are damaged are named on stderr, with what is done instead (`doing`, as in
     "evaluating"). The function takes the run's resolved config and a mesh that divides its weights;
-    it reads the parameters and nothing else. Every process calls both.
+    it reads what the model needs and nothing else. Every process calls both.
 
     Raises:
       UserError: there is no such sound checkpoint, or it was removed where no lock could hold it.
@@ -45,8 +46,10 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
             distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
         def restore(config: Config, mesh: Mesh) -> Trained:
-            model = define(config.model)
-            params = checkpoints.restore_params(found, abstract_params(model, mesh))
-            return Trained(config, model, mesh, found, params)
+            model = define(config.model, config.execution)
+            params, router = checkpoints.restore_model(
+                found, abstract_params(model, mesh), abstract_router(model, mesh)
+            )
+            return Trained(config, model, mesh, found, params, router)
 
         yield restore

@@ -20,7 +20,12 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def held_out(
-    config: Config, mesh: Mesh, evaluate: Callable[[Any, Array, Array], dict[str, Array]], data: OpenData, params: Any
+    config: Config,
+    mesh: Mesh,
+    evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]],
+    data: OpenData,
+    params: Any,
+    router: Any,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity, bits per byte and accuracy over that part of the split.
 
@@ -38,7 +43,7 @@ def held_out(
             jax.make_array_from_callback(x.shape, sharding(mesh, ("batch", "time")), x.__getitem__)
             for x in (tokens, weights)
         )
-        sums = jax.device_get(evaluate(params, *arrays))
+        sums = jax.device_get(evaluate(params, router, *arrays))
         totals = {key: total + float(sums[key]) for key, total in totals.items()}
     loss = totals["nll"] / totals["count"]
     return {

@@ -100,7 +100,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
                     watchdog.alive(f"step {step - 1}")
                     log.dispatched(step, metrics)
                     if eval_every and (step % eval_every == 0 or step == steps):
-                        log.read_previous(partial(measure, state.params))
+                        log.read_previous(partial(measure, state.params, state.router))
                         watchdog.alive(f"the held-out loss of step {step}")
                     due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                     stopped_by = stop.at(step)

@@ -59,7 +59,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
     if config.eval.every_steps:
         check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
         check_predicts_text(config, data)
-    model = define(config.model)
+    model = define(config.model, config.execution)
     return Session(
         config=config,
         workdir=workdir,
@@ -75,7 +75,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
 
 def _kernels(config: Config) -> str:
     """Names the kernels that run here. Raises UserError if one asked for by name cannot."""
-    found = {"attention": attention_for(config.model, config.data.seq_len)}
+    found = {"attention": attention_for(config.execution, config.model, config.data.seq_len)}
     if config.model.moe.num_experts:
-        found["grouped matmul"] = grouped_matmul_for(config.model.moe.grouped_matmul)
+        found["grouped matmul"] = grouped_matmul_for(config.execution.grouped_matmul)
     return ", ".join(f"{what} {name}{f' ({why})' if why else ''}" for what, (name, why) in found.items())

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef, abstract_params
-from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss, moe_layers
+from spannorm_jax.model.definition import ModelDef, abstract_params, abstract_router
+from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
@@ -29,11 +29,11 @@ from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optim
 
 
 def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> int:
-    """Pieces of the time axis whose float32 logits fit in training.max_logits_mib on each device, as few as can be.
+    """Pieces of the time axis whose float32 logits fit in execution.max_logits_mib on each device, as few as can be.
 
     A few more, below twice as many, where those divide seq_len: then the last piece needs no padding.
     """
-    seq_len, limit = config.data.seq_len, config.training.max_logits_mib * 2**20
+    seq_len, limit = config.data.seq_len, config.execution.max_logits_mib * 2**20
     rows_here = -(-rows // batch_shards(mesh_shape))
     per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
     fewest = -(-seq_len // max(1, min(seq_len, limit // per_token)))
@@ -96,7 +96,7 @@ def router_losses(config: Config, stats: Stats) -> dict[str, Array]:
 
 
 def gradients(
-    config: Config, model: ModelDef, params: Any, tokens_BxT1: Array, num_chunks: int
+    config: Config, model: ModelDef, params: Any, router: Any, tokens_BxT1: Array, num_chunks: int
 ) -> tuple[Any, dict[str, Any]]:
     """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch.
 
@@ -105,7 +105,7 @@ def gradients(
     k = config.training.num_microbatches
 
     def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
-        sums = loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
+        sums = loss_sums(model.bind(params, router), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
         total = sums["nll"] + config.training.z_loss * sums["z"]
         if "router" in sums:
             losses = router_losses(config, sums["router"])
@@ -142,9 +142,9 @@ def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str,
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
     blocks = jnp.zeros(model.cfg.depth)
-    for moe, name in STACKS.items():
+    for name in STACKS.values():
         if name in grads:
-            layers = [i for i, experts in enumerate(moe_layers(model.cfg)) if experts == moe]
+            layers = model.weights[name]["attn"]["q"].layers
             blocks = blocks.at[jnp.array(layers)].set(squares(grads[name], keep=1))
     others = {name: squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
     total = jnp.sqrt(jnp.sum(blocks) + sum(others.values()))
@@ -165,13 +165,13 @@ def train_step(
     holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every
     steps. Their order is that of the line. `diagnosis` is in no line: it names what is not finite.
     """
-    grads, sums = gradients(config, model, state.params, tokens_BxT1, num_chunks)
+    grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if config.model.moe.num_experts and config.model.moe.balance == "bias":
-            ffn = params["moe_blocks"]["ffn"]
-            ffn["bias"] = balanced_bias(ffn["bias"], sums["router"]["counts"], config.model.moe.bias_rate)
+        router = jax.tree.map(
+            lambda bias_LxE: balanced_bias(bias_LxE, sums["router"]["counts"], config.model.moe.bias_rate), state.router
+        )
     step = state.step + 1
     with jax.named_scope("metrics"):
         grad_norm, block_grad_norm, other_grad_norm = gradient_norms(model, grads)
@@ -188,7 +188,7 @@ def train_step(
             "per_block": OrderedDict(block_grad_norm=block_grad_norm),
             "diagnosis": {"other_grad_norm": other_grad_norm},
         }
-    return TrainState(step, params, opt_state), metrics
+    return TrainState(step, params, opt_state, router), metrics
 
 
 def router_metrics(stats: Stats) -> dict[str, Array]:
@@ -204,7 +204,7 @@ def router_metrics(stats: Stats) -> dict[str, Array]:
 
 def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:
     params = model.init(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model.init_router())
 
 
 # ---- the jitted edge ----------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Program:
     """A model's compiled functions on a mesh, with the shardings that they share.
 
     init(seed) -> state; train(state, tokens_BxT1) -> (state, metrics), which donates the state;
-    evaluate(params, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
+    evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
     """
 
     mesh: Mesh
@@ -223,7 +223,7 @@ class Program:
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
     train: Callable[[TrainState, Array], tuple[TrainState, dict[str, dict[str, Any]]]]
-    evaluate: Callable[[Any, Array, Array], dict[str, Array]]
+    evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]]
 
 
 def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
@@ -237,6 +237,7 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
         replicated,
         params_shardings,
         optimizer_shardings(optimizer, params, params_shardings, replicated),
+        jax.tree.map(lambda x: x.sharding, abstract_router(model, mesh)),
     )
     init = partial(init_state, model, optimizer)
     abstract_state = jax.tree.map(
@@ -262,20 +263,21 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     )
 
 
-def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Array, Array], dict[str, Array]]:
-    """evaluate(params, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
+def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
+    """evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
 
     It donates nothing.
     """
     num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
-    params_shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
+    abstract = abstract_params(model, mesh), abstract_router(model, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     batch_sharding = sharding(mesh, ("batch", "time"))
 
-    def evaluate(params: Any, tokens: Array, weights: Array) -> dict[str, Array]:
-        return loss_sums(model.bind(params), tokens, weights, num_chunks)
+    def evaluate(params: Any, router: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        return loss_sums(model.bind(params, router), tokens, weights, num_chunks)
 
     return jax.jit(
         evaluate,
-        in_shardings=(params_shardings, batch_sharding, batch_sharding),
+        in_shardings=(*shardings, batch_sharding, batch_sharding),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

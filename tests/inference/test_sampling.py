@@ -45,13 +45,18 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    return define(config.model)
+    return define(config.model, config.execution)
 
 
 def loud_padding(params):
     """The weights with a head that would rather choose ids that the tokenizer lacks."""
     head = jnp.zeros_like(params["head"]).at[:, :256].set(params["head"][:, :256])
     return params | {"head": head.at[:, 256:].set(30 * params["head"][:, 256:])}
+
+
+def endless(params):
+    """The weights with a head that hardly ever ends a text: that logit is 0, and 255 others have either sign."""
+    return params | {"head": params["head"].at[:, BYTES.end_of_text].set(0)}
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +86,16 @@ def as_lists(rows):
 
 
 def test_temperature_zero_is_the_argmax_of_the_full_forward_pass(model, params, greedy):
-    assert as_lists(generate(model, params, BYTES, PROMPTS, SampleOptions(12, temperature=0))) == greedy
+    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, SampleOptions(12, temperature=0))) == greedy
 
 
 def test_top_1_is_greedy_at_any_temperature_and_seed(model, params, greedy):
     options = SampleOptions(12, temperature=5.0, top_k=1, seed=7)
-    assert as_lists(generate(model, params, BYTES, PROMPTS, options)) == greedy
+    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, options)) == greedy
 
 
 def test_a_temperature_near_zero_is_greedy(model, params, greedy):
-    assert as_lists(generate(model, params, BYTES, PROMPTS, SampleOptions(12, temperature=1e-45))) == greedy
+    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, SampleOptions(12, temperature=1e-45))) == greedy
 
 
 def test_a_row_ends_at_the_end_of_text_and_the_others_go_on(model, params, greedy):
@@ -98,7 +103,7 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on(model, params, greed
     ends_here = dataclasses.replace(BYTES, end_of_text=end, token_bytes=np.ones(256, np.int32))
     shown = []
     options = SampleOptions(12, temperature=0)
-    made = as_lists(generate(model, params, ends_here, PROMPTS, options, show=shown.append))
+    made = as_lists(generate(model, params, {}, ends_here, PROMPTS, options, show=shown.append))
     want = [row[: row.index(end)] if end in row else row for row in greedy]
     assert made == want and len(made[0]) <= 4 and max(map(len, made)) > len(made[0])
     assert len(shown) == min(12, max(map(len, made)) + 1)  # nothing is computed once all rows have ended
@@ -109,14 +114,14 @@ def test_a_row_ends_at_the_end_of_text_and_the_others_go_on(model, params, greed
 
 @pytest.mark.parametrize("top_k", [0, 300])
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(model, params, top_k):
-    made = generate(model, params, BYTES, PROMPTS, SampleOptions(40, temperature=3.0, top_k=top_k))
+    made = generate(model, params, {}, BYTES, PROMPTS, SampleOptions(40, temperature=3.0, top_k=top_k))
     assert len(set(np.concatenate(made).tolist())) > 30  # a high temperature draws widely
     assert max(row.max() for row in made) < 256
 
 
 def test_the_seed_decides_and_the_rest_of_the_batch_does_not(model, params):
     def texts(seed, prompts=PROMPTS):
-        return as_lists(generate(model, params, BYTES, prompts, SampleOptions(12, temperature=2.0, seed=seed)))
+        return as_lists(generate(model, params, {}, BYTES, prompts, SampleOptions(12, temperature=2.0, seed=seed)))
 
     assert texts(0) == texts(0) != texts(1)
     assert texts(0, PROMPTS[:1]) == texts(0)[:1]
@@ -132,7 +137,7 @@ def test_no_token_after_the_first_compiles_anything(model, params, caplog):
         caplog.clear()
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        generate(model, params, BYTES, PROMPTS, SampleOptions(7), show=show)
+        generate(model, params, {}, BYTES, PROMPTS, SampleOptions(7), show=show)
     assert len(compiled) == 7 and len(compiled[0]) >= 2  # reading the prompts, one token
     assert not any(compiled[1:])
 
@@ -192,7 +197,8 @@ def workdir(config, model, tmp_path_factory):
             program = make_program(config, model, mesh)
             for step in (1, 2):
                 state = program.init(step)
-                checkpoints.save(step, dataclasses.replace(state, params=loud_padding(state.params)), to_dict(config))
+                state = dataclasses.replace(state, params=endless(loud_padding(state.params)))
+                checkpoints.save(step, state, to_dict(config))
         checkpoints.wait()
         checkpoints.close()
     return workdir

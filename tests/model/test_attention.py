@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from spannorm_jax.config import MeshConfig, ModelConfig
+from spannorm_jax.config import ExecutionConfig, MeshConfig, ModelConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.kernels.attention import attention, attention_for, keep_attention
 from spannorm_jax.parallel.mesh import make_mesh
@@ -105,7 +105,7 @@ def test_auto_is_blocked_on_a_cpu_and_names_are_taken_or_refused():
     cfg = ModelConfig(width=32, num_heads=4, num_kv_heads=4, dtype="bfloat16")
 
     def named(name, seq_len=128):
-        return attention_for(ModelConfig(**{**vars(cfg), "attention": name}), seq_len)
+        return attention_for(ExecutionConfig(attention=name), cfg, seq_len)
 
     assert named("auto") == ("blocked", "")
     assert named("splash") == ("splash", "")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.config import ModelConfig, MoEConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig, MoEConfig
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -23,7 +23,8 @@ PROMPTS, TOTAL, SLOTS = np.array([1, 4, 7]), 10, 13
 def make(placement, variant, dtype):
     """(model, params, tokens): weights of a size that bends every nonlinearity, gains apart."""
     # The implementation that decoding uses: in bfloat16 two of them round differently, which these weights amplify.
-    model = define(ModelConfig(placement=placement, dtype=dtype, attention="xla", **TINY | VARIANTS[variant]))
+    cfg = ModelConfig(placement=placement, dtype=dtype, **TINY | VARIANTS[variant])
+    model = define(cfg, ExecutionConfig(attention="xla"))
     rng = np.random.default_rng(0)
 
     def draw(spec):

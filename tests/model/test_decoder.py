@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 import spannorm_jax
 from spannorm_jax import config_file
-from spannorm_jax.config import Config, replace, resolve
+from spannorm_jax.config import Config, ExecutionConfig, replace, resolve
 from spannorm_jax.model import layers
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.definition import count_params, define, flops_per_token
@@ -99,8 +99,8 @@ def test_define_allocates_nothing():
 # ---- what must not change the result -----------------------------------------------------------------------
 
 
-def loss_and_gradients(m, seed=0):
-    model = define(m)
+def loss_and_gradients(m, seed=0, **execution):
+    model = define(m, ExecutionConfig(**execution))
     params = jax.jit(model.init)(jax.random.key(seed))
     tokens = np.random.default_rng(1).integers(m.vocab_size, size=(2, 9))
 
@@ -130,7 +130,7 @@ def looped():
 def test_unroll_and_remat_change_nothing(changes, looped):
     """Same operations, other fusions: float32 rounding apart. None was seen
     without compiler optimisation; a few parts in 10^7 of a weight's largest gradient are legal with it."""
-    loss, grads = loss_and_gradients(dataclasses.replace(small(), **changes))
+    loss, grads = loss_and_gradients(small(), **changes)
     np.testing.assert_allclose(loss, looped[0], rtol=1e-6)
 
     def close(a, b):
@@ -153,8 +153,7 @@ def test_remat_recomputes_what_it_says():
     """Remat is there at all: the gradient's program has matmuls of a block a second time."""
 
     def matmuls(**changes):
-        m = dataclasses.replace(small(), **changes)
-        model = define(m)
+        model = define(small(), ExecutionConfig(**changes))
         tokens = np.zeros((2, 9), np.int32)
 
         def loss(params):
@@ -190,7 +189,9 @@ def test_one_block_is_traced_whatever_the_depth(monkeypatch):
         nonlocal calls
         config = replace(Config(), model__depth=depth, model__width=16, data__seq_len=8, training__num_microbatches=2)
         config = resolved(config)
-        program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+        program = make_program(
+            config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1])
+        )
         calls = 0
         jaxpr = program.train.trace(program.abstract_state, jax.ShapeDtypeStruct((8, 9), "int32")).jaxpr
         return calls, count_equations(jaxpr.jaxpr)

@@ -17,17 +17,15 @@ import pytest
 import reference
 from flax import nnx
 
-from spannorm_jax.config import ModelConfig, default_ffn_dim
+from spannorm_jax.config import ModelConfig, MoEConfig, default_ffn_dim
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
-    fan_in,
-    gain_starts,
     hidden_second_moment,
+    plain,
     predicted_additions,
     predicted_branch_variance,
     residual_additions,
-    weight_stds,
 )
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
@@ -46,6 +44,16 @@ def config(**changes):
 def draw(cfg, seed=0):
     model = define(cfg)
     return model, jax.jit(model.init)(jax.random.key(seed))
+
+
+def sizes(cfg):
+    """Site -> what the initialisation says of it: a weight's std, where a gain starts."""
+    return {spec.site: INITS[cfg.init](cfg, spec) for spec in define(cfg).specs()}
+
+
+def branch_variance(cfg):
+    """Of each branch; all blocks are alike."""
+    return {branch: v[0] for branch, v in predicted_branch_variance(cfg, define(cfg).specs()).items()}
 
 
 def moments(ffn, std):
@@ -93,13 +101,13 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
     """Empirical std of n Gaussian draws: relative standard error 1 / sqrt(2n); mean: 1 / sqrt(n) of the std."""
     cfg = config(init=init, ffn=ffn, tied_head=tied_head, num_kv_heads=2, init_targets=("v", "ffn_in", "ffn_out"))
     model, params = draw(cfg)
-    stds, sites = weight_stds(cfg), set()
+    stds, sites = sizes(cfg), set()
 
     def check(spec, values):
         values = np.asarray(values, np.float64)
         sites.add(spec.site)
         if spec.role == "norm":
-            np.testing.assert_array_equal(values, np.float32(gain_starts(cfg).get(spec.site, 1)))
+            np.testing.assert_array_equal(values, np.float32(1))
             return
         for block in values if spec.axes[0] == "layers" else [values]:
             n = block.size
@@ -107,7 +115,35 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
             assert abs(block.mean()) < FIVE * stds[spec.site] / math.sqrt(n), spec
 
     model.map_weights(check, params)
-    assert sites == set(stds) - ({"head"} if tied_head else set()) | {"after_attn", "after_ffn", "entry"}
+    assert sites == {"embed", "q", "k", "v", "attn_out", "ffn_in", "ffn_out", "after_attn", "after_ffn", "entry"} | (
+        set() if tied_head else {"head"}
+    )
+
+
+def test_a_std_may_differ_by_layer(monkeypatch):
+    """Empirical stds of n Gaussian draws each: relative standard error 1 / sqrt(2n)."""
+
+    def growing(cfg, spec):
+        return 0.5 * (1 + np.array(spec.layers)) if spec.layers and spec.start is None else plain(cfg, spec)
+
+    monkeypatch.setitem(INITS, "growing", growing)
+    cfg = config(init="growing", moe=MoEConfig(num_experts=2, expert_dim=8, first_dense=2, every=3))
+    _, params = draw(cfg)
+    for name, layers in (("blocks", (0, 1, 2, 3, 5, 6)), ("moe_blocks", (4, 7))):
+        for layer, values in zip(layers, np.asarray(params[name]["attn"]["q"], np.float64), strict=True):
+            error = FIVE / math.sqrt(2 * values.size)
+            assert values.std() == pytest.approx(0.5 * (1 + layer), rel=error), layer
+
+
+def test_a_weight_is_the_same_in_models_of_another_depth_placement_and_feed_forward():
+    """A block's attention starts from its own key, by its name and index: comparisons start from equal weights."""
+    one = draw(config(init="plain"))[1]["blocks"]["attn"]
+    deeper = draw(config(init="plain", depth=12, placement="peri"))[1]["blocks"]["attn"]
+    experts = draw(config(init="plain", moe=MoEConfig(num_experts=2, expert_dim=8, first_dense=1)))[1]
+    for name in ("q", "k", "v", "out"):
+        np.testing.assert_array_equal(one[name], deeper[name][:8])
+        np.testing.assert_array_equal(one[name][:1], experts["blocks"]["attn"][name])
+        np.testing.assert_array_equal(one[name][1:], experts["moe_blocks"]["attn"][name])
 
 
 def test_no_two_blocks_and_no_two_weights_share_their_draw():
@@ -121,15 +157,16 @@ def test_no_two_blocks_and_no_two_weights_share_their_draw():
 
 
 def test_the_published_numbers_of_plain_and_gpt2():
-    cfg = config(width=64, depth=8, ffn_dim=176)
-    assert weight_stds(config(init="plain", ffn_dim=176)) == pytest.approx(
-        {site: 1 / 8 for site in ("q", "k", "v", "attn_out", "ffn_in", "head")} | {"ffn_out": 176**-0.5, "embed": 1.0}
+    gains = {"after_attn": 1.0, "after_ffn": 1.0, "entry": 1.0}
+    assert sizes(config(init="plain", width=64, depth=8, ffn_dim=176)) == pytest.approx(
+        dict.fromkeys(("q", "k", "v", "attn_out", "ffn_in", "head"), 1 / 8)
+        | {"ffn_out": 176**-0.5, "embed": 1.0}
+        | gains
     )
-    gpt2 = weight_stds(config(init="gpt2"))
+    gpt2 = {site: size for site, size in sizes(config(init="gpt2")).items() if site not in gains}
     assert gpt2.pop("attn_out") == pytest.approx(0.02 / 4)  # 1 / sqrt(2 * 8)
     assert gpt2.pop("ffn_out") == pytest.approx(0.02 / 4)
     assert set(gpt2.values()) == {0.02}
-    assert fan_in(cfg)["ffn_out"] == 176
 
 
 @pytest.mark.parametrize("tied_head", [False, True])
@@ -212,9 +249,9 @@ def test_branches_have_the_predicted_variance(changes):
     N = D // 2
     model, params = draw(cfg)
     measured = measure_branches(model, params, orthogonal_rows(N, D))
-    predicted = predicted_branch_variance(cfg)
+    predicted = branch_variance(cfg)
 
-    mean, second, fourth = moments(cfg.ffn, weight_stds(cfg)["ffn_in"] * math.sqrt(D))
+    mean, second, fourth = moments(cfg.ffn, sizes(cfg)["ffn_in"] * math.sqrt(D))
     errors = {
         "attn": branch_error(N, D, D, 0.0, 3.0, copies=cfg.num_heads // cfg.num_kv_heads),
         "ffn": branch_error(N, D, F, mean**2 / second, fourth / second**2),
@@ -232,9 +269,9 @@ def test_branches_have_the_predicted_variance(changes):
 def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
     """Var F = F * Var W_out * E h^2 with pre-activations of variance D * Var W_in, from an independent integral."""
     cfg = config(init=init, ffn=ffn, init_targets=("ffn_in", "ffn_out"))
-    stds = weight_stds(cfg)
+    stds = sizes(cfg)
     second = moments(ffn, stds["ffn_in"] * math.sqrt(cfg.width))[1]
-    assert predicted_branch_variance(cfg)["ffn"] == pytest.approx(cfg.ffn_dim * stds["ffn_out"] ** 2 * second, rel=1e-9)
+    assert branch_variance(cfg)["ffn"] == pytest.approx(cfg.ffn_dim * stds["ffn_out"] ** 2 * second, rel=1e-9)
 
 
 @pytest.mark.parametrize("budget", [0.1, 1.0, 3.0])
@@ -244,24 +281,25 @@ def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
 def test_scale_spends_the_budget_over_the_streams_additions(placement, depth, ffn, budget):
     """SpanNorm's stream is added to by F alone, once a block; that of the others by A and F."""
     cfg = config(placement=placement, depth=depth, ffn=ffn, variance_budget=budget, init="scale")
-    added = predicted_additions(cfg)
+    added = {branch: sum(v) / depth for branch, v in predicted_additions(cfg, define(cfg).specs()).items()}
     number = 1 if placement in ("span", "span_raw") else 2
     assert residual_additions(cfg) == number * depth
     assert list(added.values()) == pytest.approx([budget / depth / number] * number)
     if number == 1:
-        assert predicted_branch_variance(cfg)["attn"] == pytest.approx(1)  # off the stream: not damped
+        assert branch_variance(cfg)["attn"] == pytest.approx(1)  # off the stream: not damped
 
 
 @pytest.mark.parametrize("placement", ["peri", "layerscale"])
 def test_a_branch_that_ends_in_a_gain_is_damped_there_and_not_in_its_weights(placement):
     """What its weights are does not set its size: plain and scale draw them alike, and the gains differ."""
     plain, scale = (config(placement=placement, init=init, depth=8) for init in ("plain", "scale"))
-    assert weight_stds(scale)["attn_out"] == weight_stds(plain)["attn_out"]
+    assert sizes(scale)["attn_out"] == sizes(plain)["attn_out"]
     names = set(PLACEMENTS[placement].additions.values())
-    assert {gain_starts(scale)[name] for name in names} == {0.25}  # sqrt(1 / 16)
-    assert {gain_starts(plain)[name] for name in names} == ({1.0} if placement == "peri" else {0.1})
+    own = 1.0 if placement == "peri" else 0.1
+    assert {sizes(scale)[name] for name in names} == {0.25}  # sqrt(1 / 16)
+    assert {sizes(plain)[name] for name in names} == {own}
     # Who names weights to damp has said what to damp: the gains stay.
-    assert gain_starts(dataclasses.replace(scale, init_targets=("ffn_out",))) == gain_starts(plain)
+    assert {sizes(dataclasses.replace(scale, init_targets=("ffn_out",)))[name] for name in names} == {own}
 
 
 @pytest.mark.parametrize("depth", [4, 24])
@@ -273,7 +311,7 @@ def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
     model, params = draw(cfg)
     tokens = np.arange(N)[:, None]
     stream, _ = run_recording(model, params, tokens)
-    added = depth * sum(predicted_additions(cfg).values())
+    added = sum(np.sum(v) for v in predicted_additions(cfg, model.specs()).values())
     assert added == pytest.approx(1.0 if init == "scale" else 2 * depth)
     # Cross terms of a branch meet a stream of variance up to 1 + added; a normed branch has its variance exactly.
     error = math.hypot(cross_error(N, D, added * (1 + added)), math.sqrt(2 / (N * D)), added * 0.02)
@@ -283,8 +321,8 @@ def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
 
 @pytest.mark.parametrize("target", ["v", "attn_out", "ffn_in", "ffn_out"])
 def test_init_targets_take_the_factor_and_no_other_weight_does(target):
-    base = weight_stds(config(placement="pre", init="scale", init_targets=("v", "attn_out", "ffn_in", "ffn_out")))
-    one = weight_stds(config(placement="pre", init="scale", init_targets=(target,), variance_budget=3.0))
+    base = sizes(config(placement="pre", init="scale", init_targets=("v", "attn_out", "ffn_in", "ffn_out")))
+    one = sizes(config(placement="pre", init="scale", init_targets=(target,), variance_budget=3.0))
     for site in ("v", "attn_out", "ffn_in", "ffn_out"):
         # sqrt(c / 2L): budget 3 against 1 for the target, none against sqrt(1 / 16) for the others.
         assert one[site] / base[site] == pytest.approx(math.sqrt(3) if site == target else 4.0)
@@ -368,7 +406,7 @@ def test_prenorm_with_plain_init_grows_with_depth(depth):
     cfg = config(placement="pre", init="plain", width=D, depth=depth, vocab_size=N)
     model, params = draw(cfg)
     stream, _ = run_recording(model, params, np.arange(N)[:, None])
-    want = 1 + depth * sum(predicted_branch_variance(cfg).values())
+    want = 1 + depth * sum(branch_variance(cfg).values())
     # Cross terms of branch l meet a stream of variance up to `want`.
     assert abs(np.mean(stream**2) - want) < FIVE * cross_error(N, D, want**2 / 2)
 
@@ -389,7 +427,7 @@ def test_skip_path_gain(placement, init, depth, budget):
     on_skip = ("ffn",) if placement == "span" else ("attn", "ffn")
     log_gain = -sum(np.sum(np.log(mean_squares[f"after_{name}"])) for name in on_skip) / 2
 
-    variance = predicted_branch_variance(cfg)
+    variance = branch_variance(cfg)
     branches = [variance[name] for name in on_skip]
     want = -depth / 2 * sum(math.log1p(v) for v in branches)
     # Half the sum of relative errors: cross terms and the branch's own, over 1 + v, independent between branches.

@@ -1,5 +1,6 @@
 """Placements against the equations: in the whole model, and as functions of plain callables."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,7 +11,7 @@ import reference
 
 from spannorm_jax.config import Config, ModelConfig, MoEConfig
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
 from spannorm_jax.training.step import gradients
 
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
@@ -39,6 +40,13 @@ CASES = [(p, v) for p in PLACEMENTS for v in EVERY]
 CASES += [(tuple(PLACEMENTS)[i % len(PLACEMENTS)], v) for i, v in enumerate(VARIANTS) if v not in EVERY]
 
 
+def router_state(model):
+    """Biases of a size that changes the selection."""
+    return jax.tree.map(
+        lambda x: (0.4 * np.random.default_rng(2).standard_normal(x.shape)).astype(np.float32), model.router
+    )
+
+
 def make(placement, variant="plain", **changes):
     """(model, params, tokens, reference options): weights of a size that bends every nonlinearity, gains apart."""
     cfg = ModelConfig(placement=placement, **TINY | VARIANTS[variant] | changes)
@@ -48,8 +56,6 @@ def make(placement, variant="plain", **changes):
     def draw(spec):
         if spec.role == "norm":
             return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
-        if spec.role == "router_state" and cfg.moe.balance != "bias":
-            return np.zeros(spec.shape, np.float32)
         return (0.4 * rng.standard_normal(spec.shape)).astype(np.float32)
 
     tokens = rng.integers(cfg.vocab_size, size=(2, 7)).astype(np.int32)
@@ -63,38 +69,56 @@ def make(placement, variant="plain", **changes):
 
 @pytest.mark.parametrize(("placement", "variant"), CASES)
 def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant):
+    check_against_the_reference(placement, variant)
+
+
+@pytest.mark.parametrize("variant", ["mqa_qk_norm", "moe", "moe_sigmoid"])
+def test_norms_inside_sub_layers(variant, monkeypatch):
+    """PreNorm with every inner norm: heads before their projection, hidden units before theirs, of experts too."""
+    normed = dataclasses.replace(PLACEMENTS["pre"], name="pre_normed", inner_norms=INNER_NORMS)
+    monkeypatch.setitem(PLACEMENTS, "pre_normed", normed)
+    monkeypatch.setitem(reference.EQUATIONS, "pre_normed", reference.EQUATIONS["pre"])
+    check_against_the_reference("pre_normed", variant)
+
+
+def check_against_the_reference(placement, variant):
     """Logits and loss against the float64 reference; the gradient, weight by weight, against its central differences.
 
     Directions are taken within one weight at a time, so that no large gradient hides the error of a small one.
     """
     model, params, tokens, options = make(placement, variant)
+    router = router_state(model)
     exact = reference.to_float64(params)
 
+    def with_router(weights):
+        if not router:
+            return weights
+        blocks = weights["moe_blocks"]
+        ffn = blocks["ffn"] | reference.to_float64(router["moe_blocks"]["ffn"])
+        return weights | {"moe_blocks": blocks | {"ffn": ffn}}
+
     def all_of(params):
-        grads, sums = gradients(Config(model=model.cfg), model, params, tokens, num_chunks=1)
+        grads, sums = gradients(Config(model=model.cfg), model, params, router, tokens, num_chunks=1)
         total = sums["nll"] + sum(sums.get("router_losses", {}).values())
-        return total / sums["count"], grads, model.bind(params)(tokens[:, :-1])
+        return total / sums["count"], grads, model.bind(params, router)(tokens[:, :-1])
 
     loss, grads, logits = jax.jit(all_of)(params)
-    want = reference.logits(exact, tokens[:, :-1], options)
+    want = reference.logits(with_router(exact), tokens[:, :-1], options)
     # float32 rounding through three blocks: largest error seen is 3.5e-6 of the largest logit, and
     # 5e-7 of the loss.
     np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
-    np.testing.assert_allclose(loss, reference.loss(exact, tokens, options), rtol=2e-6)
+    np.testing.assert_allclose(loss, reference.loss(with_router(exact), tokens, options), rtol=2e-6)
 
     rng = np.random.default_rng(1)
     leaves, treedef = jax.tree.flatten(exact)
     for i, (path, grad) in enumerate(jax.tree.leaves_with_path(grads)):
         grad = np.asarray(grad, np.float64)
-        if path[-1].key == "bias":  # of the selection, which has no gradient
-            assert not np.any(grad)
-            continue
         direction = rng.standard_normal(grad.shape)
         direction /= np.linalg.norm(direction)
 
         def loss_at(step, i=i, direction=direction):
             moved = [leaf + step * direction if j == i else leaf for j, leaf in enumerate(leaves)]
-            return reference.loss(jax.tree.unflatten(treedef, moved), tokens, options)
+            return reference.loss(with_router(jax.tree.unflatten(treedef, moved)), tokens, options)
 
         # Error of the difference: h^2 f''' / 6 + 1e-16 f / h, about 1e-10 at h = 1e-5: nothing beside float32's.
         h = 1e-5

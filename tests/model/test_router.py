@@ -71,7 +71,7 @@ def test_extreme_logits(scores, renormalize, top_k, balance):
     cotangents = (rng.standard_normal((len(logits), top_k)), rng.standard_normal(logits.shape), 1e-3, 5.0)
 
     def value(logits):
-        weights, ids, probs = route(logits, bias, moe)
+        weights, ids, probs = route(logits, bias if balance == "bias" else None, moe)
         stats = router_stats(logits, ids, probs)
         loss = load_balance_loss(stats)
         sums = jnp.sum(weights * jnp.float32(cotangents[0])) + jnp.sum(probs * jnp.float32(cotangents[1]))

@@ -22,7 +22,7 @@ def compiled(mode, layout, **changes):
         "model__placement": "pre",
         "model__moe__num_experts": 8,
         "model__moe__expert_dim": 48,
-        "model__moe__expert_parallel": mode,
+        "execution__expert_parallel": mode,
         "data__seq_len": SEQ_LEN,
         "training__batch_size": ROWS,
     }
@@ -30,10 +30,17 @@ def compiled(mode, layout, **changes):
     config = resolve(config, vocab_size=256, platform="cpu", fingerprint="")
     mesh = make_mesh(MeshConfig(**layout), jax.devices()[:8])
     with jax.set_mesh(mesh):
-        program = make_program(config, define(config.model), mesh)
+        program = make_program(config, define(config.model, config.execution), mesh)
         tokens = jax.ShapeDtypeStruct((ROWS, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
         found = collectives(program.train.lower(program.abstract_state, tokens).compile().as_text())
     return found, config
+
+
+def moved_bytes(config, mode, shards, n):
+    """The formula, for the tokens of one of so many shards of the batch and n devices that exchange."""
+    tokens, top_k = ROWS * SEQ_LEN // shards, config.model.moe.top_k
+    capacity = experts.capacity_rows(config.execution.capacity, tokens * top_k, n)
+    return experts.moved_bytes(mode, top_k, capacity, tokens, n, WIDTH, 4)
 
 
 def exchanged(found, kinds, group, branch=()):
@@ -53,26 +60,28 @@ LAYOUTS = [
 @pytest.mark.parametrize(("layout", "remat"), LAYOUTS, ids=str)
 def test_all_to_all_moves_the_bytes_of_the_formula(layout, remat):
     """With remat=dots too: what was exchanged is kept. The ring in the other branch is not what runs."""
-    found, config = compiled("all_to_all", layout, model__remat=remat)
+    found, config = compiled("all_to_all", layout, execution__remat=remat)
     n, shards = layout["expert"], layout["expert"] * layout["data"]
-    want = experts.moved_bytes(config.model.moe, "all_to_all", ROWS * SEQ_LEN // shards, n, WIDTH, 4)
+    want = moved_bytes(config, "all_to_all", shards, n)
     assert exchanged(found, {"all_to_all"}, n, branch=(0,)) == DEPTH * want
     assert not exchanged(found, {"all_gather", "reduce_scatter"}, n, branch=(0,))
 
 
 @pytest.mark.parametrize(("layout", "remat"), LAYOUTS, ids=str)
 def test_the_ring_moves_the_bytes_of_the_formula(layout, remat):
-    found, config = compiled("ring", layout, model__remat=remat)
+    found, config = compiled("ring", layout, execution__remat=remat)
     n, shards = layout["expert"], layout["expert"] * layout["data"]
-    want = experts.moved_bytes(config.model.moe, "ring", ROWS * SEQ_LEN // shards, n, WIDTH, 4)
+    want = moved_bytes(config, "ring", shards, n)
     assert exchanged(found, {"all_gather", "reduce_scatter"}, n) == DEPTH * want
     assert not exchanged(found, {"all_to_all"}, n)
 
 
 def test_auto_takes_what_moves_less():
     """Of 8 experts, 2 a token: 7 shards' tokens against 1.5 x 2 rows a token, so all_to_all from 4 shards on."""
-    moe = replace(Config(), model__moe__num_experts=8).model.moe
-    exchanges = [experts.exchange_for(moe, 1024, shards, 64, 4) for shards in (1, 2, 4, 8)]
+    exchanges = [
+        experts.exchange_for(2, experts.capacity_rows(1.5, 2 * 1024, shards), 1024, shards, 64, 4)
+        for shards in (1, 2, 4, 8)
+    ]
     assert exchanges == ["local", "ring", "all_to_all", "all_to_all"]
 
 

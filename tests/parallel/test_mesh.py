@@ -40,12 +40,12 @@ VARIANTS = {
     # Chunks of the loss, microbatches, grouped queries and remat on top of one another.
     "everything": {
         "model__num_kv_heads": 4,
-        "model__remat": "block",
+        "execution__remat": "block",
         "model__qk_norm": True,
         "training__batch_size": 16,
         "training__num_microbatches": 2,
         "training__z_loss": 1e-3,
-        "training__max_logits_mib": 1,
+        "execution__max_logits_mib": 1,
     },
     "moe": {"model__moe__num_experts": 4, "model__moe__every": 2, "model__moe__router_z_loss": 1e-3},
     "moe_bias": {
@@ -53,14 +53,14 @@ VARIANTS = {
         "model__moe__num_shared": 1,
         "model__moe__scores": "sigmoid",
         "model__moe__balance": "bias",
-        "model__remat": "dots",
+        "execution__remat": "dots",
     },
 }
 MOE = VARIANTS["moe"]
 VARIANTS |= {
-    "moe_ring": MOE | {"model__moe__expert_parallel": "ring"},
+    "moe_ring": MOE | {"execution__expert_parallel": "ring"},
     # Of 16 tokens x 2 a device, 12 rows to each of 4 devices, or 24 to each of 2: some overflow, others do not.
-    "moe_all_to_all": MOE | {"model__moe__expert_parallel": "all_to_all", "model__remat": "dots"},
+    "moe_all_to_all": MOE | {"execution__expert_parallel": "all_to_all", "execution__remat": "dots"},
 }
 
 
@@ -88,7 +88,7 @@ def start(program, params):
     """The state of a run that starts from these weights, on the program's mesh."""
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
     params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, program.abstract_state.params)
-    return TrainState(state.step, params, state.opt_state)
+    return TrainState(state.step, params, state.opt_state, state.router)
 
 
 def trajectory(config, layout, num_devices):
@@ -98,7 +98,7 @@ def trajectory(config, layout, num_devices):
     shape = (config.training.batch_size, config.data.seq_len + 1)
     values = []
     with jax.set_mesh(mesh):
-        model = define(config.model)
+        model = define(config.model, config.execution)
         program = make_program(config, model, mesh)
         state = start(program, drawn(model))
         for _ in range(STEPS):
@@ -163,11 +163,11 @@ def assert_close(got, want):
 
 def gradients_on(config, layout, num_devices, tokens, num_chunks=1):
     """Of the drawn weights, on the host."""
-    model, mesh = define(config.model), make_mesh(MeshConfig(**layout), jax.devices()[:num_devices])
+    model, mesh = define(config.model, config.execution), make_mesh(MeshConfig(**layout), jax.devices()[:num_devices])
     shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
     with jax.set_mesh(mesh):
         run = jax.jit(
-            lambda params, tokens: gradients(config, model, params, tokens, num_chunks)[0],
+            lambda params, tokens: gradients(config, model, params, {}, tokens, num_chunks)[0],
             in_shardings=(shardings, sharding(mesh, ("batch", "time"))),
             out_shardings=shardings,
         )
@@ -212,10 +212,11 @@ def test_evaluation_is_that_of_one_device(layout):
     def sums(layout, n):
         mesh = make_mesh(MeshConfig(**layout), jax.devices()[:n])
         with jax.set_mesh(mesh):
-            model = define(config.model)
+            model = define(config.model, config.execution)
             program = make_program(config, model, mesh)
             args = (jax.device_put(x, program.batch_sharding) for x in (tokens, weights))
-            return jax.device_get(program.evaluate(start(program, drawn(model)).params, *args))
+            state = start(program, drawn(model))
+            return jax.device_get(program.evaluate(state.params, state.router, *args))
 
     one, eight = sums({"data": 1}, 1), sums(LAYOUTS[layout], 8)
     assert one["count"] == eight["count"] == 80
@@ -228,7 +229,7 @@ def test_every_weight_and_moment_lies_as_the_table_says():
     config = make_config()
     layout = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     _, state = trajectory(config, layout, 8)
-    model = define(config.model)
+    model = define(config.model, config.execution)
     size = {axis: int(np.prod([layout[m] for m in mesh_axes])) for axis, mesh_axes in LOGICAL_AXES.items()}
 
     def check(spec, *arrays):
@@ -250,7 +251,7 @@ def test_a_new_state_does_not_depend_on_the_mesh():
     def weights(layout, n):
         mesh = make_mesh(MeshConfig(**layout), jax.devices()[:n])
         with jax.set_mesh(mesh):
-            return jax.device_get(make_program(config, define(config.model), mesh).init(3).params)
+            return jax.device_get(make_program(config, define(config.model, config.execution), mesh).init(3).params)
 
     jax.tree.map(np.testing.assert_array_equal, weights({"data": 1}, 1), weights(LAYOUTS["all_three"], 8))
 

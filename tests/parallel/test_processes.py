@@ -32,7 +32,7 @@ TINY = (
     "--config.eval.tokens=2000",
 )
 # One expert a device, so that tokens cross processes; room for 14 of a device's 32 assignments in each buffer.
-EXPERTS = ("--config.mesh.expert=8", "--config.model.moe.expert_parallel=all_to_all", "--config.model.moe.capacity=3.5")
+EXPERTS = ("--config.mesh.expert=8", "--config.execution.expert_parallel=all_to_all", "--config.execution.capacity=3.5")
 # Where it is only about how processes end: a dense model that never does.
 ENDLESS = (
     *TINY,
@@ -151,7 +151,7 @@ def test_two_processes_train_as_one(one, two):
 
 
 def test_the_ring_of_two_processes_trains_as_one(env, one, tmp_path):
-    run_two(env, "train", *TINY, *EXPERTS, "--config.model.moe.expert_parallel=ring", "--workdir", tmp_path / "run")
+    run_two(env, "train", *TINY, *EXPERTS, "--config.execution.expert_parallel=ring", "--workdir", tmp_path / "run")
     same_trajectory(trajectory(tmp_path / "run"), trajectory(one))
 
 

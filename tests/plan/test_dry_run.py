@@ -84,13 +84,13 @@ def test_replicas_sum_each_gradient_once():
 
 def test_kept_activations_are_those_of_the_remat_policy():
     """With remat=block, of each block its input and nothing else that grows with the batch."""
-    block = needs(data=8, model__remat="block").activations
+    block = needs(data=8, execution__remat="block").activations
     everything = needs(data=8).activations
     inputs = DEPTH * ROWS // 8 * TIME * WIDTH * 2
     ends = ROWS // 8 * TIME * (VOCAB * 4 * 3 + WIDTH * 4 * 4)  # logits and the like in float32, the last norm
     assert inputs < block < inputs + ends
     assert everything > block + DEPTH * ROWS // 8 * TIME * (4 * WIDTH + 3 * HIDDEN) * 2
-    halves = needs(data=8, model__remat="block", training__num_microbatches=2)
+    halves = needs(data=8, execution__remat="block", training__num_microbatches=2)
     assert 2 * halves.activations == block
     assert halves.gradients == 2 * PARAMS * 4  # those of a microbatch and their sum
 
@@ -100,19 +100,18 @@ def test_kept_activations_are_those_of_the_remat_policy():
 
 @pytest.mark.parametrize(("devices", "fsdp", "expert"), [(32, 8, 4), (8, 2, 4)])
 def test_16b_per_device_by_hand(devices, fsdp, expert):
-    """Experts are split over fsdp and expert, all else over fsdp alone, but for the selection bias."""
+    """Experts are split over fsdp and expert, all else over fsdp alone."""
     D, F, L, V, H = 2048, 1408, 27, 102400, 11264
     config = resolve_without_data(load(f"{CONFIGS}/moe.py:16b", []), "accelerator")
     shape = mesh_shape(config.mesh, devices)
     assert shape == {"data": 1, "fsdp": fsdp, "expert": expert, "tensor": 1}
     check_divisible(config, shape, "a microbatch", config.training.batch_size // 32)
     mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 4)
-    state = make_program(config, define(config.model), mesh).abstract_state
+    state = make_program(config, define(config.model, config.execution), mesh).abstract_state
     experts = (L - 1) * 64 * 3 * D * F
     attention, shared, dense, router = L * 4 * D * D, (L - 1) * 2 * 3 * D * F, 3 * D * H, (L - 1) * D * 64
     others = attention + shared + dense + router + 2 * V * D + (2 * L + 1) * D
-    bias = (L - 1) * 64
-    here = 4 * (experts // (fsdp * expert) + others // fsdp + bias)
+    here = 4 * (experts // (fsdp * expert) + others // fsdp)
     assert sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(state.params)) == here
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in moments) == 2 * here

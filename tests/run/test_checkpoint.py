@@ -20,7 +20,7 @@ def state(step):
     """A state whose every number tells the step and its place; one array is all zeros, as a bias is at first."""
     params = {"blocks": {"w": np.arange(12.0, dtype=np.float32).reshape(3, 4) + step}, "bias": np.zeros(5, np.float32)}
     moments = ({"mu": jax.tree.map(lambda x: x * 2, params)}, {"count": np.int32(step)})
-    return jax.device_put(TrainState(np.int32(step), params, moments), SHARDING)
+    return jax.device_put(TrainState(np.int32(step), params, moments, {}), SHARDING)
 
 
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state(0))
@@ -65,7 +65,7 @@ def test_what_is_saved_is_read_whatever_the_folder_is_called(tmp_path, name):
     try:
         assert reading.find(None) == (3, [])
         same(reading.restore(3, ABSTRACT), state(3))
-        same(reading.restore_params(3, ABSTRACT.params), state(3).params)
+        same(reading.restore_model(3, ABSTRACT.params, {})[0], state(3).params)
     finally:
         reading.close()
 
@@ -131,7 +131,7 @@ def test_a_reader_keeps_its_checkpoint_from_a_trainer(tmp_path):
         saving.save(step, state(step), {"step": step})
         saving.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
-    same(reading.restore_params(1, ABSTRACT.params), state(1).params)
+    same(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
     reading.close()
     saving.save(4, state(4), {"step": 4})
     saving.close()
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_one_line(tmp_path):
     reading = Checkpoints(tmp_path)
     (tmp_path / "1").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="was removed while it was read"):
-        reading.restore_params(1, ABSTRACT.params)
+        reading.restore_model(1, ABSTRACT.params, {})
     reading.close()
 
 
@@ -167,26 +167,39 @@ def test_multiples_of_keep_every_stay(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 9]
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "span", "span_raw"])
-def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path, placement):
-    """Norms of a block were called `attn` and `ffn`, whichever side of the sub-layer they stood on."""
+@pytest.mark.parametrize("norms", ["old", "new"])
+@pytest.mark.parametrize(
+    ("placement", "balance"),
+    [("pre", ""), ("post", ""), ("span", ""), ("span_raw", ""), ("pre", "bias"), ("span", "aux_loss")],
+)
+def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path, placement, balance, norms):
+    """Norms of a block were called `attn` and `ffn`, whichever side of the sub-layer they stood on; the router's bias
+    was among the weights, with moments, whatever balanced the experts."""
     from spannorm_jax.config import Config, fill_sizes, replace
     from spannorm_jax.model.definition import define
     from spannorm_jax.training.optimizer import make_optimizer
 
     config = fill_sizes(replace(Config(), model__depth=2, model__width=16, model__vocab_size=8))
     config = replace(config, model__placement=placement, model__dtype="float32")
-    model = define(config.model)
+    stack = "moe_blocks" if balance else "blocks"
+    if balance:
+        config = replace(config, model__moe__num_experts=4, model__moe__expert_dim=8, model__moe__balance=balance)
+    model = define(config.model, config.execution)
     rng = np.random.default_rng(0)
     params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
-    now = TrainState(np.int32(7), params, make_optimizer(config, model).init(params))
-    sides = {name.split("_")[1]: name for name in params["blocks"]["norms"]}
+    bias = rng.standard_normal((2, 4)).astype(np.float32)
+    router = {"moe_blocks": {"ffn": {"bias": bias}}} if balance == "bias" else {}
+    now = TrainState(np.int32(7), params, make_optimizer(config, model).init(params), router)
+    sides = {name.split("_")[1]: name for name in params[stack]["norms"]}
 
     def then(tree):
         """By hand, and by nothing of the code under test."""
-        blocks = tree["blocks"]
-        norms = {name: blocks["norms"][sides[name]] for name in ("attn", "ffn")}
-        return tree | {"blocks": blocks | {"norms": norms}}
+        blocks = dict(tree[stack])
+        if norms == "old":
+            blocks["norms"] = {name: blocks["norms"][sides[name]] for name in ("attn", "ffn")}
+        if balance:
+            blocks["ffn"] = blocks["ffn"] | {"bias": bias}
+        return tree | {stack: blocks}
 
     moments = jax.tree.map(
         lambda node: then(node) if isinstance(node, dict) else node,
@@ -194,10 +207,12 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
         is_leaf=lambda node: isinstance(node, dict),
     )
     saving = Checkpoints(tmp_path, CheckpointConfig())
-    saving.save(7, jax.device_put(TrainState(np.int32(7), then(params), moments), SHARDING), {"step": 7})
+    saving.save(7, jax.device_put(TrainState(np.int32(7), then(params), moments, {}), SHARDING), {"step": 7})
     saving.close()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=SHARDING), now)
     reading = Checkpoints(tmp_path)
     same(reading.restore(7, abstract), now)
-    same(reading.restore_params(7, abstract.params), params)
+    found, found_router = reading.restore_model(7, abstract.params, abstract.router)
+    same(found, params)
+    same(found_router, router)
     reading.close()

@@ -24,7 +24,7 @@ def workdir(tmp_path):
     saving = Checkpoints(tmp_path / CHECKPOINTS, CheckpointConfig())
     for step in (1, 2):
         params = jax.jit(define(CONFIG.model).init)(jax.random.key(step))
-        saving.save(step, TrainState(np.int32(step), params, {"unknown": np.zeros(3)}), {"step": step})
+        saving.save(step, TrainState(np.int32(step), params, {"unknown": np.zeros(3)}, {}), {"step": step})
     saving.close()
     return tmp_path
 
@@ -53,7 +53,7 @@ def test_a_damaged_one_is_passed_over_aloud_and_refused_by_name(workdir, capsys)
 
 def test_it_is_held_until_the_end(workdir):
     """A trainer that keeps one checkpoint, at work beside a reader of an older one."""
-    state = TrainState(np.int32(3), {"w": np.zeros(3)}, {"mu": np.zeros(3)})
+    state = TrainState(np.int32(3), {"w": np.zeros(3)}, {"mu": np.zeros(3)}, {})
     with open_trained(workdir, 1, "reading"):
         saving = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig(keep_last=1))
         saving.save(3, state, {})

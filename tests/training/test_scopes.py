@@ -17,7 +17,7 @@ def test_a_profile_of_the_train_step_reads_like_the_paper():
     small = {"model__depth": 2, "model__width": 16, "model__num_heads": 2, "data__seq_len": SEQ_LEN}
     config = replace(Config(), model__qk_norm=True, training__num_microbatches=2, **small)
     config = resolve(config, vocab_size=256, platform="cpu", fingerprint="")
-    program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+    program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((8, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
     text = program.train.lower(program.abstract_state, tokens).compile().as_text()
     names = re.findall(r'op_name="(jit\(train_step\)[^"]*)"', text)

@@ -30,7 +30,7 @@ def configure(**changes):
 
 
 def program_of(config):
-    return make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:1]))
+    return make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
 
 
 def batch(seed=0, rows=BATCH):
@@ -54,7 +54,7 @@ def start(program, params):
     """The state of a run that starts from these weights: no updates, moments of zero. (`init` takes compiling.)"""
     zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
     params = jax.tree.map(lambda x, a: jax.device_put(jnp.array(x), a.sharding), params, program.abstract_state.params)
-    return TrainState(zeros.step, params, zeros.opt_state)
+    return TrainState(zeros.step, params, zeros.opt_state, zeros.router)
 
 
 def assert_trees_close(got, want, tolerance):
@@ -72,8 +72,8 @@ def assert_trees_close(got, want, tolerance):
 
 def one_step(config):
     """(gradients, loss sums, state after one update, metrics) from the drawn weights."""
-    model, program = define(config.model), program_of(config)
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, batch(), 1))(drawn_params())
+    model, program = define(config.model, config.execution), program_of(config)
+    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, batch(), 1))(drawn_params())
     state, metrics = program.train(start(program, drawn_params()), batch())
     return grads, sums, state, metrics
 
@@ -102,9 +102,9 @@ def test_microbatches_equal_the_full_batch(k, full_batch):
 def test_the_gradient_is_that_of_the_mean(full_batch):
     """Not of the sum: the same rows twice over give the same gradient."""
     config = configure(**SMOOTH)
-    model = define(config.model)
+    model = define(config.model, config.execution)
     twice = np.concatenate([batch(), batch()])
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, twice, 1))(drawn_params())
+    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, twice, 1))(drawn_params())
     assert float(sums["count"]) == 2 * BATCH * SEQ_LEN
     assert_trees_close(grads, full_batch[0], 5e-6)
 
@@ -186,7 +186,7 @@ def arrays_in(jaxpr):
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_no_more_logits_live_than_the_limit(microbatches):
     """With a vocabulary of 2^15 and 8 x 8 positions the logits are 8 MiB; a limit of 1 MiB holds for every array."""
-    config = configure(model__vocab_size=2**15, training__max_logits_mib=1, training__num_microbatches=microbatches)
+    config = configure(model__vocab_size=2**15, execution__max_logits_mib=1, training__num_microbatches=microbatches)
     program = program_of(config)
     tokens = jax.ShapeDtypeStruct((BATCH, SEQ_LEN + 1), "int32")
     jaxpr = program.train.trace(program.abstract_state, tokens).jaxpr.jaxpr
@@ -207,7 +207,7 @@ def test_no_more_logits_live_than_the_limit(microbatches):
     ],
 )
 def test_chunks_are_as_few_as_fit_on_a_device(rows, mesh, mib, chunks):
-    config = configure(model__vocab_size=2**15, training__max_logits_mib=mib)
+    config = configure(model__vocab_size=2**15, execution__max_logits_mib=mib)
     assert num_loss_chunks(config, mesh, rows) == chunks
 
 
@@ -221,7 +221,7 @@ ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 def test_a_length_without_divisors_is_cut_into_as_few_pieces(seq_len, fit, chunks):
     """`fit` positions take the limit of 1 MiB, or a little less; 1023 is 11 x 93."""
     rows = 2**18 // VOCAB // fit
-    config = configure(data__seq_len=seq_len, training__max_logits_mib=1)
+    config = configure(data__seq_len=seq_len, execution__max_logits_mib=1)
     assert num_loss_chunks(config, ONE, rows) == chunks
 
 
@@ -231,8 +231,8 @@ def test_z_loss_gradient_is_the_finite_difference():
     Difference error about 1e-10; float32's, largest seen, 1.2e-6 of |g| / sqrt(n), what a unit direction meets.
     """
     config = configure(training__z_loss=0.5)
-    model, tokens = define(config.model), batch(rows=2)
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, tokens, 1))(drawn_params())
+    model, tokens = define(config.model, config.execution), batch(rows=2)
+    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, tokens, 1))(drawn_params())
     exact, options = reference.to_float64(drawn_params()), reference.Options("span")
 
     def objective(params):
@@ -303,8 +303,8 @@ def test_updates_are_those_of_adamw(placement, tied_head, clip_norm):
         optim__eps=1e-4,
         optim__b1=0.8,
     )
-    optim, model, program = config.optim, define(config.model), program_of(config)
-    gradient = jax.jit(lambda p, tokens: gradients(config, model, p, tokens, 1)[0])
+    optim, model, program = config.optim, define(config.model, config.execution), program_of(config)
+    gradient = jax.jit(lambda p, tokens: gradients(config, model, p, {}, tokens, 1)[0])
     state = start(program, drawn_params(placement, tied_head))
 
     def decays(path):
@@ -371,7 +371,7 @@ def test_one_sequence_is_learnt_by_heart(placement):
     assert float(losses[0]) > 3
     assert float(losses[-1]) < 0.05
     assert float(metrics["scalars"]["accuracy"]) == 1
-    sums = program.evaluate(state.params, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
+    sums = program.evaluate(state.params, state.router, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
     assert float(sums["correct"]) == float(sums["count"]) == BATCH * SEQ_LEN
 
 
@@ -379,7 +379,9 @@ def test_one_sequence_is_learnt_by_heart(placement):
 def test_nothing_is_compiled_after_the_first_step(devices):
     """Counts JAX's own compile events: one program for the first step, none for later ones."""
     config = configure()
-    program = make_program(config, define(config.model), make_mesh(config.mesh, jax.devices()[:devices]))
+    program = make_program(
+        config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:devices])
+    )
     batches = [jax.device_put(batch(i), program.batch_sharding) for i in range(5)]
     events = []
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from spannorm_jax.config import ModelConfig
+from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.kernels.blocked_attention import SAVED, blocked_attention
 from spannorm_jax.parallel.mesh import partition_spec
@@ -65,8 +65,8 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 _BEST = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}
 
 
-def attention_for(cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
-    """The implementation that runs here for `cfg.attention`, and why it is not the device's best, if `auto` had to.
+def attention_for(execution: ExecutionConfig, cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
+    """The implementation that runs here, and why it is not the device's best, if `execution.attention=auto` had to.
 
     `auto` is blocked on a CPU, cuDNN's on a GPU, splash attention on a TPU, and XLA's where that one cannot run.
 
@@ -74,9 +74,9 @@ def attention_for(cfg: ModelConfig, seq_len: int) -> tuple[str, str]:
       UserError: the one that is asked for by name cannot run here.
     """
     shapes = (seq_len, cfg.num_heads, cfg.num_kv_heads, cfg.width // cfg.num_heads)
-    name, why = _choose(cfg.attention, *shapes, cfg.dtype)
-    if why and cfg.attention != "auto":
-        raise UserError(f"config key model.attention={name} cannot run here: {why}; write model.attention=auto")
+    name, why = _choose(execution.attention, *shapes, cfg.dtype)
+    if why and execution.attention != "auto":
+        raise UserError(f"config key execution.attention={name} cannot run here: {why}; write execution.attention=auto")
     return name, why
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from spannorm_jax.config import MoEConfig
 from spannorm_jax.model.layers import activation
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul, row_multiple
 
@@ -26,11 +25,30 @@ KEPT = ("expert_rows", "expert_hidden", "expert_out")
 
 @dataclass(frozen=True)
 class ExpertOps:
-    """How experts compute: their activation's kind, the grouped matmul, and whether what KEPT lists bears its name."""
+    """How experts compute.
+
+    Attributes:
+      kind: of their activation.
+      matmul: the implementation of `grouped_matmul`.
+      norm_eps: hidden units are divided by their root mean square, with this eps; 0: they are not.
+      hidden_axes: mesh axes that split the hidden units.
+      named: whether what KEPT lists bears its name.
+    """
 
     kind: str
     matmul: str
+    norm_eps: float = 0.0
+    hidden_axes: tuple[str, ...] = ()
     named: bool = True
+
+    def normed(self, hidden_PxF: Array) -> Array:
+        if not self.norm_eps:
+            return hidden_PxF
+        h = hidden_PxF.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(h), axis=-1, keepdims=True)
+        if self.hidden_axes:
+            mean = jax.lax.pmean(mean, self.hidden_axes)
+        return (h * jax.lax.rsqrt(mean + self.norm_eps)).astype(hidden_PxF.dtype)
 
     def name(self, x: Array, name: str) -> Array:
         return checkpoint_name(x, name) if self.named else x
@@ -103,7 +121,7 @@ def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array,
     with jax.named_scope("experts"):
         hidden = grouped_matmul(rows_PxD, w_in_ExDxPxF.reshape(E, D, P * F), sizes_E, how.matmul)
         hidden = how.name(hidden, "expert_hidden").reshape(-1, P, F)
-        out_PxD = grouped_matmul(activation(hidden, how.kind), w_out_ExFxD, sizes_E, how.matmul)
+        out_PxD = grouped_matmul(how.normed(activation(hidden, how.kind)), w_out_ExFxD, sizes_E, how.matmul)
     with jax.named_scope("combine"):
         return _collect(out_PxD, source, slot)
 
@@ -139,9 +157,9 @@ def ring(
     return how.name(jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True), "expert_out")
 
 
-def capacity_rows(moe: MoEConfig, num_tokens: int, num_shards: int) -> int:
+def capacity_rows(capacity: float, num_assignments: int, num_shards: int) -> int:
     """Rows that a device sends to each of `num_shards`: `capacity` times an even share of its assignments."""
-    return math.ceil(moe.capacity * num_tokens * moe.top_k / num_shards)
+    return math.ceil(capacity * num_assignments / num_shards)
 
 
 def all_to_all(
@@ -188,22 +206,24 @@ def all_to_all(
     return out, overflow
 
 
-def moved_bytes(moe: MoEConfig, mode: str, num_tokens: int, num_shards: int, width: int, itemsize: int) -> int:
+def moved_bytes(
+    mode: str, top_k: int, capacity: int, num_tokens: int, num_shards: int, width: int, itemsize: int
+) -> int:
     """Bytes that a device receives for one layer, forward and backward, of the tokens that it holds.
 
+    `capacity` is the rows of a buffer, of `capacity_rows`.
     ring: tokens, weights and ids come, sums go back; the gradients of all but the ids take the opposite way.
     all_to_all: rows go and come back, twice, and each row's expert goes once.
     """
     others = num_shards - 1
     if mode == "ring":
-        return others * num_tokens * (4 * width * itemsize + 3 * 4 * moe.top_k)
-    return others * capacity_rows(moe, num_tokens, num_shards) * (4 * width * itemsize + 4)
+        return others * num_tokens * (4 * width * itemsize + 3 * 4 * top_k)
+    return others * capacity * (4 * width * itemsize + 4)
 
 
-def exchange_for(moe: MoEConfig, num_tokens: int, num_shards: int, width: int, itemsize: int) -> str:
-    """`local` on one shard, else the mode of the config; for `auto` the one that moves fewer bytes."""
+def exchange_for(top_k: int, capacity: int, num_tokens: int, num_shards: int, width: int, itemsize: int) -> str:
+    """`local` on one shard, else the mode that moves fewer bytes."""
     if num_shards == 1:
         return "local"
-    if moe.expert_parallel != "auto":
-        return moe.expert_parallel
-    return min(("all_to_all", "ring"), key=lambda mode: moved_bytes(moe, mode, num_tokens, num_shards, width, itemsize))
+    sizes = (top_k, capacity, num_tokens, num_shards, width, itemsize)
+    return min(("all_to_all", "ring"), key=lambda mode: moved_bytes(mode, *sizes))

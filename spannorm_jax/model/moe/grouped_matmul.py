@@ -106,7 +106,7 @@ def grouped_matmul_for(name: str) -> tuple[str, str]:
     why = _tokamax_problem() if best == "tokamax" else ""
     if why and name != "auto":
         raise UserError(
-            f"config key model.moe.grouped_matmul={name} cannot run here: {why}; write model.moe.grouped_matmul=auto"
+            f"config key execution.grouped_matmul={name} cannot run here: {why}; write execution.grouped_matmul=auto"
         )
     return ("padded" if why else best), why
 

@@ -11,41 +11,48 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from spannorm_jax.config import ModelConfig, MoEConfig
-from spannorm_jax.model.layers import FeedForward
+from spannorm_jax.config import ExecutionConfig, ModelConfig
+from spannorm_jax.model.layers import FeedForward, parts
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.router import Stats, route, router_stats
-from spannorm_jax.model.weights import weight
+from spannorm_jax.model.placement import inner_norms
+from spannorm_jax.model.weights import RouterState, gain, weight
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, partition_spec
 
 
 class MoE(nnx.Module):
-    """Routed experts, and shared ones that see every token. Returns the branch and the router's sums."""
+    """Routed experts, and shared ones that see every token. Returns the branch and the router's sums.
 
-    def __init__(self, cfg: ModelConfig, stds: dict[str, float], rngs: nnx.Rngs):
+    The inner norm `hidden` is an RMSNorm of each expert's hidden units, with a gain of its own.
+    """
+
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
         moe, D = cfg.moe, cfg.width
-        E, F, P = moe.num_experts, moe.expert_dim, 2 if cfg.ffn == "swiglu" else 1
-        self.cfg, self.kind = moe, cfg.ffn
-        self.router = weight(rngs, stds["router"], (D, E), ("embed", "choices"), "router", "router")
-        self.bias = nnx.Param(jnp.zeros((E,)), axes=("choices",), role="router_state", site="router_bias")
+        E, F, P = moe.num_experts, moe.expert_dim, parts(cfg.ffn)
+        self.cfg, self.execution = cfg, execution
+        self.router = weight((D, E), ("embed", "choices"), "router", "router", fan_in=D, fan_out=E)
+        if moe.balance == "bias":
+            self.bias = RouterState(jnp.zeros(E))
         axes_in, axes_out = ("experts", "embed", "parts", "ffn"), ("experts", "ffn", "embed")
-        self.in_ = weight(rngs, stds["expert_in"], (E, D, P, F), axes_in, "expert", "expert_in")
-        self.out = weight(rngs, stds["expert_out"], (E, F, D), axes_out, "expert", "expert_out")
+        self.in_ = weight((E, D, P, F), axes_in, "expert", "expert_in", fan_in=D, fan_out=P * F)
+        self.out = weight((E, F, D), axes_out, "expert", "expert_out", fan_in=F, fan_out=D)
+        if "hidden" in inner_norms(cfg):
+            self.hidden_gain = gain((E, F), ("experts", "ffn"), "expert_hidden_norm")
         if moe.num_shared:
-            shared_stds = stds | {"ffn_in": stds["expert_in"], "ffn_out": stds["expert_out"]}
-            self.shared = FeedForward(cfg, shared_stds, rngs, hidden=moe.num_shared * F)
+            self.shared = FeedForward(cfg, "shared", F, copies=moe.num_shared)
 
     def __call__(self, x_BxTxD: Array) -> tuple[Array, Stats]:
         with jax.named_scope("moe"):
             with jax.named_scope("router"):
                 x = x_BxTxD.astype(jnp.float32)
                 logits = jnp.matmul(x, self.router[...], precision=jax.lax.Precision.HIGHEST)
-                logits_NxE = logits.reshape(-1, self.cfg.num_experts)
-                weights, ids, probs = route(logits_NxE, jax.lax.stop_gradient(self.bias[...]), self.cfg)
+                logits_NxE = logits.reshape(-1, self.cfg.moe.num_experts)
+                bias_E = self.bias[...] if hasattr(self, "bias") else None
+                weights, ids, probs = route(logits_NxE, bias_E, self.cfg.moe)
                 stats = router_stats(logits_NxE, ids, probs)
             out, overflow = self._experts(x_BxTxD, weights, ids)
             stats["overflow"] = overflow
-            if self.cfg.num_shared:
+            if hasattr(self, "shared"):
                 with jax.named_scope("shared"):
                     out = out + self.shared(x_BxTxD)
             return out, stats
@@ -55,8 +62,12 @@ class MoE(nnx.Module):
         assignments beyond the capacity of `all_to_all`."""
         dtype = x_BxTxD.dtype
         routing = (a.reshape(*x_BxTxD.shape[:2], -1) for a in (weights_Nxk, ids_Nxk))
-        args = (x_BxTxD, *routing, self.in_[...].astype(dtype), self.out[...].astype(dtype))
-        run = partial(_experts_on_one_device, moe=self.cfg, kind=self.kind)
+        out_ExFxD = self.out[...]
+        norm_eps = 0.0
+        if hasattr(self, "hidden_gain"):  # rows are normed without it: on their way out it is a factor of the matrix
+            norm_eps, out_ExFxD = self.cfg.norm_eps, out_ExFxD * self.hidden_gain[...][..., None]
+        args = (x_BxTxD, *routing, self.in_[...].astype(dtype), out_ExFxD.astype(dtype))
+        run = partial(_experts_on_one_device, self.cfg, self.execution, norm_eps)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return run(*args)
@@ -72,27 +83,32 @@ class MoE(nnx.Module):
 
 
 def _experts_on_one_device(
+    cfg: ModelConfig,
+    execution: ExecutionConfig,
+    norm_eps: float,
     x_BxTxD: Array,
     weights_BxTxk: Array,
     ids_BxTxk: Array,
     w_in: Array,
     w_out: Array,
-    moe: MoEConfig,
-    kind: str,
     shards: int = 1,
     sum_over: tuple[str, ...] = (),
     count_over: tuple[str, ...] = (),
 ) -> tuple[Array, Array]:
     x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, weights_BxTxk, ids_BxTxk))
-    args = (x, weights, ids, w_in, w_out, experts.ExpertOps(kind, moe.grouped_matmul))
-    mode = experts.exchange_for(moe, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
+    how = experts.ExpertOps(cfg.ffn, execution.grouped_matmul, norm_eps=norm_eps, hidden_axes=sum_over)
+    args = (x, weights, ids, w_in, w_out, how)
+    capacity = experts.capacity_rows(execution.capacity, x.shape[0] * cfg.moe.top_k, shards)
+    mode = execution.expert_parallel
+    if mode == "auto" or shards == 1:
+        mode = experts.exchange_for(cfg.moe.top_k, capacity, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
     overflow = jnp.zeros((), jnp.int32)
     if mode == "local":
         out = experts.local(*args)
     elif mode == "ring":
         out = experts.ring(*args)
     else:
-        out, overflow = experts.all_to_all(*args, experts.capacity_rows(moe, x.shape[0], shards))
+        out, overflow = experts.all_to_all(*args, capacity)
     if sum_over:
         out, overflow = jax.lax.psum(out, sum_over), jax.lax.psum(overflow, count_over)
     return out.reshape(x_BxTxD.shape), overflow.astype(jnp.float32)

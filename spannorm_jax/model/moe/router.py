@@ -10,30 +10,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from spannorm_jax.config import ModelConfig, MoEConfig
+from spannorm_jax.config import MoEConfig
 from spannorm_jax.parallel.mesh import LOGICAL_AXES
 
 Stats = dict[str, Array]
 
 
-def moe_layers(cfg: ModelConfig) -> tuple[bool, ...]:
-    """Which blocks have experts: after the first `first_dense`, each `every`-th."""
-    moe = cfg.moe
-    if not moe.num_experts:
-        return (False,) * cfg.depth
-    return tuple(i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 for i in range(cfg.depth))
-
-
-def route(logits_NxE: Array, bias_E: Array, moe: MoEConfig) -> tuple[Array, Array, Array]:
+def route(logits_NxE: Array, bias_E: Array | None, moe: MoEConfig) -> tuple[Array, Array, Array]:
     """Weights (N, k) and ids (N, k) of each token's experts, and its scores over all as probabilities (N, E).
 
-    With `balance` "bias" the bias takes part in the selection, and in nothing else. With `renormalize` the chosen
+    A bias takes part in the selection, and in nothing else. With `renormalize` the chosen
     weights sum to one. Values and gradients are finite for all finite logits.
     """
     # In logarithms: scores may all vanish in float32, and what is divided by their sum is then lost.
     log_scores = jax.nn.log_softmax(logits_NxE) if moe.scores == "softmax" else jax.nn.log_sigmoid(logits_NxE)
     # Without a bias by the logits, which have the order of the scores and stay apart where those are all 0 or all 1.
-    preferred = jnp.exp(log_scores) + bias_E if moe.balance == "bias" else logits_NxE
+    preferred = logits_NxE if bias_E is None else jnp.exp(log_scores) + bias_E
     ids = _top_ids(jax.lax.stop_gradient(preferred), moe.top_k)
     chosen = jnp.take_along_axis(log_scores, ids, axis=-1)
     weights = jax.nn.softmax(chosen) if moe.renormalize else jnp.exp(chosen)
