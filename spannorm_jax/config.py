@@ -84,9 +84,8 @@ class ModelConfig:
     tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
     # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
-    attention: str = option(
-        "auto", runtime=True
-    )  # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
+    # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
+    attention: str = option("auto", runtime=True)
     # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
     remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
@@ -127,14 +126,14 @@ class TrainingConfig:
     z_loss: float = option(0.0, least=0)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
     # without a step, after which the process ends itself (exit code 4); 0: never
     watchdog_minutes: float = option(30.0, least=0, runtime=True)
-    max_logits_mib: int = option(
-        256, least=1, runtime=True
-    )  # float32 logits alive at once per device; above it the loss is chunked
+    # float32 logits alive at once per device; above it the loss is chunked
+    max_logits_mib: int = option(256, least=1, runtime=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = option(3e-3, least=0)  # peak learning rate of AdamW
+    name: str = option("adamw", choices=("adamw",))  # the keys of training.optimizer.OPTIMIZERS
+    lr: float = option(3e-3, least=0)  # peak learning rate
     # cosine | wsd (warm-up, stable, decay); both warm up and end alike
     schedule: str = option("cosine", choices=("cosine", "wsd"))
     warmup_fraction: float = option(0.1, least=0, most=1)  # of all updates, linear from 0
@@ -143,7 +142,7 @@ class OptimConfig:
     final_lr_fraction: float = option(0.1, least=0, most=1)  # of lr, where the decay ends
     b1: float = option(0.9, least=0, below=1)
     b2: float = option(0.95, least=0, below=1)
-    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")
+    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")  # adamw only
     # on hidden matrices and the head, tied or not; never on norms and other embeddings
     weight_decay: float = option(0.1, least=0)
     clip_norm: float = option(1.0, least=0)  # global gradient norm; 0: no clipping
@@ -158,9 +157,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    tokens: int = option(
-        131072, least=0, runtime=True
-    )  # predictions on the held-out split, evenly spread over it; 0: all of it
+    # predictions on the held-out split, evenly spread over it; 0: all of it
+    tokens: int = option(131072, least=0, runtime=True)
     batch_size: int = option(16, least=1, runtime=True)  # sequences a step
     # updates between held-out losses in training, and one at its end; 0: none
     every_steps: int = option(0, least=0, runtime=True)

@@ -104,11 +104,12 @@ def start(argv: list[str]) -> None:
     count_params(session.model), flops_per_token(session.model, config.data.seq_len)
     with jax.set_mesh(session.mesh):
         rows = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
-        jax.eval_shape(program.train, program.abstract_state, rows)
+        jax.eval_shape(program.train, program.abstract_state, rows, session.numbers)
         rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)
         weights = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len), np.float32)
         jax.eval_shape(program.evaluate, program.abstract_state.params, rows, weights)
-    rates = [float(learning_rate(config, update)) for update in (1, config.training.steps)]
+    updates = (1, config.training.steps)
+    rates = [float(learning_rate(config.optim.schedule, session.numbers, update)) for update in updates]
     stds = [float(np.float32(std)) for std in weight_stds(config.model).values()]
     if not np.all(np.isfinite([*rates, *stds])):
         raise ValueError(f"accepted, but the learning rate or a weight's std is not finite: {rates} {stds}")

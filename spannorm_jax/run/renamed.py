@@ -1,4 +1,4 @@
-"""Weights that had another name when a checkpoint was saved: read under the old name, given the new one."""
+"""What had another name or place when a checkpoint was saved: read as it was then, given as it is now."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,18 @@ from typing import Any
 _NORMS = {"before_attn": "attn", "after_attn": "attn", "before_ffn": "ffn", "after_ffn": "ffn"}
 
 
+def _paths(item: Path) -> list[list[str]]:
+    """Of each array of an item of a checkpoint: the keys that lead to it."""
+    tree = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
+    return [[key["key"] for key in leaf["key_metadata"]] for leaf in tree]
+
+
+# ---- norms -------------------------------------------------------------------------------------
+
+
 def has_old_names(item: Path) -> bool:
     """Whether an item of a checkpoint was saved under the names of then."""
-    tree = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
-    paths = ([key["key"] for key in leaf["key_metadata"]] for leaf in tree)
-    return any(path[-3:-1] in (["norms", "attn"], ["norms", "ffn"]) for path in paths)
+    return any(path[-3:-1] in (["norms", "attn"], ["norms", "ffn"]) for path in _paths(item))
 
 
 def to_old_names(tree: Any, within_norms: bool = False) -> Any:
@@ -40,3 +47,11 @@ def _map_tuple(fn: Any, tree: Any, *rest: Any) -> Any:
         return tree
     nodes = [fn(*nodes) for nodes in zip(tree, *rest, strict=True)]
     return type(tree)(*nodes) if hasattr(tree, "_fields") else tuple(nodes)
+
+
+# ---- the optimiser's state ---------------------------------------------------------------------
+
+
+def lacks_clipping(opt_state: Path) -> bool:
+    """Whether an optimiser's state was saved without clipping: AdamW's stood alone then, and now comes after it."""
+    return ["0", "count"] in _paths(opt_state)

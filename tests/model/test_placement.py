@@ -11,6 +11,7 @@ import reference
 from spannorm_jax.config import Config, ModelConfig, MoEConfig
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients
 
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
@@ -71,7 +72,8 @@ def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant
     exact = reference.to_float64(params)
 
     def all_of(params):
-        grads, sums = gradients(Config(model=model.cfg), model, params, tokens, num_chunks=1)
+        config = Config(model=model.cfg)
+        grads, sums = gradients(config, model, params, tokens, 1, numbers_of(config))
         total = sums["nll"] + sum(sums.get("router_losses", {}).values())
         return total / sums["count"], grads, model.bind(params)(tokens[:, :-1])
 

@@ -8,6 +8,7 @@ from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, r
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 
 MESHES = {
@@ -64,7 +65,7 @@ class Run:
         values = []
         with jax.set_mesh(self.mesh):
             for step in steps:
-                state, metrics = self.program.train(state, self.tokens(step))
+                state, metrics = self.program.train(state, self.tokens(step), numbers_of(self.config))
                 scalars = metrics["scalars"]
                 values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
         return state, values
