@@ -132,7 +132,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = option("adamw", choices=("adamw",))  # the keys of training.optimizer.OPTIMIZERS
+    name: str = option("adamw", choices=("adamw", "lion"))  # the keys of training.optimizer.OPTIMIZERS
     lr: float = option(3e-3, least=0)  # peak learning rate
     # cosine | wsd (warm-up, stable, decay); both warm up and end alike
     schedule: str = option("cosine", choices=("cosine", "wsd"))

@@ -46,8 +46,15 @@ def adamw(model: ModelDef, numbers: Numbers, rate: Rate) -> optax.GradientTransf
     return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed(model))
 
 
+def lion(model: ModelDef, numbers: Numbers, rate: Rate) -> optax.GradientTransformation:
+    """Chen et al. 2023 (arXiv 2302.06675): the sign of a mean of moment and gradient, and decay. It reads no eps."""
+    b1, b2, weight_decay = numbers.b1, numbers.b2, numbers.weight_decay
+    return optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed(model))
+
+
 OPTIMIZERS: dict[str, Callable[[ModelDef, Numbers, Rate], optax.GradientTransformation]] = {
     "adamw": adamw,
+    "lion": lion,
 }
 
 

@@ -21,6 +21,7 @@ MESHES = {
 }
 MODELS = {
     "dense": {"model__placement": "span"},
+    "lion": {"optim__name": "lion", "optim__lr": 3e-4},
     "moe": {
         "model__placement": "post",
         "model__moe__num_experts": 4,
@@ -31,6 +32,7 @@ MODELS = {
 }
 STEPS, SAVED = 4, 2
 PAIRS = [("dense", *pair) for pair in (("one", "data"), ("data", "one"), ("fsdp", "tensor"), ("tensor", "fsdp"))]
+PAIRS += [("lion", "fsdp", "tensor")]
 PAIRS += [("moe", *pair) for pair in (("one", "expert"), ("expert", "one"), ("expert", "fsdp"), ("tensor", "all"))]
 
 
