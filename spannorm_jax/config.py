@@ -138,7 +138,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = option(3e-3, least=0)  # peak learning rate of AdamW
+    name: str = option("adamw", choices=("adamw", "lion"))  # the keys of training.optimizer.OPTIMIZERS
+    lr: float = option(3e-3, least=0)  # peak learning rate
     # cosine | wsd (warm-up, stable, decay); both warm up and end alike
     schedule: str = option("cosine", choices=("cosine", "wsd"))
     warmup_fraction: float = option(0.1, least=0, most=1)  # of all updates, linear from 0
@@ -147,7 +148,7 @@ class OptimConfig:
     final_lr_fraction: float = option(0.1, least=0, most=1)  # of lr, where the decay ends
     b1: float = option(0.9, least=0, below=1)
     b2: float = option(0.95, least=0, below=1)
-    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")
+    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")  # adamw only
     # on hidden matrices and the head, tied or not; never on norms and other embeddings
     weight_decay: float = option(0.1, least=0)
     clip_norm: float = option(1.0, least=0)  # global gradient norm; 0: no clipping
@@ -162,9 +163,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    tokens: int = option(
-        131072, least=0, runtime=True
-    )  # predictions on the held-out split, evenly spread over it; 0: all of it
+    # predictions on the held-out split, evenly spread over it; 0: all of it
+    tokens: int = option(131072, least=0, runtime=True)
     batch_size: int = option(16, least=1, runtime=True)  # sequences a step
     # updates between held-out losses in training, and one at its end; 0: none
     every_steps: int = option(0, least=0, runtime=True)

@@ -16,6 +16,7 @@ from processes import LIMIT_S, paused, pausing, xla_flags
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.folder import read_config
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 
 pytestmark = pytest.mark.process
@@ -117,7 +118,7 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
     config = read_config(tmp_path / "run")
     program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
-    groups = jax.eval_shape(program.train, program.abstract_state, tokens)[1]
+    groups = jax.eval_shape(program.train, program.abstract_state, tokens, numbers_of(config))[1]
     assert list(groups.pop("diagnosis")) == ["other_grad_norm"]  # the one that names what is not finite
     made = {name: shape.shape for group in groups.values() for name, shape in group.items()}
     assert made["expert_load_max"] == made["block_grad_norm"] == (2,) and made["aux_loss"] == ()

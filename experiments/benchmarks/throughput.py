@@ -35,6 +35,8 @@ from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.provenance import start_record
+from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.optimizer import make_optimizer
 from spannorm_jax.training.step import loss_sums, make_program
 
@@ -124,7 +126,7 @@ def compile_by_depth(config: Config) -> dict[str, float]:
             shape = (cfg.training.batch_size, cfg.data.seq_len + 1)
             tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding)
             began = time.perf_counter()
-            program.train.lower(program.abstract_state, tokens).compile()
+            program.train.lower(program.abstract_state, tokens, numbers_of(cfg)).compile()
         seconds_at[str(depth)] = time.perf_counter() - began
     return seconds_at
 
@@ -179,8 +181,9 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
             program = make_program(config, model, mesh)
             state = program.init(config.seed)
             tokens = jax.device_put(loader.rows(1), program.batch_sharding)
+            numbers = on_devices(numbers_of(config), mesh)
             began = time.perf_counter()
-            compiled = program.train.lower(state, tokens).compile()
+            compiled = program.train.lower(state, tokens, numbers).compile()
             measured[name] = {
                 "num_params": count_params(model),
                 "active_params": count_params(model, active=True),
@@ -190,15 +193,15 @@ def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, st
                 "page_faults": 0.0,
                 "system_s": 0.0,
             }
-            state, _ = compiled(state, tokens)  # the first call allocates
-            running[name] = [compiled, state, tokens]
+            state, _ = compiled(state, tokens, numbers)  # the first call allocates
+            running[name] = [compiled, state, tokens, numbers]
         for counted in (False, *[True] * rounds):
             for name, now in running.items():
-                compiled, state, tokens = now
+                compiled, state, tokens, numbers = now
                 jax.block_until_ready(state)
                 before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
                 for _ in range(steps):
-                    state, metrics = compiled(state, tokens)
+                    state, metrics = compiled(state, tokens, numbers)
                 jax.block_until_ready((state, metrics))
                 elapsed, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
                 if counted:  # the first round fills caches and the allocator
@@ -265,13 +268,19 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
     model = define(m)
     program = make_program(config, model, mesh)
     state = program.init(0)
-    optimizer = jax.jit(make_optimizer(config, model).update)
+    numbers = on_devices(numbers_of(config), mesh)
+
+    @jax.jit
+    def update(state: TrainState, numbers: Numbers) -> Any:
+        optimizer = make_optimizer(config.optim.name, config.optim.schedule, model, numbers)
+        return optimizer.update(state.params, state.opt_state, state.params)
+
     microbatches = config.training.num_microbatches
     return {
         "matmuls": microbatches * matmuls,
         "attention": microbatches * m.depth * forward_backward(lambda *a: attention(*a, m.attention), q, k, v),
         "norms": microbatches * 2 * m.depth * forward_backward(norm, normal(B, T, D)),
-        "optimizer": seconds(lambda: optimizer(state.params, state.opt_state, state.params)),
+        "optimizer": seconds(lambda: update(state, numbers)),
         "input": _input_seconds(loader),
     }
 

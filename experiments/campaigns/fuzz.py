@@ -104,12 +104,13 @@ def start(argv: list[str]) -> None:
     count_params(session.model), flops_per_token(session.model, config.data.seq_len)
     with jax.set_mesh(session.mesh):
         rows = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
-        jax.eval_shape(program.train, program.abstract_state, rows)
+        jax.eval_shape(program.train, program.abstract_state, rows, session.numbers)
         rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)
         weights = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len), np.float32)
         state = program.abstract_state
         jax.eval_shape(program.evaluate, state.params, state.router, rows, weights)
-    rates = [float(learning_rate(config, update)) for update in (1, config.training.steps)]
+    updates = (1, config.training.steps)
+    rates = [float(learning_rate(config.optim.schedule, session.numbers, update)) for update in updates]
     init = INITS[config.model.init]
     stds = [np.float32(np.max(init(config.model, spec))) for spec in session.model.specs()]
     if not np.all(np.isfinite([*rates, *stds])):

@@ -231,6 +231,7 @@ def _legal(rng):
         "--config.model.ffn=gelu",
     ]
     choices += ["--config.model.norm=layernorm", "--config.model.tied_head=true", "--config.optim.clip_norm=0"]
+    choices += ["--config.optim.name=lion"]
     choices += ["--config.training.batch_size=16", "--config.execution.remat=block", "--config.model.dtype=bfloat16"]
     choices += [
         "--config.model.init_targets=ffn_out,attn_out",

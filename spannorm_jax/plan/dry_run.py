@@ -25,6 +25,7 @@ from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
 from spannorm_jax.parallel.platform import fix_numerics
 from spannorm_jax.plan.collectives import KINDS, Collective, collectives
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
 
 MAX_DEVICES = 2048  # what XLA has for CPUs in one process
@@ -99,7 +100,7 @@ def measure(config: Config, mesh: Mesh) -> StepCost:
             compiled_as = replace(config, model__dtype="float16")
         program = make_program(compiled_as, define(compiled_as.model, config.execution), mesh)
         batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32, sharding=program.batch_sharding)
-        compiled = program.train.lower(program.abstract_state, batch).compile()
+        compiled = program.train.lower(program.abstract_state, batch, numbers_of(config)).compile()
         activations = _activations(config, model, mesh)
     memory = compiled.memory_analysis()
     state = program.abstract_state
@@ -193,7 +194,7 @@ def _flop(count: float) -> str:
 def _memory(cost: StepCost, tensor: int, kind: str | None) -> list[str]:
     rows = [
         ("parameters", cost.state["parameters"], "float32"),
-        ("optimiser", cost.state["optimizer"], "two moments, float32"),
+        ("optimiser", cost.state["optimizer"], "moments, float32"),
         ("gradients", cost.gradients, "float32"),
         ("kept for backward", cost.activations, "what it keeps that grows with the batch"),
     ]

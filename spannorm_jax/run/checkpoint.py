@@ -29,7 +29,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
-from spannorm_jax.run.renamed import names_of, router_state_of, to_new_names, to_old_names
+from spannorm_jax.run.renamed import lacks_clipping, names_of, router_state_of, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
@@ -103,6 +103,14 @@ class Checkpoints:
         return TrainState(restored, items["params"], items["opt_state"], items["router"])
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Items by name, as `abstract` has them, whatever their form when they were saved."""
+        if "opt_state" in abstract and lacks_clipping(self._path(step) / "opt_state"):
+            clipping, optimizer = abstract["opt_state"]  # clipping holds no array
+            items = self._restore_named(step, abstract | {"opt_state": optimizer})
+            return items | {"opt_state": (clipping, items["opt_state"])}
+        return self._restore_named(step, abstract)
+
+    def _restore_named(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Items by name, as `abstract` names their weights, whatever they were called when they were saved."""
         asked = {name: tree for name, tree in abstract.items() if tree}
         old = names_of(self._path(step) / "params")

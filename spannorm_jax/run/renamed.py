@@ -1,4 +1,4 @@
-"""Checkpoints of older versions: weights are read under the names of then, and given those of now."""
+"""Checkpoints of older versions: read in the form of then, given in that of now."""
 
 import json
 from dataclasses import dataclass
@@ -20,10 +20,18 @@ class Names:
     bias: bool
 
 
+def _paths(item: Path) -> list[list[str]]:
+    """Of each array of an item of a checkpoint: the keys that lead to it."""
+    tree = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
+    return [[key["key"] for key in leaf["key_metadata"]] for leaf in tree]
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
 def names_of(item: Path) -> Names | None:
     """The names in a checkpoint's parameters; None if they are those of now."""
-    tree = json.loads((item / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()
-    paths = [[key["key"] for key in leaf["key_metadata"]] for leaf in tree]
+    paths = _paths(item)
     names = Names(
         norms=any(path[-3:-1] in (["norms", "attn"], ["norms", "ffn"]) for path in paths),
         bias=["moe_blocks", "ffn", "bias"] in paths,
@@ -72,3 +80,11 @@ def _map_tuple(fn: Any, tree: Any, *rest: Any) -> Any:
         return tree
     nodes = [fn(*nodes) for nodes in zip(tree, *rest, strict=True)]
     return type(tree)(*nodes) if hasattr(tree, "_fields") else tuple(nodes)
+
+
+# ---- the optimiser's state ---------------------------------------------------------------------
+
+
+def lacks_clipping(opt_state: Path) -> bool:
+    """Whether an optimiser's state was saved without clipping: AdamW's stood alone then, and now comes after it."""
+    return ["0", "count"] in _paths(opt_state)

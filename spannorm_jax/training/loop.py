@@ -47,7 +47,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
     full_name = distributed.from_first(lambda: run_folder.data_opened_as(workdir, config))
     config = replace(config, data__full_name=full_name)
     session = distributed.run_on_all(lambda: match_machine(config, workdir, flags))
-    config, program, steps = session.config, session.program, session.config.training.steps
+    config, program, numbers, steps = session.config, session.program, session.numbers, session.config.training.steps
     check_steps(flags.profile_steps, steps)
     check_agreement(config)
     first_process = distributed.is_first()
@@ -80,7 +80,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
 
             # ---- steps
             began = time.monotonic()
-            train_step = program.train.lower(state, batches.abstract).compile()
+            train_step = program.train.lower(state, batches.abstract, numbers).compile()
             distributed.print_once(f"compiled in {time.monotonic() - began:.1f} s")
             watchdog.alive("the step was compiled")
             # Gloo gives the processes 30 s to meet in a first collective: none may still be compiling then.
@@ -94,7 +94,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Fl
                     trace.before(step, state)
                     with jax.transfer_guard("disallow"):  # an implicit transfer would be a wait that nobody sees
                         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                            state, metrics = train_step(state, next(batches))
+                            state, metrics = train_step(state, next(batches), numbers)
                         trace.after(step, state)
                         log.read_previous()  # waits for the step before, while the device works on this one
                     watchdog.alive(f"step {step - 1}")

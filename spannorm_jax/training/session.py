@@ -13,6 +13,7 @@ from spannorm_jax.model.kernels.attention import attention_for
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.training.held_out import check_predicts_text
+from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.step import Program, make_program
 
 
@@ -37,6 +38,7 @@ class Session:
     loader: TrainLoader
     model: ModelDef
     program: Program
+    numbers: Numbers  # what the program takes besides state and batch, on the devices
     kernels: str  # what runs here, as the start says it: "attention xla (why), grouped matmul padded"
 
 
@@ -69,6 +71,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
         loader=TrainLoader(data.train, config.data.seq_len, training.batch_size, config.seed),
         model=model,
         program=make_program(config, model, mesh),
+        numbers=on_devices(numbers_of(config), mesh),
         kernels=kernels,
     )
 

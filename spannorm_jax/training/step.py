@@ -23,6 +23,7 @@ from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_los
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 
 # ---- loss -------------------------------------------------------------------------------------
@@ -82,13 +83,12 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
     return total | router
 
 
-def router_losses(config: Config, stats: Stats) -> dict[str, Array]:
+def router_losses(balance: str, stats: Stats, numbers: Numbers) -> dict[str, Array]:
     """What the routers add to the mean loss, weighted and summed over blocks: `aux_loss`, `router_z_loss`."""
-    moe = config.model.moe
-    weight = moe.aux_loss if moe.balance == "aux_loss" else 0.0
+    weight = numbers.aux_loss if balance == "aux_loss" else 0.0
     return {
         "aux_loss": weight * jnp.sum(load_balance_loss(stats)),
-        "router_z_loss": moe.router_z_loss * jnp.sum(stats["z"] / stats["tokens"]),
+        "router_z_loss": numbers.router_z_loss * jnp.sum(stats["z"] / stats["tokens"]),
     }
 
 
@@ -96,7 +96,13 @@ def router_losses(config: Config, stats: Stats) -> dict[str, Array]:
 
 
 def gradients(
-    config: Config, model: ModelDef, params: Any, router: Any, tokens_BxT1: Array, num_chunks: int
+    config: Config,
+    model: ModelDef,
+    params: Any,
+    router: Any,
+    tokens_BxT1: Array,
+    num_chunks: int,
+    numbers: Numbers,
 ) -> tuple[Any, dict[str, Any]]:
     """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch.
 
@@ -106,9 +112,9 @@ def gradients(
 
     def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
         sums = loss_sums(model.bind(params, router), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
-        total = sums["nll"] + config.training.z_loss * sums["z"]
+        total = sums["nll"] + numbers.z_loss * sums["z"]
         if "router" in sums:
-            losses = router_losses(config, sums["router"])
+            losses = router_losses(config.model.moe.balance, sums["router"], numbers)
             # Times the count, since the total is divided by the whole batch's.
             losses = {name: sums["count"] * value for name, value in losses.items()}
             sums |= {"router_losses": losses}
@@ -154,23 +160,25 @@ def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str,
 def train_step(
     config: Config,
     model: ModelDef,
-    optimizer: optax.GradientTransformation,
     num_chunks: int,
     state: TrainState,
     tokens_BxT1: Array,
+    numbers: Numbers,
 ) -> tuple[TrainState, dict[str, dict[str, Any]]]:
-    """One update; `step` numbers updates from 1.
+    """One update; `step` numbers updates from 1. Of `config` it reads what makes another program, and no number.
 
     The metrics are those of the weights before it, in groups that say when a line of metrics.jsonl
     holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every
     steps. Their order is that of the line. `diagnosis` is in no line: it names what is not finite.
     """
-    grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks)
+    optim = config.optim
+    grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks, numbers)
     with jax.named_scope("optimizer"):
+        optimizer = make_optimizer(optim.name, optim.schedule, model, numbers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         router = jax.tree.map(
-            lambda bias_LxE: balanced_bias(bias_LxE, sums["router"]["counts"], config.model.moe.bias_rate), state.router
+            lambda bias_LxE: balanced_bias(bias_LxE, sums["router"]["counts"], numbers.bias_rate), state.router
         )
     step = state.step + 1
     with jax.named_scope("metrics"):
@@ -180,8 +188,8 @@ def train_step(
                 loss=sums["nll"] / sums["count"],
                 accuracy=sums["correct"] / sums["count"],
                 grad_norm=grad_norm,
-                lr=learning_rate(config, step),
-                z_loss=config.training.z_loss * sums["z"] / sums["count"],
+                lr=learning_rate(optim.schedule, numbers, step),
+                z_loss=numbers.z_loss * sums["z"] / sums["count"],
                 **{name: value / sums["count"] for name, value in sums.get("router_losses", {}).items()},
             ),
             "per_moe_block": router_metrics(sums["router"]) if "router" in sums else {},
@@ -214,21 +222,22 @@ def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: A
 class Program:
     """A model's compiled functions on a mesh, with the shardings that they share.
 
-    init(seed) -> state; train(state, tokens_BxT1) -> (state, metrics), which donates the state;
-    evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
+    init(seed) -> state; train(state, tokens_BxT1, numbers) -> (state, metrics), which donates the
+    state; evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
     """
 
     mesh: Mesh
     abstract_state: TrainState  # ShapeDtypeStructs with shardings: what a checkpoint is restored to
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
-    train: Callable[[TrainState, Array], tuple[TrainState, dict[str, dict[str, Any]]]]
+    train: Callable[[TrainState, Array, Numbers], tuple[TrainState, dict[str, dict[str, Any]]]]
     evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]]
 
 
 def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     """Binds the step functions of a resolved config to a mesh; compiles nothing yet."""
-    optimizer = make_optimizer(config, model)
+    # Its state alone is made with this one, and that is the same for all numbers.
+    optimizer = make_optimizer(config.optim.name, config.optim.schedule, model, numbers_of(config))
     replicated = NamedSharding(mesh, PartitionSpec())
     batch_sharding = sharding(mesh, ("batch", "time"))
     params = abstract_params(model, mesh)
@@ -254,8 +263,8 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
         batch_sharding=batch_sharding,
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(
-            partial(train_step, config, model, optimizer, train_chunks),
-            in_shardings=(shardings, batch_sharding),
+            partial(train_step, config, model, train_chunks),
+            in_shardings=(shardings, batch_sharding, replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),

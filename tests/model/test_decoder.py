@@ -18,6 +18,7 @@ from spannorm_jax.model.block import Block
 from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import loss_sums, make_program
 
 DENSE = Path(spannorm_jax.__file__).parents[1] / "configs" / "dense.py"
@@ -193,7 +194,8 @@ def test_one_block_is_traced_whatever_the_depth(monkeypatch):
             config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1])
         )
         calls = 0
-        jaxpr = program.train.trace(program.abstract_state, jax.ShapeDtypeStruct((8, 9), "int32")).jaxpr
+        tokens = jax.ShapeDtypeStruct((8, 9), "int32")
+        jaxpr = program.train.trace(program.abstract_state, tokens, numbers_of(config)).jaxpr
         return calls, count_equations(jaxpr.jaxpr)
 
     shallow = trace(12)

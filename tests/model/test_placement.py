@@ -12,6 +12,7 @@ import reference
 from spannorm_jax.config import Config, ModelConfig, MoEConfig
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients
 
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
@@ -98,7 +99,8 @@ def check_against_the_reference(placement, variant):
         return weights | {"moe_blocks": blocks | {"ffn": ffn}}
 
     def all_of(params):
-        grads, sums = gradients(Config(model=model.cfg), model, params, router, tokens, num_chunks=1)
+        config = Config(model=model.cfg)
+        grads, sums = gradients(config, model, params, router, tokens, 1, numbers_of(config))
         total = sums["nll"] + sum(sums.get("router_losses", {}).values())
         return total / sums["count"], grads, model.bind(params, router)(tokens[:, :-1])
 

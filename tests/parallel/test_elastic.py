@@ -8,6 +8,7 @@ from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, r
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 
 MESHES = {
@@ -20,6 +21,7 @@ MESHES = {
 }
 MODELS = {
     "dense": {"model__placement": "span"},
+    "lion": {"optim__name": "lion", "optim__lr": 3e-4},
     "moe": {
         "model__placement": "post",
         "model__moe__num_experts": 4,
@@ -30,6 +32,7 @@ MODELS = {
 }
 STEPS, SAVED = 4, 2
 PAIRS = [("dense", *pair) for pair in (("one", "data"), ("data", "one"), ("fsdp", "tensor"), ("tensor", "fsdp"))]
+PAIRS += [("lion", "fsdp", "tensor")]
 PAIRS += [("moe", *pair) for pair in (("one", "expert"), ("expert", "one"), ("expert", "fsdp"), ("tensor", "all"))]
 
 
@@ -64,7 +67,7 @@ class Run:
         values = []
         with jax.set_mesh(self.mesh):
             for step in steps:
-                state, metrics = self.program.train(state, self.tokens(step))
+                state, metrics = self.program.train(state, self.tokens(step), numbers_of(self.config))
                 scalars = metrics["scalars"]
                 values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
         return state, values

@@ -8,6 +8,7 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.moe import experts
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.plan.collectives import collectives
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 
 ROWS, SEQ_LEN, WIDTH, DEPTH = 8, 16, 32, 3
@@ -32,7 +33,8 @@ def compiled(mode, layout, **changes):
     with jax.set_mesh(mesh):
         program = make_program(config, define(config.model, config.execution), mesh)
         tokens = jax.ShapeDtypeStruct((ROWS, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
-        found = collectives(program.train.lower(program.abstract_state, tokens).compile().as_text())
+        lowered = program.train.lower(program.abstract_state, tokens, numbers_of(config))
+        found = collectives(lowered.compile().as_text())
     return found, config
 
 

@@ -22,6 +22,7 @@ from spannorm_jax.parallel.mesh import (
     sharding,
 )
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients, make_program
 
 STEPS = 3
@@ -103,7 +104,8 @@ def trajectory(config, layout, num_devices):
         state = start(program, drawn(model))
         for _ in range(STEPS):
             tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
-            state, metrics = program.train(state, jax.device_put(tokens, program.batch_sharding))
+            tokens = jax.device_put(tokens, program.batch_sharding)
+            state, metrics = program.train(state, tokens, numbers_of(config))
             scalars = metrics["scalars"]
             values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
     return np.array(values), state
@@ -167,7 +169,7 @@ def gradients_on(config, layout, num_devices, tokens, num_chunks=1):
     shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
     with jax.set_mesh(mesh):
         run = jax.jit(
-            lambda params, tokens: gradients(config, model, params, {}, tokens, num_chunks)[0],
+            lambda params, tokens: gradients(config, model, params, {}, tokens, num_chunks, numbers_of(config))[0],
             in_shardings=(shardings, sharding(mesh, ("batch", "time"))),
             out_shardings=shardings,
         )

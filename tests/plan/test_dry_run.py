@@ -53,9 +53,10 @@ def test_memory_of_a_device_is_what_lies_there():
     assert found.params == PARAMS
     assert found.state == {"parameters": PARAMS * 4 // 4, "optimizer": 2 * PARAMS * 4 // 4 + counters}
     assert found.gradients == PARAMS * 4 // 4
-    # XLA's account of the same: state, the run's step, and this device's rows of tokens.
-    batch = ROWS // 8 * (TIME + 1) * 4
-    assert found.xla["arguments"] == sum(found.state.values()) + 4 + batch
+    # XLA's account of the same: state, the run's step, this device's rows of tokens, and the numbers but for the three
+    # that only experts read.
+    batch, numbers = ROWS // 8 * (TIME + 1) * 4, 11 * 4
+    assert found.xla["arguments"] == sum(found.state.values()) + 4 + batch + numbers
     assert found.xla["temporaries"] > found.activations
 
 

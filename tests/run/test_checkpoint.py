@@ -4,14 +4,18 @@ import fcntl
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tensorstore as ts
 
-from spannorm_jax.config import CheckpointConfig
+from spannorm_jax.config import CheckpointConfig, Config, fill_sizes, replace
 from spannorm_jax.errors import UserError
+from spannorm_jax.model.definition import define
 from spannorm_jax.run import array_store, checkpoint
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.optimizer import make_optimizer
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -175,10 +179,6 @@ def test_multiples_of_keep_every_stay(tmp_path):
 def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path, placement, balance, norms):
     """Norms of a block were called `attn` and `ffn`, whichever side of the sub-layer they stood on; the router's bias
     was among the weights, with moments, whatever balanced the experts."""
-    from spannorm_jax.config import Config, fill_sizes, replace
-    from spannorm_jax.model.definition import define
-    from spannorm_jax.training.optimizer import make_optimizer
-
     config = fill_sizes(replace(Config(), model__depth=2, model__width=16, model__vocab_size=8))
     config = replace(config, model__placement=placement, model__dtype="float32")
     stack = "moe_blocks" if balance else "blocks"
@@ -189,7 +189,8 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
     params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
     bias = rng.standard_normal((2, 4)).astype(np.float32)
     router = {"moe_blocks": {"ffn": {"bias": bias}}} if balance == "bias" else {}
-    now = TrainState(np.int32(7), params, make_optimizer(config, model).init(params), router)
+    moments = make_optimizer("adamw", "cosine", model, numbers_of(config)).init(params)
+    now = TrainState(np.int32(7), params, moments, router)
     sides = {name.split("_")[1]: name for name in params[stack]["norms"]}
 
     def then(tree):
@@ -216,3 +217,28 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
     same(found, params)
     same(found_router, router)
     reading.close()
+
+
+def test_a_checkpoint_without_clipping_is_read_behind_it(tmp_path):
+    """With optim.clip_norm=0 the state was once AdamW's alone."""
+    config = replace(Config(), model__depth=2, model__width=16, model__vocab_size=8, model__dtype="float32")
+    config = fill_sizes(replace(config, optim__clip_norm=0.0))
+    model = define(config.model, config.execution)
+    rng = np.random.default_rng(0)
+    params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
+    drawn = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32) if x.ndim else np.int32(7),
+        optax.adamw(lambda count: 0.1, mask=model.map_weights(lambda spec: True)).init(params),
+    )
+    saving = Checkpoints(tmp_path, CheckpointConfig())
+    saving.save(7, jax.device_put(TrainState(np.int32(7), params, drawn, {}), SHARDING), {"step": 7})
+    saving.close()
+    now = make_optimizer("adamw", "cosine", model, numbers_of(config)).init(params)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), TrainState(np.int32(7), params, now, {})
+    )
+    reading = Checkpoints(tmp_path)
+    read = reading.restore(7, abstract)
+    reading.close()
+    assert jax.tree.structure(read.opt_state) == jax.tree.structure(now)
+    same((read.params, read.opt_state[1]), (params, drawn))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from spannorm_jax.config import Config, replace, resolve
-from spannorm_jax.training.optimizer import learning_rate
+from spannorm_jax.training import optimizer
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.validation import validate
 
 SEQ_LEN = 12
@@ -14,6 +15,10 @@ def make_config(**changes):
     small = {"model__depth": 2, "model__width": 16, "model__num_heads": 2, "data__seq_len": SEQ_LEN}
     config = replace(Config(), **{"training__steps": 20} | small | changes)
     return resolve(config, vocab_size=256, platform="cpu", fingerprint="")
+
+
+def learning_rate(config, update):
+    return optimizer.learning_rate(config.optim.schedule, numbers_of(config), update)
 
 
 def test_wsd_warms_up_stays_and_decays_in_straight_lines():

@@ -7,6 +7,7 @@ import jax
 from spannorm_jax.config import Config, replace, resolve
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 
 SEQ_LEN = 12
@@ -19,7 +20,7 @@ def test_a_profile_of_the_train_step_reads_like_the_paper():
     config = resolve(config, vocab_size=256, platform="cpu", fingerprint="")
     program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((8, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
-    text = program.train.lower(program.abstract_state, tokens).compile().as_text()
+    text = program.train.lower(program.abstract_state, tokens, numbers_of(config)).compile().as_text()
     names = re.findall(r'op_name="(jit\(train_step\)[^"]*)"', text)
     stages = [
         "block/attention/" + s for s in ("qkv", "rope", "norm/q_norm", "norm/k_norm", "dot_product_attention", "out")

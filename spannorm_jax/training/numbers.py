@@ -1,0 +1,64 @@
+"""The numbers of a train step: options that change no shape, as one argument of the compiled program."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spannorm_jax.config import Config
+
+
+class Numbers(NamedTuple):
+    """0-d arrays, float32 but for the counts of updates, which are int32; each is an option of its name, if no other
+    is named. The three counts add up to the updates of the run.
+
+    A step reads them from here and never from a config: so a sweep over them compiles once.
+    """
+
+    lr: Array
+    warmup_updates: Array  # training.steps, optim.warmup_fraction
+    stable_updates: Array  # what the other two leave
+    decay_updates: Array  # training.steps, optim.decay_fraction
+    final_lr_fraction: Array
+    b1: Array
+    b2: Array
+    eps: Array
+    weight_decay: Array
+    clip_norm: Array  # infinite where the option is 0: nothing is clipped
+    z_loss: Array
+    aux_loss: Array
+    router_z_loss: Array
+    bias_rate: Array
+
+
+def numbers_of(config: Config) -> Numbers:
+    """Those of a resolved config, on the host."""
+    optim, moe, steps = config.optim, config.model.moe, config.training.steps
+    warmup = round(optim.warmup_fraction * steps)
+    decay = steps - warmup
+    if optim.schedule == "wsd":
+        decay = min(round(optim.decay_fraction * steps), decay)  # both may have been rounded up
+    return Numbers(
+        lr=np.float32(optim.lr),
+        warmup_updates=np.int32(warmup),
+        stable_updates=np.int32(steps - warmup - decay),
+        decay_updates=np.int32(decay),
+        final_lr_fraction=np.float32(optim.final_lr_fraction),
+        b1=np.float32(optim.b1),
+        b2=np.float32(optim.b2),
+        eps=np.float32(optim.eps),
+        weight_decay=np.float32(optim.weight_decay),
+        clip_norm=np.float32(optim.clip_norm or np.inf),
+        z_loss=np.float32(config.training.z_loss),
+        aux_loss=np.float32(moe.aux_loss),
+        router_z_loss=np.float32(moe.router_z_loss),
+        bias_rate=np.float32(moe.bias_rate),
+    )
+
+
+def on_devices(numbers: Numbers, mesh: Mesh) -> Numbers:
+    """Those of the host on every device of a mesh. (`jax.device_put` would have its processes wait for one another.)"""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_callback((), sharding, lambda _: np.asarray(x)), numbers)
