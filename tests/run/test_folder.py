@@ -1,12 +1,13 @@
-"""A run's folder: lines that a crash has left."""
+"""A run's folder: lines that a crash has left, and configs of older versions."""
 
 import json
 
 import pytest
 
+from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
-from spannorm_jax.run.folder import keep_lines_until
+from spannorm_jax.run.folder import CONFIG, keep_lines_until, read_config
 
 
 def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
@@ -23,3 +24,40 @@ def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
         with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
             keep_lines_until(path, 9)
         assert path.read_text() == broken
+
+
+def test_options_are_found_where_they_stood_when_the_run_was_made(tmp_path):
+    """A config.json as it was before the group `execution`, with a value of its own for each option."""
+    values = to_dict(Config())
+    del values["execution"]
+    values["model"] |= {"attention": "xla", "remat": "block", "scan_unroll": 2}
+    values["model"]["moe"] |= {"grouped_matmul": "ragged_dot", "expert_parallel": "ring", "capacity": 2.5}
+    values["training"]["max_logits_mib"] = 17
+    del values["optim"]["name"]  # an option that is younger than the run
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    want = replace(
+        Config(),
+        execution__attention="xla",
+        execution__remat="block",
+        execution__scan_unroll=2,
+        execution__grouped_matmul="ragged_dot",
+        execution__expert_parallel="ring",
+        execution__capacity=2.5,
+        execution__max_logits_mib=17,
+    )
+    found = read_config(tmp_path)
+    assert (found.execution, found.training, found.optim) == (want.execution, want.training, want.optim)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({"model": 5}, "model is a group, not 5"),
+        ({"execution": 5}, "execution is a group, not 5"),
+        ({"model": {"remat": "block"}, "execution": "xla"}, "unknown config key model.remat"),
+    ],
+)
+def test_a_group_that_is_none_is_one_line(tmp_path, broken, words):
+    (tmp_path / CONFIG).write_text(json.dumps(to_dict(Config()) | broken))
+    with pytest.raises(UserError, match=words):
+        read_config(tmp_path)
