@@ -8,12 +8,11 @@ the router's. `--grouped_matmul` names the implementations to compare. Prints a 
 model the step's seconds, its rate of active model FLOPs, that rate over the dense model's, and its memory.
 """
 
-import statistics
 from typing import Any
 
 import jax
 
-from experiments.benchmarks.throughput import matmul_peak, step_times, train_loader, write_record
+from experiments.benchmarks.timing import matmul_peak, median_ratio, step_times, train_loader, write_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
@@ -47,10 +46,8 @@ def main(argv: list[str]) -> int:
     }
     dense = record["models"]["dense"]
     for got in record["models"].values():
-        # Neighbours in time are compared, so that a slow minute of the machine slows both.
-        pairs = zip(got["step_times_s"], dense["step_times_s"], strict=True)
         flops = got["model_flops_per_s"] * got["step_s"] / (dense["model_flops_per_s"] * dense["step_s"])
-        got["rate_over_dense"] = flops * statistics.median(first / mine for mine, first in pairs)
+        got["rate_over_dense"] = flops * median_ratio(dense["step_times_s"], got["step_times_s"])["median"]
         got["peak_share_active_flops"] = got["model_flops_per_s"] / record["peak_flops_per_s"]
     print_table(record)
     write_record(args.json, "experiments.benchmarks.moe_throughput", argv, data, config, record)
@@ -86,12 +83,15 @@ def print_table(record: dict[str, Any]) -> None:
         f"matmul peak {record['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s; {record['tokens_per_step']:,} tokens a step; "
         "FLOPs are those of active parameters"
     )
-    print(f"{'model':<24}{'total':>13}{'active':>13}{'step':>12}{'of peak':>9}{'of dense':>10}{'memory':>11}")
+    print(
+        f"{'model':<24}{'total':>13}{'active':>13}{'step':>12}{'of peak':>9}{'of dense':>10}{'memory':>11}{'faults':>9}"
+    )
     for name, m in record["models"].items():
         used = (m["memory"]["step_bytes"] or 0) / 2**20
         print(
             f"{name:<24}{m['num_params']:>13,}{m['active_params']:>13,}{m['step_s'] * 1e3:>9.1f} ms"
             f"{m['peak_share_active_flops']:>9.1%}{m['rate_over_dense']:>10.1%}{used:>7,.0f} MiB"
+            f"{m['page_faults']:>9,.0f}"
         )
 
 

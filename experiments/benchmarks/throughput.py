@@ -7,7 +7,8 @@ peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, mem
 step's time goes, compile seconds at 12 and 128 blocks, and how long a start with cached programs takes.
 """
 
-import resource
+import contextlib
+import json
 import statistics
 import subprocess
 import sys
@@ -21,24 +22,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.timing import (
+    matmul_peak,
+    median_ratio,
+    seconds,
+    step_times,
+    train_loader,
+    write_record,
+)
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config import Config, replace, to_dict
+from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.data.open import OpenData, open_data
-from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.kernels.attention import attention, attention_for
 from spannorm_jax.model.layers import Norm
-from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
-from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.optimizer import make_optimizer
-from spannorm_jax.training.step import loss_sums, make_program
+from spannorm_jax.training.step import make_program
 
 PLACEMENTS = ("pre", "post", "span")
 
@@ -50,53 +57,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="also time the shape in PyTorch, in an interpreter that has it (GELU models)"
+    )
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
+    if args.peer and (config.model.ffn != "gelu" or config.model.moe.num_experts):
+        raise UserError("--peer has dense models with GELU alone; write --config.model.ffn=gelu")
     warm_start_s = warm_start(
         [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in overrides)]
     )  # before this process takes a GPU
     start_jax(config.platform)
     jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are to be a compiler's
     data, config = open_data(config)
-    record = measure(config, data, args.rounds, args.steps)
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(contextlib.closing(Peer(args.peer, config))) if args.peer else None
+        record = measure(config, data, args.rounds, args.steps, peer)
     record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
     print_table(record)
     write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
     return 0
 
 
-def write_record(
-    path: Path | None, module: str, argv: list[str], data: OpenData, config: Config, record: dict[str, Any]
-) -> None:
-    """Writes a record with what made it, if it was asked for."""
-    if path:
-        start = start_record(module, argv, data, {"config": to_dict(config)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, start | record)
-
-
 # ---- timing -----------------------------------------------------------------------------------
-
-
-def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
-    """Median seconds of a call, after one that is not counted; `fn` returns arrays that are waited for."""
-    jax.block_until_ready(fn())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(fn())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large square matmul in the compute dtype, on one device: the best of several."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
-    fn = jax.jit(jnp.matmul)
-    jax.block_until_ready(fn(a, a))
-    best = min(seconds(lambda: fn(a, a), repeats=3) for _ in range(3))
-    return 2 * n**3 / best
 
 
 def warm_start(arguments: list[str]) -> float:
@@ -134,108 +117,82 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 # ---- the measurement ----------------------------------------------------------------------------
 
 
-def measure(config: Config, data: OpenData, rounds: int, steps: int) -> dict[str, Any]:
-    """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
+def measure(config: Config, data: OpenData, rounds: int, steps: int, peer: "Peer | None" = None) -> dict[str, Any]:
+    """One record: `peak_flops_per_s`, `tokens_per_step`, `placements`, a dict of numbers for each, and the `peer`."""
     loader = train_loader(config, data)
     variants = {placement: replace(config, model__placement=placement) for placement in PLACEMENTS}
     peak = matmul_peak(config.model.dtype) * jax.device_count()
-    placements = step_times(variants, loader, rounds, steps)
+    of_peer: list[float] = []
+    placements = step_times(
+        variants, loader, rounds, steps, lambda: of_peer.append(peer.seconds_a_step(steps)) if peer else None
+    )
     with jax.set_mesh(make_mesh(config.mesh)):
         split = time_split(config, loader)
     for got in placements.values():
-        pairs = zip(got["step_times_s"], placements["pre"]["step_times_s"], strict=True)
+        ratio = median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
         got |= {
             "peak_share_6N": 6 * got["num_params"] * got["tokens_per_s"] / peak,
             "peak_share_model_flops": got["model_flops_per_s"] / peak,
-            # Neighbours in time are compared, so that a slow minute of the machine slows both.
-            "step_over_pre": statistics.median(mine / pre for mine, pre in pairs),
+            "step_over_pre": ratio["median"],
+            "step_over_pre_interval": [ratio["low"], ratio["high"]],
         }
-    return {
+    record = {
         "peak_flops_per_s": peak,
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
         "attention": attention_for(config.execution, config.model, config.data.seq_len)[0],
         "placements": placements,
         "time_split_s": split,
     }
+    return record | {"peer": against(peer, of_peer[1:], record)} if peer else record
 
 
-def train_loader(config: Config, data: OpenData) -> TrainLoader:
-    """Batches of `config`. Raises UserError if they or the model do not fit the devices."""
-    rows = config.training.batch_size
-    shape = dict(make_mesh(config.mesh).shape)
-    check_divisible(config, shape, "training.batch_size", rows // config.training.num_microbatches)
-    return TrainLoader(data.train, config.data.seq_len, rows, config.seed)
+# ---- the peer -----------------------------------------------------------------------------------
 
 
-def step_times(variants: dict[str, Config], loader: TrainLoader, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
+class Peer:
+    """`peer.py` in an interpreter that has PyTorch, which waits while nothing is asked of it."""
 
-    `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step, on average.
-    """
-    measured: dict[str, dict[str, Any]] = {}
-    running: dict[str, Any] = {}
-    mesh = make_mesh(next(iter(variants.values())).mesh)
-    with jax.set_mesh(mesh):
-        for name, config in variants.items():
-            model = define(config.model, config.execution)
-            program = make_program(config, model, mesh)
-            state = program.init(config.seed)
-            tokens = jax.device_put(loader.rows(1), program.batch_sharding)
-            numbers = on_devices(numbers_of(config), mesh)
-            began = time.perf_counter()
-            compiled = program.train.lower(state, tokens, numbers).compile()
-            measured[name] = {
-                "num_params": count_params(model),
-                "active_params": count_params(model, active=True),
-                "compile_s": time.perf_counter() - began,
-                "memory": memory(config, model, compiled, state, tokens),
-                "step_times_s": [],
-                "page_faults": 0.0,
-                "system_s": 0.0,
-            }
-            state, _ = compiled(state, tokens, numbers)  # the first call allocates
-            running[name] = [compiled, state, tokens, numbers]
-        for counted in (False, *[True] * rounds):
-            for name, now in running.items():
-                compiled, state, tokens, numbers = now
-                jax.block_until_ready(state)
-                before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-                for _ in range(steps):
-                    state, metrics = compiled(state, tokens, numbers)
-                jax.block_until_ready((state, metrics))
-                elapsed, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
-                if counted:  # the first round fills caches and the allocator
-                    got = measured[name]
-                    got["step_times_s"].append(elapsed / steps)
-                    got["page_faults"] += (after.ru_minflt - before.ru_minflt) / (steps * rounds)
-                    got["system_s"] += (after.ru_stime - before.ru_stime) / (steps * rounds)
-                now[1] = state
-    for name, config in variants.items():
-        step = statistics.median(measured[name]["step_times_s"])
-        rate = config.training.batch_size * config.data.seq_len / step
-        flops = flops_per_token(define(config.model, config.execution), config.data.seq_len)
-        measured[name] |= {"step_s": step, "tokens_per_s": rate, "model_flops_per_s": flops * rate}
-    return measured
+    def __init__(self, python: str, config: Config):
+        model = config.model
+        shape = {name: getattr(model, name) for name in ("depth", "width", "num_heads", "ffn_dim", "vocab_size")}
+        shape |= {"seq_len": config.data.seq_len, "batch_size": config.training.batch_size}
+        command = [python, str(Path(__file__).with_name("peer.py")), json.dumps(shape)]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise UserError(f"--peer {python} cannot be started ({error.strerror}); give an interpreter") from error
+        said = self._read()
+        if not said:
+            raise UserError(f"--peer {python} could not train (see above); it needs PyTorch: pip install torch")
+        self.facts = json.loads(said)
+
+    def _read(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline()
+
+    def seconds_a_step(self, steps: int) -> float:
+        assert self._process.stdin
+        print(steps, file=self._process.stdin, flush=True)
+        return float(self._read())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
-def memory(config: Config, model: ModelDef, compiled: Any, state: Any, tokens: Any) -> dict[str, float | None]:
-    """Bytes on one device: of the compiled step, and as the shapes say: state + gradients + what backward needs."""
-    analysis = compiled.memory_analysis()
+def against(peer: Peer, times: list[float], record: dict[str, Any]) -> dict[str, Any]:
+    """The peer's numbers, and our rate over its rate, in 6 x parameters x tokens a second, by placement."""
+    num_params = peer.facts["num_params"]
+    rate = 6 * num_params * record["tokens_per_step"] / statistics.median(times)
+    ours = {}
+    for name, got in record["placements"].items():
+        ratio = median_ratio(times, got["step_times_s"])
+        scale = got["num_params"] / num_params
+        ours[name] = {key: value and value * scale for key, value in ratio.items() if key != "pairs"}
+    return peer.facts | {"step_times_s": times, "flops_per_s_6N": rate, "our_rate_over_its": ours}
 
-    def residuals(params: Any, tokens: Any) -> Any:
-        def loss(params: Any) -> Any:
-            return loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), 1)["nll"]
 
-        return jax.vjp(loss, params)[1]
-
-    def size(tree: Any) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    microbatch = tokens[:: config.training.num_microbatches]
-    kept = size(jax.eval_shape(residuals, state.params, microbatch))
-    computed = size((state.params, state.opt_state)) + kept  # the kept ones hold the weights, as many as gradients
-    used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else None
-    return {"step_bytes": used, "computed_bytes": computed, "ratio": used and used / computed}
+# ---- where the time goes ------------------------------------------------------------------------
 
 
 def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
@@ -265,7 +222,7 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
     norm = Norm(m.norm, D, m.norm_eps, site="ffn")
     q, k, v = normal(B, T, H, K), normal(B, T, G, K), normal(B, T, G, K)
     mesh = make_mesh(config.mesh)
-    model = define(m)
+    model = define(m, config.execution)
     program = make_program(config, model, mesh)
     state = program.init(0)
     numbers = on_devices(numbers_of(config), mesh)
@@ -278,7 +235,9 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
     microbatches = config.training.num_microbatches
     return {
         "matmuls": microbatches * matmuls,
-        "attention": microbatches * m.depth * forward_backward(lambda *a: attention(*a, m.attention), q, k, v),
+        "attention": microbatches
+        * m.depth
+        * forward_backward(lambda *a: attention(*a, config.execution.attention), q, k, v),
         "norms": microbatches * 2 * m.depth * forward_backward(norm, normal(B, T, D)),
         "optimizer": seconds(lambda: update(state, numbers)),
         "input": _input_seconds(loader),
@@ -307,6 +266,9 @@ def print_table(record: dict[str, Any]) -> None:
             f"{(used or 0) / 2**20:>7,.0f} MiB{p['memory']['ratio'] or 0:>10.2f}"
             f"{p['page_faults']:>9,.0f}"
         )
+    for name, ratio in record.get("peer", {}).get("our_rate_over_its", {}).items():
+        interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio["low"] else ""
+        print(f"{name}: {ratio['median']:.3f}{interval} times the rate of PyTorch {record['peer']['torch']}")
     by_depth = record["compile_s_by_depth"]
     print(f"compile at 128 blocks / at 12: {by_depth['128'] / by_depth['12']:.2f}; ", end="")
     print(f"a warm command of one step: {record['warm_start_s']:.1f} s")

@@ -49,6 +49,7 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
     Raises:
       UserError: the platform is absent here, or the other processes cannot be reached.
     """
+    _keep_freed_memory()
     fix_numerics()
     if not jax.config.values["jax_compilation_cache_dir"]:
         with contextlib.suppress(UserError):  # without a home there is no cache, and none is needed
@@ -71,8 +72,6 @@ def start_jax(name: str, flags: distributed.Flags | None = None) -> None:
     if name not in ("auto", {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)):
         # The platform is heard only before the first question to JAX: a fault of ours, never a run elsewhere.
         raise RuntimeError(f"platform={name} was asked for after JAX had started on {backend}")
-    if backend == "cpu":
-        _keep_freed_memory()
 
 
 def fix_numerics() -> None:
@@ -91,15 +90,16 @@ def numerics_record() -> dict[str, Any]:
 def _keep_freed_memory() -> None:
     """Makes glibc keep what a step frees for the next one, where it would give it back to the kernel.
 
-    XLA allocates a step's temporaries anew each step; faulting in some hundred MB took 8% of a step's time. Other C
-    libraries lack `mallopt` or ignore it.
+    XLA allocates a step's temporaries anew each step, as one block; faulting in some hundred MB took 8% of a step's
+    time. The backend's threads must not exist yet: a thread that has an arena of its own keeps it, and an arena other
+    than the main one maps large blocks anew each time. Other C libraries lack `mallopt` or ignore it.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(arena_max, 1)  # other arenas have heaps of 64 MiB, and map what is larger
+        libc.mallopt(arena_max, 1)
 
 
 def _cpu_info(field: str) -> list[str]:

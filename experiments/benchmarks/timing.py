@@ -1,0 +1,162 @@
+"""What the benchmarks share: train steps of several variants timed in turn, a matmul's rate, a record."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from scipy.stats import quantile_test
+
+from spannorm_jax.config import Config, to_dict
+from spannorm_jax.data.loader import TrainLoader
+from spannorm_jax.data.open import OpenData
+from spannorm_jax.durable import write_json
+from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.run.provenance import start_record
+from spannorm_jax.training.numbers import numbers_of, on_devices
+from spannorm_jax.training.step import loss_sums, make_program
+
+
+def write_record(
+    path: Path | None, module: str, argv: list[str], data: OpenData, config: Config, record: dict[str, Any]
+) -> None:
+    """Writes a record with what made it, if it was asked for."""
+    if path:
+        start = start_record(module, argv, data, {"config": to_dict(config)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, start | record)
+
+
+def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
+    """Median seconds of a call, after one that is not counted; `fn` returns arrays that are waited for."""
+    jax.block_until_ready(fn())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(fn())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matmul in the compute dtype, on one device: the best of several."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    fn = jax.jit(jnp.matmul)
+    jax.block_until_ready(fn(a, a))
+    best = min(seconds(lambda: fn(a, a), repeats=3) for _ in range(3))
+    return 2 * n**3 / best
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """The median of times / others, pair by pair, and its 95% interval (`low`, `high`; null below 6 pairs).
+
+    Neighbours in time are paired, so that a slow minute of the machine slows both. The interval is
+    that of order statistics, which asks nothing of how times are distributed.
+    """
+    ratios = [one / other for one, other in zip(times, others, strict=True)]
+    found: dict[str, Any] = {"median": statistics.median(ratios), "pairs": len(ratios), "low": None, "high": None}
+    if len(ratios) >= 6:  # fewer have no interval of 95%
+        interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+        found |= {"low": float(interval.low), "high": float(interval.high)}
+    return found
+
+
+def train_loader(config: Config, data: OpenData) -> TrainLoader:
+    """Batches of `config`. Raises UserError if they or the model do not fit the devices."""
+    rows = config.training.batch_size
+    shape = dict(make_mesh(config.mesh).shape)
+    check_divisible(config, shape, "training.batch_size", rows // config.training.num_microbatches)
+    return TrainLoader(data.train, config.data.seq_len, rows, config.seed)
+
+
+def step_times(
+    variants: dict[str, Config],
+    loader: TrainLoader,
+    rounds: int,
+    steps: int,
+    between_rounds: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Any]]:
+    """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
+
+    `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step: the
+    median over rounds. `most_page_faults` is that of the worst round: a step's block of temporaries
+    may still be held when the next step asks for one, and a second block is then faulted in, once.
+    `between_rounds` is called after each round, the first one included.
+    """
+    measured: dict[str, dict[str, Any]] = {}
+    running: dict[str, Any] = {}
+    mesh = make_mesh(next(iter(variants.values())).mesh)
+    with jax.set_mesh(mesh):
+        for name, config in variants.items():
+            model = define(config.model, config.execution)
+            program = make_program(config, model, mesh)
+            state = program.init(config.seed)
+            tokens = jax.device_put(loader.rows(1), program.batch_sharding)
+            numbers = on_devices(numbers_of(config), mesh)
+            began = time.perf_counter()
+            compiled = program.train.lower(state, tokens, numbers).compile()
+            measured[name] = {
+                "num_params": count_params(model),
+                "active_params": count_params(model, active=True),
+                "compile_s": time.perf_counter() - began,
+                "memory": memory(config, model, compiled, state, tokens),
+                "step_times_s": [],
+                "page_faults": [],
+                "system_s": [],
+            }
+            state, _ = compiled(state, tokens, numbers)  # the first call allocates
+            running[name] = [compiled, state, tokens, numbers]
+        for counted in (False, *[True] * rounds):
+            for name, now in running.items():
+                compiled, state, tokens, numbers = now
+                jax.block_until_ready(state)
+                before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+                for _ in range(steps):
+                    state, metrics = compiled(state, tokens, numbers)
+                jax.block_until_ready((state, metrics))
+                elapsed, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+                if counted:  # the first round fills caches and the allocator
+                    got = measured[name]
+                    got["step_times_s"].append(elapsed / steps)
+                    got["page_faults"].append((after.ru_minflt - before.ru_minflt) / steps)
+                    got["system_s"].append((after.ru_stime - before.ru_stime) / steps)
+                now[1] = state
+            between_rounds()
+    for name, config in variants.items():
+        step = statistics.median(measured[name]["step_times_s"])
+        rate = config.training.batch_size * config.data.seq_len / step
+        flops = flops_per_token(define(config.model, config.execution), config.data.seq_len)
+        faults = measured[name]["page_faults"]
+        measured[name] |= {
+            "page_faults": statistics.median(faults),
+            "most_page_faults": max(faults),
+            "system_s": statistics.median(measured[name]["system_s"]),
+        }
+        measured[name] |= {"step_s": step, "tokens_per_s": rate, "model_flops_per_s": flops * rate}
+    return measured
+
+
+def memory(config: Config, model: ModelDef, compiled: Any, state: Any, tokens: Any) -> dict[str, float | None]:
+    """Bytes on one device: of the compiled step, and as the shapes say: state + gradients + what backward needs."""
+    analysis = compiled.memory_analysis()
+
+    def residuals(params: Any, tokens: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), 1)["nll"]
+
+        return jax.vjp(loss, params)[1]
+
+    def size(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    microbatch = tokens[:: config.training.num_microbatches]
+    kept = size(jax.eval_shape(residuals, state.params, microbatch))
+    computed = size((state.params, state.opt_state)) + kept  # the kept ones hold the weights, as many as gradients
+    used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else None
+    return {"step_bytes": used, "computed_bytes": computed, "ratio": used and used / computed}
