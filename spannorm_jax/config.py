@@ -1,8 +1,8 @@
 """Every option of a run: frozen dataclasses with defaults, rules and reasons, and their form as dictionaries.
 
 Unknown keys and wrong types raise `UserError` with one line that names the key, the value and the remedy. What an
-option may be stands on its own line; combinations are checked by `validation.py`, names by `config_file.py`, which
-also reads configs from files and command lines.
+option may be stands on its own line; combinations are checked by `validation.py`. `config_file.py` checks the names
+of placements and initialisations, and reads configs from files and command lines.
 """
 
 import dataclasses
@@ -85,10 +85,10 @@ class ModelConfig:
 class ExecutionConfig:
     """How a model runs: nothing here says what it is, so all of it may change when a run goes on."""
 
-    # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
-    attention: str = option("auto", runtime=True)
-    # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
-    grouped_matmul: str = option("auto", runtime=True)
+    # auto: the best that this device runs; the others are model.kernels.attention.IMPLEMENTATIONS
+    attention: str = option("auto", choices=("auto", "xla", "blocked", "cudnn", "splash"), runtime=True)
+    # auto: the best that this device runs; the others are model.moe.grouped_matmul.IMPLEMENTATIONS
+    grouped_matmul: str = option("auto", choices=("auto", "padded", "ragged_dot", "tokamax"), runtime=True)
     # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
     remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
@@ -110,7 +110,8 @@ class DataConfig:
     text_feature: str = option("text", names_file=True)  # the feature that holds the text
     train_split: str = option("train", names_file=True)
     eval_split: str = option("validation", names_file=True)
-    tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    tokenizer: str = option("bytes", choices=("bytes", "bpe"))
     # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
     bpe_vocab_size: int = option(8192, least=257)
     # text of the training split that bpe is trained on, from its front; 0: all of it

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spannorm_jax.config import (
     Config,
+    MeshConfig,
     ModelConfig,
     fill_sizes,
     flatten,
@@ -28,11 +29,9 @@ from spannorm_jax.config import (
     resolve,
     to_dict,
 )
-from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
+from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
-from spannorm_jax.model.kernels import attention
-from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
@@ -176,9 +175,6 @@ def _check_names(config: Config) -> None:
     choices: dict[str, Collection[str]] = {
         "model.placement": PLACEMENTS,
         "model.init": (*INITS, PUBLISHED),
-        "execution.attention": attention.CHOICES,
-        "execution.grouped_matmul": grouped_matmul.CHOICES,
-        "data.tokenizer": TOKENIZERS,
     }
     values = flatten(config)
     for key, valid in choices.items():
@@ -226,6 +222,11 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     for key, text in overrides:
         _apply_override(values, key, text)
     return _checked(from_dict(values))
+
+
+def for_this_machine(config: Config) -> Config:
+    """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
+    return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
 
 
 def recorded_config(values: dict[str, Any]) -> Config:

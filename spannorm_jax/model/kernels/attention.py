@@ -61,7 +61,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "cudnn": _cudnn,
     "splash": _splash,
 }
-CHOICES = ("auto", *IMPLEMENTATIONS)
 _BEST = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}
 
 
