@@ -15,7 +15,7 @@ DENSE = {
 
 
 def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
-    """The preset of a config file's argument, and its config: shape, placement, initialisation, batch and rate."""
+    """The preset of a config file's argument, and its config: all that any decoder has."""
     arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="span", init="scale")
     preset = presets[arg.preset]
     config = default_config()
@@ -31,7 +31,7 @@ def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, C
 
 
 def dense_decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
-    """`decoder`; that of a billion parameters shares keys and values between heads, and recomputes activations."""
+    """`decoder` without experts; in 1b two heads share keys and values, and activations are recomputed."""
     preset, config = decoder(arg, presets)
     if preset == "1b":
         config.model.num_kv_heads = config.model.num_heads // 2
@@ -40,7 +40,7 @@ def dense_decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[
 
 
 def full_size(config: ConfigDict) -> None:
-    """What presets beyond a laptop's share: a head that is the embedding, and a long run that is looked at less often."""
+    """What presets beyond a laptop's share: the embedding is the head, and a run is long."""
     config.model.tied_head = True
     config.training.steps = 20000
     config.training.z_loss = 1e-4

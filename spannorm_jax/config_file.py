@@ -23,13 +23,11 @@ from spannorm_jax.config import (
     Config,
     MeshConfig,
     ModelConfig,
-    fill_sizes,
     flatten,
     from_dict,
     kind_name,
     matches,
     replace,
-    resolve,
     to_dict,
 )
 from spannorm_jax.data.tokenizer import vocab_size
@@ -37,6 +35,7 @@ from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
+from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
 
 _FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
@@ -154,7 +153,7 @@ def read_config_file(spec: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def _as_package(folder: str) -> Iterator[None]:
-    """Makes `folder` the package that relative imports look in; sys.modules is as before at the end."""
+    """Makes `folder` the package that relative imports look in; leaves sys.modules as it was."""
 
     def take_out() -> dict[str, types.ModuleType]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == _FOLDER}
@@ -171,7 +170,7 @@ def _as_package(folder: str) -> Iterator[None]:
 
 
 def _place(error: Exception, path: str, folder: str) -> str:
-    """The file and line at which the config file `path` failed: its own, or of one beside it, which it imports."""
+    """The file and line at which a config file failed, or a file that it imports from its folder."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         frames.append((error.filename or "", error.lineno))
