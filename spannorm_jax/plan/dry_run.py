@@ -95,7 +95,7 @@ def measure(config: Config, mesh: Mesh) -> StepCost:
             compiled_as = replace(config, model__dtype="float16")
         program = make_program(compiled_as, define(compiled_as.model, config.execution), mesh)
         batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32, sharding=program.batch_sharding)
-        compiled = program.train.lower(program.abstract_state, batch, numbers_of(config)).compile()
+        compiled: Any = program.train.lower(program.abstract_state, batch, numbers_of(config)).compile()
         activations = _activations(config, model, mesh)
     memory = compiled.memory_analysis()
     state = program.abstract_state

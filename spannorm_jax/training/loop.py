@@ -149,7 +149,7 @@ def _open_folder(stack: ExitStack, session: Session) -> Any:
 def _announce(session: Session) -> dict[str, Any]:
     """Says what is about to run, and returns it as a line of starts.jsonl."""
     config, model, data = session.config, session.model, session.data
-    facts = {
+    facts: dict[str, Any] = {
         "mesh": dict(session.mesh.shape),
         "num_params": count_params(model),
         "active_params": count_params(model, active=True),
