@@ -28,38 +28,13 @@ preset  blocks  width  heads (kv)  ffn   vocabulary     parameters
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config_file import default_config, parse_arg
-
-PRESETS = {
-    "124m": {"depth": 12, "width": 768, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 1e-3},
-    "350m": {"depth": 24, "width": 1024, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 6e-4},
-    "1b": {"depth": 20, "width": 2048, "head_dim": 128, "seq_len": 2048, "batch_size": 512, "lr": 4e-4},
-}
+from .common import DENSE, dense_decoder, full_size
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, presets=tuple(PRESETS), depth=0, width=0, placement="span", init="scale")
-    preset = PRESETS[arg.preset]
-    config = default_config()
-    config.model.depth = arg.depth or preset["depth"]
-    config.model.width = arg.width or preset["width"]
-    config.model.num_heads = max(1, config.model.width // preset["head_dim"])
-    config.model.placement = arg.placement
-    config.model.init = arg.init
-    config.model.tied_head = True
+    _, config = dense_decoder(arg, DENSE)
+    full_size(config)
     config.data.dataset = "c4/en:3.0.1"
     config.data.tokenizer = "bpe"
     config.data.bpe_vocab_size = 32768
-    config.data.seq_len = preset["seq_len"]
-    config.training.batch_size = preset["batch_size"]
-    config.training.steps = 20000
-    config.training.z_loss = 1e-4
-    config.optim.lr = preset["lr"]
-    config.checkpoint.every_steps = 1000
-    config.metrics.log_every = 10
-    config.metrics.block_grad_every = 500
-    config.eval.tokens = 2**21
-    if arg.preset == "1b":
-        config.model.num_kv_heads = config.model.num_heads // 2
-        config.execution.remat = "dots"
     return config

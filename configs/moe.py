@@ -8,7 +8,7 @@ The argument is a preset, then any of depth, width, placement, init. Everything 
 preset  blocks  width  heads  experts (top)  expert   vocabulary      parameters         active
 tiny        24     64      4         8 (2)       88  256 (bytes)       3,685,440      1,252,416   not measured yet
 8x124m      12    768     12         8 (2)     2048  50304, tied     520,022,784    180,284,160   not measured yet
-64x         12    768     12        64 (8)      256  50304, tied     520,538,880    124,177,152   not measured yet
+64x8-124m   12    768     12        64 (8)      256  50304, tied     520,538,880    124,177,152   not measured yet
 16b         27   2048     16        64 (6)     1408  102400       15,789,832,192  2,744,498,176   not measured yet
 
 Parameters are those of placement=span; active ones are those that a token meets.
@@ -29,47 +29,35 @@ per device: what lies between steps, with gradients and kept activations, with a
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.config_file import default_config, parse_arg
+from .common import decoder, full_size
 
 PRESETS = {
-    "tiny": {"depth": 24, "width": 64, "head_dim": 16, "experts": (8, 2, 88), "seq_len": 128, "batch": 8, "lr": 3e-3},
-    "8x124m": {
-        "depth": 12, "width": 768, "head_dim": 64, "experts": (8, 2, 2048), "seq_len": 1024, "batch": 256, "lr": 1e-3
+    "tiny": {
+        "depth": 24, "width": 64, "head_dim": 16, "experts": (8, 2, 88), "seq_len": 128, "batch_size": 8, "lr": 3e-3
     },
-    "64x": {
-        "depth": 12, "width": 768, "head_dim": 64, "experts": (64, 8, 256), "seq_len": 1024, "batch": 256, "lr": 1e-3
+    "8x124m": {
+        "depth": 12, "width": 768, "head_dim": 64, "experts": (8, 2, 2048), "seq_len": 1024, "batch_size": 256,
+        "lr": 1e-3,
+    },
+    "64x8-124m": {
+        "depth": 12, "width": 768, "head_dim": 64, "experts": (64, 8, 256), "seq_len": 1024, "batch_size": 256,
+        "lr": 1e-3,
     },
     "16b": {
-        "depth": 27, "width": 2048, "head_dim": 128, "experts": (64, 6, 1408), "seq_len": 4096, "batch": 1024,
+        "depth": 27, "width": 2048, "head_dim": 128, "experts": (64, 6, 1408), "seq_len": 4096, "batch_size": 1024,
         "lr": 4e-4,
     },
 }  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, presets=tuple(PRESETS), depth=0, width=0, placement="span", init="scale")
-    preset = PRESETS[arg.preset]
-    config = default_config()
-    config.model.depth = arg.depth or preset["depth"]
-    config.model.width = arg.width or preset["width"]
-    config.model.num_heads = max(1, config.model.width // preset["head_dim"])
-    config.model.placement = arg.placement
-    config.model.init = arg.init
-    config.model.moe.num_experts, config.model.moe.top_k, config.model.moe.expert_dim = preset["experts"]
-    config.data.seq_len = preset["seq_len"]
-    config.training.batch_size = preset["batch"]
-    config.optim.lr = preset["lr"]
-    if arg.preset != "tiny":
+    preset, config = decoder(arg, PRESETS)
+    config.model.moe.num_experts, config.model.moe.top_k, config.model.moe.expert_dim = PRESETS[preset]["experts"]
+    if preset != "tiny":
+        full_size(config)
         config.model.vocab_size = 50304
-        config.model.tied_head = True
         config.execution.remat = "dots"
-        config.training.steps = 20000
-        config.training.z_loss = 1e-4
-        config.checkpoint.every_steps = 1000
-        config.metrics.log_every = 10
-        config.metrics.block_grad_every = 500
-        config.eval.tokens = 2**21
-    if arg.preset == "16b":
+    if preset == "16b":
         config.model.vocab_size = 102400
         config.model.tied_head = False
         config.model.ffn_dim = 8 * 1408  # of the first block: as many hidden units as a token meets in the others

@@ -3,13 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from spannorm_jax.console import guard_output
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
-
-if TYPE_CHECKING:
-    from spannorm_jax.parallel.distributed import Flags
+from spannorm_jax.parallel.place import Flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,10 +31,8 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def flags_of(args: argparse.Namespace) -> "Flags":
+def flags_of(args: argparse.Namespace) -> Flags:
     """The flags of a parsed command line. Raises UserError if some are missing or out of range."""
-    from spannorm_jax.parallel.distributed import Flags  # and with it JAX, which commands that only read do without
-
     flags = Flags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
     given = (flags.coordinator, flags.num_processes, flags.process_id)
     if any(value is not None for value in given) and None in given:

@@ -1,8 +1,8 @@
 """Every option of a run: frozen dataclasses with defaults, rules and reasons, and their form as dictionaries.
 
 Unknown keys and wrong types raise `UserError` with one line that names the key, the value and the remedy. What an
-option may be stands on its own line; combinations are checked by `validation.py`, names by `config_file.py`, which
-also reads configs from files and command lines.
+option may be stands on its own line; combinations are checked by `validation.py`. `config_file.py` checks the names
+of placements and initialisations, and reads configs from files and command lines.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from spannorm_jax.errors import UserError, did_you_mean
 
 MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 MIN_FLOAT = 2.0**-126  # float32's smallest normal number
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ModelConfig:
     width: int = option(64, least=2)  # residual stream width, D
     num_heads: int = option(4, least=1)  # query heads; must divide width
     num_kv_heads: int = option(0, least=0)  # grouped-query attention; 0: as many as num_heads
-    ffn_dim: int = option(0, least=0)  # hidden units of the feed-forward; 0: `default_ffn_dim`
+    ffn_dim: int = option(0, least=0)  # hidden units of the feed-forward; 0: `resolution.default_ffn_dim`
     vocab_size: int = option(0, least=0)  # rows of the embedding; 0: the tokenizer's
     placement: str = "span"  # a key of model.placement.PLACEMENTS
     init: str = "scale"  # a key of model.initialisation.INITS, or published: that of the placement's authors
@@ -85,10 +86,10 @@ class ModelConfig:
 class ExecutionConfig:
     """How a model runs: nothing here says what it is, so all of it may change when a run goes on."""
 
-    # auto | xla | blocked | cudnn | splash; auto: the best that this device runs
-    attention: str = option("auto", runtime=True)
-    # auto | padded | ragged_dot | tokamax; auto: the best that this device runs
-    grouped_matmul: str = option("auto", runtime=True)
+    # auto: the best that this device runs; the others are model.kernels.attention.IMPLEMENTATIONS
+    attention: str = option("auto", choices=("auto", "xla", "blocked", "cudnn", "splash"), runtime=True)
+    # auto: the best that this device runs; the others are model.moe.grouped_matmul.IMPLEMENTATIONS
+    grouped_matmul: str = option("auto", choices=("auto", "padded", "ragged_dot", "tokamax"), runtime=True)
     # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
     remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
@@ -110,7 +111,8 @@ class DataConfig:
     text_feature: str = option("text", names_file=True)  # the feature that holds the text
     train_split: str = option("train", names_file=True)
     eval_split: str = option("validation", names_file=True)
-    tokenizer: str = "bytes"  # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
+    tokenizer: str = option("bytes", choices=("bytes", "bpe"))
     # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
     bpe_vocab_size: int = option(8192, least=257)
     # text of the training split that bpe is trained on, from its front; 0: all of it
@@ -220,16 +222,6 @@ def moe_layers(cfg: ModelConfig) -> tuple[bool, ...]:
 
 # How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.
 NAMES_OF_DATA = ("data.dataset", "data.full_name")
-
-
-def default_ffn_dim(width: int, ffn: str) -> int:
-    """Hidden units that give a feed-forward 8 D^2 weights, rounded up (16 below width 256, else 128)."""
-    exact = 4 * width if ffn == "gelu" else 8 * width / 3
-    multiple = 16 if width < 256 else 128
-    return math.ceil(exact / multiple) * multiple
-
-
-_MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
 
 
 def divisors(n: int) -> list[int]:
@@ -353,61 +345,3 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
         return is_runtime(key) or (same_data and key in NAMES_OF_DATA)
 
     return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not may_change(k)]
-
-
-def num_steps(config: Config) -> int:
-    """Updates of a run: training.steps, or the least that see training.tokens if that is set."""
-    training = config.training
-    if training.tokens == 0:
-        return training.steps
-    return -(-training.tokens // (training.batch_size * config.data.seq_len))
-
-
-def fill_sizes(config: Config) -> Config:
-    """Fills in the sizes that follow from others: key-value heads, hidden units of the feed-forward and the experts."""
-    model = config.model
-    ffn_dim = model.ffn_dim or default_ffn_dim(model.width, model.ffn)
-    return replace(
-        config,
-        model__num_kv_heads=model.num_kv_heads or model.num_heads,
-        model__ffn_dim=ffn_dim,
-        model__moe__expert_dim=model.moe.expert_dim or ffn_dim,
-    )
-
-
-def resolve(
-    config: Config, *, vocab_size: int, platform: str, fingerprint: str, full_name: str = "", tokenizer_hash: str = ""
-) -> Config:
-    """Fills in what a config leaves open: zeros, 'auto' compute dtype, the tokenizer's hash, the data's name and hash.
-
-    Raises:
-      UserError: the vocabulary is too small for the tokenizer, or the data are not those asked for.
-    """
-    model, data = config.model, config.data
-    if 0 < model.vocab_size < vocab_size:
-        raise UserError(
-            f"config key model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of "
-            f"data.tokenizer={data.tokenizer}; write {vocab_size} or more, or 0"
-        )
-    if data.tokenizer_hash not in ("", tokenizer_hash):
-        raise UserError(
-            f"config key data.tokenizer_hash={data.tokenizer_hash} is not the hash of data.tokenizer={data.tokenizer}, "
-            f"{tokenizer_hash!r}; leave it out, and it is filled in"
-        )
-    if data.fingerprint not in ("", fingerprint):
-        raise UserError(
-            f"the data here have fingerprint {fingerprint}, not data.fingerprint={data.fingerprint}: "
-            f"{full_name or data.dataset} differs from what the config or run was made with, so results would not "
-            "compare; restore that data, or start a new run without data.fingerprint"
-        )
-    config = fill_sizes(config)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            vocab_size=model.vocab_size or vocab_size,
-            dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
-        ),
-        data=dataclasses.replace(data, full_name=full_name, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
-        training=dataclasses.replace(config.training, steps=num_steps(config)),
-    )

@@ -1,41 +1,44 @@
 """From `--config FILE.py[:arg]` and `--config.a.b=value` to a validated `Config`.
 
-A config file (`configs/*.py`) defines `get_config(arg)`, which edits `default_config()` and returns it.
+A config file (`configs/*.py`) defines `get_config(arg)`, which edits `default_config()` and returns it. What stands
+beside it in its folder it imports by a relative name: `from .common import decoder`.
 Every failure on this way is the user's to mend, and is one line.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
 import os
+import sys
 import traceback
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from spannorm_jax.config import (
     Config,
+    MeshConfig,
     ModelConfig,
-    fill_sizes,
     flatten,
     from_dict,
     kind_name,
     matches,
     replace,
-    resolve,
     to_dict,
 )
-from spannorm_jax.data.tokenizer import TOKENIZERS, vocab_size
+from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
-from spannorm_jax.model.kernels import attention
-from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
+from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
+
+_FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
 
 # Options that stood elsewhere in the config.json of older runs: key then -> key now.
 _MOVED = {
@@ -127,24 +130,53 @@ def read_config_file(spec: str) -> ConfigDict:
     path, _, arg = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"config file {path[:200]!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
-    module_spec = importlib.util.spec_from_file_location("_config_file", path)
+    module_spec = importlib.util.spec_from_file_location(f"{_FOLDER}.config_file", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    folder = os.path.dirname(str(module_spec.origin))
     try:
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"config file {path} defines no get_config(arg)")
-        config = module.get_config(arg or None)
+        with _as_package(folder):
+            module_spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UserError(f"config file {path} defines no get_config(arg)")
+            config = module.get_config(arg or None)
     except UserError:
         raise
     except Exception as error:  # a config file is the user's input: its line and message are the report
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
-        raise UserError(f"config file {path} line {line}: {type(error).__name__}: {one_line(error)}") from error
+        where = _place(error, path, folder)
+        raise UserError(f"config file {where}: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
     return config
+
+
+@contextlib.contextmanager
+def _as_package(folder: str) -> Iterator[None]:
+    """Makes `folder` the package that relative imports look in; leaves sys.modules as it was."""
+
+    def take_out() -> dict[str, types.ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == _FOLDER}
+
+    before = take_out()  # of a config file that reads another one
+    package = types.ModuleType(_FOLDER)
+    package.__path__ = [folder]
+    sys.modules[_FOLDER] = package
+    try:
+        yield
+    finally:
+        take_out()
+        sys.modules.update(before)
+
+
+def _place(error: Exception, path: str, folder: str) -> str:
+    """The file and line at which a config file failed, or a file that it imports from its folder."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    within = [(os.path.basename(file), line) for file, line in frames if os.path.dirname(file) == folder]
+    name, line = within[-1] if within else (os.path.basename(path), None)
+    return f"{os.path.join(os.path.dirname(path), name)} line {line or '?'}"
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -176,9 +208,6 @@ def _check_names(config: Config) -> None:
     choices: dict[str, Collection[str]] = {
         "model.placement": PLACEMENTS,
         "model.init": (*INITS, PUBLISHED),
-        "execution.attention": attention.CHOICES,
-        "execution.grouped_matmul": grouped_matmul.CHOICES,
-        "data.tokenizer": TOKENIZERS,
     }
     values = flatten(config)
     for key, valid in choices.items():
@@ -226,6 +255,11 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     for key, text in overrides:
         _apply_override(values, key, text)
     return _checked(from_dict(values))
+
+
+def for_this_machine(config: Config) -> Config:
+    """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
+    return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
 
 
 def recorded_config(values: dict[str, Any]) -> Config:

@@ -8,11 +8,9 @@ import math
 import sys
 
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
-from spannorm_jax.config_file import check_overridable, override, split_overrides
+from spannorm_jax.config_file import check_overridable, for_this_machine, override, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import DIVERGED_EXIT
-from spannorm_jax.inference.evaluation import evaluate, for_this_machine
-from spannorm_jax.parallel.distributed import is_first
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
 
@@ -37,7 +35,12 @@ def main(argv: list[str]) -> int:
         out = args.workdir / EVAL
     else:
         out = None if args.out == "none" else user_path(args.out, "--out")
-    result = evaluate(config, args.workdir, args.step, flags_of(args), out)
+    processes = flags_of(args)
+    # JAX comes with these: a command that is mistyped does without.
+    from spannorm_jax.inference.evaluation import evaluate
+    from spannorm_jax.parallel.distributed import is_first
+
+    result = evaluate(config, args.workdir, args.step, processes, out)
     code = 0 if math.isfinite(result["loss"]) else DIVERGED_EXIT
     if not is_first():
         return code

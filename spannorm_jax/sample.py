@@ -7,10 +7,9 @@ several devices is split by --config.mesh.tensor=2.
 import sys
 
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config_file import check_overridable, override, split_overrides
+from spannorm_jax.config_file import check_overridable, for_this_machine, override, split_overrides
 from spannorm_jax.errors import visible
-from spannorm_jax.inference.evaluation import for_this_machine
-from spannorm_jax.inference.sampling import SampleOptions, check_options, sample
+from spannorm_jax.inference.options import SampleOptions, check_options
 from spannorm_jax.run.folder import read_config, run_folder_path
 
 _OVERRIDABLE = ("platform", "mesh.")
@@ -33,6 +32,8 @@ def main(argv: list[str]) -> int:
     options = SampleOptions(args.max_tokens, args.temperature, args.top_k, args.seed, args.max_cache_mib)
     check_options(options)
     config = override(for_this_machine(read_config(args.workdir)), overrides)
+
+    from spannorm_jax.inference.sampling import sample  # JAX comes with it: a command that is mistyped does without
 
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
-from spannorm_jax.model.definition import count_params, define
 from spannorm_jax.model.initialisation import (
     INITS,
     predicted_additions,
@@ -23,6 +22,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
     cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
+    # JAX comes with it: a command that is mistyped does without.
+    from spannorm_jax.model.definition import count_params, define
+
     model = define(cfg)
     print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")

@@ -5,15 +5,13 @@ from pathlib import Path
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel import place
 from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.run.folder import run_folder_path
-from spannorm_jax.training.loop import train
-from spannorm_jax.training.profiling import parse_steps
-from spannorm_jax.training.session import Flags
+from spannorm_jax.training.flags import Flags, parse_steps
 
 
-def parse(argv: list[str]) -> tuple[Config, Path, Flags, distributed.Flags]:
+def parse(argv: list[str]) -> tuple[Config, Path, Flags, place.Flags]:
     """Config, run folder, flags and processes of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
@@ -36,7 +34,10 @@ def parse(argv: list[str]) -> tuple[Config, Path, Flags, distributed.Flags]:
 def main(argv: list[str]) -> int:
     if "--dry_run" in argv:
         return plan.main([item for item in argv if item != "--dry_run"])
-    return train(*parse(argv))
+    command = parse(argv)
+    from spannorm_jax.training.loop import train  # JAX comes with it: a command that is mistyped does without
+
+    return train(*command)
 
 
 if __name__ == "__main__":

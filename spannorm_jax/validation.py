@@ -4,8 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from spannorm_jax.config import MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, num_steps, rules
+from spannorm_jax.config import MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules
 from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.resolution import num_steps
 
 
 def validate(config: Config) -> None:

@@ -1,11 +1,16 @@
 """A user's mistake is one line that names the thing and the remedy, exit code 2, and nothing lost."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
+from processes import LIMIT_S
 
 from spannorm_jax import evaluate, sample, show_init, train
 from spannorm_jax.command import run_command
+from spannorm_jax.config import Config, to_dict
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 
@@ -220,3 +225,71 @@ def test_training_takes_the_devices_that_are_here(refuse_train, option):
 
 def test_training_needs_a_folder(refuse):
     assert "--workdir" in refuse(train, "--config", CONFIG)
+
+
+# Of each command, arguments that it takes; RUN is a run's folder.
+OF_A_CONFIG = {
+    "train": "--config configs/dense.py --workdir absent",
+    "show_init": "--config configs/dense.py",
+    "prepare": "--config configs/dense.py",
+    "plan.__main__": "--config configs/dense.py --devices 8",
+}
+OF_RUNS = {"evaluate": "--workdir RUN", "sample": "--workdir RUN", "report.__main__": "RUN"}
+# With a mistake, and what is said of it; of a flag that is given twice, the second holds.
+MISTYPED = [
+    *((f"{command} --help", "usage: python -m spannorm_jax.") for command in OF_A_CONFIG | OF_RUNS),
+    *((f"{command} {taken} --wrokdir x", "--wrokdir") for command, taken in (OF_A_CONFIG | OF_RUNS).items()),
+    *(
+        (f"{command} {taken} {mistake}", says)
+        for command, taken in OF_A_CONFIG.items()
+        for mistake, says in (
+            ("--config configs/dense.py:tny", "'tiny'"),
+            ("--config configs/dense.py:placement=spam", "'span'"),
+            ("--config configs/dense.py:init=scael", "'scale'"),
+            ("--config.optim.lrr=1", "'lr'"),
+            ("--config.execution.attention=xal", "'xla'"),
+            ("--config.execution.grouped_matmul=paded", "'padded'"),
+            ("--config.data.tokenizer=byte", "'bytes'"),
+        )
+    ),
+    ("train --dry_run --config configs/dense.py:tny --devices 8", "'tiny'"),
+    (f"train {OF_A_CONFIG['train']} --profile_steps 5:3", "--profile_steps '5:3'"),
+    (f"train {OF_A_CONFIG['train']} --num_processes 2", "give all three"),
+    (f"plan.__main__ {OF_A_CONFIG['plan.__main__']} --device_kind H200", "NVIDIA H200,"),
+    (f"prepare {OF_A_CONFIG['prepare']} --shard 3/3", "--shard '3/3'"),
+    (f"show_init {OF_A_CONFIG['show_init']} --config.model.vocab_size=9", "model.vocab_size=9"),
+    ("evaluate --workdir RUN --config.mesh.fdsp=2", "'fsdp'"),
+    ("evaluate --workdir RUN --heartbeat_s 0", "write 1 or more"),
+    ("sample --workdir RUN --config.mesh.fdsp=2", "'fsdp'"),
+    ("sample --workdir RUN --top_k -1", "--top_k -1"),
+]
+REFUSALS = """
+import contextlib, importlib, io, json, sys
+from spannorm_jax.command import run_command
+
+refusals = []
+for command, *argv in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    sys.argv = [command, *argv]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            run_command(importlib.import_module("spannorm_jax." + command).main)
+        except SystemExit as exit_:
+            code = exit_.code
+    refusals.append((code, said.getvalue(), sorted({"flax", "jax"} & {*sys.modules})))
+print(json.dumps(refusals))
+"""
+
+
+def test_a_command_that_is_mistyped_is_refused_without_importing_jax(tmp_path):
+    """The import takes seconds, on a busy machine many."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    commands = [[str(tmp_path) if word == "RUN" else word for word in shlex.split(line)] for line, _ in MISTYPED]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSALS, json.dumps(commands)], capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stderr
+    for (line, says), (code, said, imported) in zip(MISTYPED, json.loads(done.stdout), strict=True):
+        assert not imported, line
+        assert says in said, (line, said)
+        assert code == 0 if "--help" in line else code == 2 and said.count("\n") == 1, (line, said)

@@ -18,7 +18,7 @@ FLOORS = (
     ("model",),
     ("data",),
     ("parallel",),
-    ("config", "durable", "console", "paths", "errors"),
+    ("resolution", "config", "durable", "console", "paths", "errors"),
 )
 RANK = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 

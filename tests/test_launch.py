@@ -10,7 +10,7 @@ import pytest
 import yaml
 from processes import LIMIT_S
 
-from spannorm_jax.parallel.distributed import Flags, Place, find_place
+from spannorm_jax.parallel.place import Flags, Place, find_place
 from spannorm_jax.train import parse
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"

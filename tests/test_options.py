@@ -6,6 +6,8 @@ import pytest
 
 from spannorm_jax.config import Config, flatten, is_runtime, replace, rules
 from spannorm_jax.errors import UserError
+from spannorm_jax.model.kernels import attention
+from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.validation import validate
 
 OPTIONS = flatten(Config())
@@ -13,10 +15,8 @@ NUMBERS = [key for key, value in OPTIONS.items() if isinstance(value, int | floa
 # What may be any number or text, and why.
 FREE = {
     "training.steps": "0 with training.tokens, else 1 or more: a combination",
-    **dict.fromkeys(
-        ("model.placement", "model.init", "execution.attention", "execution.grouped_matmul"), "a name in code"
-    ),
-    **dict.fromkeys(("data.tokenizer", "data.tokenizer_hash", "data.fingerprint"), "a name or a hash"),
+    **dict.fromkeys(("model.placement", "model.init"), "a key of a table that needs no JAX"),
+    **dict.fromkeys(("data.tokenizer_hash", "data.fingerprint"), "a hash"),
     **dict.fromkeys(("data.data_dir", "data.cache_dir"), "a folder"),
     "metrics.wandb_project": "Weights & Biases decides",
 }
@@ -56,6 +56,17 @@ def test_a_choice_that_is_none_is_refused_with_the_nearest(key):
     with pytest.raises(UserError, match=f"config key {key}='{choice}x' is unknown; did you mean '{choice}'"):
         validate(changed(key, choice + "x"))
     validate(changed(key, choice))
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("execution.attention", ["auto", *attention.IMPLEMENTATIONS]),
+        ("execution.grouped_matmul", ["auto", *grouped_matmul.IMPLEMENTATIONS]),
+    ],
+)
+def test_choices_are_the_names_of_what_there_is(key, names):
+    assert sorted(rules()[key].choices) == sorted(names)
 
 
 def test_what_may_change_when_a_run_goes_on():

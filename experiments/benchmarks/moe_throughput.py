@@ -14,14 +14,16 @@ import jax
 
 from experiments.benchmarks.timing import matmul_peak, median_ratio, step_times, train_loader, write_record
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config import Config, replace
+from spannorm_jax.config import Config, replace, rules
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.moe.grouped_matmul import CHOICES, grouped_matmul_for
+from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
+
+CHOICES = rules()["execution.grouped_matmul"].choices
 
 
 def main(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +234,10 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
         return optimizer.update(state.params, state.opt_state, state.params)
 
     microbatches = config.training.num_microbatches
+    attend = partial(attention, implementation=config.execution.attention)
     return {
         "matmuls": microbatches * matmuls,
-        "attention": microbatches
-        * m.depth
-        * forward_backward(lambda *a: attention(*a, config.execution.attention), q, k, v),
+        "attention": microbatches * m.depth * forward_backward(attend, q, k, v),
         "norms": microbatches * 2 * m.depth * forward_backward(norm, normal(B, T, D)),
         "optimizer": seconds(lambda: update(state, numbers)),
         "input": _input_seconds(loader),

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import jax
 
-from spannorm_jax.config import Config, resolve
+from spannorm_jax.config import Config
 from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.parallel import distributed
+from spannorm_jax.resolution import resolve
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,6 @@ def _byte_tokenizer() -> Tokenizer:
     )
 
 
-TOKENIZERS = ("bytes", "bpe")  # what `data.tokenizer` may be
 BYTES = _byte_tokenizer()
 _ROWS_MULTIPLE = 128  # rows of the embedding that any usual mesh.tensor divides
 

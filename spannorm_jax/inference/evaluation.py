@@ -1,6 +1,5 @@
 """Held-out loss of a run's checkpoint, from its folder alone."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config, MeshConfig
+from spannorm_jax.config import Config
 from spannorm_jax.data.loader import check_held_out
 from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line
@@ -16,6 +15,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.parallel.place import Flags
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.provenance import check_agreement
@@ -24,14 +24,7 @@ from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.step import make_evaluate
 
 
-def for_this_machine(config: Config) -> Config:
-    """A run's config for evaluation on this machine: the mesh and platform that trained it need not be here."""
-    return dataclasses.replace(config, platform="auto", mesh=MeshConfig())
-
-
-def evaluate(
-    config: Config, workdir: Path, step: int | None, flags: distributed.Flags, out: Path | None
-) -> dict[str, Any]:
+def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out: Path | None) -> dict[str, Any]:
     """Evaluates a checkpoint (default: the newest), appends a line to `out` if there is one, and returns that line.
 
     A run's eval.jsonl that cannot be written is said on stderr; another `out` is refused before

@@ -1,6 +1,5 @@
 """Text from a run's checkpoint, from its folder alone: prompts are read at once, then one token a step over a cache."""
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from spannorm_jax.config import Config
 from spannorm_jax.data import bpe
 from spannorm_jax.data.tokenizer import BYTES, Tokenizer, vocab_size
 from spannorm_jax.errors import UserError
+from spannorm_jax.inference.options import SampleOptions, check_options
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import ModelDef
@@ -25,28 +25,7 @@ from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.trained import open_trained
 
-
-@dataclass(frozen=True)
-class SampleOptions:
-    max_tokens: int = 200  # new tokens a prompt, at most; an end of text comes earlier
-    temperature: float = 0.8  # of the softmax; 0: always the likeliest token
-    top_k: int = 40  # only the likeliest k tokens are drawn; 0, or the vocabulary or more: all of them
-    seed: int = 0  # a row's text depends on its prompt, its place among the prompts and this
-    max_cache_mib: int = 4096  # keys and values of all prompts; above it the request is refused
-
-
 _CAST = ("embedding", "hidden", "output", "expert")  # norms and routers compute in float32
-_LEAST = {"max_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0, "max_cache_mib": 1}
-
-
-def check_options(options: SampleOptions) -> None:
-    """Raises UserError for the first option that is out of range."""
-    for name, least in _LEAST.items():
-        value = getattr(options, name)
-        if not math.isfinite(value) or value < least:
-            raise UserError(f"--{name} {value} cannot be; write {least} or more")
-        if value > 2**31 - 1:
-            raise UserError(f"--{name} {value} is too large; write {2**31 - 1} or less")
 
 
 # ---- pure functions ----------------------------------------------------------------------------------

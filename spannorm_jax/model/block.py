@@ -27,8 +27,9 @@ class Block(nnx.Module):
 
     def feed_forward(self, x_BxTxD: Array) -> tuple[Array, Stats | None]:
         """The block's own feed-forward branch, and what its router did if it has experts."""
-        out = self.ffn(x_BxTxD)
-        return out if isinstance(self.ffn, MoE) else (out, None)
+        if isinstance(self.ffn, MoE):
+            return self.ffn(x_BxTxD)
+        return self.ffn(x_BxTxD), None
 
     def __call__(
         self,

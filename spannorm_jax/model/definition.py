@@ -82,9 +82,9 @@ def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarra
     name = "/".join(part for part in path if part not in STACKS.values())
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if not spec.layers:
-        return per_layer * jax.random.normal(key, spec.shape, jnp.float32)
+        return jax.random.normal(key, spec.shape, jnp.float32) * per_layer
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.array(spec.layers))
-    return per_layer * jax.vmap(lambda key: jax.random.normal(key, spec.shape[1:], jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, spec.shape[1:], jnp.float32))(keys) * per_layer
 
 
 def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelDef:
@@ -119,7 +119,7 @@ def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelD
 
 def _nested(state: nnx.State, fn: Any) -> dict[str, Any]:
     """A nested dict of fn(path, variable)."""
-    table: dict[str, Any] = {}
+    table: dict[Any, Any] = {}
     for path, variable in nnx.to_flat_state(state):
         node = table
         for name in path[:-1]:

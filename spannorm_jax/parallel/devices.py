@@ -3,8 +3,10 @@
 import re
 import resource
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax
+if TYPE_CHECKING:  # a command that is mistyped asks for the kinds here, and does without JAX
+    import jax
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def known_kind(device_kind: str) -> str | None:
     return max(fits, key=len, default=None)
 
 
-def peak_flops(device: jax.Device, configured: float) -> float | None:
+def peak_flops(device: "jax.Device", configured: float) -> float | None:
     """FLOP/s that MFU is a share of: the configured one, else the table's, else None (a CPU has no one peak)."""
     if configured:
         return configured
@@ -38,7 +40,7 @@ def peak_flops(device: jax.Device, configured: float) -> float | None:
     return DEVICE_KINDS[kind].peak_flops if kind else None
 
 
-def memory_bytes(device: jax.Device) -> int:
+def memory_bytes(device: "jax.Device") -> int:
     """Peak bytes in use on the device; on the CPU, of the process."""
     stats = device.memory_stats()
     if stats:

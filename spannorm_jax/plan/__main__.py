@@ -6,8 +6,10 @@ python -m spannorm_jax.plan --config configs/dense.py:1b --devices 64 [--device_
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.errors import UserError
-from spannorm_jax.plan.dry_run import MAX_DEVICES, dry_run
+from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
+
+MAX_DEVICES = 2048  # what XLA has for CPUs in one process
 
 
 def parse(argv: list[str]) -> tuple[Config, int, str]:
@@ -21,11 +23,17 @@ def parse(argv: list[str]) -> tuple[Config, int, str]:
     args = parser.parse_args(rest)
     if not (args.devices.isdecimal() and 1 <= int(args.devices[:9]) <= MAX_DEVICES):
         raise UserError(f"--devices {args.devices[:80]!r} must be a number of devices, from 1 to {MAX_DEVICES}")
-    return load(args.config, overrides), int(args.devices), args.device_kind
+    kind = args.device_kind
+    if kind and not known_kind(kind):
+        raise UserError(f"--device_kind {kind[:80]!r} is not known; {did_you_mean(kind, DEVICE_KINDS)}")
+    return load(args.config, overrides), int(args.devices), kind
 
 
 def main(argv: list[str]) -> int:
-    return dry_run(*parse(argv))
+    command = parse(argv)
+    from spannorm_jax.plan.dry_run import dry_run  # JAX comes with it: a command that is mistyped does without
+
+    return dry_run(*command)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Batches on the devices, read ahead of the step that takes them."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ class Batches:
         self._read_ahead()
 
     def _read(self, step: int) -> Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:  # each process reads the rows of its own devices
+        def rows(index: Any) -> np.ndarray:  # each process reads the rows of its own devices
             start, stop, _ = index[0].indices(self.abstract.shape[0])
             return self._loader.rows(step, start, stop)
 

@@ -13,7 +13,7 @@ from spannorm_jax.data.open import say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model.definition import count_params, flops_per_token
-from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel import distributed, place
 from spannorm_jax.parallel.liveness import Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
@@ -23,13 +23,14 @@ from spannorm_jax.run.metrics import open_writer
 from spannorm_jax.run.provenance import check_agreement, start_record
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.batches import Batches
+from spannorm_jax.training.flags import Flags, check_steps
 from spannorm_jax.training.held_out import held_out
-from spannorm_jax.training.profiling import StepTrace, check_steps
-from spannorm_jax.training.session import Flags, Session, match_machine
+from spannorm_jax.training.profiling import StepTrace
+from spannorm_jax.training.session import Session, match_machine
 from spannorm_jax.training.step_log import Diverged, Progress, StepLog
 
 
-def train(config: Config, workdir: Path, flags: Flags, processes: distributed.Flags) -> int:
+def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -> int:
     """Trains to `training.steps`, a signal or a non-finite number: 0, `flags.stop_code` or 3.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint.
@@ -148,7 +149,7 @@ def _open_folder(stack: ExitStack, session: Session) -> Any:
 def _announce(session: Session) -> dict[str, Any]:
     """Says what is about to run, and returns it as a line of starts.jsonl."""
     config, model, data = session.config, session.model, session.data
-    facts = {
+    facts: dict[str, Any] = {
         "mesh": dict(session.mesh.shape),
         "num_params": count_params(model),
         "active_params": count_params(model, active=True),

@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config
 
+Number = Array | np.number  # on devices, and on the host
+
 
 class Numbers(NamedTuple):
     """0-d arrays, float32 but for the counts of updates, which are int32; each is an option of its name, if no other
@@ -17,20 +19,20 @@ class Numbers(NamedTuple):
     A step reads them from here and never from a config: so a sweep over them compiles once.
     """
 
-    lr: Array
-    warmup_updates: Array  # training.steps, optim.warmup_fraction
-    stable_updates: Array  # what the other two leave
-    decay_updates: Array  # training.steps, optim.decay_fraction
-    final_lr_fraction: Array
-    b1: Array
-    b2: Array
-    eps: Array
-    weight_decay: Array
-    clip_norm: Array  # infinite where the option is 0: nothing is clipped
-    z_loss: Array
-    aux_loss: Array
-    router_z_loss: Array
-    bias_rate: Array
+    lr: Number
+    warmup_updates: Number  # training.steps, optim.warmup_fraction
+    stable_updates: Number  # what the other two leave
+    decay_updates: Number  # training.steps, optim.decay_fraction
+    final_lr_fraction: Number
+    b1: Number
+    b2: Number
+    eps: Number
+    weight_decay: Number
+    clip_norm: Number  # infinite where the option is 0: nothing is clipped
+    z_loss: Number
+    aux_loss: Number
+    router_z_loss: Number
+    bias_rate: Number
 
 
 def numbers_of(config: Config) -> Numbers:

@@ -12,18 +12,10 @@ from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.model.kernels.attention import attention_for
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.held_out import check_predicts_text
 from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.step import Program, make_program
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What the command line says of a run, besides its config and its processes."""
-
-    argv: list[str]  # the whole of it, for starts.jsonl
-    profile_steps: range = range(0)  # steps to trace
-    stop_code: int = 0  # exit code if a signal stops the run before its end
 
 
 @dataclass(frozen=True)

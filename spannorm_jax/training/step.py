@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
     return next(n for n in (*divisors(seq_len), fewest) if fewest <= n < 2 * fewest)
 
 
-def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Array]:
+def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Any]:
     """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`; and of a model with
     experts what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
 
@@ -110,7 +110,7 @@ def gradients(
     """
     k = config.training.num_microbatches
 
-    def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Any]]:
         sums = loss_sums(model.bind(params, router), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
         total = sums["nll"] + numbers.z_loss * sums["z"]
         if "router" in sums:
@@ -144,7 +144,7 @@ def gradients(
 def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
     """Norms before clipping: of the gradient, of each block's (L,), of each part outside blocks."""
 
-    def squares(tree: Any, keep: int) -> Array:
+    def squares(tree: Any, keep: int) -> Array | int:
         return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
     blocks = jnp.zeros(model.cfg.depth)
@@ -230,7 +230,7 @@ class Program:
     abstract_state: TrainState  # ShapeDtypeStructs with shardings: what a checkpoint is restored to
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
-    train: Callable[[TrainState, Array, Numbers], tuple[TrainState, dict[str, dict[str, Any]]]]
+    train: jax.stages.Wrapped
     evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]]
 
 
@@ -243,7 +243,7 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     params = abstract_params(model, mesh)
     params_shardings = jax.tree.map(lambda x: x.sharding, params)
     shardings = TrainState(
-        replicated,
+        cast(Any, replicated),
         params_shardings,
         optimizer_shardings(optimizer, params, params_shardings, replicated),
         jax.tree.map(lambda x: x.sharding, abstract_router(model, mesh)),

@@ -21,7 +21,7 @@ class Diverged(Exception):
 
     def __init__(self, step: int, where: str, loss: float):
         super().__init__(f"step {step}: {where} is not finite (loss {loss})")
-        self.record = {"step": step, "where": where, "loss": str(loss)}
+        self.record: dict[str, Any] = {"step": step, "where": where, "loss": str(loss)}
 
 
 def host_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import pytest
 from processes import LIMIT_S
 from tiny_lines import TINY_TEST, TINY_TRAIN, prepare_tiny
 
-from spannorm_jax.config import DataConfig
 from spannorm_jax.data import stdlib_files, tokens
 from spannorm_jax.data.tokens import Windows, fingerprint, open_store
 from spannorm_jax.errors import UserError
@@ -181,11 +180,6 @@ def test_a_damaged_store_names_the_file_and_the_remedy(tiny, damage):
     with pytest.raises(UserError, match=f"delete {path}") as error:
         open_store(tiny, "train")
     assert "\n" not in str(error.value)
-
-
-def test_an_unknown_tokenizer_is_the_users_to_mend():
-    with pytest.raises(UserError, match=r"data\.tokenizer='byte' .* 'bytes'"):
-        open_store(DataConfig(tokenizer="byte"), "train")
 
 
 def test_windows_predict_each_token_once(tiny):

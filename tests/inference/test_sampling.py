@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from spannorm_jax import sample as command
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve, to_dict
+from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, to_dict
+from spannorm_jax.config_file import for_this_machine
 from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
-from spannorm_jax.inference.evaluation import for_this_machine
-from spannorm_jax.inference.sampling import SampleOptions, TextStream, choose, encode_prompt, generate, sample
+from spannorm_jax.inference.options import SampleOptions
+from spannorm_jax.inference.sampling import TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.step import make_program

@@ -12,12 +12,13 @@ from jax.extend.core import jaxprs_in_params
 
 import spannorm_jax
 from spannorm_jax import config_file
-from spannorm_jax.config import Config, ExecutionConfig, replace, resolve
+from spannorm_jax.config import Config, ExecutionConfig, replace
 from spannorm_jax.model import layers
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import loss_sums, make_program
 

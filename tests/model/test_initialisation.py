@@ -17,7 +17,7 @@ import pytest
 import reference
 from flax import nnx
 
-from spannorm_jax.config import ModelConfig, MoEConfig, default_ffn_dim
+from spannorm_jax.config import ModelConfig, MoEConfig
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
@@ -29,6 +29,7 @@ from spannorm_jax.model.initialisation import (
 )
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.resolution import default_ffn_dim
 
 FIVE = 5
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from spannorm_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, moe_layers, replace, resolve
+from spannorm_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, moe_layers, replace
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.initialisation import mixture_gain, predicted_branch_variance
@@ -22,6 +22,7 @@ from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, grouped_matm
 from spannorm_jax.model.moe.router import balanced_bias, load_balance_loss, route, router_stats
 from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 
 N, D, F, E, K = 40, 6, 5, 4, 2
 BACKENDS = ("padded", "ragged_dot")

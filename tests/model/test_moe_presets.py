@@ -22,7 +22,7 @@ def hand_count(m, experts):
     return blocks + D + m.vocab_size * D * (1 if m.tied_head else 2)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "8x124m", "64x", "16b"])
+@pytest.mark.parametrize("preset", ["tiny", "8x124m", "64x8-124m", "16b"])
 def test_presets_have_the_size_that_their_table_says(preset):
     m = resolve_without_data(load(f"{MOE}:{preset}", []), "accelerator").model
     row = re.search(rf"^{preset} +{ROW}", MOE.read_text(), re.MULTILINE).groups()

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, resolve
+from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program

@@ -3,11 +3,12 @@
 import jax
 import pytest
 
-from spannorm_jax.config import Config, MeshConfig, replace, resolve
+from spannorm_jax.config import Config, MeshConfig, replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.moe import experts
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.plan.collectives import collectives
+from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spannorm_jax import config as configs
-from spannorm_jax.config import Config, MeshConfig, replace, resolve
+from spannorm_jax.config import Config, MeshConfig, replace
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -21,6 +21,7 @@ from spannorm_jax.parallel.mesh import (
     partition_spec,
     sharding,
 )
+from spannorm_jax.resolution import resolve
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients, make_program

@@ -13,12 +13,13 @@ from jax.sharding import AbstractMesh, AxisType
 from processes import LIMIT_S
 
 import spannorm_jax
-from spannorm_jax.config import replace, resolve
+from spannorm_jax.config import replace
 from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh, mesh_shape
 from spannorm_jax.plan import dry_run
+from spannorm_jax.resolution import resolve
 from spannorm_jax.training.step import make_program
 
 CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"

@@ -8,9 +8,10 @@ import optax
 import pytest
 import tensorstore as ts
 
-from spannorm_jax.config import CheckpointConfig, Config, fill_sizes, replace
+from spannorm_jax.config import CheckpointConfig, Config, replace
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
+from spannorm_jax.resolution import fill_sizes
 from spannorm_jax.run import array_store, checkpoint
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.state import TrainState

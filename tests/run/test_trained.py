@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, fill_sizes, replace
+from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import fill_sizes
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS
 from spannorm_jax.run.state import TrainState

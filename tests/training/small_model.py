@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spannorm_jax.config import Config, replace, resolve
+from spannorm_jax.config import Config, replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.step import make_program
 

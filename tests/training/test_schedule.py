@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from spannorm_jax.config import Config, replace, resolve
+from spannorm_jax.config import Config, replace
+from spannorm_jax.resolution import resolve
 from spannorm_jax.training import optimizer
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.validation import validate

@@ -4,9 +4,10 @@ import re
 
 import jax
 
-from spannorm_jax.config import Config, replace, resolve
+from spannorm_jax.config import Config, replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 

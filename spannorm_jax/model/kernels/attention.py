@@ -33,12 +33,14 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
 
     T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
     block = next(size for size in (512, 256, 128) if T % size == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
 
     def attention_on_one_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BxTxHxK.shape[2]),
-            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+            block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=SAVED,
@@ -61,7 +63,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "cudnn": _cudnn,
     "splash": _splash,
 }
-CHOICES = ("auto", *IMPLEMENTATIONS)
 _BEST = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}
 
 
@@ -82,8 +83,11 @@ def attention_for(execution: ExecutionConfig, cfg: ModelConfig, seq_len: int) ->
 
 def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str, str]:
     best = _BEST[jax.default_backend()] if name == "auto" else name
-    problem = {"cudnn": _cudnn_problem, "splash": _splash_problem}.get(best)
-    why = problem(T, H, G, K, dtype) if problem else ""
+    problems: dict[str, Callable[[int, int, int, int, str], str]] = {
+        "cudnn": _cudnn_problem,
+        "splash": _splash_problem,
+    }
+    why = problems[best](T, H, G, K, dtype) if best in problems else ""
     return ("xla" if why and name == "auto" else best), why
 
 

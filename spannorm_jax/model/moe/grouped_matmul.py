@@ -91,7 +91,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "ragged_dot": jax.lax.ragged_dot,
     "tokamax": _tokamax,
 }
-CHOICES = ("auto", *IMPLEMENTATIONS)
 # XLA turns ragged_dot into a dense product over all groups, but for TPUs; tokamax is for NVIDIA's Hopper.
 _BEST = {"cpu": "padded", "gpu": "tokamax", "tpu": "ragged_dot"}
 

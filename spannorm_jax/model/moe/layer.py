@@ -3,6 +3,7 @@
 Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, 1 of GELU), F hidden units of an expert.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -67,7 +68,7 @@ class MoE(nnx.Module):
         if hasattr(self, "hidden_gain"):  # rows are normed without it: on their way out it is a factor of the matrix
             norm_eps, out_ExFxD = self.cfg.norm_eps, out_ExFxD * self.hidden_gain[...][..., None]
         args = (x_BxTxD, *routing, self.in_[...].astype(dtype), out_ExFxD.astype(dtype))
-        run = partial(_experts_on_one_device, self.cfg, self.execution, norm_eps)
+        run: Callable[..., tuple[Array, Array]] = partial(_experts_on_one_device, self.cfg, self.execution, norm_eps)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return run(*args)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from spannorm_jax.config import MoEConfig
 from spannorm_jax.parallel.mesh import LOGICAL_AXES
@@ -66,6 +67,6 @@ def load_balance_loss(stats: Stats) -> Array:
     return E * jnp.sum(share * stats["probs"], axis=-1) / stats["tokens"]
 
 
-def balanced_bias(bias_LxE: Array, counts_LxE: Array, rate: float) -> Array:
+def balanced_bias(bias_LxE: Array, counts_LxE: Array, rate: ArrayLike) -> Array:
     """One step of the selection bias towards even loads (Wang et al. 2024, arXiv 2408.15664, algorithm 1)."""
     return bias_LxE + rate * jnp.sign(jnp.mean(counts_LxE, axis=-1, keepdims=True) - counts_LxE)

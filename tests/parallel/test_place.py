@@ -4,7 +4,7 @@ import pytest
 
 from spannorm_jax.command import Parser, add_flags, flags_of
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.distributed import Flags, Place, find_place
+from spannorm_jax.parallel.place import Flags, Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

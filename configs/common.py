@@ -1,0 +1,50 @@
+"""What the config files share. Each of them says in its own docstring what its presets are."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spannorm_jax.config_file import default_config, parse_arg
+
+# Dense decoders from 124 million parameters up.
+DENSE = {
+    "124m": {"depth": 12, "width": 768, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 1e-3},
+    "350m": {"depth": 24, "width": 1024, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 6e-4},
+    "1b": {"depth": 20, "width": 2048, "head_dim": 128, "seq_len": 2048, "batch_size": 512, "lr": 4e-4},
+}
+
+
+def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
+    """The preset of a config file's argument, and its config: all that any decoder has."""
+    arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="span", init="scale")
+    preset = presets[arg.preset]
+    config = default_config()
+    config.model.depth = arg.depth or preset["depth"]
+    config.model.width = arg.width or preset["width"]
+    config.model.num_heads = max(1, config.model.width // preset["head_dim"])
+    config.model.placement = arg.placement
+    config.model.init = arg.init
+    config.data.seq_len = preset["seq_len"]
+    config.training.batch_size = preset["batch_size"]
+    config.optim.lr = preset["lr"]
+    return arg.preset, config
+
+
+def dense_decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
+    """`decoder` without experts; in 1b two heads share keys and values, and activations are recomputed."""
+    preset, config = decoder(arg, presets)
+    if preset == "1b":
+        config.model.num_kv_heads = config.model.num_heads // 2
+        config.execution.remat = "dots"
+    return preset, config
+
+
+def full_size(config: ConfigDict) -> None:
+    """What presets beyond a laptop's share: the embedding is the head, and a run is long."""
+    config.model.tied_head = True
+    config.training.steps = 20000
+    config.training.z_loss = 1e-4
+    config.checkpoint.every_steps = 1000
+    config.metrics.log_every = 10
+    config.metrics.block_grad_every = 500
+    config.eval.tokens = 2**21

@@ -1,0 +1,81 @@
+"""A config file and what it imports from its folder, wherever it lies and whoever reads it."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import spannorm_jax
+from spannorm_jax.config_file import load, read_config_file
+from spannorm_jax.errors import UserError
+
+CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
+IMPORTS = "from .common import depth\n"
+GETS = """
+def get_config(arg=None):
+    from spannorm_jax.config_file import default_config
+    config = default_config()
+    config.model.depth = depth()
+    return config
+"""
+
+
+def folder_of(parent, common, config=IMPORTS + GETS):
+    parent.mkdir()
+    (parent / "common.py").write_text(common)
+    (parent / "mine.py").write_text(config)
+    return parent
+
+
+@pytest.mark.parametrize("name", [path.name for path in CONFIGS.glob("*.py") if path.name != "common.py"])
+def test_a_config_is_the_same_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    here = load(f"configs/{name}")
+    monkeypatch.chdir(tmp_path)
+    assert load(str(CONFIGS / name)) == here
+    monkeypatch.chdir(CONFIGS)
+    assert load(name) == here
+
+
+def test_each_folder_has_its_own_and_nothing_of_it_stays(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "common", types.ModuleType("common"))  # somebody else's
+    path, modules = list(sys.path), dict(sys.modules)
+    for depth in (3, 5):
+        folder = folder_of(tmp_path / str(depth), f"def depth():\n    return {depth}\n")
+        assert read_config_file(str(folder / "mine.py")).model.depth == depth
+    assert sys.path == path and sys.modules == modules
+
+
+def test_a_config_file_may_read_another_before_it_imports(tmp_path):
+    inner = folder_of(tmp_path / "inner", "def depth():\n    return 3\n")
+    outer = folder_of(
+        tmp_path / "outer",
+        "def more():\n    return 2\n",
+        "from spannorm_jax.config_file import read_config_file\n\n\ndef get_config(arg=None):\n"
+        f"    config = read_config_file({str(inner / 'mine.py')!r})\n"
+        "    from .common import more\n    config.model.depth += more()\n    return config\n",
+    )
+    assert read_config_file(str(outer / "mine.py")).model.depth == 5
+
+
+@pytest.mark.parametrize(
+    ("common", "says"),
+    [
+        ("def depth():\n    return missing\n", "common.py line 2: NameError"),
+        ("x = 1\nx.y\n\n", "common.py line 2: AttributeError"),
+        ("def depth(\n", "common.py line 1: SyntaxError"),
+        ("import no_such_module\n", "common.py line 1: ModuleNotFoundError"),
+        ("width = 3\n", "mine.py line 1: ImportError"),
+        ("def depth():\n    return 'deep'\n", "mine.py line 6: TypeError"),
+    ],
+)
+@pytest.mark.parametrize("typed", ["{}/mine.py", "mine.py", "../x/mine.py"])
+def test_a_failure_beside_a_config_file_names_its_file_and_line(tmp_path, monkeypatch, common, says, typed):
+    folder = folder_of(tmp_path / "x", common)
+    monkeypatch.chdir(folder)
+    path = typed.format(folder)
+    with pytest.raises(UserError) as refusal:
+        read_config_file(path)
+    assert str(refusal.value).startswith(f"config file {path.removesuffix('mine.py')}{says}: ")
+    assert not [name for name in sys.modules if "mine" in name or name.startswith("_config_folder")]
