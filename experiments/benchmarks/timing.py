@@ -4,6 +4,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,15 @@ def step_times(
     rounds: int,
     steps: int,
     between_rounds: Callable[[], None] = lambda: None,
+    while_traced: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
 
     `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step: the
     median over rounds. `most_page_faults` is that of the worst round: a step's block of temporaries
     may still be held when the next step asks for one, and a second block is then faulted in, once.
-    `between_rounds` is called after each round, the first one included.
+    `between_rounds` is called after each round, the first one included. A variant is traced within
+    `while_traced(its name)`.
     """
     measured: dict[str, dict[str, Any]] = {}
     running: dict[str, Any] = {}
@@ -100,7 +103,9 @@ def step_times(
             tokens = jax.device_put(loader.rows(1), program.batch_sharding)
             numbers = on_devices(numbers_of(config), mesh)
             began = time.perf_counter()
-            compiled = program.train.lower(state, tokens, numbers).compile()
+            with while_traced(name):
+                lowered = program.train.lower(state, tokens, numbers)
+            compiled = lowered.compile()
             measured[name] = {
                 "num_params": count_params(model),
                 "active_params": count_params(model, active=True),
