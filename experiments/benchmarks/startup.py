@@ -44,10 +44,8 @@ def main(argv: list[str]) -> int:
             if done.returncode:
                 raise UserError("a start failed (see above)")
             marks = {"python": began} | json.loads(done.stdout.splitlines()[-1])
-            times = list(marks.values())
-            runs.append(
-                dict(zip(list(marks)[1:], (b - a for a, b in zip(times, times[1:], strict=False)), strict=True))
-            )
+            parts = (later - earlier for earlier, later in itertools.pairwise(marks.values()))
+            runs.append(dict(zip(list(marks)[1:], parts, strict=True)))
     medians = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[1]}
     for name, value in medians.items():
         print(f"{name:<28}{value:>7.2f} s")
