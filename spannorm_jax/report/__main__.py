@@ -12,7 +12,7 @@ from spannorm_jax.paths import user_path
 
 
 def baseline_of(text: str) -> dict[str, str]:
-    """`placement=pre,init=plain` as a dictionary; a value may hold commas. Raises UserError if it is not of that form."""
+    """`placement=pre,init=plain` as a dictionary; a value may hold commas. Raises UserError for another form."""
     parts = [part.partition("=") for part in re.split(r",(?=[\w.]+=)", text)]
     if not all(key and equals and value for key, equals, value in parts):
         raise UserError(f"--baseline {one_line(text)!r} is not of the form placement=pre,init=plain")

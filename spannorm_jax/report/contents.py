@@ -42,9 +42,8 @@ _DEFINITIONS = {
 
 def contents(about: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
     """All that the template shows but the figures."""
-    numbers = {
-        name: NUMBERS.get(name) or MORE_NUMBERS[name] for name in _DEFINITIONS if name in {**NUMBERS, **MORE_NUMBERS}
-    }
+    known = NUMBERS | MORE_NUMBERS
+    numbers = {name: known[name] for name in _DEFINITIONS if name in known}
     header, body = table_cells(about.groups, "–", numbers)
     return {
         "title": title,
@@ -120,10 +119,8 @@ def _difference(about: Study, own: Difference, shared: Difference | None) -> dic
 
 def _below(about: Study) -> list[str]:
     levels = sorted({round(e, 4) for row in about.rows if (e := row.run.unigram_entropy) is not None})
-    lines = [
-        f"Stalled: above {(1 - STALL_MARGIN) * e:.3f} nats/token, {STALL_MARGIN:.0%} below the unigram entropy of {e:.3f}."
-        for e in levels
-    ]
+    margin = f"{STALL_MARGIN:.0%} below the unigram entropy"
+    lines = [f"Stalled: above {(1 - STALL_MARGIN) * e:.3f} nats/token, {margin} of {e:.3f}." for e in levels]
     if len({row.seed for row in about.rows}) == 1:
         lines.append("One seed: no spread is known, so small differences may be chance.")
     return lines

@@ -8,7 +8,17 @@ import altair as alt
 import polars as pl
 
 from spannorm_jax.report import curves
-from spannorm_jax.report.looks import Figure, finished, in_panels, looks_of, size_of, tooltip, with_panels
+from spannorm_jax.report.looks import (
+    Figure,
+    Views,
+    finished,
+    in_panels,
+    looks_of,
+    size_of,
+    tooltip,
+    with_axes,
+    with_panels,
+)
 from spannorm_jax.report.palette import GREY
 from spannorm_jax.report.study import Study
 
@@ -21,7 +31,7 @@ _SCALES = ("linear", "log loss", "log x", "log both")
 
 
 def loss(about: Study) -> Figure | None:
-    """Training loss along the run, one panel a depth, width and other key; in print each method's best learning rate."""
+    """Training loss along the run, one panel a depth, width and other key."""
     table, panels = with_panels(curves.loss_curves(about), about)
     if table.is_empty():
         return None
@@ -31,12 +41,13 @@ def loss(about: Study) -> Figure | None:
     domain = _domain(table, found)
     lrs = sorted(table["lr"].unique())
     known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
-    views = {(x, scale): _loss_view(about, panels, domain, lrs, x, scale) for x in known for scale in _SCALES}
+    first = _loss_view(about, panels, domain, lrs)
+    views: Views = {(x, scale): _loss_along(first, x, scale) for x in known for scale in _SCALES}
     caption = (
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
-        f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin line "
-        "is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram entropy. "
-        "Curves may leave the top of the figure."
+        f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
+        "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram "
+        "entropy. Curves may leave the top of the figure."
     )
     if len(lrs) > 1:
         caption += " In print each method has its best learning rate, that of the least mean loss over seeds."
@@ -53,14 +64,26 @@ def _domain(table: pl.DataFrame, levels: Sequence[float]) -> tuple[float, float]
     return max(lowest - room, lowest / 1.1), min(max(*greatest.to_list(), start) + room, 1.25 * start)
 
 
+def _loss_along(view: dict[str, Any], x: str, scale: str) -> dict[str, Any]:
+    """The view of steps on linear axes, with others."""
+    column, title, form = _X[x]
+    logs = {"x": scale in ("log x", "log both"), "y": scale in ("log loss", "log both")}
+
+    def change(channel: str, encoding: dict[str, Any]) -> dict[str, Any]:
+        changed = encoding | {"scale": encoding["scale"] | {"type": "log" if logs[channel] else "linear"}}
+        if channel == "y":
+            return changed
+        return changed | {"field": column, "title": title, "axis": encoding["axis"] | {"format": form}}
+
+    return with_axes(view, change)
+
+
 def _loss_view(
-    about: Study, panels: Sequence[str], domain: tuple[float, float], lrs: Sequence[float], x: str, scale: str
+    about: Study, panels: Sequence[str], domain: tuple[float, float], lrs: Sequence[float]
 ) -> dict[str, Any]:
     looks = looks_of(about)
-    column, title, form = _X[x]
-    x_scale = alt.Scale(type="log" if scale in ("log x", "log both") else "linear", nice=False)
-    y_scale = alt.Scale(type="log" if scale in ("log loss", "log both") else "linear", domain=domain, nice=False)
-    at_x = alt.X(f"{column}:Q", title=title, scale=x_scale, axis=alt.Axis(format=form, tickCount=5, grid=False))
+    y_scale = alt.Scale(domain=domain, nice=False)
+    at_x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, grid=False))
     y_axis = alt.Axis(tickCount=6, format="~g")
     at_y = alt.Y("loss:Q", title="training loss (nats/token)", scale=y_scale, axis=y_axis)
     base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
@@ -82,7 +105,7 @@ def _loss_view(
     crossed = base.transform_filter("datum.crossed")
     level = alt.Chart(alt.NamedData("levels")).encode(y=alt.Y("level:Q", scale=y_scale))
     named = level.encode(x=alt.value(size_of(len(panels))[0] - 4), text="name:N")
-    beside = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
+    beside: dict[str, Any] = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
     layers = [
         base.mark_area(clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.15)),
         lines,

@@ -101,10 +101,9 @@ def loss_curves(about: Study) -> pl.DataFrame:
         else:
             about_curve["crossed"] = False
         frames.append(pl.DataFrame(numbers).select(*(pl.lit(v).alias(k) for k, v in about_curve.items()), pl.all()))
-    empty = pl.DataFrame(schema=_SCHEMA)
-    return pl.concat([empty, *(frame.cast(_SCHEMA).select(*_SCHEMA) for frame in frames)]).with_columns(
-        pl.col(pl.Float64).fill_nan(None)
-    )
+    typed = [pl.col(name).cast(kind) for name, kind in _SCHEMA.items()]
+    made = pl.concat([pl.DataFrame(schema=_SCHEMA), *(frame.select(typed) for frame in frames)])
+    return made.with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 _BLOCK_SCHEMA: dict[str, Any] = {

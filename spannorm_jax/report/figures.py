@@ -11,7 +11,7 @@ import altair as alt
 import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
-from spannorm_jax.report.looks import Figure, finished, in_panels, looks_of, tooltip, with_panels
+from spannorm_jax.report.looks import Figure, Views, finished, in_panels, looks_of, tooltip, with_axes, with_panels
 from spannorm_jax.report.palette import OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.study import Study
 
@@ -19,12 +19,16 @@ _AXIS_TITLE = {"depth": "depth (blocks)", "width": "width", "lr": "peak learning
 _AXIS_WORD = {"depth": "depth", "width": "width", "lr": "learning rate"}
 
 
+def _ticks(values: list[float]) -> list[float]:
+    """At most eight of the values."""
+    return values[:: -(-len(values) // 8)]
+
+
 def _axis(about: Study, axis: str, column: str = "") -> alt.X:
     """A log axis with the values that were run as its ticks."""
     values = sorted({getattr(row, axis) for row in about.rows})
-    ticks = values if len(values) <= 8 else values[:: -(-len(values) // 8)]
-    shown = alt.Axis(values=ticks, format="~g", grid=False, labelOverlap="greedy")
-    kind = "linear" if values[0] == 0 else "log"  # a learning rate of zero trains nothing, but may be asked for
+    shown = alt.Axis(values=_ticks(values), format="~g", grid=False, labelOverlap="greedy")
+    kind: Any = "linear" if values[0] == 0 else "log"  # a learning rate of zero trains nothing, but may be asked for
     scale = alt.Scale(type=kind, nice=False, padding=14)
     return alt.X(f"{column or axis}:Q", title=_AXIS_TITLE[axis], scale=scale, axis=shown)
 
@@ -44,7 +48,6 @@ def _loss_title(about: Study) -> str:
 # ---- losses against what a sweep goes over ----------------------------------------------------
 
 _NEAR = "near the best"
-_VIEWS = ("all", "log loss", _NEAR)
 
 
 def loss_by(about: Study, axis: str) -> Figure | None:
@@ -63,7 +66,13 @@ def loss_by(about: Study, axis: str) -> Figure | None:
         optima = frames.optima_table(about).join(best, on=["placement", "init", "other", "depth", "width"])
         table = pl.concat([table, optima.with_columns(kind=pl.lit("optimum"))], how="diagonal")
     table, panels = with_panels(table, about, without=[axis])
-    views = {(view,): _loss_by_view(about, axis, panels, view, near) for view in _VIEWS}
+    scales = {"all": {}, "log loss": {"type": "log"}, _NEAR: {"domain": near, "zero": False, "nice": False}}
+
+    def scaled(scale: dict[str, Any]) -> dict[str, Any]:
+        return with_axes(first, lambda channel, y: y if channel == "x" else y | {"scale": y["scale"] | scale})
+
+    first = _loss_by_view(about, axis, panels)
+    views: Views = {(view,): scaled(scale) for view, scale in scales.items()}
     caption = (
         "Mean over seeds; bars run from the least seed to the greatest. A run that diverged, or ended above its loss "
         "at initialisation, counts with that; a cross marks a setting in which a run diverged. "
@@ -73,7 +82,7 @@ def loss_by(about: Study, axis: str) -> Figure | None:
     elif about.varies("lr"):
         caption += "Each method has its own best learning rate at each point."
     title = f"{about.measure.capitalize()} loss against {_AXIS_WORD[axis]}"
-    return Figure(f"loss_by_{axis}", title, caption, {"main": table}, {"view": _VIEWS}, views)
+    return Figure(f"loss_by_{axis}", title, caption, {"main": table}, {"view": tuple(scales)}, views)
 
 
 def _near(best: Sequence[float]) -> tuple[float, float]:
@@ -83,15 +92,10 @@ def _near(best: Sequence[float]) -> tuple[float, float]:
     return ordered[0] - 0.05 - spread / 10, ordered[0] + 0.3 + 3 * spread
 
 
-def _loss_by_view(
-    about: Study, axis: str, panels: Sequence[str], view: str, near: tuple[float, float]
-) -> dict[str, Any]:
+def _loss_by_view(about: Study, axis: str, panels: Sequence[str]) -> dict[str, Any]:
     looks = looks_of(about)
-    scale = alt.Scale(type="log" if view == "log loss" else "linear", zero=False, nice=True)
-    if view == _NEAR:
-        scale = alt.Scale(domain=near, nice=False)
-    form = {"format": "~g"} if view == "log loss" else {}
-    y = alt.Y("loss:Q", title=_loss_title(about), scale=scale, axis=alt.Axis(tickCount=6, **form))
+    scale = alt.Scale(zero=False, nice=True)
+    y = alt.Y("loss:Q", title=_loss_title(about), scale=scale, axis=alt.Axis(tickCount=6))
     base = alt.Chart().encode(x=_axis(about, axis), color=looks.colour(), detail=["init:N", "other:N"])
     settings = base.transform_filter("datum.kind == 'setting'")
     formats = {"depth": "d", "width": "d", "lr": "~g", "loss": ".3f", "low": ".3f", "high": ".3f"}
@@ -123,9 +127,9 @@ def _loss_by_view(
 def lr_optimum(about: Study) -> Figure | None:
     """The learning rate of least loss against depth, else against width, else one line a method."""
     table = frames.optima_table(about)
-    lrs = sorted({row.lr for row in about.rows})
-    scale = alt.Scale(type="log", domain=[lrs[0] / 2, lrs[-1] * 2], nice=False)
-    axis = alt.Axis(values=lrs if len(lrs) <= 8 else None, format="~g")
+    lrs = sorted({row.lr for row in about.rows if row.lr > 0})
+    scale = alt.Scale(type="log", domain=[lrs[0] / 2, lrs[-1] * 2], nice=False) if lrs else alt.Scale()
+    axis = alt.Axis(values=_ticks(lrs), format="~g")
     caption = (
         "Of each seed the minimum of the parabola in log learning rate through the best one and its two neighbours; "
         "the point is the mean over seeds of its logarithm, the bar its 95% t interval (one seed: no bar). A method "
@@ -168,23 +172,23 @@ def _by_place(
         table, panels = with_panels(table, about, without=[axis])
         table = table.with_columns(_dodged(about, table, axis))
         base = base.encode(x=_axis(about, axis, "at"), detail=["init:N", "other:N"])
-        low, value = alt.Y("low:Q", **encoding), alt.Y(f"{column}:Q", **encoding)
+        low, middle = alt.Y("low:Q", **encoding), alt.Y(f"{column}:Q", **encoding)
         line = base.mark_line(strokeWidth=2, clip=True).encode(
-            y=value, strokeDash=looks.dash(), opacity=looks.opacity(1)
+            y=middle, strokeDash=looks.dash(), opacity=looks.opacity(1)
         )
         layers = [
             base.mark_rule(strokeWidth=1.5, clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.7)),
             line.properties(name="lines").add_params(*looks.picks),
             base.mark_point(filled=True, size=60).encode(
-                y=value, shape=looks.shape(), opacity=looks.opacity(1), tooltip=tips
+                y=middle, shape=looks.shape(), opacity=looks.opacity(1), tooltip=tips
             ),
         ]
         return Figure(name, title, caption, {"main": table}, {}, {(): finished(in_panels(layers, panels), title)})
     order = [m.label for m in about.methods if m.label in set(table["method"])]
     base = base.encode(y=alt.Y("method:N", sort=order, title=None))
-    low, value = alt.X("low:Q", **encoding), alt.X(f"{column}:Q", **encoding)
+    value = alt.X(f"{column}:Q", **encoding)
     layers = [
-        base.mark_rule(strokeWidth=2.5, clip=True).encode(x=low, x2="high:Q"),
+        base.mark_rule(strokeWidth=2.5, clip=True).encode(x=alt.X("low:Q", **encoding), x2="high:Q"),
         base.mark_point(filled=True, size=90).encode(x=value, shape=looks.shape(), tooltip=tips),
     ]
     view = finished(in_panels(layers, [""]), title) | {"height": 30 * len(order)}
@@ -211,7 +215,7 @@ def outcomes(about: Study) -> Figure | None:
     else:
         column, values, title = "place", places, place_title
     down, rows, down_title = ("place", places[::-1], place_title) if placed and by_lr else ("method", methods, None)
-    across = alt.Axis(labelAngle=0 if len(values) <= 6 else -45, **({"format": "~g"} if by_lr else {}))
+    across = alt.Axis(labelAngle=0 if len(values) <= 6 else -45, format="~g" if by_lr else "")
     outcome_order = list(OUTCOME_ORDER)
     key = alt.Legend(title="outcome", symbolType="square", symbolStrokeWidth=0, symbolSize=220, labelExpr=_LETTER)
     fills = alt.Scale(domain=outcome_order, range=[OUTCOME_COLOURS[o] for o in outcome_order])
@@ -228,7 +232,7 @@ def outcomes(about: Study) -> Figure | None:
     name = "How runs ended"
     view = finished(in_panels(layers, panels), name)
     several = max(len(seeds) for seeds in about.cells.values()) > 1
-    unit = view["spec"] if "spec" in view else view
+    unit = view.get("spec", view)
     unit["width"], unit["height"] = len(values) * (48 if several else 40), max(len(rows) * 28, 96)
     caption = (
         "Colour and letter: the gravest outcome over the seeds (diverged, then stalled, unfinished, trained), and how "

@@ -19,7 +19,11 @@ from spannorm_jax.config import Config, flatten, is_runtime
 from spannorm_jax.errors import UserError, one_line
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
-_TYPES = {"model.depth": int, "model.width": int, "optim.lr": (int, float)}  # of options that figures have axes for
+_TYPES: dict[str, Any] = {
+    "model.depth": int,
+    "model.width": int,
+    "optim.lr": (int, float),
+}  # of options that figures have axes for
 _DEFAULTS = {key: value for key, value in flatten(Config()).items() if not is_runtime(key)}
 
 

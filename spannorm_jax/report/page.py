@@ -8,9 +8,11 @@
 The same folders always give the same bytes, with the same versions of the libraries.
 """
 
+import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -95,7 +97,10 @@ def print_svg(figure: Figure) -> str:
     """The figure's first view."""
     spec = next(iter(figure.views.values()))
     tables = {name: table.to_dicts() for name, table in figure.data.items()}
-    return vl_convert.vegalite_to_svg(spec | {"datasets": tables})
+    svg = vl_convert.vegalite_to_svg(spec | {"datasets": tables})
+    # Vega numbers clips through all figures of a process: the same figure has the same names here.
+    names: dict[str, str] = {}
+    return re.sub(r"\bclip\d+\b", lambda found: names.setdefault(found[0], f"clip{len(names)}"), svg)
 
 
 def _html(shown: dict[str, Any], drawn: Sequence[Figure], left_out: Sequence[str]) -> str:
@@ -117,8 +122,14 @@ def _html(shown: dict[str, Any], drawn: Sequence[Figure], left_out: Sequence[str
         figures=drawn,
         left_out=left_out,
         figures_json=as_json.replace("<", "\\u003c"),
-        library=vl_convert.javascript_bundle().replace("</script", "<\\/script"),
+        library=_library(),
     )
+
+
+@functools.cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script, which takes a second to bundle."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 def _packed(table: pl.DataFrame) -> dict[str, list[Any]]:

@@ -175,7 +175,7 @@ def _complete(about: Study, method: Method, place: Place, lrs: Sequence[float]) 
 
 def optimum(about: Study, method: Method, place: Place) -> Interval | None:
     """The learning rate of least loss, between those that were run, with its interval over seeds."""
-    lrs = about.lrs(method, place)
+    lrs = [lr for lr in about.lrs(method, place) if lr > 0]
     return stats.lr_optimum(lrs, list(_complete(about, method, place, lrs).values())) if len(lrs) > 2 else None
 
 
