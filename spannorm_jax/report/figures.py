@@ -59,14 +59,19 @@ def loss_by(about: Study, axis: str) -> Figure | None:
         table = table.filter("best_lr")
     if table.is_empty():
         return None
-    best = table.group_by("placement", "init", "other", "depth", "width").agg(pl.col("loss").min())
+    place = ["placement", "init", "other", "depth", "width"]
+    best = table.group_by(place).agg(pl.col("loss").min())
     near = _near(best["loss"].to_list())
     table = table.with_columns(kind=pl.lit("setting"))
     if axis == "lr":
-        optima = frames.optima_table(about).join(best, on=["placement", "init", "other", "depth", "width"])
+        optima = frames.optima_table(about).join(best, on=place, maintain_order="left")
         table = pl.concat([table, optima.with_columns(kind=pl.lit("optimum"))], how="diagonal")
     table, panels = with_panels(table, about, without=[axis])
-    scales = {"all": {}, "log loss": {"type": "log"}, _NEAR: {"domain": near, "zero": False, "nice": False}}
+    scales: dict[str, dict[str, Any]] = {
+        "all": {},
+        "log loss": {"type": "log"},
+        _NEAR: {"domain": near, "zero": False, "nice": False},
+    }
 
     def scaled(scale: dict[str, Any]) -> dict[str, Any]:
         return with_axes(first, lambda channel, y: y if channel == "x" else y | {"scale": y["scale"] | scale})
