@@ -150,7 +150,7 @@ def block_grad_norm(about: Study) -> Figure | None:
         band = base.mark_area().encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=looks.opacity(0.15))
         if number == 0:  # the second chart follows the first one's legend
             line = line.properties(name="lines").add_params(*looks.picks)
-        charts.append(in_panels([line, band], panels))
+        charts.append(in_panels([line, band], panels, beside=1 if len(panels) == 1 else 0))
     title = "Gradient norm of each block"
     view = finished(alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts), title)
     caption = (

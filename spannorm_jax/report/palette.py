@@ -69,6 +69,7 @@ def theme() -> dict[str, Any]:
     return {
         "font": font,
         "background": "white",
+        "padding": 10,
         "view": {"stroke": None},
         "axis": text | {"gridColor": RULE, "domainColor": "#9aa4ae", "tickColor": "#9aa4ae", "titlePadding": 10},
         "legend": text | {"symbolSize": 110, "symbolStrokeWidth": 2.5, "labelLimit": 260, "titleLimit": 260},
