@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import vl_convert
+from processes import LIMIT_S
 from run_folders import STEPS, rows_of, write_lr_sweep, write_run
 
 from spannorm_jax.errors import UserError
@@ -214,22 +215,42 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Goes through all entries of all lists, in the time that the browser makes up (--virtual-time-budget).
+CHOOSE_ALL = """<script>
+(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 500));
+  while (!document.body.dataset.drawn) await pause();
+  let chosen = 0;
+  for (const list of document.querySelectorAll("select"))
+    for (const entry of list.options) {
+      list.value = entry.value;
+      list.dispatchEvent(new Event("change"));
+      await pause();
+      chosen++;
+    }
+  document.body.dataset.chosen = chosen;
+})();
+</script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
-def test_a_browser_draws_every_figure_without_an_error_and_without_a_network(sweep, tmp_path):
+def test_a_browser_draws_every_view_without_an_error_and_without_a_network(sweep, tmp_path):
     _, path, page = sweep
+    copy = tmp_path / "report.html"
+    copy.write_text(path.read_text(encoding="utf-8") + CHOOSE_ALL, encoding="utf-8")
     command = [
-        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"),
+        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"),
         *("--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND"),
-        *("--virtual-time-budget=60000", "--dump-dom", path.as_uri()),
+        *("--virtual-time-budget=120000", "--dump-dom", copy.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not [line for line in said if "WARN " not in line], said
-    assert 'data-drawn="all"' in done.stdout
-    assert len(re.findall(r'<svg[^>]*class="marks"', done.stdout)) == len(page.figures)
+    choices = sum(len(entries) for figure in page.figures.values() for entries in figure["choices"])
+    assert f'data-chosen="{choices + 4}"' in done.stdout  # the learning rate's list: the best and three
     for name in page.figures:
         figure = done.stdout.split(f'<figure id="{name}">')[1].split("</figure>")[0]
+        assert len(re.findall(r'<svg[^>]*class="marks"', figure)) == 1, name
         assert figure.count("<path") > 10, name
+    assert ">training FLOPs</text>" in done.stdout
