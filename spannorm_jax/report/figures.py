@@ -194,7 +194,7 @@ def _by_place(
     value = alt.X(f"{column}:Q", **encoding)
     layers = [
         base.mark_rule(strokeWidth=2.5, clip=True).encode(x=alt.X("low:Q", **encoding), x2="high:Q"),
-        base.mark_point(filled=True, size=90).encode(x=value, shape=looks.shape(), tooltip=tips),
+        base.mark_point(filled=True, size=90, opacity=1).encode(x=value, shape=looks.shape(), tooltip=tips),
     ]
     view = finished(in_panels(layers, [""]), title) | {"height": 30 * len(order)}
     return Figure(name, title, caption, {"main": table}, {}, {(): view})

@@ -250,7 +250,7 @@ def test_a_browser_draws_every_view_without_an_error_and_without_a_network(sweep
     choices = sum(len(entries) for figure in page.figures.values() for entries in figure["choices"])
     assert f'data-chosen="{choices + 4}"' in done.stdout  # the learning rate's list: the best and three
     for name in page.figures:
-        figure = done.stdout.split(f'<figure id="{name}">')[1].split("</figure>")[0]
+        figure = done.stdout.split(f'<figure id="{name}" ')[1].split("</figure>")[0]
         assert len(re.findall(r'<svg[^>]*class="marks"', figure)) == 1, name
         assert figure.count("<path") > 10, name
     assert ">training FLOPs</text>" in done.stdout
