@@ -1,29 +1,50 @@
-"""Tables, figures and one HTML page from the runs below a folder: python -m spannorm_jax.report runs/sweep
+"""Tables, figures and one HTML page from the runs in and below folders: python -m spannorm_jax.report runs/sweep
 
 It reads run folders only. The same folders always give the same bytes.
 """
 
+import re
 import sys
 
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.errors import one_line, visible
+from spannorm_jax.errors import UserError, one_line, visible
 from spannorm_jax.paths import user_path
-from spannorm_jax.report.page import TITLE, read_rows, write_page
-from spannorm_jax.report.tables import text_table
+
+
+def baseline_of(text: str) -> dict[str, str]:
+    """`placement=pre,init=plain` as a dictionary; a value may hold commas. Raises UserError for another form."""
+    parts = [part.partition("=") for part in re.split(r",(?=[\w.]+=)", text)]
+    if not all(key and equals and value for key, equals, value in parts):
+        raise UserError(f"--baseline {one_line(text)!r} is not of the form placement=pre,init=plain")
+    return {key: value for key, _, value in parts}
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.report", description=__doc__)
-    parser.add_argument("root", type=user_path, help="the folder that holds the runs")
-    parser.add_argument("--out", type=user_path, help="where the page goes (default: ROOT/report)")
-    parser.add_argument("--title", default=TITLE, help="the page's title")
+    parser.add_argument("roots", metavar="ROOT", nargs="+", type=user_path, help="a run, or a folder that holds runs")
+    parser.add_argument("--out", type=user_path, help="where the files go (default: ROOT/report)")
+    parser.add_argument("--title", help="the page's title")
+    parser.add_argument(
+        "--baseline",
+        metavar="KEY=VALUE,...",
+        help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
+        "initialisation (default: placement=pre,init=plain, or else the first method)",
+    )
     args = parser.parse_args(argv)
-    rows, said = read_rows(args.root)
-    page = write_page(rows, said, args.root, args.out or args.root / "report", args.title)
-    print(visible(text_table(rows)))
+    if args.out is None and len(args.roots) > 1:
+        raise UserError("several folders have no one place for their report; say --out FOLDER")
+    baseline = baseline_of(args.baseline) if args.baseline is not None else None
+
+    from spannorm_jax.report import page  # and with it the libraries of tables and figures
+    from spannorm_jax.report.tables import text_table
+
+    about, said = page.read_study(args.roots, baseline)
+    out = args.out or args.roots[0] / "report"
+    written = page.write_files(about, said, args.roots, out, args.title or page.TITLE)
+    print(visible(text_table(about.rows)))
     for kind, text in said:
         print(f"{kind}: {one_line(text)}", file=sys.stderr)
-    print(page)
+    print(written)
     return 0
 
 

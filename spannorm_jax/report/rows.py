@@ -6,22 +6,26 @@ Numbers that a folder does not hold are None, never guessed.
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from spannorm_jax.config import NAMES_OF_DATA, is_runtime
 from spannorm_jax.report.folders import Run, finite
+from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
+from spannorm_jax.report.stats import GRAD_NORM_QUANTILE, spikes
 
 # What a report compares; a difference in any other config key is said aloud.
 COMPARED_KEYS = ("model.placement", "model.init", "seed")
+# What a figure has an axis for: a sweep goes over them, with every method alike.
+AXES = ("model.depth", "model.width", "optim.lr")
+_NOT_RECORDED = "not recorded"
 # A finished run has stalled unless its train loss is this far below the unigram entropy.
 STALL_MARGIN = 0.05  # at least, as a fraction of the entropy
 FINAL_FRACTION = 0.1  # of the steps taken, over which the train loss is averaged
 WARMUP_STEPS = 5  # left out of tokens/s: they hold compilation
-
-PLACEMENT_ORDER = ("pre", "post", "span")  # others follow in alphabetical order
-INIT_ORDER = ("plain", "gpt2", "scale")
 
 
 # ---- one run ----------------------------------------------------------------------------------
@@ -47,20 +51,26 @@ class Row:
 
     placement: str
     init: str
+    depth: int
+    width: int
+    lr: float
     seed: int
-    train_loss: float | None  # nats/token, mean over the last 10% of steps; None when diverged
-    bits_per_byte: float | None  # held out, of the newest evaluation of the highest step
-    tokens_per_s: float | None  # median over the steps after the first 5
     outcome: Outcome
+    train_loss: float | None  # nats/token, mean over the last 10% of steps; None when diverged
+    held_out_loss: float | None  # nats/token, of the evaluation that counts; None when diverged
+    bits_per_byte: float | None  # of the same
+    loss_at_init: float | None  # nats/token, that of step 1: the weights before their first update
+    tokens_per_s: float | None  # median over the steps after the first 5
+    spikes: int | None
+    clipped_share: float | None  # of the logged steps, those whose gradient was scaled down
+    grad_norm_p999: float | None  # 99.9th percentile over the logged steps
     run: Run = field(repr=False)
 
 
 def train_loss(run: Run) -> float | None:
     """Mean loss over the last 10% of the steps taken (at least the last one), in nats per token."""
-    first = (1 - FINAL_FRACTION) * run.last_step
-    losses = [finite(line.get("loss")) for line in run.metrics if line["step"] > first + 1e-6]
-    numbers = [loss for loss in losses if loss is not None]
-    return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(losses) else None
+    losses = run.metrics.loss[run.metrics.step > (1 - FINAL_FRACTION) * run.last_step + 1e-6]
+    return math.fsum(losses) / len(losses) if len(losses) and np.isfinite(losses).all() else None
 
 
 def held_out(run: Run) -> dict[str, Any] | None:
@@ -88,7 +98,7 @@ def outcome(run: Run) -> Outcome:
     if run.diverged is not None:
         step = run.diverged.get("step")
         return Outcome("diverged", step if isinstance(step, int) else last, run.steps)
-    if run.metrics and finite(run.metrics[-1].get("loss")) is None:
+    if last and not np.isfinite(run.metrics.loss[-1]):
         return Outcome("diverged", last, run.steps)
     if run.done is None:
         return Outcome("unfinished", last, run.steps)
@@ -97,20 +107,38 @@ def outcome(run: Run) -> Outcome:
     return Outcome("stalled" if stalled else "trained", last, run.steps)
 
 
+def _last_held_out(run: Run) -> dict[str, Any]:
+    """The evaluation that counts, or else the loss that training itself measured at its last step."""
+    evaluation = held_out(run)
+    if evaluation is None and run.last_step and run.metrics.step[-1] == run.steps:
+        return {"loss": run.metrics.held_out_loss[-1]}
+    return evaluation or {}
+
+
 def summarise(run: Run) -> Row:
     """The run's numbers, as `Row` defines them."""
-    ended = outcome(run)
-    recorded = [finite(m.get("tokens_per_s")) for m in run.metrics if m["step"] > WARMUP_STEPS]
-    speeds = [s for s in recorded if s is not None]
-    evaluation = held_out(run)
+    ended, metrics, options = outcome(run), run.metrics, run.options
+    speeds = metrics.tokens_per_s[(metrics.step > WARMUP_STEPS) & np.isfinite(metrics.tokens_per_s)]
+    norms = metrics.grad_norm[np.isfinite(metrics.grad_norm)]
+    clip = finite(options.get("optim.clip_norm"))
+    evaluation = _last_held_out(run)
+    diverged = ended.kind == "diverged"
     return Row(
         placement=run.placement,
         init=run.init,
+        depth=options["model.depth"],
+        width=options["model.width"],
+        lr=options["optim.lr"],
         seed=run.seed,
-        train_loss=None if ended.kind == "diverged" else train_loss(run),
-        bits_per_byte=None if evaluation is None else finite(evaluation.get("bits_per_byte")),
-        tokens_per_s=statistics.median(speeds) if speeds else None,
         outcome=ended,
+        train_loss=None if diverged else train_loss(run),
+        held_out_loss=None if diverged else finite(evaluation.get("loss")),
+        bits_per_byte=finite(evaluation.get("bits_per_byte")),
+        loss_at_init=finite(float(metrics.loss[0])) if run.last_step and metrics.step[0] == 1 else None,
+        tokens_per_s=statistics.median(speeds.tolist()) if len(speeds) else None,
+        spikes=spikes(metrics.loss[np.isfinite(metrics.loss)], max(1, options.get("metrics.log_every") or 1)),
+        clipped_share=float((norms > clip).mean()) if clip and len(norms) else None,
+        grad_norm_p999=float(np.quantile(norms, GRAD_NORM_QUANTILE)) if len(norms) else None,
         run=run,
     )
 
@@ -152,6 +180,11 @@ class Group:
     rows: tuple[Row, ...]
 
     @property
+    def other(self) -> str:
+        """What sets the group apart beside placement, initialisation and the axes: `data.seq_len=512`."""
+        return ", ".join(f"{key}={value}" for key, value in self.variant if key not in AXES)
+
+    @property
     def counted(self) -> tuple[Row, ...]:
         """The rows that means are taken over: finished ones, else unfinished, else diverged."""
         for kinds in (("trained", "stalled"), ("unfinished",), ("diverged",)):
@@ -184,33 +217,40 @@ class Group:
         return ", ".join(parts)
 
 
-def ranked(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Distinct names: those of `order` first, in its order, then the others alphabetically."""
-    return sorted(set(names), key=lambda n: (order.index(n) if n in order else len(order), n))
-
-
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Config keys that differ, but for those compared -> each run's value as JSON.
 
-    What names the data is left out where they are the same.
+    What names the data is left out where they are the same, and an option that a run of another
+    version does not have is no difference.
     """
     all_options = [run.options | {"data.fingerprint": run.fingerprint} for run in runs]
     same_data = len({run.fingerprint for run in runs}) == 1 and runs[0].fingerprint
     left_out = COMPARED_KEYS + (NAMES_OF_DATA if same_data else ())
     keys = list(dict.fromkeys(key for options in all_options for key in options))
-    values = {
-        key: [json.dumps(o[key]) if key in o else "absent" for o in all_options] for key in keys if key not in left_out
-    }
-    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
+    found = {}
+    for key in keys:
+        texts = [json.dumps(o[key]) if key in o else _NOT_RECORDED for o in all_options]
+        if key not in left_out and len(set(texts) - {_NOT_RECORDED}) > 1:
+            found[key] = texts
+    return found
+
+
+def followers(differing: Mapping[str, Sequence[str]]) -> list[str]:
+    """Keys whose value is the same wherever depth, width and learning rate are: `model.ffn_dim` follows the width."""
+    count = len(next(iter(differing.values()), []))
+    at = [tuple(differing[axis][i] for axis in AXES if axis in differing) for i in range(count)]
+    others = (key for key in differing if key not in AXES and key != "data.fingerprint" and not is_runtime(key))
+    return [key for key in others if len(set(zip(at, differing[key], strict=True))) == len(set(at))]
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Group]:
-    """Groups rows that differ in nothing but the seed, ordered by placement and initialisation."""
+    """Groups rows that differ in nothing but the seed, ordered by placement, initialisation and axes."""
     differing = differing_keys([row.run for row in rows])
-    differing = {key: texts for key, texts in differing.items() if not is_runtime(key)}
+    following = followers(differing)
+    kept = {key: texts for key, texts in differing.items() if not is_runtime(key) and key not in following}
     groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
     for i, row in enumerate(rows):
-        variant = tuple((key, texts[i].strip('"')) for key, texts in differing.items())
+        variant = tuple((key, texts[i].strip('"')) for key, texts in kept.items())
         groups.setdefault((row.placement, row.init, variant), []).append(row)
     placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
     inits = ranked((row.init for row in rows), INIT_ORDER)
@@ -218,4 +258,10 @@ def over_seeds(rows: Sequence[Row]) -> list[Group]:
         Group(placement, init, variant, tuple(sorted(members, key=lambda r: r.seed)))
         for (placement, init, variant), members in groups.items()
     ]
-    return sorted(made, key=lambda g: (placements.index(g.placement), inits.index(g.init), g.variant))
+
+    def order(group: Group) -> tuple[Any, ...]:
+        first = group.rows[0]
+        axes = (first.depth, first.width, first.lr)
+        return placements.index(group.placement), inits.index(group.init), group.other, axes
+
+    return sorted(made, key=order)

@@ -1,9 +1,10 @@
 """Run folders as the trainer leaves them, with numbers of a test's choice."""
 
+import itertools
 import json
 
 from spannorm_jax.config import Config, replace, to_dict
-from spannorm_jax.report.folders import read_run
+from spannorm_jax.report.folders import find_runs, read_run
 from spannorm_jax.report.rows import summarise
 
 ENTROPY = 4.0
@@ -51,6 +52,7 @@ def write_run(
         for step, loss in enumerate(losses, start=1):
             # The first five steps are slow; then 100, 101, ... tokens/s.
             line = {"step": step, "loss": loss, "tokens_per_s": 1.0 if step <= 5 else 94.0 + step}
+            line["grad_norm"] = 2.0 if step <= len(losses) // 4 else 0.5  # clip_norm is 1: a quarter is clipped
             if step in (1, len(losses)):
                 line["block_grad_norm"] = [0.1 * step, 0.2, 0.3]
             file.write(json.dumps(line) + "\n")
@@ -62,10 +64,30 @@ def write_run(
 
 
 def write_eval(folder, step, bits, split="validation"):
-    line = {"step": step, "bits_per_byte": bits, "split": split, "tokens": 99}
+    """An evaluation whose loss is one nat a token per bit a byte: a test then has one number to follow."""
+    line = {"step": step, "loss": bits, "bits_per_byte": bits, "split": split, "tokens": 99}
     with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def summary(folder):
     return summarise(read_run(folder))
+
+
+def rows_of(root):
+    return [summarise(run) for run in find_runs(root)]
+
+
+def write_lr_sweep(root, placements=("pre", "post", "span"), depths=(3,), lrs=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2)):
+    """Every combination: PostNorm diverges at the greatest learning rate, the others are best in the middle."""
+    for placement, depth, (i, lr), seed in itertools.product(placements, depths, enumerate(lrs), seeds):
+        end = {"pre": 2.0, "post": 2.5, "span": 1.5}[placement] + 0.1 * abs(i - 1) + 0.01 * seed * (1 + i)
+        name = f"{placement}-{depth}-{lr:g}-{seed}"
+        settings = {"model__depth": depth, "optim__lr": lr, "seed": seed}
+        if placement == "post" and lr == max(lrs):
+            folder = write_run(root / name, placement, "plain", losses=[5.0, 6.0, 9.0], done=False, **settings)
+            (folder / "DIVERGED").write_text(json.dumps({"step": 4, "where": "the loss", "loss": "nan"}))
+        else:
+            losses = [5.0 + (end - 5.0) * s / (STEPS - 1) for s in range(STEPS)]
+            write_run(root / name, placement, "plain", losses=losses, bits=end, **settings)
+    return root

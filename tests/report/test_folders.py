@@ -1,13 +1,18 @@
 """Folders that are no run's are passed over and said, and a run's files may hold null for any number."""
 
 import json
+import re
 
 import pytest
-from run_folders import summary, write_run
+from run_folders import STEPS, rows_of, summary, write_run
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.__main__ import main
-from spannorm_jax.report.folders import find_runs
+from spannorm_jax.report.figures import FIGURES
+from spannorm_jax.report.folders import find_runs, read_run
+from spannorm_jax.report.page import read_study
+from spannorm_jax.report.rows import over_seeds
+from spannorm_jax.report.tables import notices
 
 FOREIGN = {
     "hugging_face": json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096}),
@@ -53,12 +58,56 @@ def test_a_root_of_other_programs_alone_is_one_line(tmp_path, name):
     assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
 
 
-def test_a_damaged_run_beside_a_foreign_folder_is_still_an_error(tmp_path):
+def test_a_damaged_line_is_left_out_and_said_and_costs_no_report(tmp_path, capsys):
     write_foreign(tmp_path / "a", "hugging_face")
     write_run(tmp_path / "b")
-    (write_run(tmp_path / "c") / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"c/metrics\.jsonl line 1 is not JSON"):
-        main([str(tmp_path)])
+    whole = (write_run(tmp_path / "c", "pre") / "metrics.jsonl").read_text().splitlines()
+    whole[2:4] = ['{"step": 3, "loss"', '{"loss": 4.7}']
+    (tmp_path / "c" / "metrics.jsonl").write_text("\n".join(whole) + "\n")
+    assert main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"warning: Left out of \S*c: \S*c/metrics.jsonl line 3 is not JSON.*\(and 1 more lines\)", err)
+    assert "trained" in out and "Left out of" in (tmp_path / "report" / "report.html").read_text()
+    steps = read_run(tmp_path / "c").metrics.step.tolist()
+    assert steps == [1, 2, *range(5, STEPS + 1)]
+
+
+@pytest.mark.parametrize("name", ["DONE", "DIVERGED", "eval.jsonl", "starts.jsonl", "metrics.jsonl"])
+def test_any_file_but_the_config_may_be_damaged(tmp_path, name):
+    folder = write_run(tmp_path / "run", bits=2.0)
+    (folder / name).write_bytes(b"\x80[" + b"\n" * name.endswith("jsonl"))
+    run = read_run(folder)
+    assert len(run.damage) == 1 and str(folder / name) in run.damage[0]
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_run_of_an_older_version_has_what_it_did_by_default(tmp_path, capsys):
+    old = write_run(tmp_path / "old", seed=0)
+    write_run(tmp_path / "new", seed=1)
+    config = json.loads((old / "config.json").read_text())
+    del config["optim"]["name"], config["execution"]
+    config["model"]["attention"] = "auto"  # where it stood then
+    (old / "config.json").write_text(json.dumps(config))
+    rows = rows_of(tmp_path)
+    assert [len(group.rows) for group in over_seeds(rows)] == [2]
+    said = notices(rows)
+    assert [kind for kind, _ in said] == ["note", "note"]
+    assert "optim.name" in said[0][1] and "1 of 2 runs are older" in said[0][1] and "model.attention" in said[1][1]
+    # A younger option that was changed is a difference.
+    write_run(tmp_path / "other", seed=2, optim__name="lion")
+    assert len(over_seeds(rows_of(tmp_path))) == 2
+
+
+def test_several_folders_are_read_each_run_once_and_what_holds_none_is_said(tmp_path):
+    write_run(tmp_path / "a" / "x")
+    write_run(tmp_path / "b", "pre")
+    (tmp_path / "empty").mkdir()
+    why = []
+    roots = [tmp_path / "b", tmp_path / "a", tmp_path / "a" / "x", tmp_path / "empty"]
+    assert [run.placement for run in find_runs(roots, why.append)] == ["pre", "span"]
+    assert why == [f"{tmp_path / 'empty'} holds no run's config.json"]
+    with pytest.raises(UserError, match="missing is not a folder"):
+        find_runs([tmp_path / "a", tmp_path / "missing"])
 
 
 # ---- no number where there is none ------------------------------------------------------------
@@ -105,12 +154,12 @@ def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step
     row = summary(tmp_path / "run0")
     assert (row.train_loss, row.bits_per_byte, row.tokens_per_s) == (None, None, 9.0 if from_step == 20 else None)
     assert str(row.outcome) == "diverged (step 20)"
-    html = (tmp_path / "report" / "report.html").read_text()
-    assert html.count("src=") == 2 and "None" not in html
+    assert {path.name for path in (tmp_path / "report").glob("*.svg")} == {"loss.svg", "block_grad_norm.svg"}
     assert summary(tmp_path / "whole0").bits_per_byte == 2.0
     # The same without the runs that have numbers, and without DIVERGED: a loss that is no number is enough.
-    for seed in (0, 1):
-        (tmp_path / f"run{seed}" / "DIVERGED").unlink()
-        assert main([str(tmp_path / f"run{seed}")]) == 0
-    assert str(summary(tmp_path / "run0").outcome) == "diverged (step 20)"
+    (tmp_path / "run0" / "DIVERGED").unlink()
+    about, _ = read_study([tmp_path / "run0"])
+    assert str(about.rows[0].outcome) == "diverged (step 20)"
+    drawn = [figure for make, _ in FIGURES.values() if (figure := make(about)) is not None]
+    assert [figure.name for figure in drawn] == ["loss", "block_grad_norm"][: 2 * (from_step > 1)]
     assert "None" not in capsys.readouterr().out

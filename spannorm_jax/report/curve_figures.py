@@ -1,0 +1,161 @@
+"""Figures of curves: the training loss along a run, and the gradient norm along the blocks."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from spannorm_jax.report import curves
+from spannorm_jax.report.looks import (
+    Figure,
+    Views,
+    finished,
+    in_panels,
+    looks_of,
+    size_of,
+    tooltip,
+    with_axes,
+    with_panels,
+)
+from spannorm_jax.report.palette import GREY
+from spannorm_jax.report.study import Study
+
+_X = {  # entry of the page's list: column, title, form of numbers
+    "steps": ("step", "step", "~s"),
+    "tokens": ("tokens", "training tokens", "~s"),
+    "FLOPs": ("flops", "training FLOPs", ".1~e"),
+}
+_SCALES = ("linear", "log loss", "log x", "log both")
+
+
+def loss(about: Study) -> Figure | None:
+    """Training loss along the run, one panel a depth, width and other key."""
+    table, panels = with_panels(curves.loss_curves(about), about)
+    if table.is_empty():
+        return None
+    found = sorted({round(e, 3) for row in about.rows if (e := row.run.unigram_entropy) is not None})
+    levels = pl.DataFrame({"level": found}, schema={"level": pl.Float64})
+    levels = levels.with_columns(pl.format("unigram entropy {}", "level").alias("name"))
+    domain = _domain(table, found)
+    lrs = sorted(table["lr"].unique())
+    known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
+    first = _loss_view(about, panels, domain, lrs)
+    views: Views = {(x, scale): _loss_along(first, x, scale) for x in known for scale in _SCALES}
+    caption = (
+        "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
+        f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
+        "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram "
+        "entropy. Curves may leave the top of the figure."
+    )
+    if len(lrs) > 1:
+        caption += " In print each method has its best learning rate, that of the least mean loss over seeds."
+    choices = {"x axis": tuple(known), "scale": _SCALES}
+    return Figure("loss", "Training loss", caption, {"main": table, "levels": levels}, choices, views)
+
+
+def _domain(table: pl.DataFrame, levels: Sequence[float]) -> tuple[float, float]:
+    """From the least loss to where runs start, with some room; a loss that rises far above leaves the figure."""
+    least, greatest, starts = table["low"], table["high"], table.group_by("curve").first()["loss"]
+    lowest = min([*least.to_list(), *levels])
+    start = max([*starts.to_list(), *levels])
+    room = 0.04 * (start - lowest) or 0.1
+    return max(lowest - room, lowest / 1.1), min(max(*greatest.to_list(), start) + room, 1.25 * start)
+
+
+def _loss_along(view: dict[str, Any], x: str, scale: str) -> dict[str, Any]:
+    """The view of steps on linear axes, with others."""
+    column, title, form = _X[x]
+    logs = {"x": scale in ("log x", "log both"), "y": scale in ("log loss", "log both")}
+
+    def change(channel: str, encoding: dict[str, Any]) -> dict[str, Any]:
+        changed = encoding | {"scale": encoding["scale"] | {"type": "log" if logs[channel] else "linear"}}
+        if channel == "y":
+            return changed
+        return changed | {"field": column, "title": title, "axis": encoding["axis"] | {"format": form}}
+
+    return with_axes(view, change)
+
+
+def _loss_view(
+    about: Study, panels: Sequence[str], domain: tuple[float, float], lrs: Sequence[float]
+) -> dict[str, Any]:
+    looks = looks_of(about)
+    y_scale = alt.Scale(domain=domain, nice=False)
+    at_x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, grid=False))
+    y_axis = alt.Axis(tickCount=6, format="~g")
+    at_y = alt.Y("loss:Q", title="training loss (nats/token)", scale=y_scale, axis=y_axis)
+    base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
+    if len(lrs) > 1:
+        base = base.transform_filter("chosen_lr == 0 ? datum.best_lr : datum.lr == chosen_lr")
+    lines = base.mark_line(clip=True).encode(
+        y=at_y,
+        strokeDash=looks.dash(),
+        opacity=looks.opacity(1),
+        strokeWidth=alt.condition("datum.alone", alt.value(1), alt.value(2.2)),
+    )
+    lines = lines.properties(name="lines").add_params(*looks.picks)
+    if len(lrs) > 1:
+        labels = ["each method's best", *(f"{lr:g}" for lr in lrs)]
+        chosen = alt.binding_select(options=[0, *lrs], labels=labels, name="learning rate ")
+        lines = lines.add_params(alt.param(name="chosen_lr", value=0, bind=chosen))
+    tips = tooltip(about, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
+    low = alt.Y("low:Q", scale=y_scale)
+    crossed = base.transform_filter("datum.crossed")
+    level = alt.Chart(alt.NamedData("levels")).encode(y=alt.Y("level:Q", scale=y_scale))
+    named = level.encode(x=alt.value(size_of(len(panels))[0] - 4), text="name:N")
+    beside: dict[str, Any] = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
+    layers = [
+        base.mark_area(clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.15)),
+        lines,
+        base.mark_line(clip=True, strokeWidth=12, opacity=0).encode(y=at_y, tooltip=tips),  # for the mouse to meet
+        crossed.mark_point(shape="cross", angle=45, size=110, filled=True, clip=True).encode(
+            y=at_y, opacity=looks.opacity(1)
+        ),
+        level.mark_rule(strokeDash=[5, 4], stroke=GREY, strokeWidth=1.2),
+        named.mark_text(stroke="white", strokeWidth=4, strokeJoin="round", **beside),  # to be read on a curve
+        named.mark_text(color=GREY, **beside),
+    ]
+    return finished(in_panels(layers, panels), "Training loss")
+
+
+def block_grad_norm(about: Study) -> Figure | None:
+    """Gradient norm of each block at the initial weights and at the end, at each method's best learning rate."""
+    table, panels = with_panels(curves.block_curves(about), about)
+    if table.is_empty():
+        return None
+    looks, charts = looks_of(about), []
+    for number, when in enumerate(when for when in curves.WHEN if when in set(table["when"])):
+        here = table.filter(pl.col("when") == when)
+        bounds = math.floor(math.log10(min(here["low"]))), math.ceil(math.log10(max(here["high"])))
+        powers = range(bounds[0], max(bounds[1], bounds[0] + 1) + 1)
+        scale = alt.Scale(type="log", domain=[10.0 ** powers[0], 10.0 ** powers[-1]], nice=False)
+        ticks = alt.Axis(values=[10.0**power for power in powers[:: -(-len(powers) // 9)]], format="~e")
+        base = (
+            alt.Chart()
+            .transform_filter(alt.datum.when == when)
+            .encode(
+                x=alt.X("block:Q", title="block (0 is nearest the input)", axis=alt.Axis(tickMinStep=1, grid=False)),
+                color=looks.colour(),
+                detail=["init:N", "other:N"],
+            )
+        )
+        line = base.mark_line(strokeWidth=2.2).encode(
+            y=alt.Y("norm:Q", title=f"gradient norm {when}", scale=scale, axis=ticks),
+            strokeDash=looks.dash(),
+            opacity=looks.opacity(1),
+            tooltip=tooltip(about, block="d", norm=".3~e"),
+        )
+        band = base.mark_area().encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=looks.opacity(0.15))
+        if number == 0:  # the second chart follows the first one's legend
+            line = line.properties(name="lines").add_params(*looks.picks)
+        charts.append(in_panels([line, band], panels, beside=1 if len(panels) == 1 else 0))
+    title = "Gradient norm of each block"
+    view = finished(alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts), title)
+    caption = (
+        "Norm of the loss gradient with respect to each block’s weights, at the initial weights and at the last step "
+        "that recorded it: each has its own scale. Over seeds: the geometric mean, and a band from the least to the "
+        "greatest. Each method at its best learning rate."
+    )
+    return Figure("block_grad_norm", title, caption, {"main": table}, {}, {(): view})

@@ -1,0 +1,141 @@
+"""What the figures of a report share: their form, their encodings, their panels, what the mouse shows."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from spannorm_jax.report import frames
+from spannorm_jax.report.palette import (
+    GREY,
+    INIT_ORDER,
+    PLACEMENT_ORDER,
+    colours,
+    dashes,
+    ranked,
+    shapes,
+    theme,
+)
+from spannorm_jax.report.study import Place, Study
+
+_FADED = 0.07  # what the legend's choice leaves out
+
+
+Views = dict[tuple[str, ...], dict[str, Any]]  # one entry of each choice -> Vega-Lite
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its data by name, and its views by what a reader chooses of `choices`; print has the first."""
+
+    name: str
+    title: str
+    caption: str
+    data: dict[str, pl.DataFrame]
+    choices: dict[str, tuple[str, ...]]  # of a list on the page: its entries
+    views: Views
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The encodings that all figures of a report share, and the selections of their legends."""
+
+    placements: list[str]
+    inits: list[str]
+
+    @functools.cached_property
+    def picks(self) -> list[alt.Parameter]:
+        names = ("placement", "init")
+        return [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
+
+    def colour(self, legend: bool = True) -> alt.Color:
+        scale = alt.Scale(domain=self.placements, range=colours(self.placements))
+        look: dict[str, Any] = {"symbolType": "stroke", "symbolStrokeWidth": 3, "symbolOpacity": 1}
+        shown = alt.Legend(title="placement", **look) if legend else None
+        return alt.Color("placement:N", scale=scale, sort=self.placements, legend=shown)
+
+    def dash(self) -> alt.StrokeDash:
+        scale = alt.Scale(domain=self.inits, range=[list(dash) for dash in dashes(self.inits)])
+        legend = alt.Legend(title="init", symbolType="stroke", symbolStrokeColor=GREY, symbolStrokeWidth=2.5)
+        return alt.StrokeDash("init:N", scale=scale, sort=self.inits, legend=legend)
+
+    def shape(self) -> alt.Shape:
+        scale = alt.Scale(domain=self.placements, range=shapes(self.placements))
+        return alt.Shape("placement:N", scale=scale, sort=self.placements, legend=alt.Legend(title="placement"))
+
+    def opacity(self, shown: float) -> Any:
+        return alt.when(*self.picks).then(alt.value(shown)).otherwise(alt.value(_FADED * shown))
+
+
+def looks_of(about: Study) -> Looks:
+    return Looks(
+        ranked((m.placement for m in about.methods), PLACEMENT_ORDER),
+        ranked((m.init for m in about.methods), INIT_ORDER),
+    )
+
+
+def size_of(panels: int) -> tuple[int, int]:
+    return {1: (560, 340), 2: (350, 280)}.get(panels, (270, 220))
+
+
+def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 0) -> Any:
+    """The layers in one panel, or in one for each of `panels`; `beside` other charts they are smaller."""
+    width, height = size_of(len(panels) + beside)
+    chart: Any = alt.layer(*layers, data=alt.NamedData("main")).properties(width=width, height=height)
+    if len(panels) == 1:
+        return chart
+    columns = 2 if len(panels) in (2, 4) else 3
+    facet = alt.Facet("panel:N", sort=list(panels), title=None, header=alt.Header(labelPadding=6))
+    chart = chart.facet(facet=facet, columns=columns, spacing=28)
+    # A last row that is not full would leave axes alone below nothing.
+    return chart.resolve_axis(x="independent") if len(panels) % columns else chart
+
+
+def finished(chart: Any, title: str) -> dict[str, Any]:
+    """The chart's Vega-Lite, with its title and the report's looks.
+
+    Altair's check of each part takes most of the time, and tests/report compiles every figure.
+    """
+    made = chart.properties(title=title).to_dict(validate=False)
+    return {"config": theme()} | {key: value for key, value in made.items() if key != "config"}
+
+
+def with_axes(spec: Any, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+    """The Vega-Lite with `change("x" or "y", encoding)` for each of its axes: much faster than made anew."""
+    if isinstance(spec, list):
+        return [with_axes(part, change) for part in spec]
+    if not isinstance(spec, dict):
+        return spec
+    return {
+        key: change(key, part) if key in ("x", "y") and "field" in part else with_axes(part, change)
+        for key, part in spec.items()
+    }
+
+
+def with_panels(table: pl.DataFrame, about: Study, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
+    """The table with the panel of each line, and the panels in order; see `frames.panel`."""
+    methods = {(m.placement, m.init, m.other): m for m in about.methods}
+    lines = table.select("placement", "init", "other", "depth", "width").rows()
+    names = [frames.panel(about, methods[line[:3]], Place(*line[3:]), without) for line in lines]
+    order = [frames.panel(about, method, place, without) for place in about.places for method in about.methods]
+    present = set(names)
+    return table.with_columns(pl.Series("panel", names)), [name for name in dict.fromkeys(order) if name in present]
+
+
+def tooltip(about: Study, **more: str) -> list[alt.Tooltip]:
+    """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
+    fields = ["placement", "init", *(["other"] if any(m.others for m in about.methods) else [])]
+    tips = [alt.Tooltip(f"{field}:N", title=field) for field in fields]
+    for field, form in more.items():
+        title = field.replace("_", " ")
+        tips.append(
+            alt.Tooltip(f"{field}:Q", title=title, format=form) if form else alt.Tooltip(f"{field}:N", title=title)
+        )
+    return tips
+
+
+def loss_title(about: Study) -> str:
+    return f"{about.measure} loss (nats/token)"

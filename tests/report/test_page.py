@@ -1,0 +1,256 @@
+"""The page and the files beside it: what they hold, that nothing else is needed, and that a browser draws it."""
+
+import csv
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import vl_convert
+from processes import LIMIT_S
+from run_folders import STEPS, rows_of, write_lr_sweep, write_run
+
+from spannorm_jax.errors import UserError
+from spannorm_jax.report.figures import FIGURES
+from spannorm_jax.report.page import write_report
+from spannorm_jax.report.study import study
+
+SWEPT = {
+    "loss",
+    "loss_by_lr",
+    "lr_optimum",
+    "lr_sensitivity",
+    "loss_by_depth",
+    "outcomes",
+    "profile",
+    "block_grad_norm",
+}
+
+
+class Page(HTMLParser):
+    """The page's text by table, its tags, and its scripts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.tables, self.scripts, self._table, self._script = [], {}, [], None, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == "table":
+            self._table = self.tables.setdefault(attrs["id"], [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append([])
+        elif tag in ("td", "th") and self._table is not None:
+            self._table[-1].append("")
+        elif tag == "script":
+            self._script = attrs.get("id", "")
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self._table = None
+        elif tag == "script":
+            self._script = None
+
+    def handle_data(self, data):
+        if self._script is not None:
+            self.scripts[-1] += data
+        elif self._table and self._table[-1]:
+            self._table[-1][-1] += data.strip()
+
+    @property
+    def figures(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    root = write_lr_sweep(tmp_path_factory.mktemp("sweep") / "runs", depths=(3, 6))
+    page = write_report([root], root.parent / "out", "A <title>")
+    return root, page, Page(page.read_text(encoding="utf-8"))
+
+
+def test_a_sweep_has_its_figures_and_tables(sweep):
+    root, path, page = sweep
+    assert path == root.parent / "out" / "report.html"
+    assert set(page.figures) == SWEPT
+    names = {f"{name}.{kind}" for name in SWEPT for kind in ("svg", "png")}
+    assert {p.name for p in path.parent.iterdir()} == names | {"report.html", "runs.csv", "curves.csv"}
+    header, *rows = page.tables["results"]
+    assert header == ["placement", "init", "also differs", "seeds", "train loss", "held-out loss", "held-out bits/byte",
+                      "tokens/s", "spikes", "clipped", "gradient p99.9", "outcome"]  # fmt: skip
+    assert len(rows) == 3 * 2 * 3
+    assert rows[1][:4] + rows[1][5:6] + rows[1][-1:] == [
+        *("pre", "plain", "model.depth=3, optim.lr=0.01", "3"),
+        *("2.020 ± 0.020", "trained"),
+    ]
+    assert next(row for row in rows if row[2].endswith("3, optim.lr=0.1") and row[0] == "post")[-1] == (
+        "3 diverged (steps 4, 4, 4)"
+    )
+    header, *rows = page.tables["differences"]
+    assert [row[:3] for row in rows] == [[f"{p} / plain", "pre / plain", d] for d in "36" for p in ("post", "span")]
+    assert rows[1][3:] == ["0.01", "0.01", *(["−0.500 [−0.500, −0.500]", "3 of 3"] * 2)]
+    assert page.tables["overall"][2][:4] == ["span / plain", "pre / plain", "−0.500 [−0.500, −0.500]", "6"]
+    text = path.read_text(encoding="utf-8")
+    assert "Loss against width: needs two widths." in text and "--baseline placement=pre,init=plain" in text
+
+
+def test_every_view_compiles_and_its_data_hold_what_it_names(sweep):
+    _, _, page = sweep
+    assert len(page.figures["loss"]["views"]) == 12 and len(page.figures["loss_by_lr"]["views"]) == 3
+    for figure in page.figures.values():
+        columns = figure["tables"]["main"].keys()
+        for key, view in figure["views"].items():
+            assert len(key.split("|")) == len(figure["choices"]) or key == ""
+            fields = {f.split(".")[-1] for f in re.findall(r'"field": "([^"]+)"', json.dumps(view))}
+            assert fields <= columns | {"level", "name"}
+            assert vl_convert.vegalite_to_vega(view)["$schema"].startswith("https://vega.github.io/schema/vega/")
+
+
+def test_the_axis_of_a_view_is_what_its_name_says(sweep):
+    view = json.dumps(sweep[2].figures["loss"]["views"]["FLOPs|log both"])
+    assert '"field": "flops"' in view and '"field": "step"' not in view and "training FLOPs" in view
+    assert '"type": "linear"' not in view and view.count('"type": "log"') > 2
+
+
+def test_the_tables_beside_the_page_hold_the_runs_and_the_curves(sweep):
+    root, path, _ = sweep
+    with open(path.parent / "runs.csv", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    assert len(runs) == 54 and {run["folder"] for run in runs} == {folder.name for folder in root.iterdir()}
+    (run,) = [run for run in runs if run["folder"] == "span-6-0.1-2"]
+    assert (float(run["held_out_loss"]), run["depth"], run["lr"], run["seed"]) == (pytest.approx(1.66), "6", "0.1", "2")
+    assert [run["held_out_loss"] for run in runs if run["outcome"] == "diverged"] == [""] * 6
+    with open(path.parent / "curves.csv", encoding="utf-8") as file:
+        curves = list(csv.DictReader(file))
+    assert len({curve["curve"] for curve in curves}) == 18
+    assert [c["step"] for c in curves if c["curve"] == "0"] == [str(step) for step in range(1, STEPS + 1)]
+
+
+def test_the_page_needs_nothing_beside_it_and_may_fetch_nothing(sweep):
+    root, path, page = sweep
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data: blob:;") and "http" not in policy
+    assert not [a for _, a in page.tags if {"src", "href"} & set(a)]
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    text = path.read_text(encoding="utf-8")
+    assert str(root) not in text
+    assert "<title>A &lt;title&gt;</title>" in text and "<title>A <title>" not in text
+    assert path.stat().st_size < 2_000_000
+
+
+def test_what_a_folder_says_is_never_markup(tmp_path):
+    folder = write_run(tmp_path / "run", "</script><b>pre", init="<i>")
+    html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
+    assert "<b>pre" not in html and "<i>" not in html
+    assert Page(html).figures["loss"]["tables"]["main"]["placement"][0][0] == "</script><b>pre"
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
+    root, path, _ = sweep
+    write_report([root], tmp_path, "A <title>")
+    assert digests(tmp_path) == digests(path.parent)
+
+
+def test_a_comparison_over_different_data_has_a_visible_warning(tmp_path):
+    write_run(tmp_path / "a", "pre")
+    write_run(tmp_path / "b", fingerprint="beef")
+    html = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text(encoding="utf-8")
+    warning = html.index('<li class="warning">The runs did not see the same data, so their losses do not compare.')
+    assert warning < html.index("<table")
+
+
+def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
+    folder = write_run(tmp_path / "run", losses=[], done=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.png").write_bytes(b"an older report's")
+    html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
+    assert "unfinished (step 0 of 20)" in html and "Training loss: no run logged a step." in html
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "runs.csv", "curves.csv"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__lr": [0.0, 1e-3, 1e-2, 1e-1]},  # a log axis has no zero
+        {"model__width": [32, 64, 128]},
+        {"model__depth": [3, 6], "model__width": [32, 64]},
+        {"data__seq_len": [64, 128]},
+        {"model__placement": ["pre", "post", "span", "peri", "hybrid"], "model__init": ["plain", "gpt2", "scale"]},
+        {"model__placement": ["ours", "another"], "model__init": ["new", "newer"], "optim__lr": [1e-3, 1e-2]},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_whatever_varies_figures_compile(tmp_path, changes):
+    settings = [{}]
+    for key, values in changes.items():
+        settings = [s | {key: value} for s in settings for value in values]
+    for i, setting in enumerate(settings):
+        write_run(tmp_path / str(i), losses=[5.0 - 0.1 * s + 0.01 * i for s in range(STEPS)], bits=2.0, **setting)
+    about = study(rows_of(tmp_path))
+    drawn = [figure for make, _ in FIGURES.values() if (figure := make(about)) is not None]
+    assert {"loss", "block_grad_norm"} <= {figure.name for figure in drawn}
+    for figure in drawn:
+        for view in figure.views.values():
+            svg = vl_convert.vegalite_to_svg(
+                view | {"datasets": {name: table.to_dicts() for name, table in figure.data.items()}}
+            )
+            assert "NaN" not in svg and "Infinity" not in svg
+
+
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "out" / "runs.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out cannot be written: .*; choose another --out"):
+        write_report([folder], tmp_path / "out")
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Goes through all entries of all lists, in the time that the browser makes up (--virtual-time-budget).
+CHOOSE_ALL = """<script>
+(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 500));
+  while (!document.body.dataset.drawn) await pause();
+  let chosen = 0;
+  for (const list of document.querySelectorAll("select"))
+    for (const entry of list.options) {
+      list.value = entry.value;
+      list.dispatchEvent(new Event("change"));
+      await pause();
+      chosen++;
+    }
+  document.body.dataset.chosen = chosen;
+})();
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+def test_a_browser_draws_every_view_without_an_error_and_without_a_network(sweep, tmp_path):
+    _, path, page = sweep
+    copy = tmp_path / "report.html"
+    copy.write_text(path.read_text(encoding="utf-8") + CHOOSE_ALL, encoding="utf-8")
+    command = [
+        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"),
+        *("--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND"),
+        *("--virtual-time-budget=120000", "--dump-dom", copy.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not [line for line in said if "WARN " not in line], said
+    choices = sum(len(entries) for figure in page.figures.values() for entries in figure["choices"])
+    assert f'data-chosen="{choices + 4}"' in done.stdout  # the learning rate's list: the best and three
+    for name in page.figures:
+        figure = done.stdout.split(f'<figure id="{name}" ')[1].split("</figure>")[0]
+        assert len(re.findall(r'<svg[^>]*class="marks"', figure)) == 1, name
+        assert figure.count("<path") > 10, name
+    assert ">training FLOPs</text>" in done.stdout
