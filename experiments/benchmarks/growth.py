@@ -27,6 +27,7 @@ BASE = {
     "model__depth": 12,
     "model__width": 128,
     "model__num_heads": 2,
+    "model__num_kv_heads": 0,
     "data__seq_len": 128,
     "training__batch_size": 4,
 }
