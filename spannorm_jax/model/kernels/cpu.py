@@ -1,4 +1,8 @@
-"""A linear layer and GELU with backward passes of their own, which a CPU's compiler does not find."""
+"""A linear layer and GELU with backward passes of their own, which a CPU's compiler does not find.
+
+What each gains was measured by `experiments.benchmarks.kernels` on two CPU cores, on the step of configs/throughput.py with
+it and without it in turn (experiments/results/throughput/cpu-kernels.json).
+"""
 
 import math
 
@@ -12,7 +16,8 @@ def linear(x: Array, w: Array) -> Array:
     """x (..., D) times w (D, *F): (..., *F), in the inputs' dtype.
 
     The weight's gradient is a product over all positions of which one factor must be transposed. Left to itself,
-    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two.
+    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two. Without it a step takes 1.41 times as long (95%:
+    1.31 to 1.48).
     """
     return _linear_forward(x, w)[0]
 
@@ -36,7 +41,11 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype. Backward keeps x alone."""
+    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype.
+
+    Backward keeps x alone. Without it a step's temporaries are 797 MiB in place of 605 (execution.remat=none), and no
+    difference in time is seen (1.02 times as long, 95%: 0.95 to 1.10).
+    """
     return _gelu_forward(x)[0]
 
 
