@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
             [got] = step_times({name: point}, train_loader(point, data), args.rounds, steps=1).values()
             step_s = min(got["step_times_s"])
             flops = got["model_flops_per_s"] * got["step_s"]
-            points[name] = {"step_s": step_s, "flops": flops, "memory": got["memory"], "compile_s": got["compile_s"]}
+            kept = ("memory", "compile_s", "num_params", "page_faults")
+            points[name] = {"step_s": step_s, "flops": flops, **{key: got[key] for key in kept}}
         axes[axis] = {"points": points, "exponent": exponent(points)}
         _print(axis, axes[axis])
     write_record(args.json, "experiments.benchmarks.growth", argv, data, base, {"axes": axes})

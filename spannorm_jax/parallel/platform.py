@@ -98,7 +98,7 @@ def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(arena_max, 1)
 

@@ -6,8 +6,8 @@ of each query's logits: what is kept is linear in time. Arrays are (B, G, R, T, 
 a key-value head. Logits of backward are transposed, (keys, queries), because two of its three large matmuls then
 read them as they lie.
 
-With XLA's attention in its place a step of configs/throughput.py takes 1.17 times as long on two CPU cores (95%: 1.10 to
-1.33; experiments.benchmarks.kernels, experiments/results/throughput/cpu-kernels.json).
+With XLA's attention in its place a step of configs/throughput.py takes 1.17 times as long on two CPU cores (95%: 1.10
+to 1.33), by `experiments.benchmarks.kernels` (experiments/results/throughput/cpu-kernels.json).
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """A linear layer and GELU with backward passes of their own, which a CPU's compiler does not find.
 
-What each gains was measured by `experiments.benchmarks.kernels` on two CPU cores, on the step of configs/throughput.py with
-it and without it in turn (experiments/results/throughput/cpu-kernels.json).
+What each gains was measured by `experiments.benchmarks.kernels` on two CPU cores: the step of configs/throughput.py
+with it and without it, in turn (experiments/results/throughput/cpu-kernels.json).
 """
 
 import math
@@ -16,8 +16,9 @@ def linear(x: Array, w: Array) -> Array:
     """x (..., D) times w (D, *F): (..., *F), in the inputs' dtype.
 
     The weight's gradient is a product over all positions of which one factor must be transposed. Left to itself,
-    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two. Without it a step takes 1.41 times as long (95%:
-    1.31 to 1.48).
+    XLA on a CPU transposes the output's gradient, reading what made it in strides; here it is the narrower of the two.
+
+    Without it a step takes 1.41 times as long (95%: 1.31 to 1.48).
     """
     return _linear_forward(x, w)[0]
 
