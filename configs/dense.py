@@ -11,19 +11,41 @@ tiny        24     64    4 (4)      176  256 (bytes)     1,240,128   the demo's;
 350m        24   1024   16 (16)    2816  50304, tied   359,842,816   not measured yet
 1b          20   2048   16 (8)     5504  50304, tied 1,031,096,320   not measured yet
 
+ladder      12    768   12 (12)    2048  50304, tied   123,587,328   not measured yet
+
 Parameters are those of placement=span (pre and span have one more norm than post). The larger presets have
 a vocabulary for a 50k tokenizer; for bytes write --config.model.vocab_size=256.
+
+ladder has one dial, its depth: the width is 64 times that, a head has 64 of it, the learning rate falls with it, and
+the run sees 20 tokens a parameter. ladder,depth=8 has 51 million parameters, ladder,depth=24 has 757 million.
+
+The sweeps of this file (docs/sweeps.md) vary tiny in size cpu and ladder in size gpu.
 """
+
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from spannorm_jax.config_file import default_config, parse_arg
+from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.sweep.definition import (
+    Point,
+    arguments,
+    chain,
+    fixed,
+    options,
+    product,
+    seeds,
+    sweep_seed,  # noqa: F401 (a sweep of this file too)
+)
 
 PRESETS = {
     "tiny": {"depth": 24, "width": 64, "head_dim": 16, "seq_len": 128, "batch_size": 8, "lr": 3e-3},
     "124m": {"depth": 12, "width": 768, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 1e-3},
     "350m": {"depth": 24, "width": 1024, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 6e-4},
     "1b": {"depth": 20, "width": 2048, "head_dim": 128, "seq_len": 2048, "batch_size": 512, "lr": 4e-4},
+    "ladder": {"depth": 12, "width": 0, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 0.0},
 }
 
 
@@ -32,13 +54,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     preset = PRESETS[arg.preset]
     config = default_config()
     config.model.depth = arg.depth or preset["depth"]
-    config.model.width = arg.width or preset["width"]
+    config.model.width = arg.width or preset["width"] or 64 * config.model.depth
     config.model.num_heads = max(1, config.model.width // preset["head_dim"])
     config.model.placement = arg.placement
     config.model.init = arg.init
     config.data.seq_len = preset["seq_len"]
     config.training.batch_size = preset["batch_size"]
-    config.optim.lr = preset["lr"]
+    config.optim.lr = preset["lr"] or 0.768 / config.model.width
     if arg.preset != "tiny":
         config.model.vocab_size = 50304
         config.model.tied_head = True
@@ -51,4 +73,68 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.preset == "1b":
         config.model.num_kv_heads = config.model.num_heads // 2
         config.execution.remat = "dots"
+    if arg.preset == "ladder":
+        parameters = 12 * config.model.depth * config.model.width**2 + config.model.vocab_size * config.model.width
+        config.training.steps, config.training.tokens = 0, 20 * parameters
     return config
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------
+#
+# Hours are what `cost` says at 7e10 FLOP/s, two CPU cores, in size cpu, and at 4e14, an H100, in size gpu.
+
+ARMS = ("pre", "post", "span")
+RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+
+
+def _recipe(size: str) -> list[Point]:
+    """What all runs of a size share: in size cpu the demo's 250 steps of tiny, a step's checkpoint at a time on disk."""
+    if size == "cpu":
+        return fixed("tiny", {"training.steps": 250, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
+    return fixed("ladder")
+
+
+def sweep_placement_init(size: str) -> Iterable[Point]:
+    """Every placement with every initialisation, three seeds. 72 runs: COST."""
+    return product(_recipe(size), arguments(placement=PLACEMENTS, init=INITS), seeds(3))
+
+
+def sweep_depth(size: str) -> Iterable[Point]:
+    """Six depths at one width, learning rate and number of tokens. 108 runs: COST."""
+    arms = arguments(depth=(6, 12, 24, 48, 96, 128), placement=ARMS, init=("plain", "scale"))
+    if size == "cpu":
+        return product(_recipe(size), arms, seeds(3))
+    # By the ladder's rule a deeper run would see more tokens.
+    return product(_recipe(size), fixed("width=768", {"training.tokens": 10**9}), arms, seeds(3))
+
+
+def sweep_width(size: str) -> Iterable[Point]:
+    """Where the best learning rate goes with the width. 45 runs: COST."""
+    widths = (32, 64, 128) if size == "cpu" else (384, 768, 1536)
+    arms = arguments(width=widths, placement=ARMS, init=("scale",))
+    return product(_recipe(size), arms, options({"optim.lr": RATES[size]}))
+
+
+def sweep_lr(size: str) -> Iterable[Point]:
+    """How much each placement depends on the learning rate. 90 runs: COST."""
+    arms = arguments(placement=ARMS, init=("plain", "scale"))
+    return product(_recipe(size), arms, options({"optim.lr": RATES[size]}), seeds(3))
+
+
+def sweep_fixed_budget(size: str) -> Iterable[Point]:
+    """Depth against width, with as many weights in the blocks; embeddings grow with the width. 54 runs: COST."""
+    shapes = ((6, 128), (24, 64), (96, 32)) if size == "cpu" else ((3, 1536), (12, 768), (48, 384))
+    # The rounding of a default ffn_dim would give the narrow blocks more.
+    hidden = {32: 88, 64: 176, 128: 352, 384: 1024, 768: 2048, 1536: 4096}
+    made = chain(*(fixed(f"depth={d},width={w}", {"model.ffn_dim": hidden[w]}) for d, w in shapes))
+    same = {} if size == "cpu" else {"training.tokens": 2_500_000_000}
+    return product(_recipe(size), fixed("", same), made, arguments(placement=ARMS, init=("plain", "scale")), seeds(3))
+
+
+def sweep_init_targets(size: str) -> Iterable[Point]:
+    """Which output projections ScaleInit should damp with depth: it decides the default of `model.init_targets`.
+
+    Every placement gets both choices, so that no arm is tuned alone. 18 runs: COST.
+    """
+    arms = arguments(placement=ARMS, init=("scale",))
+    return product(_recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))}), seeds(3))

@@ -188,7 +188,7 @@ def find_runs(root: str | os.PathLike[str], passed_over: Callable[[str], None] =
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; name the folder that holds the runs")
     runs, foreign = [], []
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, followlinks=True):  # a sweep links to its runs
         subfolders.sort()
         if "config.json" in files:
             try:
