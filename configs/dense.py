@@ -88,7 +88,7 @@ RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 
 
 
 def _recipe(size: str) -> list[Point]:
-    """What all runs of a size share: in size cpu the demo's 250 steps of tiny, a step's checkpoint at a time on disk."""
+    """What all runs of a size share: in size cpu 250 steps of tiny, as in the demo."""
     if size == "cpu":
         return fixed("tiny", {"training.steps": 250, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
     return fixed("ladder")
@@ -137,4 +137,6 @@ def sweep_init_targets(size: str) -> Iterable[Point]:
     Every placement gets both choices, so that no arm is tuned alone. 18 runs: COST.
     """
     arms = arguments(placement=ARMS, init=("scale",))
-    return product(_recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))}), seeds(3))
+    return product(
+        _recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))}), seeds(3)
+    )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spannorm_jax.config import Config, ExecutionConfig, ModelConfig, num_steps
 from spannorm_jax.config_file import resolve_without_data
@@ -115,11 +116,12 @@ def timed_rate(config: Config) -> tuple[float, float]:
 
     session = match_machine(config, Path(), Flags([]))
     program, times = session.program, []
+    train: Any = program.train  # a jitted function
     with jax.set_mesh(session.mesh):
         batches = Batches(session, range(1, _WARMUP + _STEPS + 1))
         state = program.init(config.seed)
         began = time.monotonic()
-        step = program.train.lower(state, batches.abstract, session.numbers).compile()
+        step = train.lower(state, batches.abstract, session.numbers).compile()
         compile_s = time.monotonic() - began
         for _ in range(_WARMUP + _STEPS):
             batch = jax.block_until_ready(next(batches))

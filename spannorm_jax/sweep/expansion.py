@@ -128,7 +128,9 @@ def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, Calla
     return able[0], found[able[0]]
 
 
-def _why_empty(wanted: Sequence[str], found: Mapping[str, Callable[[str], Iterable[Point]]], size: str, file: str) -> str:
+def _why_empty(
+    wanted: Sequence[str], found: Mapping[str, Callable[[str], Iterable[Point]]], size: str, file: str
+) -> str:
     with authors_errors(file):
         lengths = {name: len(list(found[name](size))) for name in wanted}
     for name, length in lengths.items():

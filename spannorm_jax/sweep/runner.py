@@ -11,7 +11,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -88,7 +87,9 @@ def check_fits(runs: Sequence[Run], devices: int, backend: str) -> None:
             microbatch = config.training.batch_size // config.training.num_microbatches
             check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
         except UserError as error:
-            raise UserError(f"run {run.index} ({run.name}) cannot run on the devices of one job here: {error}") from error
+            raise UserError(
+                f"run {run.index} ({run.name}) cannot run on the devices of one job here: {error}"
+            ) from error
 
 
 # ---- workers --------------------------------------------------------------------------------------
@@ -193,7 +194,9 @@ class Runner:
         if self.signals:
             return
         if not worker.greeted:
-            raise UserError(f"a worker ended before its first run ({_how_it_ended(code)}); what it printed stands above")
+            raise UserError(
+                f"a worker ended before its first run ({_how_it_ended(code)}); what it printed stands above"
+            )
         if worker.run is not None:
             place = Place(self.out, worker.run.name)
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already

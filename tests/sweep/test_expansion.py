@@ -25,8 +25,14 @@ NUMBER |= {"experts": 48, "demo": 9, "seed": 3}
 # By these names runs lie on disks of users. A change here takes their runs away from them.
 GOLDEN = {
     ("configs/dense.py:tiny,placement=span,init=scale", ()): "span-scale-24x64-lr0.003-seed0-44136fa355",
-    ("configs/dense.py:tiny,placement=post,init=plain", (("seed", "2"), ("optim.lr", "1e-2"))): "post-plain-24x64-lr0.01-seed2-527a083cfc",
-    ("configs/moe.py:tiny", (("model.init_targets", "ffn_out"), ("model.qk_norm", "true"))): "span-scale-24x64-8experts-lr0.003-seed0-41bb326e12",
+    (
+        "configs/dense.py:tiny,placement=post,init=plain",
+        (("seed", "2"), ("optim.lr", "1e-2")),
+    ): "post-plain-24x64-lr0.01-seed2-527a083cfc",
+    (
+        "configs/moe.py:tiny",
+        (("model.init_targets", "ffn_out"), ("model.qk_norm", "true")),
+    ): "span-scale-24x64-8experts-lr0.003-seed0-41bb326e12",
 }
 
 

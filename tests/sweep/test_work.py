@@ -51,7 +51,10 @@ def files(folder):
 @pytest.mark.parametrize(
     ("file", "name", "size"),
     [
-        *(("dense", name, "cpu") for name in ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets")),
+        *(
+            ("dense", name, "cpu")
+            for name in ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets")
+        ),
         *(("moe", name, "cpu") for name in ("experts", "demo")),
         ("dense", "seed", "cpu"),
         ("dense", "depth", "gpu"),
