@@ -38,21 +38,24 @@ def main(argv: list[str]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    working = threading.Event()
-    threading.Thread(target=_listen, args=(jobs, working), daemon=True, name="listener").start()
+    working, ended = threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(jobs, working, ended), daemon=True, name="listener").start()
     _answer(answers, **_hello(setup["platform"]))
     while (job := jobs.get()) is not None:
         working.set()
+        if ended.is_set():  # before this job was taken, or the listener has seen that it was
+            break
         answer = _do(Job(**job), Path(setup["out"]))
         working.clear()
         _answer(answers, **answer)
     return 0
 
 
-def _listen(jobs: "queue.Queue[dict[str, Any] | None]", working: threading.Event) -> None:
+def _listen(jobs: "queue.Queue[dict[str, Any] | None]", working: threading.Event, ended: threading.Event) -> None:
     """Hands jobs on. At the end of the input a run at work is stopped as by `kill`, and saves its step."""
     for line in sys.stdin:
         jobs.put(json.loads(line))
+    ended.set()
     jobs.put(None)
     if working.is_set():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -169,8 +169,9 @@ def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, plac
     _, err = finish(sweep("run", "0"), code=2)
     assert f"run {places[0].name} is in use by process {worker} " in err and err.count("\n") == 1
     killed.kill()
-    killed.communicate(timeout=LIMIT_S)
+    killed.wait(timeout=LIMIT_S)
     let_go()
+    killed.communicate(timeout=LIMIT_S)  # its worker has its standard error
     other.send_signal(signal.SIGCONT)
     out, _ = finish(other)
     assert f"[0] {places[0].name}: at work in another runner" in out and "3 runs: 3 done" in out
