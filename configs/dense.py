@@ -122,7 +122,7 @@ def sweep_lr(size: str) -> Iterable[Point]:
 
 
 def sweep_fixed_budget(size: str) -> Iterable[Point]:
-    """Depth against width, with as many weights in the blocks; embeddings grow with the width. 54 runs: 34 min, 79 h."""
+    """Depth against width, with as many weights in the blocks (embeddings differ). 54 runs: 34 min, 79 h."""
     shapes = ((6, 128), (24, 64), (96, 32)) if size == "cpu" else ((3, 1536), (12, 768), (48, 384))
     # The rounding of a default ffn_dim would give the narrow blocks more.
     hidden = {32: 88, 64: 176, 128: 352, 384: 1024, 768: 2048, 1536: 4096}
