@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
+
 .PHONY: env demo demo-smoke test test-quick test-process test-slow lint
 
 env: .venv/installed
@@ -14,11 +16,13 @@ env: .venv/installed
 	touch $@
 
 demo: env
-	$(BIN)/python -m experiments.demo --out runs/demo
+	$(BIN)/python -m spannorm_jax.sweep demo local --out runs/demo
+	$(BIN)/python -m spannorm_jax.sweep demo report --out runs/demo
 
 demo-smoke: env
 	rm -rf runs/demo-smoke
-	$(BIN)/python -m experiments.demo --out runs/demo-smoke --smoke
+	$(BIN)/python -m spannorm_jax.sweep demo local $(SMOKE)
+	$(BIN)/python -m spannorm_jax.sweep demo report $(SMOKE)
 
 lint: env
 	$(BIN)/ruff check .

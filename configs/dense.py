@@ -11,17 +11,40 @@ tiny        24     64    4 (4)      176  256 (bytes)     1,240,128   the demo's;
 350m        24   1024   16 (16)    2816  50304, tied   359,842,816   not measured yet
 1b          20   2048   16 (8)     5504  50304, tied 1,031,096,320   not measured yet
 
+ladder      12    768   12 (12)    2048  50304, tied   123,587,328   not measured yet
+
 Parameters are those of placement=span (pre and span have one more norm than post). The larger presets have
 a vocabulary for a 50k tokenizer; for bytes write --config.model.vocab_size=256.
+
+ladder has one dial, its depth: the width is 64 times that, a head has 64 of it, the learning rate falls with it, and
+the run sees 20 tokens a parameter. ladder,depth=8 has 51 million parameters, ladder,depth=24 has 757 million.
+
+The sweeps of this file (docs/sweeps.md) vary tiny in size cpu and ladder in size gpu.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
+
+from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.sweep.definition import (
+    Point,
+    arguments,
+    chain,
+    fixed,
+    options,
+    product,
+    seeds,
+    sweep_seed,  # noqa: F401 (a sweep of this file too)
+)
 
 from .common import DENSE, dense_decoder, full_size
 
 PRESETS = {
     "tiny": {"depth": 24, "width": 64, "head_dim": 16, "seq_len": 128, "batch_size": 8, "lr": 3e-3},
     **DENSE,
+    "ladder": {"depth": 12, "width": 0, "head_dim": 64, "seq_len": 1024, "batch_size": 256, "lr": 0.0},
 }
 
 
@@ -30,4 +53,74 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if preset != "tiny":
         full_size(config)
         config.model.vocab_size = 50304
+    if preset == "ladder":
+        model = config.model
+        model.width = model.width or 64 * model.depth
+        model.num_heads = max(1, model.width // 64)
+        config.optim.lr = 0.768 / model.width
+        parameters = 12 * model.depth * model.width**2 + model.vocab_size * model.width
+        config.training.steps, config.training.tokens = 0, 20 * parameters
     return config
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------
+#
+# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100).
+
+ARMS = ("pre", "post", "span")
+RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+
+
+def _recipe(size: str) -> list[Point]:
+    """What all runs of a size share: in size cpu 250 steps of tiny, as in the demo."""
+    if size == "cpu":
+        return fixed("tiny", {"training.steps": 250, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
+    return fixed("ladder")
+
+
+def sweep_placement_init(size: str) -> Iterable[Point]:
+    """Every placement with every initialisation, three seeds. 72 runs: 44 min, 99 h."""
+    return product(_recipe(size), arguments(placement=PLACEMENTS, init=INITS), seeds(3))
+
+
+def sweep_depth(size: str) -> Iterable[Point]:
+    """Six depths at one width, learning rate and number of tokens. 108 runs: 2.4 h, 203 h."""
+    arms = arguments(depth=(6, 12, 24, 48, 96, 128), placement=ARMS, init=("plain", "scale"))
+    if size == "cpu":
+        return product(_recipe(size), arms, seeds(3))
+    # By the ladder's rule a deeper run would see more tokens.
+    return product(_recipe(size), fixed("width=768", {"training.tokens": 10**9}), arms, seeds(3))
+
+
+def sweep_width(size: str) -> Iterable[Point]:
+    """Where the best learning rate goes with the width. 45 runs: 46 min, 250 h."""
+    widths = (32, 64, 128) if size == "cpu" else (384, 768, 1536)
+    arms = arguments(width=widths, placement=ARMS, init=("scale",))
+    return product(_recipe(size), arms, options({"optim.lr": RATES[size]}))
+
+
+def sweep_lr(size: str) -> Iterable[Point]:
+    """How much each placement depends on the learning rate. 90 runs: 55 min, 123 h."""
+    arms = arguments(placement=ARMS, init=("plain", "scale"))
+    return product(_recipe(size), arms, options({"optim.lr": RATES[size]}), seeds(3))
+
+
+def sweep_fixed_budget(size: str) -> Iterable[Point]:
+    """Depth against width, with as many weights in the blocks (embeddings differ). 54 runs: 34 min, 79 h."""
+    shapes = ((6, 128), (24, 64), (96, 32)) if size == "cpu" else ((3, 1536), (12, 768), (48, 384))
+    # The rounding of a default ffn_dim would give the narrow blocks more.
+    hidden = {32: 88, 64: 176, 128: 352, 384: 1024, 768: 2048, 1536: 4096}
+    made = chain(*(fixed(f"depth={d},width={w}", {"model.ffn_dim": hidden[w]}) for d, w in shapes))
+    same = {} if size == "cpu" else {"training.tokens": 2_500_000_000}
+    return product(_recipe(size), fixed("", same), made, arguments(placement=ARMS, init=("plain", "scale")), seeds(3))
+
+
+def sweep_init_targets(size: str) -> Iterable[Point]:
+    """Which output projections ScaleInit should damp with depth: it decides the default of `model.init_targets`.
+
+    Every placement gets both choices, so that no arm is tuned alone. 18 runs: 11 min, 25 h.
+    """
+    arms = arguments(placement=ARMS, init=("scale",))
+    return product(
+        _recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))}), seeds(3)
+    )

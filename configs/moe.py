@@ -27,7 +27,20 @@ v5p-64: 32 chips, 95 GB   fsdp 8, expert 4   7.5 GB   14.8 GB   54.2 GB (57%)   
 per device: what lies between steps, with gradients and kept activations, with all temporaries, bytes from others.
 """
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
+
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.sweep.definition import (
+    Point,
+    arguments,
+    chain,
+    fixed,
+    product,
+    seeds,
+    sweep_seed,  # noqa: F401 (a sweep of this file too)
+)
 
 from .common import decoder, full_size
 
@@ -72,3 +85,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.execution.max_logits_mib = 2048
         config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 4
     return config
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------
+#
+# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100).
+
+# Without its experts a preset is that of configs/dense.py, and the run the same.
+_WITH, _WITHOUT = fixed(), fixed("", {"model.moe.num_experts": 0, "model.moe.expert_dim": 0})
+
+
+def _recipe(size: str) -> list[Point]:
+    """What all runs of a size share: 250 steps of tiny, or 20 tokens a parameter that a token of 124m meets."""
+    if size == "cpu":
+        return fixed("tiny", {"training.steps": 250, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
+    return fixed("8x124m", {"training.steps": 0, "training.tokens": 2_500_000_000})
+
+
+def sweep_experts(size: str) -> Iterable[Point]:
+    """Dense models against experts, every placement, three seeds. 48 runs: 29 min, 81 h."""
+    arms = arguments(placement=PLACEMENTS, init=("scale",))
+    return product(_recipe(size), chain(_WITHOUT, _WITH), arms, seeds(3))
+
+
+def sweep_demo(size: str) -> Iterable[Point]:
+    """`make demo`: three placements with two initialisations, and with experts with one. 9 runs: 5 min, 14 h."""
+    placements = ("pre", "post", "span")
+    dense = product(_WITHOUT, arguments(placement=placements, init=("plain", "scale")))
+    experts = product(_WITH, arguments(placement=placements, init=("scale",)))
+    return product(_recipe(size), chain(dense, experts))

@@ -125,27 +125,41 @@ def _apply_override(config: ConfigDict, key: str, text: str) -> None:
             node, cls = node[part], kind
 
 
-def read_config_file(spec: str) -> ConfigDict:
-    """Runs `get_config(arg)` of `FILE.py[:arg]`; any failure inside it is the file author's to mend."""
-    path, _, arg = spec.partition(":")
+def run_file(path: str) -> types.ModuleType:
+    """The module that a config file makes. Raises UserError for whatever fails inside it."""
     if not os.path.isfile(path):
         raise UserError(f"config file {path[:200]!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
     module_spec = importlib.util.spec_from_file_location(f"{_FOLDER}.config_file", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    folder = os.path.dirname(str(module_spec.origin))
+    with authors_errors(path):
+        module_spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def authors_errors(path: str) -> Iterator[None]:
+    """Around code of a config file: its author is the user, and mends what fails there by its line and message."""
+    folder = os.path.dirname(os.path.join(os.getcwd(), path))  # as frames name it
     try:
         with _as_package(folder):
-            module_spec.loader.exec_module(module)
-            if not hasattr(module, "get_config"):
-                raise UserError(f"config file {path} defines no get_config(arg)")
-            config = module.get_config(arg or None)
+            yield
     except UserError:
         raise
-    except Exception as error:  # a config file is the user's input: its line and message are the report
+    except Exception as error:
         where = _place(error, path, folder)
         raise UserError(f"config file {where}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def read_config_file(spec: str) -> ConfigDict:
+    """What `get_config(arg)` of `FILE.py[:arg]` returns. Raises UserError."""
+    path, _, arg = spec.partition(":")
+    module = run_file(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {path} defines no get_config(arg)")
+    with authors_errors(path):
+        config = module.get_config(arg or None)
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
     return config

@@ -97,19 +97,24 @@ def unwritable(error: BaseException | None) -> str | None:
     return None
 
 
+class InUse(UserError):
+    """Another process holds a lock."""
+
+
 @contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Holds a lock on the file `path`, which names its holder. The kernel releases it when the process dies.
 
     Raises:
-      UserError: another process holds it; the line names that process and its host.
+      InUse: another process holds it, and it is not waited for; the line names that process and its host.
+      UserError: the file system has no locks.
     """
     with open(path, "a+b", buffering=0) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(file)
-            raise UserError(f"{what} is in use by {holder}; wait for it, stop it, or use another folder") from None
+            raise InUse(f"{what} is in use by {holder}; wait for it, stop it, or use another folder") from None
         except OSError as error:
             raise UserError(f"{what} cannot be locked ({error.strerror}); use a file system that has flock") from error
         file.truncate(0)

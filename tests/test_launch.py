@@ -10,7 +10,12 @@ import pytest
 import yaml
 from processes import LIMIT_S
 
-from spannorm_jax.parallel.place import Flags, Place, find_place
+from spannorm_jax.errors import UserError
+from spannorm_jax.parallel import place
+from spannorm_jax.parallel.place import Flags, find_place
+from spannorm_jax.sweep import __main__ as sweep_command
+from spannorm_jax.sweep.expansion import expand
+from spannorm_jax.sweep.records import Place
 from spannorm_jax.train import parse
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
@@ -26,7 +31,7 @@ exit "${code:-0}"
 @pytest.fixture
 def run(tmp_path):
     """run(script, arguments, exit codes of the programs it calls) -> its exit code, the calls, its stderr."""
-    for name in ("srun", "scontrol", "gcloud"):
+    for name in ("srun", "scontrol", "gcloud", "sbatch"):
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
 
@@ -71,18 +76,46 @@ def test_a_slurm_job_that_was_stopped_or_crashed_goes_back_to_the_queue(run, cod
     assert returned == code and len(calls) == 1 and "not again" in err
 
 
-def test_each_task_of_an_array_is_a_line_of_the_sweep(run):
-    lines = (LAUNCH / "sweep.txt").read_text().splitlines()
-    workdirs = set()
-    for task, line in enumerate(lines):
-        _, [call], _ = run("slurm.sh", f"@{LAUNCH / 'sweep.txt'}", SLURM_ARRAY_TASK_ID=str(task))
-        assert call[1:] == [*TRAIN, "--stop_code=75", *line.split()]
-        config, workdir, *_ = parse(call[4:])
-        assert f"{config.model.placement}-{config.model.init}" == workdir.name
-        workdirs.add(workdir)
-    assert len(workdirs) == len(lines) == 6
-    code, calls, err = run("slurm.sh", f"@{LAUNCH / 'sweep.txt'}", SLURM_ARRAY_TASK_ID="6")
-    assert code == 2 and not calls and "no line 7" in err
+def test_each_task_of_an_array_is_a_run_of_the_sweep(run):
+    code, [call], _ = run("slurm.sh", "sweep", "demo", "--size", "gpu", "--of", "x y", SLURM_ARRAY_TASK_ID="7")
+    assert code == 0 and call[1:4] == [*TRAIN[:2], "spannorm_jax.sweep"]
+    args, overrides = sweep_command.parse(call[4:])
+    assert (args.names, args.verb, args.index, args.size, args.of, overrides) == ("demo", "run", 7, "gpu", "x y", [])
+    assert run("slurm.sh", "sweep", "demo", codes=[75], SLURM_ARRAY_TASK_ID="7")[0] == 0  # back to the queue
+    assert run("slurm.sh", "sweep", "demo", codes=[2], SLURM_ARRAY_TASK_ID="7")[0] == 2
+
+
+def test_what_is_missing_is_submitted_as_one_array(run, tmp_path, monkeypatch, capsys):
+    """The script that sbatch is given does the runs with the arguments that it is given."""
+    sweep = expand("demo", "cpu", overrides=[("training.steps", "12")])
+    for i, name in ((1, "DONE"), (2, "DIVERGED")):
+        (tmp_path / "out" / sweep.runs[i].name).mkdir(parents=True)
+        (tmp_path / "out" / sweep.runs[i].name / name).write_text("{}")
+    failed = Place(tmp_path / "out", sweep.runs[4].name)
+    with failed.claim():
+        failed.fail("no reason")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("CODES", str(tmp_path / "codes"))
+    (tmp_path / "codes").write_text("0\n")
+    argv = ["demo", "slurm", "--out", str(tmp_path / "out"), "--at_most=3", "--sbatch=--nodes=2 -p big"]
+    assert sweep_command.main([*argv, "--config.training.steps=12"]) == 0
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    name, array, job, *rest = call.rstrip("|").split("|")
+    assert (name, array, job) == ("sbatch", "--array=0,3,5-8%3", "--job-name=demo")
+    assert rest[:4] == ["--nodes=2", "-p", "big", "experiments/launch/slurm.sh"]
+
+    _, [call], _ = run("slurm.sh", *rest[4:], SLURM_ARRAY_TASK_ID="3")
+    args, overrides = sweep_command.parse(call[4:])
+    assert expand(args.names, args.size, args.config, overrides) == sweep and args.of == sweep.hash
+    assert (args.index, args.out, args.retry) == (3, tmp_path / "out", False)
+
+    (tmp_path / "codes").write_text("1\n")
+    with pytest.raises(UserError, match="sbatch refuses"):
+        sweep_command.main([*argv, "--retry"])
+    (tmp_path / "sbatch").unlink()
+    with pytest.raises(UserError, match="no sbatch here"):
+        sweep_command.main(argv)
 
 
 def test_the_tpu_loop_repeats_what_crashed_and_ends_with_what_did_not(run):
@@ -109,7 +142,7 @@ def test_the_jobset_starts_a_run_that_can_be():
     env = {e["name"]: e["value"] for e in container["env"]} | {"JOB_COMPLETION_INDEX": "3"}
     host = f"{manifest['metadata']['name']}-{workers['name']}-0-0.{manifest['metadata']['name']}"
     port = container["ports"][0]["containerPort"]
-    assert find_place(Flags(), env) == Place(f"{host}:{port}", 4, 3)
+    assert find_place(Flags(), env) == place.Place(f"{host}:{port}", 4, 3)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == 4
     # A failure policy of exit codes needs pods that are not restarted in place; it names the container.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0

@@ -33,14 +33,22 @@ T = TypeVar("T")
 # ---- the start --------------------------------------------------------------------------------------
 
 
+_joined = False  # this process, by `start`
+
+
 def start(flags: Flags, platform: str) -> None:
     """Joins this process with the others, if there are any. Call it before anything touches a device.
+
+    A process joins once: for the next run or evaluation in it there is nothing to do.
 
     Raises:
       UserError: nothing listens at process 0's address in time, or the place makes no sense
         (see `find_place`). If another process does not come in time, this one ends with such a line
         and code 2.
     """
+    global _joined
+    if _joined:
+        return
     place = find_place(flags, os.environ)
     initialize = partial(
         jax.distributed.initialize,
@@ -69,6 +77,7 @@ def start(flags: Flags, platform: str) -> None:
     elif platform in ("auto", "tpu") and _on_tpu():
         with contextlib.suppress(ValueError):  # JAX finds no pod: one host
             initialize(initialization_timeout=flags.start_timeout_s)
+    _joined = True
 
 
 def _on_tpu() -> bool:

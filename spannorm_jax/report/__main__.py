@@ -30,8 +30,9 @@ def main(argv: list[str]) -> int:
         help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
         "initialisation (default: placement=pre,init=plain, or else the first method)",
     )
+    parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     args = parser.parse_args(argv)
-    if args.out is None and len(args.roots) > 1:
+    if args.out is None and len(args.roots) > 1 and not args.table:
         raise UserError("several folders have no one place for their report; say --out FOLDER")
     baseline = baseline_of(args.baseline) if args.baseline is not None else None
 
@@ -39,12 +40,15 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.report.tables import text_table
 
     about, said = page.read_study(args.roots, baseline)
-    out = args.out or args.roots[0] / "report"
-    written = page.write_files(about, said, args.roots, out, args.title or page.TITLE)
+    written = None
+    if not args.table:
+        out = args.out or args.roots[0] / "report"
+        written = page.write_files(about, said, args.roots, out, args.title or page.TITLE)
     print(visible(text_table(about.rows)))
     for kind, text in said:
         print(f"{kind}: {one_line(text)}", file=sys.stderr)
-    print(written)
+    if written:
+        print(written)
     return 0
 
 

@@ -1,0 +1,135 @@
+"""What a sweep takes before it starts: FLOPs and disk by count, hours by a rate that is measured or given."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.config import Config, ExecutionConfig, ModelConfig
+from spannorm_jax.config_file import resolve_without_data
+from spannorm_jax.model.definition import count_params, define, flops_per_token
+from spannorm_jax.resolution import num_steps
+from spannorm_jax.sweep.expansion import Run, Sweep
+
+_STEPS, _WARMUP = 8, 2  # that are timed, and before them
+_MOMENTS = {"adamw": 2, "lion": 1}  # arrays of a weight's size in the optimiser's state
+_LINE = 1000  # bytes of a logged step, in metrics.jsonl and in TensorBoard's file together
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run: model FLOPs of training and of evaluation, bytes on disk at its end."""
+
+    train_flops: float
+    eval_flops: float
+    disk: float
+
+
+def cost(config: Config) -> Cost:
+    """That of a run by its config as loaded. Evaluation of a whole split (eval.tokens=0) is not counted."""
+    resolved = resolve_without_data(config, platform="cpu")
+    steps, checkpoint = num_steps(config), config.checkpoint
+    params, flops = _size(dataclasses.replace(resolved.model, init="plain"), config.data.seq_len)
+    tokens = steps * config.training.batch_size * config.data.seq_len
+    kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every else 0)
+    kept = min(kept, 1 + (steps // checkpoint.every_steps if checkpoint.every_steps else 0))
+    return Cost(
+        train_flops=float(flops * tokens),
+        eval_flops=float(flops * config.eval.tokens) / 3,  # the forward pass alone
+        disk=4.0 * params * (1 + _MOMENTS[config.optim.name]) * kept + steps / config.metrics.log_every * _LINE,
+    )
+
+
+def run_flops(config: Config) -> float:
+    """Model FLOPs of a run, its evaluation included."""
+    counted = cost(config)
+    return counted.train_flops + counted.eval_flops
+
+
+@functools.cache
+def _size(model: ModelConfig, seq_len: int) -> tuple[int, int]:
+    """Parameters, and training FLOPs a token."""
+    made = define(model, ExecutionConfig())
+    return count_params(made), flops_per_token(made, seq_len)
+
+
+def _program(config: Config) -> tuple[object, ...]:
+    """What the compiled step of a run depends on, but for numbers."""
+    model = dataclasses.replace(config.model, init="plain", init_targets=(), variance_budget=1.0)
+    training = config.training
+    sizes = (training.batch_size, training.num_microbatches, config.data.seq_len)
+    return (model, config.execution, config.mesh, sizes, config.optim.name, config.optim.schedule)
+
+
+def report(sweep: Sweep, rate: float | None) -> str:
+    """Lines for the console. Without a `rate` (FLOP/s) steps of the run of median cost are timed.
+
+    Raises:
+      UserError: that run cannot start here.
+    """
+    costs = [cost(run.config) for run in sweep.runs]
+    train, evaluation = sum(c.train_flops for c in costs), sum(c.eval_flops for c in costs)
+    programs = len({_program(run.config) for run in sweep.runs})
+    lines = [
+        f"sweep {sweep.title}: {len(costs)} runs of {programs} programs",
+        f"FLOPs  {train + evaluation:.2e}, of them {evaluation / (train + evaluation):.0%} for evaluation",
+        f"disk   {sum(c.disk for c in costs) / 1e9:.2f} GB at the end",
+    ]
+    if rate:
+        return "\n".join([*lines, f"time   {_hours((train + evaluation) / rate)} at {rate:.2e} FLOP/s, as given"])
+    timed = _median(sweep.runs)
+    from spannorm_jax.parallel.platform import start_jax  # no device is touched before there is something to time
+
+    start_jax(timed.config.platform)
+    import jax
+
+    if sweep.size == "gpu" and jax.default_backend() == "cpu":
+        return "\n".join([*lines, "time   not known without an accelerator; --rate 4e14 (FLOP/s) tells"])
+    rate, compile_s = timed_rate(timed.config)
+    seconds = (train + evaluation) / rate + programs * compile_s
+    how = f"{_STEPS} steps of run {timed.index}, the median, on {jax.devices()[0].device_kind}"
+    return "\n".join(
+        [*lines, f"time   {_hours(seconds)} at {rate:.2e} FLOP/s and {compile_s:.0f} s a compilation ({how})"]
+    )
+
+
+def _median(runs: Sequence[Run]) -> Run:
+    return sorted(runs, key=lambda run: run_flops(run.config))[len(runs) // 2]
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def timed_rate(config: Config) -> tuple[float, float]:
+    """Model FLOP/s of the real program on all devices here, the median of some steps; and the seconds to compile it.
+
+    JAX has started.
+    """
+    import jax
+
+    from spannorm_jax.training.batches import Batches
+    from spannorm_jax.training.session import Flags, match_machine
+
+    session = match_machine(config, Path(), Flags([]))
+    program, times = session.program, []
+    train: Any = program.train  # a jitted function
+    with jax.set_mesh(session.mesh):
+        batches = Batches(session, range(1, _WARMUP + _STEPS + 1))
+        state = program.init(config.seed)
+        began = time.monotonic()
+        step = train.lower(state, batches.abstract, session.numbers).compile()
+        compile_s = time.monotonic() - began
+        for _ in range(_WARMUP + _STEPS):
+            batch = jax.block_until_ready(next(batches))
+            began = time.monotonic()
+            state, metrics = step(state, batch, session.numbers)
+            jax.block_until_ready((state, metrics))
+            times.append(time.monotonic() - began)
+        batches.close()
+    flops = cost(config).train_flops / num_steps(config)
+    return flops / statistics.median(times[_WARMUP:]), compile_s

@@ -1,0 +1,108 @@
+"""What a sweep is: the points that `sweep_NAME(size)` of a config file yields, and functions that compose them.
+
+A point is the config argument of a run and its overrides, ("tiny,placement=pre", {"optim.lr": "0.001"}). A sweep is
+any iterable of points, so that generators compose as functions do:
+
+    def sweep_lr(size: str) -> Iterable[Point]:
+        return product(arguments(placement=("pre", "span")), options({"optim.lr": (1e-3, 3e-3)}))
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Point = tuple[str, dict[str, str]]
+SIZES = ("cpu", "gpu")
+
+
+def arguments(**values: Iterable[Any]) -> Iterator[Point]:
+    """Each combination of values of a config file's arguments."""
+    for chosen in itertools.product(*values.values()):
+        yield _argument(dict(zip(values, map(_text, chosen), strict=True))), {}
+
+
+def options(values: Mapping[str, Iterable[Any]]) -> Iterator[Point]:
+    """Each combination of values of options, which go by their dotted keys."""
+    for chosen in itertools.product(*values.values()):
+        yield "", dict(zip(values, map(_text, chosen), strict=True))
+
+
+def fixed(argument: str = "", values: Mapping[str, Any] | None = None) -> list[Point]:
+    """The one point of an argument, as it is typed, and options: what all runs of a sweep share."""
+    return [(argument, {key: _text(value) for key, value in (values or {}).items()})]
+
+
+def seeds(n: int) -> Iterator[Point]:
+    """The seeds 0 to n - 1, which give the initial weights and the order of the data."""
+    return options({"seed": range(n)})
+
+
+def product(*sweeps: Iterable[Point]) -> list[Point]:
+    """Each point of one sweep with each of the next, where they agree on what both set.
+
+    So sweeps that share an axis are joined along it: `lr` and `seed` give each rate with each seed,
+    also where `lr` has seeds of its own.
+    """
+    made: list[Point] = [("", {})]
+    for points in map(list, sweeps):
+        made = [both for left in made for right in points if (both := _both(left, right)) is not None]
+    return made
+
+
+def zipped(*sweeps: Iterable[Point]) -> Iterator[Point]:
+    """The first points of all sweeps as one, then the second ones, and so on.
+
+    Raises:
+      ValueError: one sweep is longer than another, or two points disagree.
+    """
+    for points in zip(*sweeps, strict=True):
+        made = product(*([point] for point in points))
+        if not made:
+            raise ValueError(f"these points of zipped sweeps set one thing to two values: {points}")
+        yield made[0]
+
+
+def chain(*sweeps: Iterable[Point]) -> Iterator[Point]:
+    """The points of one sweep after those of another."""
+    return itertools.chain(*sweeps)
+
+
+def where(keep: Callable[[dict[str, str]], bool], points: Iterable[Point]) -> Iterator[Point]:
+    """The points for which `keep` is true. It is given arguments and overrides in one dictionary."""
+    return (point for point in points if keep(_argument_values(point[0]) | point[1]))
+
+
+def sweep_seed(size: str) -> Iterable[Point]:
+    """Three seeds, to multiply other sweeps by: `lr,seed`."""
+    return seeds(3)
+
+
+def _both(left: Point, right: Point) -> Point | None:
+    arguments = _joined(_argument_values(left[0]), _argument_values(right[0]))
+    overrides = _joined(left[1], right[1])
+    return None if arguments is None or overrides is None else (_argument(arguments), overrides)
+
+
+def _joined(left: dict[str, str], right: dict[str, str]) -> dict[str, str] | None:
+    agree = all(left[key] == right[key] for key in left.keys() & right.keys())
+    return left | right if agree else None
+
+
+def _argument_values(argument: str) -> dict[str, str]:
+    """`tiny,placement=pre` as names and values; the bare word is the preset."""
+    pairs = (item.partition("=") for item in argument.split(",") if item)
+    return {name if equals else "preset": value if equals else name for name, equals, value in pairs}
+
+
+def _argument(values: Mapping[str, str]) -> str:
+    words = [values["preset"]] if "preset" in values else []
+    return ",".join(words + [f"{name}={value}" for name, value in values.items() if name != "preset"])
+
+
+def _text(value: Any) -> str:
+    """A value as an override writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(value)
+    return str(value)

@@ -1,0 +1,61 @@
+"""What the runner says while it works: a line a run, and on a terminal one line of all that is at work."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from spannorm_jax.errors import visible
+from spannorm_jax.resolution import num_steps
+from spannorm_jax.sweep.expansion import Run, Sweep
+from spannorm_jax.sweep.records import FAILED, RUNNING, STATES, Place
+from spannorm_jax.training.step_log import format_seconds
+
+
+class Display:
+    def __init__(self, out: Path, sweep: Sweep, flops: Mapping[int, float]):
+        """`flops` are those of the runs that are left, by index: what the time that is left is told by."""
+        self._out, self._total, self._flops = out, len(sweep.runs), dict(flops)
+        self._before = self._total - len(flops)
+        self._done_flops, self._ended, self._began = 0.0, 0, time.monotonic()
+        self._terminal, self._width = sys.stdout.isatty(), 0
+        before = f", {self._before} of them done or failed before" if self._before else ""
+        print(f"sweep {sweep.title}: {self._total} runs{before}, in {out}", flush=True)
+
+    def started(self, run: Run, waiting: bool) -> None:
+        note = "  (waits for another runner)" if waiting else ""
+        self._say(f"[{run.index}] {run.name}: started{note}")
+
+    def ended(self, run: Run, state: str, reason: str) -> None:
+        if state == RUNNING:
+            self._say(f"[{run.index}] {run.name}: at work in another runner")
+            return
+        self._ended += 1
+        self._done_flops += self._flops.pop(run.index, 0)
+        why = f": {reason} (see {Place(self._out, run.name).log})" if state == FAILED else ""
+        self._say(f"[{run.index}] {run.name}: {state}{why}  {self._so_far()}")
+
+    def show(self, at_work: Sequence[Run]) -> None:
+        """Redraws the line of what is at work, on a terminal."""
+        if not self._terminal:
+            return
+        steps = [f"[{r.index}] {Place(self._out, r.name).last_step()}/{num_steps(r.config)}" for r in at_work]
+        text = f"{self._so_far()}  steps: {', '.join(steps)}"[:118]
+        print(f"\r{text:<{self._width}}", end="", flush=True)
+        self._width = len(text)
+
+    def _so_far(self) -> str:
+        text = f"{self._before + self._ended}/{self._total}"
+        if not self._done_flops or not self._flops:
+            return text
+        left = (time.monotonic() - self._began) / self._done_flops * sum(self._flops.values())
+        return f"{text}, about {format_seconds(left)} left"
+
+    def _say(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\r{visible(text):<{self._width}}" if self._terminal else visible(text), flush=True)
+
+    def close(self, states: Counter[str]) -> None:
+        said = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+        self._say(f"{self._total} runs: {said}")

@@ -1,0 +1,163 @@
+"""From the names of sweeps to runs: each with its config, and the name of its folder, which says what the run is."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.config import Config, flatten, is_runtime
+from spannorm_jax.config_file import authors_errors, load, run_file
+from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.sweep.definition import Point, product
+
+CONFIGS = Path("configs")  # of the checkout that a command is typed in
+_PREFIX = "sweep_"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: its place in it, what it was written as, its config as loaded, its folder's name."""
+
+    index: int
+    spec: str  # FILE.py:argument
+    overrides: tuple[tuple[str, str], ...]
+    config: Config = field(repr=False)
+    name: str
+
+    @property
+    def argv(self) -> list[str]:
+        """What `spannorm_jax.train` takes, but for --workdir."""
+        return ["--config", self.spec, *(f"--config.{key}={text}" for key, text in self.overrides)]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that are asked for together, as they were: names with commas between, a size, overrides of all runs."""
+
+    names: str
+    size: str
+    file: str
+    overrides: tuple[tuple[str, str], ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.names} ({self.size})"
+
+    @property
+    def hash(self) -> str:
+        """Of its runs in their order: an index means the same run as long as this is the same."""
+        return _hash([run.name for run in self.runs])
+
+
+def expand(names: str, size: str, file: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
+    """The sweep that `names` multiply to. `overrides` are those of every run, and come last.
+
+    Args:
+      names: one sweep, or several with commas between.
+      size: one of `definition.SIZES`.
+      file: the config file that defines them; None: the one in configs/ that does.
+
+    Raises:
+      UserError: no file defines them, or several do; a config is not valid; there is no run; or two
+        runs are the same.
+    """
+    wanted = names.split(",")
+    file, found = _find(wanted, file)
+    with authors_errors(file):
+        points = product(*(found[name](size) for name in wanted))
+    if not points:
+        raise UserError(f"sweep {names} has no run: {_why_empty(wanted, found, size, file)}")
+    runs = tuple(_run(i, file, point, overrides) for i, point in enumerate(points))
+    first_with: dict[str, Run] = {}
+    for run in runs:
+        other = first_with.setdefault(run.name, run)
+        if other is not run:
+            raise UserError(
+                f"sweep {names}: runs {other.index} ({shown(other)}) and {run.index} ({shown(run)}) are the same run, "
+                f"{run.name}; leave one out, or leave out the --config.KEY that makes them so"
+            )
+    return Sweep(names, size, file, tuple(overrides), runs)
+
+
+def shown(run: Run) -> str:
+    """A run as it was written: argument, then overrides."""
+    argument = run.spec.partition(":")[2] or "(no argument)"
+    return " ".join([argument, *(f"{key}={text}" for key, text in run.overrides)])
+
+
+def _run(index: int, file: str, point: Point, overrides: Sequence[tuple[str, str]]) -> Run:
+    argument, own = point
+    spec = f"{file}:{argument}" if argument else file
+    values = tuple((own | dict(overrides)).items())
+    try:
+        config = load(spec, values)
+    except UserError as error:
+        raise UserError(f"run {index} ({argument}): {error}") from error
+    return Run(index, spec, values, config, folder_name(config))
+
+
+# ---- names ----------------------------------------------------------------------------------------
+
+
+def sweeps_of(file: str) -> dict[str, Callable[[str], Iterable[Point]]]:
+    """The sweeps that a config file defines or imports, by name."""
+    functions = inspect.getmembers(run_file(file), inspect.isfunction)
+    return {name.removeprefix(_PREFIX): function for name, function in functions if name.startswith(_PREFIX)}
+
+
+def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, Callable[[str], Iterable[Point]]]]:
+    """The config file that defines all of the sweeps `wanted`, and those that it has."""
+    files = [file] if file else [str(path) for path in sorted(CONFIGS.glob("*.py"))]
+    if not files:
+        raise UserError("there is no configs/ here with sweeps in it; work in the checkout, or give --config FILE.py")
+    found = {path: sweeps_of(path) for path in files}
+    every = {name for sweeps in found.values() for name in sweeps}
+    for name in wanted:
+        if name not in every:
+            near = did_you_mean(name, every) if every else f"{', '.join(files)} defines none (a function sweep_NAME)"
+            raise UserError(f"unknown sweep {name!r}; {near}")
+    able = [path for path in files if all(name in found[path] for name in wanted)]
+    if not able:
+        raise UserError(f"no one config file defines all of the sweeps {', '.join(wanted)}: they cannot be multiplied")
+    if len(able) > 1:
+        raise UserError(f"sweep {','.join(wanted)} is in {' and '.join(able)}; say which by --config FILE.py")
+    return able[0], found[able[0]]
+
+
+def _why_empty(
+    wanted: Sequence[str], found: Mapping[str, Callable[[str], Iterable[Point]]], size: str, file: str
+) -> str:
+    with authors_errors(file):
+        lengths = {name: len(list(found[name](size))) for name in wanted}
+    for name, length in lengths.items():
+        if not length:
+            return f"{name} yields no point in size {size}"
+    return f"no points of {' and '.join(wanted)} agree on what both set; leave one of them out"
+
+
+# ---- identity -------------------------------------------------------------------------------------
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The options that say what a run is: those that differ from their defaults, less the runtime ones.
+
+    An option's default is what was done before the option came. So a new option changes no identity.
+    """
+    default = flatten(Config())
+    return {key: value for key, value in flatten(config).items() if value != default[key] and not is_runtime(key)}
+
+
+def folder_name(config: Config) -> str:
+    """What a reader tells runs apart by, and a hash of `identity`, which tells apart all that differ."""
+    model = config.model
+    experts = f"-{model.moe.num_experts}experts" if model.moe.num_experts else ""
+    what = f"{model.placement}-{model.init}-{model.depth}x{model.width}{experts}"
+    return f"{what}-lr{config.optim.lr:g}-seed{config.seed}-{_hash(identity(config))}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]

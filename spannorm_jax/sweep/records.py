@@ -1,0 +1,171 @@
+"""What a sweep's folder holds beside its runs: who is at work on a run, what failed, and what a run was asked as.
+
+OUT/NAME/          a run, as spannorm_jax.train makes it
+OUT/.sweep/NAME/   LOCK    held by the process at work on the run, from its start to its evaluation
+                   FAILED  {"reason": ...}, until it is tried again
+                   asked.json  spec, overrides and identity: what the name is a hash of
+                   log.txt what train and evaluate printed
+OUT/reports/       reports, each by the names of its sweep
+"""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.config import Config, flatten
+from spannorm_jax.durable import exclusive, write_json
+from spannorm_jax.errors import UserError
+from spannorm_jax.run.folder import CHECKPOINTS, CONFIG, DIVERGED, DONE, EVAL, LOCK, METRICS
+from spannorm_jax.sweep.expansion import Run, identity
+
+NEW, RUNNING, STOPPED, FAILED = "new", "running", "stopped", "failed"
+TRAINED, GONE_OFF = "done", "diverged"
+ENDED = (TRAINED, GONE_OFF)  # results: a run that diverged is one
+STATES = (TRAINED, GONE_OFF, FAILED, RUNNING, STOPPED, NEW)
+REPORTS = "reports"
+_NOTES, _FAILED, _ASKED, _LOG = ".sweep", "FAILED", "asked.json", "log.txt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run's folders in the folder of all runs."""
+
+    out: Path
+    name: str
+
+    @property
+    def workdir(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def notes(self) -> Path:
+        return self.out / _NOTES / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.notes / _LOG
+
+    # ---- how far it is
+
+    def trained(self) -> bool:
+        """Whether training has ended by itself: at its last step, or diverged."""
+        return (self.workdir / DONE).exists() or (self.workdir / DIVERGED).exists()
+
+    def to_evaluate(self) -> bool:
+        """Whether a checkpoint of the trained run waits for its evaluation. A run may diverge before its first one."""
+        checkpoints = self.workdir / CHECKPOINTS
+        return not (self.workdir / EVAL).exists() and checkpoints.is_dir() and any(checkpoints.iterdir())
+
+    def state(self) -> str:
+        """One of STATES, for whoever does not work on the run."""
+        state = self.state_at_rest()
+        return RUNNING if state not in ENDED and _is_locked(self.notes / LOCK) else state
+
+    def state_at_rest(self) -> str:
+        """One of STATES but RUNNING: what there is to go on from, for the process that has claimed the run."""
+        if self.trained() and not self.to_evaluate():
+            return GONE_OFF if (self.workdir / DIVERGED).exists() else TRAINED
+        if (self.notes / _FAILED).exists():
+            return FAILED
+        return STOPPED if (self.workdir / CONFIG).exists() else NEW
+
+    def last_step(self) -> int:
+        """The last step that is logged; 0 before the first."""
+        path = self.workdir / METRICS
+        if not path.exists():
+            return 0
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**16))
+            for line in reversed(file.read().splitlines()):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, while it is written
+                    return int(json.loads(line)["step"])
+        return 0
+
+    # ---- claims and failures
+
+    @contextlib.contextmanager
+    def claim(self, wait: bool = False) -> Iterator[None]:
+        """Keeps other runners off the run. The kernel lets go when this process dies.
+
+        Raises:
+          InUse: another process has claimed it, and it is not waited for.
+          UserError: the folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.notes.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(self.notes / LOCK, f"run {self.name}", wait))
+            except OSError as error:
+                raise UserError(f"cannot write in --out {self.out}: {error.strerror}; give another folder") from error
+            yield
+
+    def failure(self) -> str:
+        """Why the run failed; "" if it did not."""
+        try:
+            return str(json.loads((self.notes / _FAILED).read_text(encoding="utf-8"))["reason"])
+        except FileNotFoundError:
+            return ""
+        except (ValueError, KeyError, TypeError):
+            return "for a reason that cannot be read any more"
+
+    def fail(self, reason: str) -> None:
+        write_json(self.notes / _FAILED, {"reason": reason, "log": str(self.log)})
+
+    def forgive(self) -> None:
+        (self.notes / _FAILED).unlink(missing_ok=True)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a lock. For this moment it is held here, which a claim passes over and comes back to."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks on this file system, where nothing can be claimed either
+        pass
+    return False
+
+
+# ---- what was asked ---------------------------------------------------------------------------------
+
+
+def write_asked(place: Place, run: Run) -> None:
+    """Records what a claimed run was asked as: a later start tells by it what has changed."""
+    values = {"spec": run.spec, "overrides": dict(run.overrides), "identity": identity(run.config)}
+    write_json(place.notes / _ASKED, values)
+
+
+Asked = dict[tuple[str, frozenset[tuple[str, str]]], list[tuple[str, dict[str, Any]]]]
+
+
+def asked_before(out: Path) -> Asked:
+    """What the runs in `out` were asked as: spec and overrides -> names and identities."""
+    found: Asked = {}
+    for path in sorted((out / _NOTES).glob(f"*/{_ASKED}")):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged: it tells nothing
+            asked = json.loads(path.read_text(encoding="utf-8"))
+            key = (asked["spec"], frozenset(asked["overrides"].items()))
+            found.setdefault(key, []).append((path.parent.name, dict(asked["identity"])))
+    return found
+
+
+def former(asked: Asked, run: Run) -> list[tuple[str, list[tuple[str, Any, Any]]]]:
+    """Names that this run had when it was asked the same way before, each with (key, value then, value now).
+
+    There are some when the config file has changed since.
+    """
+    same = asked.get((run.spec, frozenset(run.overrides)), [])
+    return [(name, _changed(then, run.config)) for name, then in same if name != run.name]
+
+
+def _changed(then: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
+    default = flatten(Config())
+    now = json.loads(json.dumps(identity(config)))  # lists for tuples, as in the record
+    keys = sorted(then.keys() | now.keys())
+    both = [(key, then.get(key, default.get(key)), now.get(key, default.get(key))) for key in keys]
+    return [(key, old, new) for key, old, new in both if old != new]

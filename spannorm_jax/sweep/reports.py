@@ -1,0 +1,23 @@
+"""The report of a sweep: what `spannorm_jax.report` makes of exactly its folders. The only file here that knows it."""
+
+from pathlib import Path
+
+from spannorm_jax.errors import UserError
+from spannorm_jax.report import __main__ as report
+from spannorm_jax.run.folder import CONFIG
+from spannorm_jax.sweep.expansion import Sweep
+from spannorm_jax.sweep.records import REPORTS, Place
+
+
+def write_report(sweep: Sweep, out: Path, table_only: bool) -> int:
+    """Prints the table of the runs that have started, and writes the page unless it is `table_only`.
+
+    Raises:
+      UserError: no run has started.
+    """
+    started = [place for run in sweep.runs if ((place := Place(out, run.name)).workdir / CONFIG).is_file()]
+    if not started:
+        raise UserError(f"no run of sweep {sweep.title} has started in {out}; start them: local")
+    roots = [str(place.workdir) for place in started]
+    folder = out / REPORTS / f"{sweep.names.replace(',', '+')}-{sweep.size}"
+    return report.main([*roots, "--out", str(folder), "--title", sweep.title, *(["--table"] if table_only else [])])

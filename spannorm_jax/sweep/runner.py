@@ -1,0 +1,291 @@
+"""Runs of a sweep on this machine: worker processes side by side, each with cores of its own, and one display.
+
+What a worker does with a run stands in `work.py`. Whatever dies, and whenever: the kernel frees the claim on the run
+that was at work, and the next start goes on from its newest checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spannorm_jax.config_file import resolve_without_data
+from spannorm_jax.durable import InUse
+from spannorm_jax.errors import UserError
+from spannorm_jax.parallel.mesh import check_divisible, mesh_shape
+from spannorm_jax.parallel.place import Flags, find_place
+from spannorm_jax.sweep.cost import run_flops
+from spannorm_jax.sweep.display import Display
+from spannorm_jax.sweep.expansion import Run, Sweep
+from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, Place
+from spannorm_jax.sweep.worker import Job
+
+INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
+_LOOK_S = 0.5  # between looks at signals and at the runs' progress
+_MEMORY = 0.9  # of a GPU, for all workers that share it
+
+
+# ---- the machine, divided ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker has of the machine: cores, and variables of its environment."""
+
+    cores: tuple[int, ...]
+    env: dict[str, str]
+
+
+def gpus_here(platform: str, env: Mapping[str, str]) -> list[str]:
+    """NVIDIA's devices that a process sees which runs on `platform`, as CUDA_VISIBLE_DEVICES names them."""
+    if platform not in ("auto", "gpu") or env.get("JAX_PLATFORMS") == "cpu":
+        return []
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def divide(jobs: int | None, cores: Sequence[int], gpus: Sequence[str]) -> list[Share]:
+    """The machine in as many shares as there are jobs (None: one for each GPU, or one).
+
+    Raises:
+      UserError: there are fewer cores, or the GPUs do not come out even.
+    """
+    jobs = jobs or max(1, len(gpus))
+    if jobs > len(cores):
+        raise UserError(f"--jobs {jobs} is more than the {len(cores)} cores here; write {len(cores)} or less")
+    if gpus and max(jobs, len(gpus)) % min(jobs, len(gpus)):
+        raise UserError(f"--jobs {jobs} does not go with {len(gpus)} GPUs; write a divisor or a multiple of that")
+
+    def env(i: int) -> dict[str, str]:
+        if not gpus:
+            return {}
+        if jobs <= len(gpus):
+            each = len(gpus) // jobs
+            return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])}
+        fraction = _MEMORY * len(gpus) / jobs
+        return {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}"}
+
+    n = len(cores)
+    return [Share(tuple(cores[i * n // jobs : (i + 1) * n // jobs]), env(i)) for i in range(jobs)]
+
+
+def check_fits(runs: Sequence[Run], devices: int, backend: str) -> None:
+    """Raises UserError for the first run that cannot be divided over so many devices."""
+    for run in runs:
+        try:
+            config = resolve_without_data(run.config, backend)
+            shape = mesh_shape(config.mesh, devices)
+            microbatch = config.training.batch_size // config.training.num_microbatches
+            check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
+        except UserError as error:
+            raise UserError(
+                f"run {run.index} ({run.name}) cannot run on the devices of one job here: {error}"
+            ) from error
+
+
+# ---- workers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A worker process, and the run that it is at work on; before the first one it has to say hello."""
+
+    share: Share
+    process: subprocess.Popen[bytes]
+    run: Run | None = None
+    greeted: bool = False
+
+    def take(self, run: Run, retry: bool, wait: bool) -> None:
+        self.run = run
+        job = Job(run.spec, run.overrides, run.index, run.name, retry, wait)
+        with contextlib.suppress(BrokenPipeError):  # it has died: its silence is heard soon
+            self._write(json.dumps(asdict(job)).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def heard(self) -> dict[str, Any] | None:
+        """What it says; None if it has ended without a word."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def end(self) -> None:
+        """No run more: the one at work saves its step."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+def _start(share: Share, platform: str, out: Path) -> Worker:
+    setup = json.dumps({"cores": share.cores, "platform": platform, "out": str(out)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spannorm_jax.sweep.worker", setup],
+        env=os.environ | share.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the runner alone
+    )
+    return Worker(share, process)
+
+
+def _how_it_ended(code: int) -> str:
+    name = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"the process at work on it ended {name}"
+
+
+# ---- the runner -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Runner:
+    """The state of `local`: what is left, who works, and whether a signal asks for the end."""
+
+    out: Path
+    platform: str
+    todo: deque[Run]
+    retry: bool
+    display: Display
+    busy: list[Run] = field(default_factory=list)  # at work in another runner
+    waiting: bool = False  # for the other runners: nothing else is left
+    workers: list[Worker] = field(default_factory=list)
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    signals: int = 0  # that ask for the end
+
+    def start(self, share: Share) -> None:
+        worker = _start(share, self.platform, self.out)
+        self.workers.append(worker)
+        assert worker.process.stdout is not None
+        self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def hear(self, worker: Worker) -> None:
+        said = worker.heard()
+        if said is None:
+            self._ended(worker)
+        elif "error" in said:
+            raise UserError(said["error"])
+        elif not worker.greeted:
+            check_fits(list(self.todo), said["devices"], said["backend"])
+            worker.greeted = True
+        else:
+            assert worker.run is not None
+            run, worker.run = worker.run, None
+            if said["state"] == RUNNING:
+                self.busy.append(run)
+            self.display.ended(run, said["state"], said["reason"])
+
+    def _ended(self, worker: Worker) -> None:
+        """A worker has died: its run has failed, unless all are to end, and another worker takes its place."""
+        code = worker.process.wait()
+        assert worker.process.stdout is not None
+        self.selector.unregister(worker.process.stdout)
+        self.workers.remove(worker)
+        if self.signals:
+            return
+        if not worker.greeted:
+            raise UserError(
+                f"a worker ended before its first run ({_how_it_ended(code)}); what it printed stands above"
+            )
+        if worker.run is not None:
+            place = Place(self.out, worker.run.name)
+            with contextlib.suppress(InUse), place.claim():  # another runner may have it already
+                if place.state_at_rest() not in ENDED:
+                    place.fail(_how_it_ended(code))
+            self.display.ended(worker.run, FAILED, _how_it_ended(code))
+        if self.todo or self.busy:
+            self.start(worker.share)
+
+    def hand_out(self) -> None:
+        """Gives each idle worker the next run. When only those of other runners are left, it waits for them."""
+        idle = [worker for worker in self.workers if worker.greeted and worker.run is None]
+        if not self.todo and self.busy and len(idle) == len(self.workers):
+            self.todo, self.busy, self.waiting = deque(self.busy), [], True
+        for worker in idle:
+            if self.todo:
+                run = self.todo.popleft()
+                self.display.started(run, self.waiting)
+                worker.take(run, self.retry, self.waiting)
+
+    def at_work(self) -> bool:
+        return bool(self.todo or self.busy) or any(worker.run is not None for worker in self.workers)
+
+    def end(self) -> None:
+        """Ends all workers: each saves what it is at, and a second signal kills it."""
+        for worker in self.workers:
+            worker.end()
+        killed = False
+        for worker in self.workers:
+            while worker.process.poll() is None:
+                if self.signals > 1 and not killed:
+                    killed = True
+                    for other in self.workers:
+                        other.process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(timeout=_LOOK_S)
+
+
+def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool) -> int:
+    """Does what is left of a sweep: 0; 1 if runs have failed; 130 if a signal has stopped it.
+
+    Raises:
+      UserError: the sweep does not fit this machine; nothing is started then.
+    """
+    if find_place(Flags(), os.environ):
+        raise UserError("local is for one process, and this is one of several; there, each takes a run: run I")
+    platforms = sorted({run.config.platform for run in sweep.runs})
+    if len(platforms) > 1:
+        raise UserError(f"sweep {sweep.names} has runs with platform={' and '.join(platforms)}: give --config.platform")
+    shares = divide(jobs, sorted(os.sched_getaffinity(0)), gpus_here(platforms[0], os.environ))
+    states = {run.index: Place(out, run.name).state_at_rest() for run in sweep.runs}
+    left = [r for r in sweep.runs if states[r.index] not in ENDED and (retry or states[r.index] != FAILED)]
+    display = Display(out, sweep, {run.index: run_flops(run.config) for run in left})
+    if left:
+        runner = Runner(out, platforms[0], deque(left), retry, display)
+        with _heeding_signals(runner):
+            _run(runner, shares[: len(left)])
+        if runner.signals:
+            print("stopped; the same command goes on from here", flush=True)
+            return INTERRUPTED_EXIT
+    states = {run.index: Place(out, run.name).state() for run in sweep.runs}
+    display.close(Counter(states.values()))
+    return 0 if all(state in ENDED for state in states.values()) else FAILED_EXIT
+
+
+def _run(runner: Runner, shares: Sequence[Share]) -> None:
+    try:
+        for share in shares:
+            runner.start(share)
+        while runner.at_work() and not runner.signals:
+            for key, _ in runner.selector.select(_LOOK_S):
+                runner.hear(key.data)
+            runner.hand_out()
+            runner.display.show([worker.run for worker in runner.workers if worker.run is not None])
+    finally:
+        runner.end()
+
+
+@contextlib.contextmanager
+def _heeding_signals(runner: Runner) -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C end the runner when the runs at work have saved their step."""
+
+    def handler(number: int, frame: Any) -> None:
+        runner.signals += 1
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    usual = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in usual.items():
+            signal.signal(number, previous)

@@ -1,0 +1,130 @@
+"""A process that does runs of a sweep, one after another: JAX is imported and the platform started once.
+
+    python -m spannorm_jax.sweep.worker '{"cores": [0], "platform": "cpu", ...}'
+
+Its runner writes a JSON line a run to its standard input (`Job`) and reads one a run from its standard output. When the
+input ends, because the runner asks for it or has died, the run at work saves its step and the process ends.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run as the runner hands it over; the worker reads its config again."""
+
+    spec: str
+    overrides: tuple[tuple[str, str], ...]
+    index: int
+    name: str
+    retry: bool
+    wait: bool  # for another runner that is at work on it
+
+
+def main(argv: list[str]) -> int:
+    setup = json.loads(argv[0])
+    if setup["cores"]:  # before JAX counts them for its threads
+        os.sched_setaffinity(0, setup["cores"])
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    working, ended = threading.Event(), threading.Event()
+    threading.Thread(target=_listen, args=(jobs, working, ended), daemon=True, name="listener").start()
+    _answer(answers, **_hello(setup["platform"]))
+    while (job := jobs.get()) is not None:
+        working.set()
+        if ended.is_set():  # before this job was taken, or the listener has seen that it was
+            break
+        answer = _do(Job(**job), Path(setup["out"]))
+        working.clear()
+        _answer(answers, **answer)
+    return 0
+
+
+def _listen(jobs: "queue.Queue[dict[str, Any] | None]", working: threading.Event, ended: threading.Event) -> None:
+    """Hands jobs on. At the end of the input a run at work is stopped as by `kill`, and saves its step."""
+    for line in sys.stdin:
+        jobs.put(json.loads(line))
+    ended.set()
+    jobs.put(None)
+    if working.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _hello(platform: str) -> dict[str, Any]:
+    """What this process has: the number and platform of its devices, or why there are none."""
+    from spannorm_jax.errors import UserError
+    from spannorm_jax.parallel.place import Flags
+    from spannorm_jax.parallel.platform import start_jax
+
+    try:
+        start_jax(platform, Flags())
+    except UserError as error:
+        return {"error": str(error)}
+    import jax
+
+    return {"devices": jax.device_count(), "backend": jax.default_backend()}
+
+
+def _do(job: Job, out: Path) -> dict[str, Any]:
+    from spannorm_jax.config_file import load
+    from spannorm_jax.durable import InUse
+    from spannorm_jax.errors import UserError
+    from spannorm_jax.sweep.expansion import Run, folder_name
+    from spannorm_jax.sweep.records import RUNNING, Place
+    from spannorm_jax.sweep.work import work
+
+    overrides = tuple((key, text) for key, text in job.overrides)
+    try:
+        config = load(job.spec, overrides)
+        run = Run(job.index, job.spec, overrides, config, folder_name(config))
+        if run.name != job.name:
+            raise UserError(f"{job.spec} has changed since the runner read it; start the runner again")
+    except UserError as error:
+        return {"error": str(error)}
+    place = Place(out, job.name)
+    with _printing_to(place.log):
+        try:
+            state, reason = work(run, place, retry=job.retry, wait=job.wait)
+        except InUse as error:
+            state, reason = RUNNING, str(error)
+    return {"state": state, "reason": reason}
+
+
+@contextlib.contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Everything that this process prints, also below Python, is appended to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    usual = os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.close(log)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.dup2(usual, descriptor)
+        os.close(usual)
+
+
+def _answer(answers: TextIO, **values: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the runner has died, and this process is about to end
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""From names to runs and folders. A folder's name is for ever: runs that exist are found by it."""
+
+import dataclasses
+import functools
+import re
+import subprocess
+import sys
+
+import pytest
+
+from spannorm_jax import config as config_module
+from spannorm_jax.config import Config, replace
+from spannorm_jax.config_file import load
+from spannorm_jax.errors import UserError
+from spannorm_jax.sweep import __main__ as command
+from spannorm_jax.sweep import cost, expansion
+from spannorm_jax.sweep.expansion import expand, folder_name, identity
+
+SHIPPED = {
+    "dense": ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
+    "moe": ("experts", "demo", "seed"),
+}
+NUMBER = {"placement_init": 72, "depth": 108, "width": 45, "lr": 90, "fixed_budget": 54, "init_targets": 18}
+NUMBER |= {"experts": 48, "demo": 9, "seed": 3}
+# By these names runs lie on disks of users. A change here takes their runs away from them.
+GOLDEN = {
+    ("configs/dense.py:tiny,placement=span,init=scale", ()): "span-scale-24x64-lr0.003-seed0-44136fa355",
+    (
+        "configs/dense.py:tiny,placement=post,init=plain",
+        (("seed", "2"), ("optim.lr", "1e-2")),
+    ): "post-plain-24x64-lr0.01-seed2-527a083cfc",
+    (
+        "configs/moe.py:tiny",
+        (("model.init_targets", "ffn_out"), ("model.qk_norm", "true")),
+    ): "span-scale-24x64-8experts-lr0.003-seed0-41bb326e12",
+}
+
+
+@functools.cache
+def shipped(name, size, file):
+    return expand(name, size, f"configs/{file}.py")
+
+
+@pytest.mark.parametrize(("spec", "overrides"), GOLDEN)
+def test_names_of_folders_stay_as_they_are(spec, overrides):
+    assert folder_name(load(spec, overrides)) == GOLDEN[spec, overrides]
+    assert folder_name(load(spec, overrides[::-1])) == GOLDEN[spec, overrides]
+
+
+def test_another_process_with_another_hash_seed_gives_the_same_names():
+    (spec, overrides), name = list(GOLDEN.items())[2]
+    code = (
+        "from spannorm_jax.config_file import load; from spannorm_jax.sweep.expansion import folder_name; "
+        f"print(folder_name(load({spec!r}, {overrides!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "7"})
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_a_new_option_with_its_default_changes_no_name(monkeypatch):
+    """The config of a later version, which has one option more in a group and one group more."""
+    before = folder_name(replace(Config(), optim__lr=0.5))
+    optim = dataclasses.make_dataclass(
+        "OptimConfig", [("nesterov", bool, False)], bases=(config_module.OptimConfig,), frozen=True
+    )
+    more = dataclasses.make_dataclass("More", [("deep", int, 3)], frozen=True)
+    fields = [("optim", optim, dataclasses.field(default_factory=optim)), ("more", more, more())]
+    later = dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
+    monkeypatch.setattr(expansion, "Config", later)
+    assert folder_name(later(optim=optim(lr=0.5))) == before
+    assert folder_name(later(optim=optim(lr=0.5, nesterov=True))) != before
+    assert folder_name(later(optim=optim(lr=0.5), more=more(deep=4))) != before
+
+
+def test_runtime_options_are_no_part_of_what_a_run_is():
+    usual = folder_name(Config())
+    assert folder_name(replace(Config(), metrics__log_every=7, execution__remat="block", platform="cpu")) == usual
+    assert folder_name(replace(Config(), training__batch_size=9)) != usual
+    assert identity(replace(Config(), model__init_targets=("ffn_out",))) == {"model.init_targets": ("ffn_out",)}
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, names in SHIPPED.items() for name in names])
+def test_every_shipped_sweep_expands_and_tells_its_cost(file, name, size):
+    sweep = shipped(name, size, file)
+    assert len(sweep.runs) == NUMBER[name] and [run.index for run in sweep.runs] == list(range(NUMBER[name]))
+    said = cost.report(sweep, rate=1e12)
+    assert said.startswith(f"sweep {name} ({size}): {NUMBER[name]} runs of ") and "at 1.00e+12 FLOP/s" in said
+    flops = float(re.search(r"FLOPs  (\S+),", said)[1])
+    number, unit = re.search(r"time   (\S+) (h|min) ", said).groups()
+    seconds = float(number) * (3600 if unit == "h" else 60)
+    assert seconds == pytest.approx(flops / 1e12, rel=0.01, abs=60)  # of three digits, to the minute
+
+
+def test_all_sweeps_of_the_config_files_are_shipped_ones():
+    assert {f: set(expansion.sweeps_of(f"configs/{f}.py")) for f in SHIPPED} == {f: set(n) for f, n in SHIPPED.items()}
+
+
+def test_sweeps_share_their_runs():
+    files = {"lr": "dense", "placement_init": "dense", "demo": "moe", "experts": "moe"}
+    names = {name: {run.name for run in shipped(name, "cpu", file).runs} for name, file in files.items()}
+    assert len(names["lr"] & names["placement_init"]) == 3 * 2 * 3
+    assert len(names["demo"] & names["placement_init"]) == 6  # without experts configs/moe.py gives what dense.py does
+    assert len(names["demo"] & names["experts"]) == 3 + 3
+
+
+def test_names_multiply():
+    alone, both = shipped("width", "cpu", "dense").runs, expand("width,seed", "cpu").runs
+    assert len(both) == 3 * len(alone) and {run.name for run in alone} < {run.name for run in both}
+    assert len(expand("placement_init,lr", "cpu").runs) == NUMBER["lr"]  # joined along what both set
+    smaller = expand("demo", "cpu", overrides=[("training.steps", "12")])
+    assert all(run.config.training.steps == 12 for run in smaller.runs)
+    assert not {run.name for run in smaller.runs} & {run.name for run in shipped("demo", "cpu", "moe").runs}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["dpeth", "list"], ["unknown sweep 'dpeth'", "'depth'"]),
+        (["seed", "list"], ["configs/dense.py and configs/moe.py", "--config"]),
+        (["demo,lr", "list"], ["no one config file", "demo, lr"]),
+        (["lr", "lst"], ["unknown verb 'lst'", "'list'"]),
+        (["lr", "list", "3"], ["I goes with run"]),
+        (["lr", "run"], ["index"]),
+        (["lr", "run", "90"], ["no run 90", "0 to 89"]),
+        (["lr", "run", "-1"], ["-1"]),
+        (["lr", "run", "0", "--of", "no"], ["has changed", "--of no"]),
+        (["lr", "list", "--jobs", "2"], ["--jobs goes with local, not with list"]),
+        (["lr", "status", "--retry"], ["--retry goes with local, run, slurm"]),
+        (["lr", "local", "--jobs", "0"], ["--jobs 0", "above 0"]),
+        (["lr", "local", "--jobs", "4096"], ["--jobs 4096", "cores here"]),
+        (["lr", "cost", "--rate", "nan"], ["--rate nan"]),
+        (["lr", "list", "--size", "tpu"], ["--size", "'cpu', 'gpu'"]),
+        (["lr", "list", "--config.optim.lr=1"], ["are the same run", "--config.KEY"]),
+        (["lr", "list", "--config.optim.rl=1"], ["run 0", "optim.rl"]),
+        (["lr", "table", "--out", "nowhere"], ["no run of sweep lr (cpu) has started"]),
+        (["lr", "list", "--config", "none.py"], ["none.py", "does not exist"]),
+        (["lr", "list", "--config", "configs/c4.py"], ["unknown sweep 'lr'", "defines none"]),
+    ],
+)
+def test_mistakes_are_one_line(argv, says):
+    with pytest.raises(UserError) as refused:
+        command.main(argv)
+    assert all(word in str(refused.value) for word in says) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("empty", ["empty", "no point in size cpu"]),
+        ("lr,empty", ["no run", "empty yields no point"]),
+        ("lr,invalid", ["optim.lr"]),
+        ("twice", ["runs 0", "and 1", "are the same run", "metrics.log_every=2"]),
+        ("broken", ["tiny.py line", "ZeroDivisionError"]),
+        ("invalid", ["run 1", "optim.lr=-1.0"]),
+    ],
+)
+def test_mistakes_of_a_sweeps_author_are_one_line(tiny, name, says):
+    if name == "lr,invalid":  # they agree on one rate
+        assert len(expand(name, "cpu", tiny).runs) == 1
+        return
+    with pytest.raises(UserError) as refused:
+        expand(name, "cpu", tiny)
+    assert all(word in str(refused.value) for word in says)
+
+
+def test_list_says_what_each_run_is(tiny, capsys):
+    assert command.main(["lr", "list", "--config", tiny]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1", "2"]
+    assert lines[1].split()[1:] == [expand("lr", "cpu", tiny).runs[1].name, "(no", "argument)", "optim.lr=0.002"]

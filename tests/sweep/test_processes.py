@@ -1,0 +1,196 @@
+"""The runner as a user starts it: killed, with workers that are killed, and two at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import LIMIT_S, paused, pausing, xla_flags
+
+from spannorm_jax.sweep.expansion import expand
+from spannorm_jax.sweep.records import TRAINED, Place
+
+pytestmark = pytest.mark.process
+
+# A run that logs its ninth step while there are two FIFOs tells who it is, and waits for a word or its end.
+WANDB = """
+import os
+
+class Error(Exception):
+    pass
+
+class Run:
+    def log(self, scalars, step):
+        if step == 9 and os.path.exists(os.environ["FIFO"]):
+            with open(os.environ["FIFO"], "w") as file:
+                file.write(str(os.getpid()))
+            open(os.environ["FIFO"] + ".go").close()
+
+    def finish(self):
+        pass
+
+def init(**values):
+    return Run()
+"""
+STEPS = 60
+OVERRIDES = [("metrics.wandb_project", "norms"), ("training.steps", str(STEPS))]
+
+
+@pytest.fixture(scope="module")
+def env(home):
+    (home / "wandb.py").write_text(WANDB)
+    usual = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    return usual | {
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "TFDS_DATA_DIR": str(home / "tfds"),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla_flags(1),
+        "PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]),
+        "FIFO": str(home / "fifo"),
+    }
+
+
+@pytest.fixture
+def sweep(env, tiny, tmp_path):
+    """sweep(arguments) starts a runner of three runs."""
+
+    def start(*arguments, names="lr", pause_at=None):
+        module = "spannorm_jax.sweep"
+        begin = pausing(pause_at, module) if pause_at else [sys.executable, "-m", module]
+        where = ["--config", tiny, "--out", str(tmp_path), *(f"--config.{key}={text}" for key, text in OVERRIDES)]
+        command = [*begin, names, *arguments, *where]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def worker_at_step_9(env):
+    """Makes the first worker that comes to its ninth step wait there; a function returns its pid."""
+    go = env["FIFO"] + ".go"
+    os.mkfifo(env["FIFO"])
+    os.mkfifo(go)
+
+    def wait():
+        with open(env["FIFO"], encoding="utf-8") as file:
+            pid = int(file.read())
+        os.unlink(env["FIFO"])
+        return pid
+
+    yield wait
+    for path in (env["FIFO"], go):
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+@pytest.fixture
+def let_go(env):
+    """A function that lets that worker go on: it returns when the worker has heard of it."""
+    return lambda: open(env["FIFO"] + ".go", "w", encoding="utf-8").close()
+
+
+@pytest.fixture
+def places(tiny, tmp_path):
+    return [Place(tmp_path, run.name) for run in expand("lr", "cpu", tiny, OVERRIDES).runs]
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def first_steps(place):
+    """Of each start of a run, the step that it began with."""
+    return [json.loads(line)["first_step"] for line in (place.workdir / "starts.jsonl").read_text().splitlines()]
+
+
+def assert_whole(places):
+    for place in places:
+        assert place.state() == TRAINED
+        steps = [json.loads(line)["step"] for line in (place.workdir / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, STEPS + 1))
+        assert len((place.workdir / "eval.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_runner_that_is_killed_goes_on_inside_a_run(sweep, places, worker_at_step_9, let_go):
+    runner = sweep("local")
+    worker_at_step_9()
+    runner.kill()
+    let_go()  # it hears that its runner has gone, saves and ends
+    runner.communicate(timeout=LIMIT_S)
+    with places[0].claim(wait=True):
+        pass
+    out, _ = finish(sweep("local", "--jobs", "1"))
+    assert "3 runs: 3 done" in out
+    assert_whole(places)
+    again, at = first_steps(places[0])
+    assert again == 1 and 9 < at < STEPS  # as soon as it heard of it
+    assert [first_steps(place) for place in places[1:]] == [[1], [1]]
+
+
+def test_a_runner_that_is_interrupted_saves_what_it_is_at(sweep, places, worker_at_step_9, let_go):
+    runner = sweep("local")
+    worker_at_step_9()
+    runner.send_signal(signal.SIGINT)
+    let_go()
+    out, _ = finish(runner, code=130)
+    assert out.endswith("the same command goes on from here\n")
+    finish(sweep("local"))
+    assert_whole(places)
+    assert len(first_steps(places[0])) <= 2
+
+
+def test_a_worker_that_is_killed_fails_its_run_alone(sweep, places, worker_at_step_9):
+    runner = sweep("local")
+    os.kill(worker_at_step_9(), signal.SIGKILL)
+    out, _ = finish(runner, code=1)
+    assert f"[0] {places[0].name}: failed: the process at work on it ended by SIGKILL" in out
+    assert "3 runs: 2 done, 1 failed" in out
+    assert_whole(places[1:])
+
+    out, _ = finish(sweep("local"), code=1)  # nobody asked for another try
+    assert "started" not in out and len(first_steps(places[0])) == 1
+    _, err = finish(sweep("run", "0"), code=2)
+    assert err.count("\n") == 1 and "SIGKILL" in err and "--retry" in err
+    finish(sweep("local", "--retry"))
+    assert_whole(places)
+    assert first_steps(places[0]) in ([1, 7], [1, 9])  # the save of step 8 may not have been complete
+
+
+def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, places, worker_at_step_9, let_go):
+    killed = sweep("local")
+    worker = worker_at_step_9()
+    other = sweep("local", pause_at=f"[0] {places[0].name}: started  (waits")
+    paused(other)  # it has nothing else left
+    assert_whole(places[1:])
+    _, err = finish(sweep("run", "0"), code=2)
+    assert f"run {places[0].name} is in use by process {worker} " in err and err.count("\n") == 1
+    killed.kill()
+    killed.wait(timeout=LIMIT_S)
+    let_go()
+    killed.communicate(timeout=LIMIT_S)  # its worker has its standard error
+    other.send_signal(signal.SIGCONT)
+    out, _ = finish(other)
+    assert f"[0] {places[0].name}: at work in another runner" in out and "3 runs: 3 done" in out
+    assert_whole(places)
+    assert [len(first_steps(place)) for place in places] == [2, 1, 1]
+
+
+def test_another_process_finds_the_programs_of_a_sweep_in_the_cache(sweep, places, home):
+    """Workers compile each for themselves what no other had compiled before they looked: here one at a time."""
+    out, _ = finish(sweep("run", "0"))
+    assert out.endswith(f"run 0 ({places[0].name}): done\n")
+    compiled = sorted(path.name for path in (home / "cache" / "spannorm_jax" / "xla").rglob("*-cache"))
+    assert any("train_step" in name for name in compiled)
+    finish(sweep("local"))
+    assert_whole(places)
+    assert sorted(path.name for path in (home / "cache" / "spannorm_jax" / "xla").rglob("*-cache")) == compiled
+
+
+def test_what_cannot_run_on_the_devices_is_refused_before_anything_is_written(sweep, tmp_path):
+    _, err = finish(sweep("local", "--config.mesh.fsdp=3"), code=2)
+    assert err.count("\n") == 1 and "run 0" in err and "mesh.fsdp=3" in err and "1 devices" in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""What one process does with runs, one after another: each as if alone, and a program compiled once a shape."""
+
+import dataclasses
+import json
+import signal
+import threading
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from spannorm_jax.durable import InUse
+from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.sweep import __main__ as command
+from spannorm_jax.sweep.expansion import expand
+from spannorm_jax.sweep.records import FAILED, GONE_OFF, NEW, RUNNING, STOPPED, TRAINED, Place, write_asked
+from spannorm_jax.sweep.work import work
+
+SMALLEST = {
+    "model.depth": "1",
+    "model.width": "16",
+    "model.num_heads": "1",
+    "model.ffn_dim": "16",
+    "model.vocab_size": "256",
+    "data.seq_len": "8",
+    "training.batch_size": "8",
+    "training.steps": "1",
+    "training.tokens": "0",
+    "eval.tokens": "64",
+    "eval.batch_size": "8",
+}
+EXPERTS = {"model.moe.num_experts": "2", "model.moe.expert_dim": "16"}
+
+
+@pytest.fixture(autouse=True)
+def start(monkeypatch, home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+    start_jax("auto")
+
+
+def run_all(sweep, out):
+    return [work(run, Place(out, run.name), retry=False) for run in sweep.runs]
+
+
+def files(folder):
+    """When each file was last written, but for locks, which name their last holder."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "LOCK"}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "size"),
+    [
+        *(
+            ("dense", name, "cpu")
+            for name in ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets")
+        ),
+        *(("moe", name, "cpu") for name in ("experts", "demo")),
+        ("dense", "seed", "cpu"),
+        ("dense", "depth", "gpu"),
+        ("moe", "experts", "gpu"),
+    ],
+)
+def test_the_first_run_of_each_shipped_sweep_takes_a_step(file, name, size, tmp_path):
+    run = expand(name, size, f"configs/{file}.py").runs[0]
+    experts = EXPERTS if run.config.model.moe.num_experts else {}
+    run = dataclasses.replace(run, overrides=tuple((dict(run.overrides) | SMALLEST | experts).items()))
+    place = Place(tmp_path, run.name)
+    assert work(run, place, retry=False) == (TRAINED, "")
+    assert place.last_step() == 1
+    [line] = (place.workdir / "eval.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
+
+
+def test_runs_that_differ_in_numbers_compile_once_in_a_process(tiny, tmp_path):
+    """The files of an empty cache are the programs that were compiled."""
+    usual = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def use(folder, seconds):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        compilation_cache.reset_cache()
+
+    use(str(tmp_path / "xla"), 0.0)
+    try:
+        compiled = []
+        for run in expand("lr,seed", "cpu", tiny).runs[::4]:
+            assert work(run, Place(tmp_path / "out", run.name), retry=False) == (TRAINED, "")
+            compiled.append(sorted(path.name for path in (tmp_path / "xla").glob("*-cache")))
+    finally:
+        use(*usual)
+    assert sum("train_step" in name for name in compiled[0]) == 1
+    assert compiled == compiled[:1] * 3
+
+
+def test_a_failure_and_a_divergence_are_ends_and_the_others_go_on(tiny, tmp_path, capsys):
+    sweep = expand("mixed", "cpu", tiny)
+    bad, off, good = run_all(sweep, tmp_path)
+    assert bad[0] == FAILED and "nothing" in bad[1] and (off, good) == ((GONE_OFF, ""), (TRAINED, ""))
+    before = files(tmp_path)
+    assert run_all(sweep, tmp_path) == [bad, off, good]  # again: nothing is done
+    assert files(tmp_path) == before
+    # Of the diverged run the last good checkpoint is evaluated.
+    place = Place(tmp_path, sweep.runs[1].name)
+    at = json.loads((place.workdir / "DIVERGED").read_text())["step"] - 1
+    assert [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()] == [at]
+
+    capsys.readouterr()
+    where = ["--config", tiny, "--out", str(tmp_path)]
+    assert command.main(["mixed", "status", *where]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "failed at step 0 of 6: " in said[0] and "nothing" in said[0] and said[1].endswith("  diverged")
+    assert said[-1] == "3 runs: 1 done, 1 diverged, 1 failed"
+    assert command.main(["mixed", "table", *where]) == 0
+    assert "diverged (step" in capsys.readouterr().out
+    assert command.main(["mixed", "report", *where]) == 0
+    assert (tmp_path / "reports" / "mixed-cpu" / "report.html").exists()
+
+
+def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    assert work(run, place, retry=False) == (TRAINED, "")
+    metrics = (place.workdir / "metrics.jsonl").read_bytes()
+    (place.workdir / "eval.jsonl").unlink()
+    assert place.state() == STOPPED
+    assert work(run, place, retry=False) == (TRAINED, "") and (place.workdir / "eval.jsonl").exists()
+    assert (place.workdir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_that_is_claimed_is_left_alone(tiny, tmp_path):
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    with place.claim():
+        assert place.state() == RUNNING
+        with pytest.raises(InUse, match="in use by process"):
+            work(run, place, retry=False)
+    assert place.state() == NEW
+
+
+def test_a_run_leaves_no_thread_and_no_handler_behind(tiny, tmp_path):
+    """What it opens in a process it closes, whichever way it ends."""
+
+    def ends_of_runs(out):
+        run_all(dataclasses.replace(sweep, runs=sweep.runs[1:]), out)
+        return threading.active_count(), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+
+    sweep = expand("mixed", "cpu", tiny)
+    first = ends_of_runs(tmp_path / "first")  # libraries keep the threads that they begin with
+    assert ends_of_runs(tmp_path / "second") == first
+
+
+def test_status_says_which_key_has_changed_since_a_run_had_another_name(tiny, tmp_path, capsys):
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    with place.claim():
+        write_asked(place, run)
+    changed = tmp_path / "changed.py"
+    with open(tiny, encoding="utf-8") as file:
+        changed.write_text(file.read().replace("config.training.steps = 16, 6", "config.training.steps = 16, 8"))
+    asked = place.notes / "asked.json"
+    asked.write_text(asked.read_text().replace(tiny, str(changed)))
+    assert command.main(["lr", "status", "--config", str(changed), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"was {run.name}: training.steps was 6 and is 8" in said and said.count("was") == 2
