@@ -56,4 +56,4 @@ def _declare(
     shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, fan_in: int, fan_out: int, start: float | None
 ) -> nnx.Param:
     spec = WeightSpec(shape, axes, role, site, fan_in, fan_out, start)
-    return nnx.Param(jnp.zeros(shape, jnp.float32), spec=spec)
+    return nnx.Param(jnp.full(shape, start or 0.0, jnp.float32), spec=spec)

@@ -211,9 +211,9 @@ def test_one_block_is_traced_whatever_the_depth(monkeypatch):
 def test_an_unknown_role_or_axis_is_an_error(monkeypatch, site, change):
     declare = layers.weight
 
-    def misdeclared(rngs, std, shape, axes, role, name):
+    def misdeclared(shape, axes, role, name, **fans):
         meta = {"axes": axes, "role": role} | (change if name == site else {})
-        return declare(rngs, std, shape, meta["axes"], meta["role"], name)
+        return declare(shape, meta["axes"], meta["role"], name, **fans)
 
     monkeypatch.setattr(layers, "weight", misdeclared)
     monkeypatch.setattr("spannorm_jax.model.decoder.weight", misdeclared)
