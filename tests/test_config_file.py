@@ -79,3 +79,15 @@ def test_a_failure_beside_a_config_file_names_its_file_and_line(tmp_path, monkey
         read_config_file(path)
     assert str(refusal.value).startswith(f"config file {path.removesuffix('mine.py')}{says}: ")
     assert not [name for name in sys.modules if "mine" in name or name.startswith("_config_folder")]
+
+
+@pytest.mark.parametrize(("placement", "init"), [("pre", "gpt2"), ("span", "scale"), ("span_raw", "scale")])
+def test_a_published_initialisation_is_recorded_by_its_own_name(placement, init):
+    """So the two spellings are one run: GPT-2's PreNorm (Radford et al. 2019), SpanNorm's ScaleInit."""
+    published, named = (load(f"{CONFIGS}/dense.py:tiny,placement={placement},init={i}") for i in ("published", init))
+    assert published == named
+
+
+def test_a_published_initialisation_that_is_not_here_is_refused():
+    with pytest.raises(UserError, match=r"model\.init=published: .* model\.placement=post .* plain, gpt2, scale"):
+        load(f"{CONFIGS}/dense.py:tiny,placement=post,init=published")

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--axes", default=",".join(AXES), help="which of them, with commas between")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each size is measured, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that each size is timed for")
     args = parser.parse_args(rest)
     unknown = sorted({*args.axes.split(",")} - {*AXES})
     if unknown:

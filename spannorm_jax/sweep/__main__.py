@@ -28,7 +28,7 @@ from spannorm_jax.resolution import num_steps
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.sweep.definition import SIZES
 from spannorm_jax.sweep.expansion import Run, Sweep, expand, shown
-from spannorm_jax.sweep.records import ENDED, FAILED, NEW, STATES, STOPPED, Place, asked_before, former
+from spannorm_jax.sweep.records import ENDED, FAILED, NEW, STATES, STOPPED, STOPPED_EXIT, Place, asked_before, former
 
 VERBS = ("list", "cost", "local", "run", "slurm", "status", "table", "report")
 _OF_VERB = {  # flags that mean nothing with other verbs, by their default
@@ -43,7 +43,6 @@ _OF_VERB = {  # flags that mean nothing with other verbs, by their default
     "num_processes": (None, ("run",)),
     "process_id": (None, ("run",)),
 }
-_STOPPED_EXIT = 75  # of `run`, if a signal stopped it: the scheduler starts it again
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -153,7 +152,7 @@ def _run(sweep: Sweep, args: argparse.Namespace) -> int:
     if state == FAILED:
         raise UserError(f"run {run.index} ({run.name}) has failed: {reason}; --retry tries it again")
     print(f"run {run.index} ({run.name}): {state}")
-    return _STOPPED_EXIT if state == STOPPED else 0
+    return STOPPED_EXIT if state == STOPPED else 0
 
 
 def _flags_again(args: argparse.Namespace) -> Sequence[str]:

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from spannorm_jax.config import Config, ExecutionConfig, ModelConfig
 from spannorm_jax.config_file import resolve_without_data
-from spannorm_jax.model.definition import count_params, define, flops_per_token
+from spannorm_jax.model.definition import define, flops_per_token
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.expansion import Run, Sweep
+from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.optimizer import make_optimizer
 
 _STEPS, _WARMUP = 8, 2  # that are timed, and before them
-_MOMENTS = {"adamw": 2, "lion": 1}  # arrays of a weight's size in the optimiser's state
 _LINE = 1000  # bytes of a logged step, in metrics.jsonl and in TensorBoard's file together
 
 
@@ -33,14 +37,15 @@ def cost(config: Config) -> Cost:
     """That of a run by its config as loaded. Evaluation of a whole split (eval.tokens=0) is not counted."""
     resolved = resolve_without_data(config, platform="cpu")
     steps, checkpoint = num_steps(config), config.checkpoint
-    params, flops = _size(dataclasses.replace(resolved.model, init="plain"), config.data.seq_len)
+    model = dataclasses.replace(resolved.model, init="plain")
+    flops, state_bytes = _size(model, config.data.seq_len, config.optim.name)
     tokens = steps * config.training.batch_size * config.data.seq_len
     kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every else 0)
     kept = min(kept, 1 + (steps // checkpoint.every_steps if checkpoint.every_steps else 0))
     return Cost(
         train_flops=float(flops * tokens),
         eval_flops=float(flops * config.eval.tokens) / 3,  # the forward pass alone
-        disk=4.0 * params * (1 + _MOMENTS[config.optim.name]) * kept + steps / config.metrics.log_every * _LINE,
+        disk=float(state_bytes * kept + steps / config.metrics.log_every * _LINE),
     )
 
 
@@ -51,10 +56,14 @@ def run_flops(config: Config) -> float:
 
 
 @functools.cache
-def _size(model: ModelConfig, seq_len: int) -> tuple[int, int]:
-    """Parameters, and training FLOPs a token."""
-    made = define(model, ExecutionConfig())
-    return count_params(made), flops_per_token(made, seq_len)
+def _size(cfg: ModelConfig, seq_len: int, optimizer: str) -> tuple[int, int]:
+    """Training FLOPs a token, and bytes of the weights and the optimiser's state."""
+    model = define(cfg, ExecutionConfig())
+    weights = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+    # Neither the schedule nor any number changes the state's form.
+    init = make_optimizer(optimizer, "cosine", model, numbers_of(Config())).init
+    state = jax.tree.leaves((weights, jax.eval_shape(init, weights)))
+    return flops_per_token(model, seq_len), sum(x.size * x.dtype.itemsize for x in state)
 
 
 def _program(config: Config) -> tuple[object, ...]:
@@ -85,8 +94,6 @@ def report(sweep: Sweep, rate: float | None) -> str:
     from spannorm_jax.parallel.platform import start_jax  # no device is touched before there is something to time
 
     start_jax(timed.config.platform)
-    import jax
-
     if sweep.size == "gpu" and jax.default_backend() == "cpu":
         return "\n".join([*lines, "time   not known without an accelerator; --rate 4e14 (FLOP/s) tells"])
     rate, compile_s = timed_rate(timed.config)
@@ -110,8 +117,6 @@ def timed_rate(config: Config) -> tuple[float, float]:
 
     JAX has started.
     """
-    import jax
-
     from spannorm_jax.training.batches import Batches
     from spannorm_jax.training.session import Flags, match_machine
 

@@ -27,6 +27,7 @@ TRAINED, GONE_OFF = "done", "diverged"
 ENDED = (TRAINED, GONE_OFF)  # results: a run that diverged is one
 STATES = (TRAINED, GONE_OFF, FAILED, RUNNING, STOPPED, NEW)
 REPORTS = "reports"
+STOPPED_EXIT = 75  # of train and of `run`, if a signal stops them before the end: a scheduler starts them again
 _NOTES, _FAILED, _ASKED, _LOG = ".sweep", "FAILED", "asked.json", "log.txt"
 
 

@@ -8,9 +8,7 @@ from spannorm_jax import evaluate, train
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
 from spannorm_jax.sweep.expansion import Run
-from spannorm_jax.sweep.records import ENDED, FAILED, STOPPED, Place, write_asked
-
-_STOPPED_EXIT = 75  # of train, if a signal stops it before its end
+from spannorm_jax.sweep.records import ENDED, FAILED, STOPPED, STOPPED_EXIT, Place, write_asked
 
 
 def work(run: Run, place: Place, *, retry: bool, wait: bool = False, processes: Sequence[str] = ()) -> tuple[str, str]:
@@ -58,8 +56,8 @@ def _begin(run: Run, place: Place, retry: bool) -> str:
 def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> bool:
     """False if a signal stopped it. Raises what train and evaluate raise."""
     if not distributed.from_first(place.trained):
-        argv = [*run.argv, "--workdir", str(place.workdir), f"--stop_code={_STOPPED_EXIT}", *processes]
-        if train.main(argv) == _STOPPED_EXIT:
+        argv = [*run.argv, "--workdir", str(place.workdir), f"--stop_code={STOPPED_EXIT}", *processes]
+        if train.main(argv) == STOPPED_EXIT:
             return False
     if distributed.from_first(place.to_evaluate):
         evaluate.main(["--workdir", str(place.workdir), *processes])
