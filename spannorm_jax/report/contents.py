@@ -10,7 +10,7 @@ from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats
 from spannorm_jax.report.rows import STALL_MARGIN, Group, Row, differing_keys, fact
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Difference, Study, differences, overall
+from spannorm_jax.report.study import Difference, Study, best_lr, differences, optimum, overall, sensitivities
 from spannorm_jax.report.tables import MORE_NUMBERS, NUMBERS, is_numeric, run_name, seeds_line, table_cells
 
 _DEFINITIONS = {
@@ -60,6 +60,7 @@ def contents(about: Study, said: Sequence[tuple[str, str]], root: Path, title: s
         "several_lrs": about.varies("lr"),
         "varied_place": about.varies("depth") or about.varies("width"),
         "differences": [_difference(about, own, shared) for own, shared in differences(about)],
+        "learning_rates": _learning_rates(about),
         "overall": [
             {
                 "method": o.method.label,
@@ -115,6 +116,38 @@ def _difference(about: Study, own: Difference, shared: Difference | None) -> dic
         "own": cells(own),
         "shared": cells(shared) if shared else None,
     }
+
+
+def _learning_rates(about: Study) -> list[dict[str, str]]:
+    """Of each method and place where the learning rate varies: its best one, the optimum's and the sensitivity's
+    interval."""
+    if not about.varies("lr"):
+        return []
+    found = {(method, place): interval for method, place, interval in sensitivities(about)}
+    lines = []
+    for place in about.places:
+        for method in about.methods:
+            best, least = best_lr(about, method, place), optimum(about, method, place)
+            if best is not None:
+                lines.append(
+                    {
+                        "method": method.label,
+                        "place": about.place_text(place),
+                        "best": f"{best:g}",
+                        "optimum": _bounds(least, ".2e"),
+                        "sensitivity": _bounds(found.get((method, place)), ".3f"),
+                    }
+                )
+    return lines
+
+
+def _bounds(found: Interval | None, form: str) -> str:
+    if found is None:
+        return "–"
+    mean = format(found.mean, form)
+    if found.low is None or found.high is None:
+        return mean
+    return f"{mean} [{format(found.low, form)}, {format(found.high, form)}]"
 
 
 def _below(about: Study) -> list[str]:

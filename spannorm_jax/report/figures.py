@@ -4,6 +4,7 @@ Here are those of what a sweep goes over; curve_figures.py has the curves.
 """
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
 from spannorm_jax.report.looks import Figure, Views, finished, in_panels, looks_of, tooltip, with_axes, with_panels
-from spannorm_jax.report.palette import OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
+from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.study import Study
 
 _AXIS_TITLE = {"depth": "depth (blocks)", "width": "width", "lr": "peak learning rate"}
@@ -200,6 +201,58 @@ def _by_place(
     return Figure(name, title, caption, {"main": table}, {}, {(): view})
 
 
+def differences(about: Study) -> Figure | None:
+    """A forest: the difference of each method from its baseline with its interval, one panel a depth and width."""
+    table = frames.differences_table(about)
+    if table.is_empty():
+        return None
+    looks, several = looks_of(about), about.varies("lr")
+    present, panels = set(table["method"]), list(dict.fromkeys(table["panel"]))
+    order = [m.label for m in about.methods if m.label in present]
+    x: dict[str, Any] = {
+        "title": f"difference in {about.measure} loss (nats/token)",
+        "scale": alt.Scale(nice=False, padding=12),
+    }
+    kinds = alt.Scale(domain=[frames.OWN, frames.SHARED], range=[1, 0])
+    base = alt.Chart().encode(
+        y=alt.Y("method:N", sort=order, title=None, scale=alt.Scale(domain=order), axis=alt.Axis(labelLimit=320)),
+        color=looks.colour(legend=False),
+    )
+    if several:
+        base = base.encode(yOffset=alt.YOffset("comparison:N", sort=[frames.OWN, frames.SHARED]))
+    tips = tooltip(about, baseline="", comparison="", difference="+.3f", low="+.3f", high="+.3f", seeds="d")
+    filled = alt.FillOpacity("comparison:N", scale=kinds, legend=alt.Legend(title=None) if several else None)
+    layers = [
+        alt.Chart().mark_rule(color=GREY, strokeDash=[3, 3]).encode(x=alt.datum(0)),
+        base.mark_rule(strokeWidth=2.2, clip=True).encode(x=alt.X("low:Q", **x), x2="high:Q"),
+        base.mark_point(size=70, opacity=1, strokeWidth=1.6, clip=True).encode(
+            x=alt.X("difference:Q", **x),
+            fill=looks.fill(),
+            fillOpacity=filled,
+            shape=looks.shape(),
+            tooltip=tips,
+        ),
+    ]
+    title = "Differences from the baseline"
+    first = finished(in_panels(layers, panels), title)
+    first.get("spec", first)["height"] = (26 if several else 18) * len(order)
+    # Half of the differences lie within it: one method that failed would press the others together.
+    near = max(2 * statistics.median(map(abs, table["difference"].to_list())), 1e-3)
+    domains: dict[str, dict[str, Any]] = {"all": {}, "near zero": {"domain": [-near, near]}}
+
+    def within(domain: dict[str, Any]) -> dict[str, Any]:
+        return with_axes(first, lambda channel, x: x | {"scale": x["scale"] | domain} if channel == "x" else x)
+
+    views: Views = {(view,): within(domain) for view, domain in domains.items()}
+    caption = (
+        "Method less its baseline, below zero the method is better: the mean over the seeds that both finished, seed "
+        f"by seed, and its 95% t interval. Baseline: {about.baseline_text}. "
+    )
+    if several:
+        caption += f"Filled: {frames.OWN}; hollow: {frames.SHARED}."
+    return Figure("differences", title, caption, {"main": table}, {"view": tuple(domains)}, views)
+
+
 # ---- stability --------------------------------------------------------------------------------
 
 _LETTER = "datum.label + ' (' + upper(slice(datum.label, 0, 1)) + ')'"
@@ -280,6 +333,7 @@ FIGURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "lr_sensitivity": (lr_sensitivity, "Learning rate sensitivity: needs three learning rates that all methods share."),
     "loss_by_depth": (functools.partial(loss_by, axis="depth"), "Loss against depth: needs two depths."),
     "loss_by_width": (functools.partial(loss_by, axis="width"), "Loss against width: needs two widths."),
+    "differences": (differences, "Differences from the baseline: needs two methods and a seed that both finished."),
     "outcomes": (outcomes, "Outcome map: needs two depths, widths or learning rates."),
     "profile": (profile, "Profile: needs finished runs at two depths, widths or learning rates."),
     "block_grad_norm": (curve_figures.block_grad_norm, "Gradient norm of each block: no run recorded it."),

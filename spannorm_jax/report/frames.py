@@ -9,7 +9,7 @@ import polars as pl
 from spannorm_jax.report import stats
 from spannorm_jax.report.palette import OUTCOME_ORDER
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Place, Study, best_lr, method_of, optimum, sensitivities
+from spannorm_jax.report.study import Method, Place, Study, best_lr, differences, method_of, optimum, sensitivities
 
 _CROWD = 9  # methods in one panel
 _GRAVEST = ("diverged", "stalled", "unfinished", "trained")
@@ -20,11 +20,15 @@ def panel(about: Study, method: Method, place: Place, without: Sequence[str] = (
 
     Many methods have a panel an initialisation: no more curves can be told apart in one.
     """
-    words = {"depth": f"{place.depth} blocks", "width": f"width {place.width}"}
-    parts = [text for axis, text in words.items() if about.varies(axis) and axis not in without]
+    parts = _place_words(about, place, without)
     if len({m[:2] for m in about.methods}) > _CROWD:
         parts.append(f"init {method.init}")
     return ", ".join([*parts, *([method.other] if method.others else [])])
+
+
+def _place_words(about: Study, place: Place, without: Sequence[str] = ()) -> list[str]:
+    words = {"depth": f"{place.depth} blocks", "width": f"width {place.width}"}
+    return [text for axis, text in words.items() if about.varies(axis) and axis not in without]
 
 
 def _names(method: Method, place: Place) -> dict[str, object]:
@@ -115,6 +119,25 @@ def optima_table(about: Study) -> pl.DataFrame:
 def sensitivity_table(about: Study) -> pl.DataFrame:
     lines = [_interval(method, place, found, "sensitivity") for method, place, found in sensitivities(about)]
     return pl.DataFrame(lines, schema=_INTERVAL | {"sensitivity": pl.Float64})
+
+
+OWN, SHARED = "each at its own best learning rate", "both at the baseline's best"
+
+
+def differences_table(about: Study) -> pl.DataFrame:
+    """Of each method and place its difference from the baseline, of both comparisons where the learning rate varies."""
+    lines = []
+    for own, shared in differences(about):
+        for kind, found in ((OWN, own), (SHARED, shared if about.varies("lr") else None)):
+            if found is not None and found.interval is not None:
+                line = _interval(found.method, found.place, found.interval, "difference")
+                panel = ", ".join(_place_words(about, found.place))
+                lines.append(line | {"baseline": found.partner.label, "comparison": kind, "panel": panel})
+    return pl.DataFrame(
+        lines,
+        schema=_INTERVAL
+        | {"difference": pl.Float64, "baseline": pl.String, "comparison": pl.String, "panel": pl.String},
+    )
 
 
 def outcomes_table(about: Study) -> pl.DataFrame:

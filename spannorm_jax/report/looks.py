@@ -57,6 +57,10 @@ class Looks:
         shown = alt.Legend(title="placement", **look) if legend else None
         return alt.Color("placement:N", scale=scale, sort=self.placements, legend=shown)
 
+    def fill(self) -> alt.Fill:
+        scale = alt.Scale(domain=self.placements, range=colours(self.placements))
+        return alt.Fill("placement:N", scale=scale, sort=self.placements, legend=None)
+
     def dash(self) -> alt.StrokeDash:
         scale = alt.Scale(domain=self.inits, range=[list(dash) for dash in dashes(self.inits)])
         legend = alt.Legend(title="init", symbolType="stroke", symbolStrokeColor=GREY, symbolStrokeWidth=2.5)

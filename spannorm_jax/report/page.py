@@ -4,6 +4,7 @@
     NAME.svg, NAME.png  each figure for print
     runs.csv            one line a run
     curves.csv          the loss curves, as they are drawn
+    tables.md           the page's tables, in Markdown
 
 The same folders always give the same bytes, with the same versions of the libraries.
 """
@@ -23,7 +24,7 @@ import polars as pl
 import vl_convert
 
 from spannorm_jax.errors import UserError, visible
-from spannorm_jax.report import curves, frames
+from spannorm_jax.report import curves, frames, markdown
 from spannorm_jax.report.contents import contents
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
@@ -87,6 +88,9 @@ def write_files(about: Study, said: Sequence[tuple[str, str]], folders: Sequence
         runs.with_columns(pl.Series("folder", paths)).write_csv(out / "runs.csv")
         curves.loss_curves(about).write_csv(out / "curves.csv")
         shown = contents(about, said, root, title)
+        named = markdown.tables(shown).items()
+        text = "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n\n{table}" for name, table in named)
+        (out / "tables.md").write_text(visible(f"# {title}\n\n{text}\n"), encoding="utf-8")
         page.write_text(visible(_html(shown, drawn, left_out)), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error

@@ -24,6 +24,7 @@ SWEPT = {
     "lr_optimum",
     "lr_sensitivity",
     "loss_by_depth",
+    "differences",
     "outcomes",
     "profile",
     "block_grad_norm",
@@ -80,7 +81,7 @@ def test_a_sweep_has_its_figures_and_tables(sweep):
     assert path == root.parent / "out" / "report.html"
     assert set(page.figures) == SWEPT
     names = {f"{name}.{kind}" for name in SWEPT for kind in ("svg", "png")}
-    assert {p.name for p in path.parent.iterdir()} == names | {"report.html", "runs.csv", "curves.csv"}
+    assert {p.name for p in path.parent.iterdir()} == names | {"report.html", "runs.csv", "curves.csv", "tables.md"}
     header, *rows = page.tables["results"]
     assert header == ["placement", "init", "also differs", "seeds", "train loss", "held-out loss", "held-out bits/byte",
                       "tokens/s", "spikes", "clipped", "gradient p99.9", "outcome"]  # fmt: skip
@@ -96,6 +97,9 @@ def test_a_sweep_has_its_figures_and_tables(sweep):
     assert [row[:3] for row in rows] == [[f"{p} / plain", "pre / plain", d] for d in "36" for p in ("post", "span")]
     assert rows[1][3:] == ["0.01", "0.01", *(["−0.500 [−0.500, −0.500]", "3 of 3"] * 2)]
     assert page.tables["overall"][2][:4] == ["span / plain", "pre / plain", "−0.500 [−0.500, −0.500]", "6"]
+    header, *rows = page.tables["learning_rates"]
+    assert [row[:3] for row in rows[2::3]] == [["span / plain", d, "0.01"] for d in "36"]
+    assert re.fullmatch(r"8\.91e-03 \[6\.70e-03, 1\.19e-02\]", rows[2][3]) and rows[2][4].startswith("0.067 [")
     text = path.read_text(encoding="utf-8")
     assert "Loss against width: needs two widths." in text and "--baseline placement=pre,init=plain" in text
 
@@ -130,6 +134,20 @@ def test_the_tables_beside_the_page_hold_the_runs_and_the_curves(sweep):
         curves = list(csv.DictReader(file))
     assert len({curve["curve"] for curve in curves}) == 18
     assert [c["step"] for c in curves if c["curve"] == "0"] == [str(step) for step in range(1, STEPS + 1)]
+
+
+def test_the_tables_in_markdown_are_those_of_the_page(sweep):
+    _, path, page = sweep
+    sections = (path.parent / "tables.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    written = {}
+    for section in sections:
+        title, *lines = section.strip().splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+        written[title.lower().replace(" ", "_")] = [rows[0], *rows[2:]]  # without the line below the header
+    assert written.keys() == page.tables.keys() - {"definitions"}
+    for name in ("results", "learning_rates", "overall"):
+        assert written[name][1:] == page.tables[name][1:]
+    assert [row[:3] for row in written["differences"]] == [row[:3] for row in page.tables["differences"]]
 
 
 def test_the_page_needs_nothing_beside_it_and_may_fetch_nothing(sweep):
@@ -175,7 +193,7 @@ def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
     (tmp_path / "out" / "loss.png").write_bytes(b"an older report's")
     html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
     assert "unfinished (step 0 of 20)" in html and "Training loss: no run logged a step." in html
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "runs.csv", "curves.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "runs.csv", "curves.csv", "tables.md"}
 
 
 @pytest.mark.parametrize(

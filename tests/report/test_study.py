@@ -153,6 +153,21 @@ def test_the_outcome_map_has_no_hole(tmp_path):
     assert cells["pre", 6, 1e-1] == ("trained", "T 3/3")
 
 
+def test_the_forest_has_both_comparisons_of_each_method_and_place(tmp_path, sweep):
+    table = frames.differences_table(sweep)
+    assert table.select("method", "comparison").rows() == [
+        (f"{p} / plain", kind) for p in ("post", "span") for kind in (frames.OWN, frames.SHARED)
+    ]
+    assert table["difference"].to_list() == pytest.approx([0.5, 0.5, -0.5, -0.5])
+    assert set(table["panel"]) == {""} and set(table["seeds"]) == {3}
+    places = study(rows_of(write_lr_sweep(tmp_path, lrs=(1e-2,), depths=(3, 6))))
+    table = frames.differences_table(places)
+    assert table.select("panel", "comparison").unique(maintain_order=True).rows() == [
+        ("3 blocks", frames.OWN),
+        ("6 blocks", frames.OWN),
+    ]
+
+
 def test_the_profile_is_of_all_runs(sweep):
     table = frames.profile_table(sweep)
     ends = table.group_by("placement").agg(pl.col("share").last(), pl.col("runs").first())
