@@ -5,6 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spannorm_jax.config_file import default_config, parse_arg
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.initialisation import PUBLISHED
 
 # Dense decoders from 124 million parameters up.
 DENSE = {
@@ -15,15 +17,22 @@ DENSE = {
 
 
 def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
-    """The preset of a config file's argument, and its config: all that any decoder has."""
-    arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="span", init="scale")
+    """The preset of a config file's argument, and its config: all that any decoder has.
+
+    `rival=NAME` is a placement with the initialisation that its authors published.
+    """
+    arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="", init="", rival="")
+    if arg.rival and (arg.placement or arg.init):
+        raise UserError(
+            f"rival={arg.rival} says both placement and init; leave those out, or write placement={arg.rival},init=..."
+        )
     preset = presets[arg.preset]
     config = default_config()
     config.model.depth = arg.depth or preset["depth"]
     config.model.width = arg.width or preset["width"]
     config.model.num_heads = max(1, config.model.width // preset["head_dim"])
-    config.model.placement = arg.placement
-    config.model.init = arg.init
+    config.model.placement = arg.rival or arg.placement or "span"
+    config.model.init = PUBLISHED if arg.rival else arg.init or "scale"
     config.data.seq_len = preset["seq_len"]
     config.training.batch_size = preset["batch_size"]
     config.optim.lr = preset["lr"]

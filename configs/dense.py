@@ -3,6 +3,7 @@
     python -m spannorm_jax.train --config configs/dense.py:tiny,placement=span,init=scale --workdir runs/tiny
 
 The argument is a preset, then any of depth, width, placement, init:  configs/dense.py:350m,depth=48,placement=pre
+rival=NAME is a placement with the initialisation that its authors published:  configs/dense.py:tiny,rival=deepnorm
 Everything else is an override:  --config.optim.lr=1e-3 --config.data.seq_len=2048
 
 preset  blocks  width  heads (kv)  ffn   vocabulary     parameters
@@ -26,7 +27,6 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from spannorm_jax.model.initialisation import INITS
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.sweep.definition import (
     Point,
@@ -71,16 +71,41 @@ ARMS = ("pre", "post", "span")
 RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 
 
-def _recipe(size: str) -> list[Point]:
-    """What all runs of a size share: in size cpu 250 steps of tiny, as in the demo."""
+def _recipe(size: str, steps: int = 250) -> list[Point]:
+    """What all runs of a size share: in size cpu 250 steps of tiny, as in the demo, if not said otherwise."""
     if size == "cpu":
-        return fixed("tiny", {"training.steps": 250, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
+        return fixed("tiny", {"training.steps": steps, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1})
     return fixed("ladder")
 
 
+def _two_depths(size: str, steps: int = 250) -> list[Point]:
+    """A moderate and a great depth at one width and number of tokens."""
+    if size == "cpu":
+        return product(_recipe(size, steps), arguments(depth=(24, 96)))
+    return product(_recipe(size), fixed("width=768", {"training.tokens": 10**9}), arguments(depth=(24, 96)))
+
+
 def sweep_placement_init(size: str) -> Iterable[Point]:
-    """Every placement with every initialisation, three seeds. 72 runs: 44 min, 99 h."""
-    return product(_recipe(size), arguments(placement=PLACEMENTS, init=INITS), seeds(3))
+    """Every placement with every initialisation that is no rival's own, three seeds. 153 runs: 1.6 h, 210 h."""
+    return product(_recipe(size), arguments(placement=PLACEMENTS, init=("plain", "gpt2", "scale")), seeds(3))
+
+
+def sweep_rivals(size: str) -> Iterable[Point]:
+    """Every placement with what it was published with, at two depths and three learning rates. 306 runs: 4.4 h, 651 h.
+
+    Where the authors have no initialisation of their own it is plain. In size cpu a run has half the steps of the demo.
+    """
+    own = [name for name, placement in PLACEMENTS.items() if placement.published_init]
+    others = [name for name in PLACEMENTS if name not in own]
+    recipes = chain(arguments(rival=own), arguments(placement=others, init=("plain",)))
+    return product(_two_depths(size, steps=125), recipes, options({"optim.lr": RATES[size][1:4]}), seeds(3))
+
+
+def sweep_depth_factor(size: str) -> Iterable[Point]:
+    """Where ScaleInit's factor stands, how it falls with depth, and a control. 126 runs: 3.2 h, 268 h."""
+    places = {"model.depth_factor": ("weight", "multiplier"), "model.variance_exponent": (0.0, 0.5, 1.0)}
+    choices = chain(product(arguments(init=("scale",)), options(places)), arguments(init=("shrink",)))
+    return product(_two_depths(size), arguments(placement=ARMS), choices, seeds(3))
 
 
 def sweep_depth(size: str) -> Iterable[Point]:

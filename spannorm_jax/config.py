@@ -69,7 +69,13 @@ class ModelConfig:
     init: str = "scale"  # a key of model.initialisation.INITS, or published: that of the placement's authors
     # ScaleInit's c: branch variance summed over the stream's additions
     variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32")
+    # ScaleInit's p: the budget is variance_budget x depth^-p
+    variance_exponent: float = option(0.0, least=-4.0, most=4.0)
+    # ScaleInit's factor: in the weight that a branch starts with, or a constant times the branch, which training keeps
+    depth_factor: str = option("weight", choices=("weight", "multiplier"))
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
+    # of placement mix: the part of the blocks, from the first, that are PostNorm's
+    mix_share: float = option(0.25, least=0.0, most=1.0)
     # rmsnorm | layernorm (both with a gain, neither with a bias)
     norm: str = option("rmsnorm", choices=("rmsnorm", "layernorm"))
     norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row of zeros overflows float32")

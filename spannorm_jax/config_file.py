@@ -232,6 +232,26 @@ def _check_names(config: Config) -> None:
             raise UserError(
                 f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}"
             )
+    _check_multiplier(config.model)
+
+
+def _check_multiplier(model: ModelConfig) -> None:
+    """Raises UserError if ScaleInit's factor is to stand at a branch, and there is none that it could multiply."""
+    if model.depth_factor != "multiplier":
+        return
+    if model.init != "scale":
+        raise UserError(
+            f"config key model.depth_factor=multiplier is ScaleInit's, and model.init={model.init}; "
+            "write model.init=scale, or model.depth_factor=weight"
+        )
+    sites = model.init_targets or tuple(PLACEMENTS[model.placement].additions.values())
+    inside = [site for site in sites if site not in ("attn_out", "ffn_out")]
+    if inside:
+        leave = ", or leave model.init_targets out" if model.init_targets else ""
+        raise UserError(
+            f"config key model.depth_factor=multiplier multiplies whole branches, and {inside[0]} is not the last "
+            f"weight of one; write model.depth_factor=weight{leave}"
+        )
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -134,26 +134,26 @@ def router_loss(seen, options):
 
 
 # ---- placements: how the stream is entered, one block, how it is left -------------------------------
-# n(name, x) is a norm of the block, g(name, x) a gain of it, N(name, x) a norm of the ends; l counts from 0.
+# n(name, x) is a norm of the block, g(name, x) a gain of it, N(name, x) a norm of the ends; l counts from 0, of L.
 
 
-def pre(X, A, F, n, g, l):
+def pre(X, A, F, n, g, l, L):
     X = X + A(n("before_attn", X))
     return X + F(n("before_ffn", X))
 
 
-def post(X, A, F, n, g, l):
+def post(X, A, F, n, g, l, L):
     X = n("after_attn", X + A(X))
     return n("after_ffn", X + F(X))
 
 
-def span(X, A, F, n, g, l):
+def span(X, A, F, n, g, l, L):
     """Y = N(X + A(X')), X = N(X + F(Y)); X' = X after the norm at the entry."""
     Y = n("after_attn", X + A(X))
     return n("after_ffn", X + F(Y))
 
 
-def span_raw(stream, A, F, n, g, l):
+def span_raw(stream, A, F, n, g, l, L):
     """The skip of block 1 carries the raw embeddings, its attention reads the normed ones."""
     X, X_attn = stream
     Y = n("after_attn", X + A(X_attn))
@@ -161,30 +161,82 @@ def span_raw(stream, A, F, n, g, l):
     return X, X
 
 
-def peri(X, A, F, n, g, l):
+def peri(X, A, F, n, g, l, L):
     for before, f, after in (("before_attn", A, "after_attn"), ("before_ffn", F, "after_ffn")):
         X = X + n(after, f(n(before, X)))
     return X
 
 
-def hybrid(X, A, F, n, g, l):
+def hybrid(X, A, F, n, g, l, L):
     """Y = X + A(X) with queries, keys and values normed; Z = N(Y); X = Z + F(Z)."""
     Z = n("after_attn", X + A(X))
     return Z + F(Z)
 
 
-def layerscale(X, A, F, n, g, l):
+def layerscale(X, A, F, n, g, l, L):
     X = X + g("scale_attn", A(n("before_attn", X)))
     return X + g("scale_ffn", F(n("before_ffn", X)))
 
 
-def siamese(stream, A, F, n, g, l):
+def siamese(stream, A, F, n, g, l, L):
     """O = f(N(X + N(Y))), X = N(X + O / sqrt(2 (l + 1))), Y = Y + O."""
     X, Y = stream
     for f, name in ((A, "attn"), (F, "ffn")):
         O = f(n(f"before_{name}", X + n(f"side_{name}", Y)))
         X, Y = n(f"after_{name}", X + O / math.sqrt(2 * (l + 1))), Y + O
     return X, Y
+
+
+def deepnorm(X, A, F, n, g, l, L):
+    """X = N(a X + f(X)), a = (2L)^(1/4)."""
+    X = n("after_attn", (2 * L) ** (1 / 4) * X + A(X))
+    return n("after_ffn", (2 * L) ** (1 / 4) * X + F(X))
+
+
+def olmo2(X, A, F, n, g, l, L):
+    X = X + n("after_attn", A(X))
+    return X + n("after_ffn", F(X))
+
+
+def b2t(X, A, F, n, g, l, L):
+    Y = n("after_attn", X + A(X))
+    return n("after_ffn", X + Y + F(Y))
+
+
+def residual(stream, A, F, n, g, l, L):
+    """R = R + f(X), X = N(X + f(X))."""
+    X, R = stream
+    for f, name in ((A, "after_attn"), (F, "after_ffn")):
+        O = f(X)
+        X, R = n(name, X + O), R + O
+    return X, R
+
+
+MIX_SHARE = 0.4
+
+
+def mix(X, A, F, n, g, l, L):
+    """PostNorm in the first blocks, in whole ones, then PreNorm."""
+    for f, name in ((A, "attn"), (F, "ffn")):
+        X = n(name, X + f(X)) if l + 1 <= MIX_SHARE * L else X + f(n(name, X))
+    return X
+
+
+def lns(X, A, F, n, g, l, L):
+    """X = X + f(N(X) / sqrt(l)), l from 1."""
+    X = X + A(n("before_attn", X) / math.sqrt(l + 1))
+    return X + F(n("before_ffn", X) / math.sqrt(l + 1))
+
+
+def keel(X, A, F, n, g, l, L):
+    """X = N(2L X + f(N X))."""
+    X = n("after_attn", 2 * L * X + A(n("before_attn", X)))
+    return n("after_ffn", 2 * L * X + F(n("before_ffn", X)))
+
+
+def rezero(X, A, F, n, g, l, L):
+    X = X + g("scale_attn", A(X))
+    return X + g("scale_ffn", F(X))
 
 
 def as_it_is(X, N):
@@ -204,6 +256,15 @@ EQUATIONS = {
     "hybrid": (as_it_is, hybrid, as_it_is),
     "layerscale": (as_it_is, layerscale, final),
     "siamese": (lambda X, N: (X, X), siamese, lambda stream, N: stream[0] + N("final", stream[1])),
+    "deepnorm": (as_it_is, deepnorm, as_it_is),
+    "olmo2": (as_it_is, olmo2, final),
+    "b2t": (as_it_is, b2t, as_it_is),
+    "residual": (lambda X, N: (X, X), residual, lambda stream, N: stream[0] + N("final", stream[1])),
+    "mix": (as_it_is, mix, final),
+    "lns": (as_it_is, lns, final),
+    "keel": (as_it_is, keel, as_it_is),
+    "rezero": (as_it_is, rezero, as_it_is),
+    "subln": (as_it_is, pre, final),  # its other norms are in the sub-layers
 }
 
 
@@ -244,7 +305,7 @@ def _stream(params, tokens_T, options, seen):
         def g(name, x, w=w):
             return w["norms"][name] * x
 
-        stream = block(stream, attn, ffn, n, g, layer)
+        stream = block(stream, attn, ffn, n, g, layer, depth)
     return leave(stream, end_norm)
 
 

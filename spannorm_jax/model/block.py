@@ -8,6 +8,7 @@ from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig
+from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
@@ -18,12 +19,12 @@ class Block(nnx.Module):
     """One Transformer block: two sub-layers, and the norms where the placement puts them."""
 
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False):
-        self.placement, self.depth = cfg.placement, cfg.depth
+        self.cfg = cfg
         self.attn = Attention(cfg, execution)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
         placement = PLACEMENTS[cfg.placement]
-        gains = {name: start(cfg.depth) for name, start in placement.block_gains.items()}
-        self.norms = Norms(cfg, placement.block_norms, gains)
+        gains = {name: start(cfg) for name, start in placement.block_gains.items()}
+        self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
 
     def feed_forward(self, x_BxTxD: Array) -> tuple[Array, Stats | None]:
         """The block's own feed-forward branch, and what its router did if it has experts."""
@@ -50,5 +51,10 @@ class Block(nnx.Module):
             out, stats = ffn(x_BxTxD)
             return out
 
+        def times(f: Callable[[Array], Array], factor: float | None) -> Callable[[Array], Array]:
+            return f if factor is None else lambda x_BxTxD: f(x_BxTxD) * factor
+
+        factors = branch_multipliers(self.cfg)
+        branches = times(attn, factors.get("attn")), times(branch, factors.get("ffn"))
         with jax.named_scope("block"):
-            return PLACEMENTS[self.placement].block(stream, attn, branch, self.norms, layer, self.depth), stats
+            return PLACEMENTS[self.cfg.placement].block(stream, *branches, self.norms, layer, self.cfg), stats

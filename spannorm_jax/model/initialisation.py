@@ -12,7 +12,9 @@ here with its free choices as config keys):
          sqrt(c / n): c = `variance_budget`, n = the number of residual additions the stream passes. SpanNorm's stream
          is added to once a block (n = L), by the feed-forward; PreNorm's and PostNorm's twice (n = 2L). Where a
          branch ends in a norm, or in a gain of its own, its weights do not set its size: that gain starts at
-         sqrt(c / n). `init_targets` names weights instead.
+         sqrt(c / n). `init_targets` names weights instead. With `variance_exponent` p the budget itself falls with
+         depth, c L^-p. With `depth_factor=multiplier` the factor stands in the forward pass, a constant times the
+         branch, and not in the weight that starts it: Adam's steps do not grow a weight back past it.
 A Mixture of Experts is a feed-forward branch like any other: expert_out and shared_out have the gain that makes the
 weighted sum of a token's experts, which are independent, a branch of unit variance, and they are damped where ffn_out
 is. So a block with experts adds to the stream what a dense one adds, under either router.
@@ -81,8 +83,16 @@ def residual_additions(cfg: ModelConfig) -> int:
 
 
 def depth_factor(cfg: ModelConfig) -> float:
-    """sqrt(c / n): what ScaleInit multiplies the std of a branch by, so that all of them add c to the stream."""
-    return math.sqrt(cfg.variance_budget / residual_additions(cfg))
+    """sqrt(c L^-p / n): what ScaleInit multiplies a branch by, so that all of them add c L^-p to the stream."""
+    return math.sqrt(cfg.variance_budget * cfg.depth**-cfg.variance_exponent / residual_additions(cfg))
+
+
+def branch_multipliers(cfg: ModelConfig) -> dict[str, float]:
+    """Branch (`attn`, `ffn`) -> the constant that its output is multiplied by, where there is one."""
+    if cfg.init != "scale" or cfg.depth_factor != "multiplier":
+        return {}
+    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
+    return {site.removesuffix("_out"): depth_factor(cfg) for site in sites}
 
 
 def plain(cfg: ModelConfig, spec: "WeightSpec") -> Size:
@@ -94,7 +104,44 @@ def gpt2(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere, output projections times 1 / sqrt(2L) (Radford et al. 2019, section 2.3)."""
     if spec.start is not None:
         return spec.start
-    return 0.02 * ((2 * cfg.depth) ** -0.5 if spec.site in ("attn_out", *BRANCH_OUTPUTS["ffn_out"]) else 1.0)
+    return 0.02 * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+
+
+def _by_outputs(spec: "WeightSpec", factor: float) -> float:
+    """The factor, of output projections alone."""
+    return factor if spec.site in ("attn_out", *BRANCH_OUTPUTS["ffn_out"]) else 1.0
+
+
+def normal(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """0.02 everywhere (OLMo 2, arXiv 2501.00656, section 3.1)."""
+    return 0.02 if spec.start is None else spec.start
+
+
+def megatron(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """sqrt(2 / (5 D)) everywhere, output projections times 1 / sqrt(2L) (HybridNorm, arXiv 2503.04598)."""
+    size = math.sqrt(2 / (5 * cfg.width))
+    return spec.start if spec.start is not None else size * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+
+
+def xavier(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """sqrt(2 / (fan_in + fan_out)) (Glorot & Bengio 2010, equation 12); embedding and head as `plain`.
+
+    The two halves of SwiGLU's first weight are two matrices.
+    """
+    if spec.start is not None or spec.role in ("embedding", "output"):
+        return plain(cfg, spec)
+    halves = 2 if spec.site in BRANCH_OUTPUTS["ffn_in"] and cfg.ffn == "swiglu" else 1
+    return math.sqrt(2 / (spec.fan_in + spec.fan_out / halves))
+
+
+def deepnorm(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """Xavier, and all but queries and keys times (8L)^(-1/4) (DeepNorm, arXiv 2203.00555, table 2, decoder-only)."""
+    return xavier(cfg, spec) * ((8 * cfg.depth) ** -0.25 if spec.site in _VALUE_PATH else 1.0)
+
+
+def subln(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """Xavier, and all but queries and keys times sqrt(ln 2L) (SubLN, arXiv 2210.06423, section 3.2, decoder-only)."""
+    return xavier(cfg, spec) * (math.sqrt(math.log(2 * cfg.depth)) if spec.site in _VALUE_PATH else 1.0)
 
 
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
@@ -102,12 +149,26 @@ def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     damped = spec.site in damped_sites(cfg)
     if spec.start is not None:
         return depth_factor(cfg) if damped else spec.start
-    size = plain(cfg, spec)
+    return _unit_variance(cfg, spec) * (depth_factor(cfg) if damped else 1.0)
+
+
+def shrink(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """A control for ScaleInit: all six matrices of a block damped alike, by as much in all as ScaleInit damps some."""
+    if spec.start is not None:
+        return spec.start
+    damped = len(cfg.init_targets or PLACEMENTS[cfg.placement].additions)
+    matrices = ("q", "k", *_VALUE_PATH)
+    return _unit_variance(cfg, spec) * (depth_factor(cfg) ** (damped / 6) if spec.site in matrices else 1.0)
+
+
+def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
+    """The std that gives each branch unit output variance at unit-variance input."""
+    size = spec.fan_in**-0.5
     if spec.site in BRANCH_OUTPUTS["ffn_out"]:
         size /= math.sqrt(_hidden_variance(cfg, pre_activation_std=1.0))
     if spec.site in ("expert_out", "shared_out"):
         size /= math.sqrt(mixture_gain(cfg.moe, logit_std=1.0))
-    return size * depth_factor(cfg) if damped else size
+    return size
 
 
 # Weights of dense blocks -> the same weights, dense and of experts.
@@ -115,16 +176,23 @@ BRANCH_OUTPUTS = {
     "ffn_in": ("ffn_in", "expert_in", "shared_in"),
     "ffn_out": ("ffn_out", "expert_out", "shared_out"),
 }
+_VALUE_PATH = ("v", "attn_out", *BRANCH_OUTPUTS["ffn_in"], *BRANCH_OUTPUTS["ffn_out"])  # not queries and keys
 
 
 def damped_sites(cfg: ModelConfig) -> set[str]:
-    """What ScaleInit multiplies by its depth factor: `init_targets`, or what sizes the placement's additions."""
+    """What ScaleInit starts times its depth factor: `init_targets`, or what sizes the placement's additions."""
+    if cfg.depth_factor == "multiplier":
+        return set()
     sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
     return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
 
 
 Init = Callable[[ModelConfig, "WeightSpec"], Size]
-INITS: dict[str, Init] = {"plain": plain, "gpt2": gpt2, "scale": scale}
+INITS: dict[str, Init] = {
+    **{"plain": plain, "gpt2": gpt2, "scale": scale},
+    **{"normal": normal, "xavier": xavier, "megatron": megatron, "deepnorm": deepnorm, "subln": subln},
+    "shrink": shrink,
+}
 PUBLISHED = "published"  # in a config: what the placement was published with
 
 
@@ -148,7 +216,9 @@ def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -
     if "expert_out" in gain:
         mixture = mixture_gain(cfg.moe, float(np.sqrt(np.mean(gain["router"]))))
         variance["moe"] = mixture * _hidden_variance(cfg, np.sqrt(gain["expert_in"])) * gain["expert_out"]
-    return {branch: np.broadcast_to(v, (cfg.depth,)) for branch, v in variance.items()}
+    factors = branch_multipliers(cfg)
+    factors |= {"moe": factors["ffn"]} if "ffn" in factors else {}
+    return {branch: np.broadcast_to(v * factors.get(branch, 1.0) ** 2, (cfg.depth,)) for branch, v in variance.items()}
 
 
 def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:

@@ -35,11 +35,11 @@ class Norm(nnx.Module):
 
 
 class Gain(nnx.Module):
-    """A gain without a norm, over the last axis, in the input's dtype."""
+    """A gain without a norm, over the last axis, in the input's dtype; of size 1 it is one number for all of it."""
 
     def __init__(self, size: int, site: str, start: float):
         self.site = site
-        self.gain = gain((size,), ("embed",), site, start)
+        self.gain = gain((size,), ("scalar" if size == 1 else "embed",), site, start)
 
     def __call__(self, x: Array) -> Array:
         with jax.named_scope("gain"), jax.named_scope(self.site):
@@ -47,13 +47,22 @@ class Gain(nnx.Module):
 
 
 class Norms(nnx.Module):
-    """Norms of a block or of the model's ends, and gains without a norm (name -> start), named by the placement."""
+    """Norms of a block or of the model's ends, and gains without a norm (name -> start), named by the placement.
 
-    def __init__(self, cfg: ModelConfig, names: Iterable[str], gains: dict[str, float] | None = None):
+    The gains that `scalars` names are one number each.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        names: Iterable[str],
+        gains: dict[str, float] | None = None,
+        scalars: Iterable[str] = (),
+    ):
         for name in names:
             setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
         for name, start in (gains or {}).items():
-            setattr(self, name, Gain(cfg.width, name, start))
+            setattr(self, name, Gain(1 if name in scalars else cfg.width, name, start))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:

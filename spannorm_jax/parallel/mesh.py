@@ -24,6 +24,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "parts": (),
+    "scalar": (),
     "ffn": ("tensor",),
     "experts": ("expert",),
     "choices": (),  # the router's scores and biases of all experts, on every device

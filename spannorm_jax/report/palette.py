@@ -1,14 +1,17 @@
 """What every figure looks like: one colour and point per placement, one line style per init, and the outcomes' colours.
 
 Colours are at least 3:1 on white and stay apart for colour-blind readers (tests/report/test_palette.py); where two come
-near each other, as eight must, points and legends tell them apart.
+near each other, as so many must, points and legends tell them apart.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-PLACEMENT_ORDER = ("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese")  # then by alphabet
-INIT_ORDER = ("plain", "gpt2", "scale")
+PLACEMENT_ORDER = (  # then by alphabet
+    *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"),
+    *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
+)
+INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink")
 OUTCOME_ORDER = ("trained", "stalled", "diverged", "unfinished")
 
 _COLOURS = {
@@ -20,6 +23,15 @@ _COLOURS = {
     "hybrid": "#4a1508",
     "layerscale": "#2b95e8",
     "siamese": "#5a3070",
+    "deepnorm": "#5a00ff",
+    "olmo2": "#e10f4b",
+    "b2t": "#001e78",
+    "residual": "#783c5a",
+    "mix": "#964bff",
+    "lns": "#782d00",
+    "keel": "#5a00b4",
+    "rezero": "#00002d",
+    "subln": "#2d0f1e",
 }
 _MORE_COLOURS = ("#6d5bb3", "#8c2d2d", "#8a7f6d", "#1a1a1a")
 _SHAPES = {
@@ -31,9 +43,21 @@ _SHAPES = {
     "hybrid": "triangle-right",
     "layerscale": "triangle-left",
     "siamese": "stroke",
+    "deepnorm": "wedge",
+    "olmo2": "arrow",
+    "b2t": "M-1,-1L1,-1L-1,1L1,1Z",  # an hourglass
+    "residual": "M-1,-1L-1,1L1,-1L1,1Z",  # a bow tie
+    "mix": "M0,-1L1,-0.2L0.6,1L-0.6,1L-1,-0.2Z",  # a pentagon
+    "lns": "M0,-1L0.25,-0.25L1,0L0.25,0.25L0,1L-0.25,0.25L-1,0L-0.25,-0.25Z",  # a star
+    "keel": "M-0.5,-1L0.5,-1L1,0L0.5,1L-0.5,1L-1,0Z",  # a hexagon
+    "rezero": "M-0.25,-1L0.25,-1L0.25,1L-0.25,1Z",  # a bar
+    "subln": "M-1,-1L0,-1L0,0L1,0L1,1L-1,1Z",  # an L
 }
-_DASHES = {"plain": (2, 2), "gpt2": (7, 3), "scale": (1, 0)}  # on, off, in pixels
-_MORE_DASHES = ((8, 2, 2, 2), (12, 3), (4, 2, 1, 2, 1, 2))
+_DASHES = {  # on, off, in pixels
+    **{"plain": (2, 2), "gpt2": (7, 3), "scale": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
+    **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink": (5, 5)},
+}
+_MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
 OUTCOME_COLOURS = {"trained": "#7fb8dc", "stalled": "#f0c808", "diverged": "#b5361c", "unfinished": "#d9dde2"}
 OUTCOME_INK = {"trained": "#10222e", "stalled": "#10222e", "diverged": "#ffffff", "unfinished": "#10222e"}
 INK, GREY, RULE = "#1f2328", "#59636e", "#e3e7eb"

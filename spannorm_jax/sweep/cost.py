@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from spannorm_jax.config import Config, ExecutionConfig, ModelConfig
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import define, flops_per_token
+from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.expansion import Run, Sweep
 from spannorm_jax.training.numbers import numbers_of
@@ -68,10 +69,13 @@ def _size(cfg: ModelConfig, seq_len: int, optimizer: str) -> tuple[int, int]:
 
 def _program(config: Config) -> tuple[object, ...]:
     """What the compiled step of a run depends on, but for numbers."""
-    model = dataclasses.replace(config.model, init="plain", init_targets=(), variance_budget=1.0)
+    model = dataclasses.replace(
+        config.model, init="plain", init_targets=(), variance_budget=1.0, variance_exponent=0.0, depth_factor="weight"
+    )
     training = config.training
     sizes = (training.batch_size, training.num_microbatches, config.data.seq_len)
-    return (model, config.execution, config.mesh, sizes, config.optim.name, config.optim.schedule)
+    multipliers = tuple(branch_multipliers(config.model).items())
+    return (model, multipliers, config.execution, config.mesh, sizes, config.optim.name, config.optim.schedule)
 
 
 def report(sweep: Sweep, rate: float | None) -> str:

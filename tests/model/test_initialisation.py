@@ -352,7 +352,7 @@ def run_recording(model, params, tokens):
 
         names = (*placement.block_norms, *placement.block_gains)
         norms = types.SimpleNamespace(**{name: recorder(name) for name in names})
-        out = placement.block(stream, lambda x: block.attn(x, angles), block.ffn, norms, layer, cfg.depth)
+        out = placement.block(stream, lambda x: block.attn(x, angles), block.ffn, norms, layer, cfg)
         return out, seen
 
     entered = placement.enter(decoder.embed[...][tokens], decoder.ends)
@@ -439,3 +439,78 @@ def test_skip_path_gain(placement, init, depth, budget):
         assert -budget / 2 - FIVE * error < log_gain < -budget / 2 + budget**2 / (2 * depth) + FIVE * error
     else:
         assert log_gain < -0.1 * depth
+
+
+# ---- what rivals were published with ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("normal", {"embed": 0.02, "head": 0.02, "q": 0.02, "attn_out": 0.02, "ffn_in": 0.02, "ffn_out": 0.02}),
+        ("megatron", {"q": (2 / 320) ** 0.5, "v": (2 / 320) ** 0.5, "attn_out": (2 / 320 / 16) ** 0.5}),
+        # Glorot: q maps 64 to 64, k and v 64 to 32, each half of SwiGLU's first weight 64 to 96, the last 96 to 64.
+        ("xavier", {"q": (2 / 128) ** 0.5, "v": (2 / 96) ** 0.5, "ffn_in": (2 / 160) ** 0.5, "head": 1 / 8}),
+        # beta = (8 L)^(-1/4), of all but queries and keys.
+        ("deepnorm", {"k": (2 / 96) ** 0.5, "v": (2 / 96) ** 0.5 / 64**0.25, "ffn_in": (2 / 160) ** 0.5 / 64**0.25}),
+        ("subln", {"q": (2 / 128) ** 0.5, "attn_out": (2 / 128 * math.log(16)) ** 0.5, "embed": 1.0}),
+    ],
+)
+def test_a_published_initialisation_has_its_papers_sizes(init, expected):
+    cfg = config(init=init, placement="pre", depth=8, num_kv_heads=2, ffn_dim=96)
+    found = sizes(cfg)
+    assert {site: found[site] for site in expected} == pytest.approx(expected)
+    assert found["before_attn"] == found["final"] == 1.0
+
+
+def test_deepnorms_two_constants_balance_each_other():
+    """Its theorem's condition: 2L (v^2 + w^2) / alpha^2 = 1 in orders, with v and w the damping of a sub-layer."""
+    for depth in (1, 18, 100):
+        cfg = config(placement="deepnorm", init="deepnorm", depth=depth)
+        ones = types.SimpleNamespace(after_attn=lambda x: x, after_ffn=lambda x: x)
+        squared = PLACEMENTS["deepnorm"].block(1.0, lambda x: 0.0, lambda x: 0.0, ones, 0, cfg)  # alpha twice
+        beta = sizes(cfg)["ffn_out"] / sizes(dataclasses.replace(cfg, init="xavier"))["ffn_out"]
+        assert 2 * depth * 2 * beta**2 / squared == pytest.approx(1)
+
+
+# ---- ScaleInit's other choices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["pre", "span"])
+def test_the_budget_may_fall_with_depth(placement):
+    """c L^-p: with p = 1 a stream four times as deep is added a quarter as much in all."""
+    for depth in (4, 16):
+        cfg = config(placement=placement, init="scale", depth=depth, variance_exponent=1.0, variance_budget=2.0)
+        total = sum(np.sum(v) for v in predicted_additions(cfg, define(cfg).specs()).values())
+        assert total == pytest.approx(2.0 / depth)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "span"])
+def test_a_multiplier_is_the_weights_factor_moved_into_the_forward_pass(placement):
+    """Same function at the start, and weights of another size: those of a branch without the factor."""
+    weight = config(placement=placement, init="scale", depth=3)
+    multiplier = dataclasses.replace(weight, depth_factor="multiplier")
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    logits = []
+    for cfg in (weight, multiplier):
+        model, params = draw(cfg)
+        logits.append(np.asarray(model.bind(params)(tokens)))
+        damped = PLACEMENTS[placement].additions.values()
+        assert ("attn_out" in damped) == (placement != "span")
+    # A factor in another place rounds otherwise: the largest difference seen is 1e-6 of the largest logit.
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-5 * np.abs(logits[0]).max())
+    factor = sizes(weight)["ffn_out"] / sizes(multiplier)["ffn_out"]
+    assert factor == pytest.approx((len(PLACEMENTS[placement].additions) * 3) ** -0.5)
+    assert branch_variance(weight) == pytest.approx(branch_variance(multiplier))
+
+
+@pytest.mark.parametrize(("placement", "damped"), [("pre", 2), ("post", 2), ("span", 1)])
+def test_shrink_damps_all_matrices_of_a_block_as_much_as_scale_damps_some(placement, damped):
+    products = []
+    for init in ("scale", "shrink"):
+        found = sizes(config(placement=placement, init=init, depth=12))
+        products.append(math.prod(found[site] for site in ("q", "k", "v", "attn_out", "ffn_in", "ffn_out")))
+        assert found["embed"] == 1.0
+    assert products[0] == pytest.approx(products[1])
+    cfg = config(placement=placement, init="shrink", depth=12)
+    assert sizes(cfg)["q"] * 8 == pytest.approx((12 * damped) ** (-0.5 * damped / 6))

@@ -17,7 +17,7 @@ from spannorm_jax.training.step import gradients
 
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
 # theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
-TINY |= {"rope_theta": 20.0, "norm_eps": 1e-2}
+TINY |= {"rope_theta": 20.0, "norm_eps": 1e-2, "mix_share": reference.MIX_SHARE}
 VARIANTS = {
     "plain": {},
     "qk_norm": {"qk_norm": True},
@@ -54,7 +54,11 @@ def make(placement, variant="plain", **changes):
     model = define(cfg)
     rng = np.random.default_rng(0)
 
+    scalars = PLACEMENTS[placement].scalar_gains
+
     def draw(spec):
+        if spec.site in scalars:  # no norm holds what they multiply
+            return rng.uniform(0.1, 0.2, spec.shape).astype(np.float32)
         if spec.role == "norm":
             return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
         return (0.4 * rng.standard_normal(spec.shape)).astype(np.float32)
@@ -133,7 +137,7 @@ def check_against_the_reference(placement, variant):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_reference_tells_placements_apart(placement):
-    """No two placements agree on these weights, so that agreement above means that equation and no other."""
+    """No two equations agree on these weights, so that agreement above means that equation and no other."""
     _, params, tokens, _ = make(placement)
     params["ends"] = {"entry": {"gain": np.full(16, 0.7)}, "final": {"gain": np.full(16, 0.7)}}
     rng = np.random.default_rng(4)
@@ -142,7 +146,9 @@ def test_the_reference_tells_placements_apart(placement):
             params["blocks"]["norms"].setdefault(name, {"gain": rng.uniform(0.5, 1.5, (3, 16))})
     exact = reference.to_float64(params)
     mine = reference.logits(exact, tokens, reference.Options(placement))
-    for other in set(PLACEMENTS) - {placement}:
+    for other in PLACEMENTS:
+        if reference.EQUATIONS[other] == reference.EQUATIONS[placement]:  # of SubLN and PreNorm, which differ inside
+            continue
         difference = np.abs(mine - reference.logits(exact, tokens, reference.Options(other))).max()
         assert difference > 1e-2 * np.abs(mine).max(), other
 
@@ -167,7 +173,7 @@ end_norms = types.SimpleNamespace(entry=lambda x: 23 * x + 29, final=lambda x: 3
 
 
 def run_block(placement, stream):
-    return PLACEMENTS[placement].block(stream, attn, ffn, block_norms, 0, 1)
+    return PLACEMENTS[placement].block(stream, attn, ffn, block_norms, 0, ModelConfig(depth=1))
 
 
 def test_a_pre_block_adds_twice_to_an_unnormed_stream():
@@ -191,9 +197,9 @@ def test_a_span_block_skips_from_its_input():
 
 def test_without_a_feed_forward_a_span_block_forgets_its_attention():
     """The second skip starts at the block input: with F = 0 the block is n.ffn(x), whatever attention did."""
-    out = PLACEMENTS["span"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1)
+    out = PLACEMENTS["span"].block(1.0, attn, lambda y: 0.0, block_norms, 0, ModelConfig(depth=1))
     assert out == 17 * 1.0 + 19
-    assert PLACEMENTS["post"].block(1.0, attn, lambda y: 0.0, block_norms, 0, 1) != out
+    assert PLACEMENTS["post"].block(1.0, attn, lambda y: 0.0, block_norms, 0, ModelConfig(depth=1)) != out
 
 
 def test_a_peri_block_norms_what_its_branches_read_and_what_they_add():
@@ -224,7 +230,9 @@ def test_a_siamese_block_has_a_normed_stream_and_one_that_is_not(layer):
     o = 5 * (47 * (x + (67 * y + 71)) + 53) + 7
     x, y = 17 * (x + o / 2) + 19, y + o
     # float32 holds some of these numbers to 2^-24.
-    assert PLACEMENTS["siamese"].block((1.0, 2.0), attn, ffn, block_norms, layer, 4) == pytest.approx((x, y), rel=1e-6)
+    assert PLACEMENTS["siamese"].block(
+        (1.0, 2.0), attn, ffn, block_norms, layer, ModelConfig(depth=4)
+    ) == pytest.approx((x, y), rel=1e-6)
     assert PLACEMENTS["siamese"].leave((x, y), end_norms) == x + (31 * y + 37)
 
 
@@ -235,10 +243,10 @@ def test_span_and_span_raw_differ_in_the_first_skip_alone():
     assert span.enter(x, end_norms) == normed
     y = 11 * (x + (2 * normed + 3)) + 13
     x2 = 17 * (x + (5 * y + 7)) + 19
-    stream = raw.block(raw.enter(x, end_norms), attn, ffn, block_norms, 0, 2)
+    stream = raw.block(raw.enter(x, end_norms), attn, ffn, block_norms, 0, ModelConfig(depth=2))
     assert raw.leave(stream, end_norms) == x2
     # From the second block on they are the same function.
-    stream = raw.block(stream, attn, ffn, block_norms, 1, 2)
+    stream = raw.block(stream, attn, ffn, block_norms, 1, ModelConfig(depth=2))
     assert raw.leave(stream, end_norms) == run_block("span", x2)
 
 
@@ -250,6 +258,77 @@ def test_how_the_stream_is_entered_and_left(placement, entered, left):
     assert PLACEMENTS[placement].leave(1.0, end_norms) == left
 
 
+# ---- rivals, and what they are in the limit -------------------------------------------------------------
+
+
+def test_a_deepnorm_block_is_a_post_block_with_a_heavier_skip():
+    x, alpha = 1.0, 2.0  # (2 x 8)^(1/4)
+    y = 11 * (alpha * x + (2 * x + 3)) + 13
+    got = PLACEMENTS["deepnorm"].block(x, attn, ffn, block_norms, 0, ModelConfig(depth=8))
+    assert got == 17 * (alpha * y + (5 * y + 7)) + 19
+
+
+def test_an_olmo2_block_norms_what_its_branches_add():
+    x = 1.0
+    y = x + (11 * (2 * x + 3) + 13)
+    assert run_block("olmo2", x) == y + (17 * (5 * y + 7) + 19)
+    assert PLACEMENTS["olmo2"].inner_norms == ("q", "k")
+
+
+def test_a_b2t_block_without_the_skip_from_its_middle_is_a_span_block():
+    without = PLACEMENTS["b2t"].block(1.0, attn, lambda y: ffn(y) - y, block_norms, 0, ModelConfig(depth=1))
+    assert without == run_block("span", 1.0) != run_block("b2t", 1.0)
+
+
+def test_a_residual_block_is_a_post_block_and_the_sum_of_its_branches():
+    x, r = PLACEMENTS["residual"].enter(1.0, end_norms)
+    x, r = PLACEMENTS["residual"].block((x, r), attn, ffn, block_norms, 0, ModelConfig(depth=1))
+    y = 11 * (1.0 + 5.0) + 13
+    assert (x, r) == (run_block("post", 1.0), 1.0 + 5.0 + (5 * y + 7))
+    assert PLACEMENTS["residual"].leave((x, r), end_norms) == x + (31 * r + 37)
+
+
+@pytest.mark.parametrize("layer", [int, jnp.int32], ids=["a number of Python", "an array"])
+@pytest.mark.parametrize(("share", "post"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.74, 2), (1.0, 4)])
+def test_a_mix_has_post_blocks_first_then_pre_blocks(layer, share, post):
+    norms = types.SimpleNamespace(attn=number(3, 1), ffn=number(2, 5))
+    names = {"before_attn": norms.attn, "after_attn": norms.attn, "before_ffn": norms.ffn, "after_ffn": norms.ffn}
+    cfg = ModelConfig(depth=4, mix_share=share)
+    for l in range(4):
+        pure = PLACEMENTS["post" if l < post else "pre"]
+        want = pure.block(1.0, attn, ffn, types.SimpleNamespace(**names), l, cfg)
+        assert PLACEMENTS["mix"].block(1.0, attn, ffn, norms, layer(l), cfg) == want
+
+
+def test_an_lns_block_is_a_pre_block_with_normed_inputs_over_the_root_of_its_number():
+    x, cfg = 1.0, ModelConfig(depth=4)
+    assert PLACEMENTS["lns"].block(x, attn, ffn, block_norms, 0, cfg) == run_block("pre", x)
+    y = x + (2 * (41 * x + 43) / 2 + 3)
+    assert PLACEMENTS["lns"].block(x, attn, ffn, block_norms, 3, cfg) == y + (5 * (47 * y + 53) / 2 + 7)
+
+
+def test_a_keel_block_becomes_its_norms_of_the_skip_as_the_depth_grows():
+    """Scale-free norms of 2L x + f: the branch's part falls as 1 / 2L, and at great depth a block passes x on."""
+    sign = types.SimpleNamespace(
+        before_attn=np.tanh, before_ffn=np.tanh, after_attn=lambda v: v / abs(v[0]), after_ffn=lambda v: v / abs(v[0])
+    )
+    x = np.array([1.0, -0.4, 0.2])
+    moved = []
+    for depth in (10, 1000):
+        y = PLACEMENTS["keel"].block(x, lambda v: v[::-1], lambda v: v**2, sign, 0, ModelConfig(depth=depth))
+        moved.append(np.abs(y - x).max())
+    assert moved[1] == pytest.approx(moved[0] / 100, rel=0.1)
+
+
+def test_gains_of_one_make_a_layerscale_block_a_pre_block_and_of_zero_a_rezero_block_nothing():
+    ones = types.SimpleNamespace(**vars(block_norms) | {"scale_attn": number(1, 0), "scale_ffn": number(1, 0)})
+    zeros = types.SimpleNamespace(**vars(block_norms) | {"scale_attn": number(0, 0), "scale_ffn": number(0, 0)})
+    cfg = ModelConfig(depth=1)
+    assert PLACEMENTS["layerscale"].block(1.0, attn, ffn, ones, 0, cfg) == run_block("pre", 1.0)
+    assert PLACEMENTS["rezero"].block(1.0, attn, ffn, zeros, 0, cfg) == 1.0
+    assert PLACEMENTS["rezero"].block(1.0, attn, ffn, block_norms, 0, cfg) == 1 + 73 * 5 + 79 * (5 * 366 + 7)
+
+
 OWNED = {
     "pre": (2, {"final"}),
     "post": (2, set()),
@@ -259,6 +338,15 @@ OWNED = {
     "hybrid": (1, set()),
     "layerscale": (4, {"final"}),
     "siamese": (6, {"final"}),
+    "deepnorm": (2, set()),
+    "olmo2": (2, {"final"}),
+    "b2t": (2, set()),
+    "residual": (2, {"final"}),
+    "mix": (2, {"final"}),
+    "lns": (2, {"final"}),
+    "keel": (4, set()),
+    "rezero": (2, set()),
+    "subln": (2, {"final"}),
 }
 
 
@@ -271,15 +359,21 @@ def test_norms_and_gains_owned(placement):
     gains = [
         spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"
     ]
-    inner = [(3, 4)] * len(PLACEMENTS[placement].inner_norms)
-    assert sorted(gains) == sorted([(3, 16)] * number + [(16,)] * len(ends) + inner)
+    inner = [{"heads": (3, 16), "hidden": (3, 24)}.get(name, (3, 4)) for name in PLACEMENTS[placement].inner_norms]
+    scalars = len(PLACEMENTS[placement].scalar_gains)
+    own = [(3, 1)] * scalars + [(3, 16)] * (number - scalars)
+    assert sorted(gains) == sorted(own + [(16,)] * len(ends) + inner)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_norm_is_where_its_name_says(placement):
-    """`before_attn` norms what attention reads, `after_ffn` what the feed-forward made or the sum with it."""
+    """`before_attn` norms what attention reads, `after_ffn` what the feed-forward made or the sum with it.
+
+    Where a norm stands depends on the block, it has the branch's name alone.
+    """
     for name in PLACEMENTS[placement].block_norms:
-        where, branch = name.split("_")
+        *where, branch = name.split("_")
+        where = where[0] if where else "before"
         assert branch in ("attn", "ffn") and where in ("before", "after", "side"), name
 
 

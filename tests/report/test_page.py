@@ -193,7 +193,12 @@ def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
     (tmp_path / "out" / "loss.png").write_bytes(b"an older report's")
     html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
     assert "unfinished (step 0 of 20)" in html and "Training loss: no run logged a step." in html
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "runs.csv", "curves.csv", "tables.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        "runs.csv",
+        "curves.csv",
+        "tables.md",
+    }
 
 
 @pytest.mark.parametrize(

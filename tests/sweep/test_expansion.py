@@ -17,11 +17,23 @@ from spannorm_jax.sweep import cost, expansion
 from spannorm_jax.sweep.expansion import expand, folder_name, identity
 
 SHIPPED = {
-    "dense": ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
+    "dense": (
+        *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
+        *("rivals", "depth_factor"),
+    ),
     "moe": ("experts", "demo", "seed"),
 }
-NUMBER = {"placement_init": 72, "depth": 108, "width": 45, "lr": 90, "fixed_budget": 54, "init_targets": 18}
-NUMBER |= {"experts": 48, "demo": 9, "seed": 3}
+NUMBER = {
+    "placement_init": 153,
+    "rivals": 306,
+    "depth_factor": 126,
+    "depth": 108,
+    "width": 45,
+    "lr": 90,
+    "fixed_budget": 54,
+    "init_targets": 18,
+}
+NUMBER |= {"experts": 102, "demo": 9, "seed": 3}
 # By these names runs lie on disks of users. A change here takes their runs away from them.
 GOLDEN = {
     ("configs/dense.py:tiny,placement=span,init=scale", ()): "span-scale-24x64-lr0.003-seed0-44136fa355",

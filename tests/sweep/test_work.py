@@ -53,7 +53,10 @@ def files(folder):
     [
         *(
             ("dense", name, "cpu")
-            for name in ("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets")
+            for name in (
+                *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "rivals"),
+                "depth_factor",
+            )
         ),
         *(("moe", name, "cpu") for name in ("experts", "demo")),
         ("dense", "seed", "cpu"),

@@ -1,0 +1,158 @@
+"""docs/results.md from run folders of sweeps: the words are experiments/results.md's, the numbers are of records."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from spannorm_jax.report import stats
+from spannorm_jax.report.figures import FIGURES
+from spannorm_jax.report.page import print_svg, read_study
+from spannorm_jax.report.rows import Row
+from spannorm_jax.report.stats import Interval
+from spannorm_jax.report.study import Method, Place, Study, best_lr, differences, optimum, sensitivities
+
+TEMPLATE = Path("experiments/results.md")
+NAMES = {
+    **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
+    **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm"},
+    **{"plain": "plain", "gpt2": "GPT-2", "scale": "ScaleInit"},
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep's runs, as a template asks for them. Losses are held-out bits per byte."""
+
+    name: str
+    about: Study
+    figures: Path  # folder of the figures
+    beside: str  # the same, as the page links to it
+
+    def rows(self, **wanted: Any) -> list[Row]:
+        """The runs with these values of Row: placement, init, depth, lr, seed, ..."""
+        return [row for row in self.about.rows if all(getattr(row, key) == value for key, value in wanted.items())]
+
+    @cached_property
+    def seeds(self) -> int:
+        return len({row.seed for row in self.about.rows})
+
+    def loss(self, **wanted: Any) -> str:
+        """Mean ± standard deviation over the seeds, and how many did not train."""
+        rows = self.rows(**wanted)
+        if not rows:
+            return "not run"
+        bits = [row.bits_per_byte for row in rows if row.outcome.kind in ("trained", "stalled") and row.bits_per_byte]
+        text = f"{statistics.fmean(bits):.3f}" if bits else "–"
+        text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
+        kinds = [row.outcome.kind for row in rows]
+        bad = [f"{n} of {len(rows)} {kind}" for kind in ("stalled", "diverged") if (n := kinds.count(kind))]
+        return f"{text} ({', '.join(bad)})" if bad else text
+
+    def table(self, down: str, across: str, columns: dict[str, dict[str, Any]] | None = None, **fixed: Any) -> str:
+        """A line a value of `down`, a column a value of `across`, or one each of `columns`: name -> values of Row."""
+        values = list(dict.fromkeys(getattr(row, down) for row in self._ordered(down)))
+        if columns is None:
+            found = dict.fromkeys(getattr(row, across) for row in self._ordered(across))
+            columns = {_named(value): {across: value} for value in found}
+        lines = [
+            [_named(value), *(self.loss(**{down: value}, **c, **fixed) for c in columns.values())] for value in values
+        ]
+        return _markdown([down, *columns], lines)
+
+    def _ordered(self, key: str) -> list[Row]:
+        """Placements and initialisations in the order of the study, numbers by size."""
+        rows = [row for group in self.about.groups for row in group.rows]
+        return rows if key in ("placement", "init") else sorted(rows, key=lambda row: getattr(row, key))
+
+    def difference(self, method: tuple[str, str], baseline: tuple[str, str], **fixed: Any) -> str:
+        """Of held-out nats per token, paired by seed, with its t interval and n."""
+        losses = []
+        for placement, init in (method, baseline):
+            rows = self.rows(placement=placement, init=init, **fixed)
+            losses.append({row.seed: loss for row in rows if (loss := self.about.loss(row)) is not None})
+        return _interval(stats.t_interval(stats.paired_differences(*losses)))
+
+    def differences(self) -> str:
+        """Each method less its baseline at each place: at each one's own best learning rate, and at the baseline's."""
+        lines = []
+        for own, shared in differences(self.about):
+            line = [_method(own.method), _method(own.partner), self.about.place_text(own.place)]
+            line += [f"{own.lr:g}", f"{own.partner_lr:g}", _interval(own.interval)]
+            lines.append([*line, _interval(shared.interval) if shared else "not run"])
+        header = ["method", "less", "depth", "own best lr", "its best lr", "each at its own best", "both at its best"]
+        kept = [i for i in range(len(header)) if len({line[i] for line in lines}) > 1 or header[i] != "depth"]
+        return _markdown([header[i] for i in kept], [[line[i] for i in kept] for line in lines])
+
+    def learning_rates(self) -> str:
+        about, lines = self.about, []
+        found = {(m, p): interval for m, p, interval in sensitivities(about)}
+        for method, place in self._pairs():
+            best, least = best_lr(about, method, place), optimum(about, method, place)
+            if best is not None:
+                lines.append(
+                    [_method(method), f"{best:g}", _bounds(least, ".1e"), _bounds(found.get((method, place)), ".3f")]
+                )
+        return _markdown(["method", "best run", "least loss at", "sensitivity (nats/token)"], lines)
+
+    def _pairs(self) -> list[tuple[Method, Place]]:
+        return [(method, place) for place in self.about.places for method in self.about.methods]
+
+    def figure(self, name: str, alternative: str) -> str:
+        """Draws a figure of the report, and links to it."""
+        make: Callable[[Study], Any] = FIGURES[name][0]
+        figure = make(self.about)
+        if figure is None:
+            raise ValueError(f"{self.name} has no figure {name}: {FIGURES[name][1]}")
+        file = f"{self.name}-{name}.png"
+        (self.figures / file).write_bytes(vl_convert.svg_to_png(print_svg(figure), scale=1.5))
+        return f"![{alternative}]({self.beside}/{file})"
+
+
+def _named(value: Any) -> str:
+    return NAMES.get(value, value) if isinstance(value, str) else f"{value:g}"
+
+
+def _method(method: Method) -> str:
+    return f"{_named(method.placement)}, {_named(method.init)}"
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return "–"
+    bounds = "" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.mean:+.3f}{bounds}, n {found.n}".replace("-", "−")
+
+
+def _bounds(found: Interval | None, form: str) -> str:
+    if found is None:
+        return "–"
+    bounds = "" if found.low is None else f" [{found.low:{form}}, {found.high:{form}}]"
+    return f"{found.mean:{form}}{bounds}"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write_page(runs: Path, page: Path, figures: Path) -> Path:
+    """Renders the template. `runs` holds a folder of run folders for each sweep that has records.
+
+    Raises:
+      UserError: a folder holds no run.
+    """
+    beside = "../" * len(page.parent.parts) + figures.as_posix()
+    sweeps = {
+        folder.name: Results(folder.name, read_study([folder])[0], figures, beside) for folder in sorted(runs.iterdir())
+    }
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["NAMES"] = NAMES
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page.write_text(template.render(sweeps=sweeps) + "\n", encoding="utf-8")
+    return page
