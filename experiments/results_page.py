@@ -20,7 +20,9 @@ from spannorm_jax.report.study import Method, Place, Study, best_lr, differences
 TEMPLATE = Path("experiments/results.md")
 NAMES = {
     **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
-    **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm"},
+    **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
+    **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
+    **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN"},
     **{"plain": "plain", "gpt2": "GPT-2", "scale": "ScaleInit"},
 }
 
@@ -64,6 +66,10 @@ class Results:
             [_named(value), *(self.loss(**{down: value}, **c, **fixed) for c in columns.values())] for value in values
         ]
         return _markdown([down, *columns], lines)
+
+    def arms(self) -> dict[str, dict[str, str]]:
+        """Columns for `table`: one a method."""
+        return {_method(m): {"placement": m.placement, "init": m.init} for m in self.about.methods}
 
     def _ordered(self, key: str) -> list[Row]:
         """Placements and initialisations in the order of the study, numbers by size."""
