@@ -9,7 +9,7 @@ from spannorm_jax.errors import UserError
 
 def default_ffn_dim(width: int, ffn: str) -> int:
     """Hidden units that give a feed-forward 8 D^2 weights, rounded up (16 below width 256, else 128)."""
-    exact = 4 * width if ffn == "gelu" else 8 * width / 3
+    exact = 8 * width / 3 if ffn == "swiglu" else 4 * width
     multiple = 16 if width < 256 else 128
     return math.ceil(exact / multiple) * multiple
 

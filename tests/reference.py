@@ -98,6 +98,8 @@ def feed_forward(w, x_TxD, options):
     a = x_TxD @ w["in_"][:, 0]
     if options.ffn == "swiglu":
         hidden = a / (1 + np.exp(-a)) * (x_TxD @ w["in_"][:, 1])
+    elif options.ffn == "relu":
+        hidden = np.where(a > 0, a, 0)
     else:
         hidden = a * (1 + erf(a / math.sqrt(2))) / 2
     if "hidden_norm" in w:

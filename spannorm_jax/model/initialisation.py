@@ -40,22 +40,24 @@ OUTPUT_SITES = ("v", "attn_out", "ffn_in", "ffn_out")  # what `init_targets` may
 Size = float | np.ndarray  # one number, or one for each layer, (L,)
 
 
-def _activation(name: str, x: np.ndarray) -> np.ndarray:
+def activation(name: str, x: np.ndarray) -> np.ndarray:
     if name == "swiglu":
         return x / (1 + np.exp(-x))
     if name == "gelu":
         return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if name == "relu":
+        return np.maximum(x, 0)
     raise ValueError(f"no activation for ffn={name!r}")
 
 
 def hidden_second_moment(ffn: str, std: float = 1.0) -> float:
     """E[h^2] of a hidden unit whose pre-activations are N(0, std^2).
 
-    h = gelu(a) or h = silu(a) b with independent a, b. Gauss-Hermite quadrature with 128 nodes: relative error
-    below 1e-12 for std up to 2, 1e-4 at 5.
+    h = gelu(a), relu(a), or silu(a) b with independent a, b. Gauss-Hermite quadrature with 128 nodes: relative error
+    below 1e-12 for std up to 2, 1e-4 at 5; ReLU exact.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(128)
-    moment = weights @ _activation(ffn, std * nodes) ** 2 / weights.sum()
+    moment = weights @ activation(ffn, std * nodes) ** 2 / weights.sum()
     return float(moment * std**2 if ffn == "swiglu" else moment)
 
 
@@ -207,7 +209,7 @@ def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -
     position) and bounds the others: averaging unrelated values over t positions lowers it towards
     1/t.
     """
-    gain = _gains(cfg, specs)
+    gain = variance_factors(cfg, specs)
     norms = inner_norms(cfg)
     value = 1.0 if {"v", "heads"} & set(norms) else gain["v"]
     variance = {"attn": value * gain["attn_out"]}
@@ -227,7 +229,7 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     A branch that ends in a norm has its gain's square, whatever its weights are.
     """
     specs = list(specs)
-    placement, variance, sizes = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs), _sizes(cfg, specs)
+    placement, variance, sizes = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs), site_sizes(cfg, specs)
     if "moe" in variance:
         variance["ffn"] = np.where(moe_layers(cfg), variance["moe"], variance.get("ffn", 0.0))
     added = {}
@@ -238,17 +240,17 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     return added
 
 
-def _sizes(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def site_sizes(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
     """Size of each site's weights, in all layers alike as if every block had them: () or (L,)."""
     layers = tuple(range(cfg.depth))
     alike = (dataclasses.replace(spec, layers=layers) if spec.layers else spec for spec in specs)
     return {spec.site: np.asarray(INITS[cfg.init](cfg, spec)) for spec in alike}
 
 
-def _gains(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def variance_factors(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
     """Factor by which each site's matrix multiplies the variance: fan_in x std^2."""
     specs = list(specs)
-    sizes = _sizes(cfg, specs)
+    sizes = site_sizes(cfg, specs)
     return {spec.site: spec.fan_in * sizes[spec.site] ** 2 for spec in specs if spec.fan_in}
 
 

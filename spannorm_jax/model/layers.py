@@ -129,19 +129,19 @@ class Attention(nnx.Module):
 
 
 def parts(kind: str) -> int:
-    """P: the matmul that enters a feed-forward makes a and b of SwiGLU, or a of GELU alone."""
+    """P: the matmul that enters a feed-forward makes a and b of SwiGLU, or a alone of GELU and ReLU."""
     return 2 if kind == "swiglu" else 1
 
 
 def activation(hidden_xPxF: Array, kind: str) -> Array:
-    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU, gelu(a) of the one of GELU."""
+    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU; gelu(a) or relu(a) of the one part of the others."""
     if kind == "swiglu":
         return jax.nn.silu(hidden_xPxF[..., 0, :]) * hidden_xPxF[..., 1, :]
-    return gelu(hidden_xPxF[..., 0, :])
+    return (gelu if kind == "gelu" else jax.nn.relu)(hidden_xPxF[..., 0, :])
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b), or GELU: out(gelu(a)).
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): out(silu(a) * b); GELU: out(gelu(a)); ReLU: out(relu(a)).
 
     The inner norm `hidden` is an RMSNorm of what `out` reads. `copies` of `hidden` units each may be
     summed, which a Mixture of Experts calls shared experts; their weights are sites of their own.

@@ -46,7 +46,7 @@ def hand_count(m):
     """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, gains) + ends + V D."""
     D, K = m.width, m.width // m.num_heads
     attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
-    feed_forward = {"swiglu": 3, "gelu": 2}[m.ffn] * D * m.ffn_dim
+    feed_forward = {"swiglu": 3, "gelu": 2, "relu": 2}[m.ffn] * D * m.ffn_dim
     gains, ends = GAINS[m.placement]
     attention += 3 * K * (m.placement == "hybrid") - 2 * K * (m.placement == "hybrid" and m.qk_norm)
     return m.depth * (attention + feed_forward + gains * D) + ends * D + m.vocab_size * D * (1 if m.tied_head else 2)
@@ -56,7 +56,7 @@ def hand_flops(m, seq_len):
     """6 a weight in a matmul and token (2 forward, 4 backward), the lookup none; and for the two matmuls of attention,
     at position t over t + 1 of the T positions, so T / 2 on average: 2 matmuls x 2 x 3 x T / 2 x H K a block."""
     D, K = m.width, m.width // m.num_heads
-    block = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + {"swiglu": 3, "gelu": 2}[m.ffn] * D * m.ffn_dim
+    block = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + {"swiglu": 3, "gelu": 2, "relu": 2}[m.ffn] * D * m.ffn_dim
     return 6 * (m.depth * block + m.vocab_size * D) + m.depth * 2 * 2 * 3 * seq_len // 2 * m.num_heads * K
 
 
@@ -82,7 +82,9 @@ def test_presets_have_the_size_that_their_table_says(preset):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("changes", [{"model__ffn": "gelu", "model__qk_norm": True}, {"model__num_kv_heads": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"model__ffn": "gelu", "model__qk_norm": True}, {"model__num_kv_heads": 2, "model__ffn": "relu"}]
+)
 def test_sizes_of_the_variants(placement, changes):
     m = small(model__placement=placement, **changes)
     assert count_params(define(m)) == hand_count(m)

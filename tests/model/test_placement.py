@@ -25,8 +25,10 @@ VARIANTS = {
     "mqa_qk_norm": {"num_kv_heads": 1, "qk_norm": True},
     "layernorm": {"norm": "layernorm"},
     "gelu": {"ffn": "gelu"},
+    "relu": {"ffn": "relu"},
     "tied": {"tied_head": True},
     "moe": {"moe": MoEConfig(num_experts=5, top_k=2, expert_dim=6, aux_loss=0.3, router_z_loss=0.1)},
+    "moe_relu": {"ffn": "relu", "moe": MoEConfig(num_experts=3, top_k=2, expert_dim=6, num_shared=1)},
     "moe_sigmoid": {
         "ffn": "gelu",
         "moe": MoEConfig(

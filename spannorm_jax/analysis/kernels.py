@@ -1,0 +1,321 @@
+"""What sub-layers do to covariances over tokens, at initialisation and large width, forward and backward.
+
+C is the covariance of a branch's input over tokens, (T, T): C_tu is the mean over the width of x_t x_u. G is that of
+the gradient at its output. A matrix W of N(0, std^2) multiplies a covariance by v = fan_in x std^2, and leaves its
+shape: (W'x_t) . (W'x_u) / fan_out -> v C_tu. Going back, W (fan_in, fan_out) multiplies G by fan_out x std^2; where
+two matrices enclose a nonlinearity, D -> F -> D, the product over both is v_in v_out, as it is forward.
+Elementwise products are written *, transposes A'. Sources are at the functions.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from numpy import ndarray
+
+from spannorm_jax.config import MoEConfig
+from spannorm_jax.model.initialisation import activation, mixture_gain
+from spannorm_jax.model.layers import rotary_angles, rotate
+from spannorm_jax.model.moe.router import route
+
+Squares = dict[str, float]  # weight's site -> squared norm of its gradient, but for a factor that all blocks share
+
+TERMS = 64  # of the Hermite series
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(128)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+
+
+# ---- a projection and the norm that may follow it -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix, and the inner norm that may follow.
+
+    Attributes:
+      factor: fan_in x std^2, v.
+      gain: what the norm's gain starts at; None without a norm.
+      eps: of the norm.
+
+    A norm divides each token by its root mean square, d_t = sqrt(v C_tt + eps), so that what follows is
+    gain^2 v C_tu / (d_t d_u). Neglected: the gradient's projection off the normed vector, one of its K dimensions.
+    """
+
+    factor: float
+    gain: float | None = None
+    eps: float = 0.0
+
+    def scale(self, covariance_TxT: ndarray) -> ndarray:
+        """What the norm multiplies each token by, (T,), for an input of this covariance."""
+        if self.gain is None:
+            return np.ones(len(covariance_TxT))
+        return self.gain / np.sqrt(self.factor * np.diag(covariance_TxT) + self.eps)
+
+    def forward(self, C: ndarray) -> ndarray:
+        return _each(self.scale(C)) * self.factor * C
+
+    def backward(self, C: ndarray, G: ndarray) -> ndarray:
+        """Gradient at the matrix's output, for one after the norm. The matrix then multiplies it by v."""
+        return _each(self.scale(C)) * G
+
+
+def _each(factor_T: ndarray) -> ndarray:
+    return np.outer(factor_T, factor_T)
+
+
+# ---- feed-forward -----------------------------------------------------------------------------------
+
+
+def hermite_coefficients(kind: str, std_T: ndarray) -> ndarray:
+    """a_n(s) = E f(s u) He_n(u) / sqrt(n!) of an activation f (silu for swiglu), (T, TERMS).
+
+    By Gauss-Hermite quadrature with 128 nodes. Mehler's formula makes them a kernel: E f(s u) f(r w) of standard
+    normals u, w with correlation c is sum_n a_n(s) a_n(r) c^n.
+    """
+    f_TxN = activation(kind, std_T[:, None] * _NODES) * _WEIGHTS
+    last, this = np.zeros_like(_NODES), np.ones_like(_NODES)  # normalised He_(n-1) and He_n
+    columns = []
+    for n in range(TERMS):
+        columns.append(f_TxN @ this)
+        last, this = this, (_NODES * this - math.sqrt(n) * last) / math.sqrt(n + 1)
+    return np.stack(columns, axis=1)
+
+
+def activation_kernels(kind: str, covariance_TxT: ndarray) -> tuple[ndarray, ndarray]:
+    """E f(a_t) f(a_u) and E f'(a_t) f'(a_u) of centred Gaussians a with this covariance: (T, T) each.
+
+    f is relu, gelu, or silu for swiglu. ReLU in closed form, the arc-cosine kernels of degree 1 and 0 (Cho & Saul
+    2009). The others by Mehler's series (`hermite_coefficients`); the slope's coefficients follow from Stein's lemma,
+    E f'(s u) He_n(u) / sqrt(n!) = sqrt(n + 1) a_(n+1) / s. With 64 terms the error is below 1e-5 of the kernel for
+    pre-activations of std up to 2; at most 1e-2 at 5, where correlations are near 1.
+    """
+    std = np.sqrt(np.diag(covariance_TxT))
+    c = np.clip(covariance_TxT / np.maximum(_each(std), np.finfo(float).tiny), -1, 1)
+    if kind == "relu":
+        angle = np.arccos(c)
+        slope = (np.pi - angle) / (2 * np.pi)
+        return _each(std) * (np.sqrt(1 - c**2) / (2 * np.pi) + c * slope), slope
+    # A token of zeros has the slope of f at 0, which the limit s -> 0 of the series gives.
+    std = np.maximum(std, 1e-30)
+    a = hermite_coefficients(kind, std)
+    b = a[:, 1:] * np.sqrt(np.arange(1, TERMS)) / std[:, None]
+    return _series(a, c), _series(b, c)
+
+
+def _series(a_TxN: ndarray, c_TxT: ndarray) -> ndarray:
+    """sum_n a_n(t) a_n(u) c^n by Horner's rule."""
+    total = np.zeros_like(c_TxT)
+    for a_T in a_TxN.T[::-1]:
+        total = total * c_TxT + _each(a_T)
+    return total
+
+
+@dataclass(frozen=True)
+class FeedForwardKernel:
+    """out(f(in x)), or with SwiGLU out(silu(a) b) with a and b from the two halves of `in`.
+
+    Attributes:
+      kind: `model.ffn`.
+      into: the projection to the hidden units.
+      out: the inner norm `hidden`, if there is one, and the projection back: its gain stands before the matrix.
+      units: hidden units.
+
+    Hidden units are alike and independent given their input's covariance (Neal 1996), so that
+        forward    v_out k(v_in C)              k = E f f;            SwiGLU: (v_in C) * k, since b is independent of a
+        backward   v_in v_out k'(v_in C) * G    k' = E f' f';         SwiGLU: (v_in C) * k' + k, from a and from b
+    Neglected: 1 / units and 1 / width.
+    """
+
+    kind: str
+    into: float
+    out: Projection
+    units: int
+
+    def _hidden(self, C: ndarray) -> tuple[ndarray, ndarray]:
+        """Covariance of the hidden units over tokens, and what a gradient is multiplied by on its way to `in`."""
+        before = self.into * C
+        k, slope = activation_kernels(self.kind, before)
+        return (before * k, before * slope + k) if self.kind == "swiglu" else (k, slope)
+
+    def forward(self, C: ndarray) -> ndarray:
+        hidden, _ = self._hidden(C)
+        # The norm divides what it reads, a variance of which the matrix's v is no part.
+        return self.out.factor * _each(self.hidden_scale(hidden)) * hidden
+
+    def hidden_scale(self, hidden_TxT: ndarray) -> ndarray:
+        return Projection(1.0, self.out.gain, self.out.eps).scale(hidden_TxT)
+
+    def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
+        """Covariance of the gradient of the input, and those of the weights."""
+        hidden, slope = self._hidden(C)
+        scale = _each(self.hidden_scale(hidden))
+        at_hidden = self.out.factor * scale * G * slope
+        # |dW_out|^2 = sum_tu (h_t . h_u)(g_t . g_u) over units x D numbers. |dW_in|^2 alike, where a gradient that
+        # has reached a unit is D std_out^2 = v_out D / units of G: the units cancel.
+        squares = {"ffn_in": float(np.sum(C * at_hidden)), "ffn_out": float(np.sum(scale * hidden * G)) * self.units}
+        return self.into * at_hidden, squares
+
+
+@functools.cache
+def routing_overlap(moe: MoEConfig, logit_std: float) -> tuple[ndarray, ndarray]:
+    """E sum_e w_te w_ue over routed experts, of two tokens whose router logits correlate: (angles, values).
+
+    Logits are N(0, logit_std^2), independent between experts. The value is taken at 17 angles, from 0 (correlation 1:
+    `mixture_gain` without shared experts) to pi, with the model's own router on 2^19 logits each, fixed seed.
+    """
+    rng = np.random.default_rng(0)
+    shape = (max(2**19 // moe.num_experts, 1), moe.num_experts)
+    u, w = (rng.standard_normal(shape) for _ in range(2))
+
+    def weights(logits_NxE: ndarray) -> ndarray:
+        chosen, ids, _ = jax.jit(route, static_argnums=2)(np.float32(logit_std * logits_NxE), None, moe)
+        dense = np.zeros(shape)
+        np.put_along_axis(dense, np.asarray(ids), np.asarray(chosen, np.float64), axis=1)
+        return dense
+
+    angles = np.linspace(0, np.pi, 17)
+    first = weights(u)
+    values = [np.mean(np.sum(first * weights(np.cos(a) * u + np.sin(a) * w), axis=1)) for a in angles]
+    return angles, np.array(values) * (mixture_gain(moe, logit_std) - moe.num_shared) / values[0]
+
+
+@dataclass(frozen=True)
+class MixtureKernel:
+    """A Mixture of Experts: routed ones, weighted by a router, and shared ones.
+
+    Attributes:
+      moe: its options.
+      router: fan_in x std^2 of the router.
+      expert, shared: kernels of one expert.
+
+    Experts are independent, so that two tokens share what their common experts give: the kernel of one expert times
+    E sum_e w_te w_ue (`routing_overlap`), plus that of each shared expert. Neglected: the gradient through the
+    router's weights, the dependence of a router's logits on the expert's input, biases of the selection.
+    """
+
+    moe: MoEConfig
+    router: float
+    expert: FeedForwardKernel
+    shared: FeedForwardKernel
+
+    def _overlap(self, C: ndarray) -> ndarray:
+        std = np.sqrt(np.diag(C))
+        logit_std = float(f"{math.sqrt(self.router * np.mean(std**2)):.3g}")  # few values, each simulated once
+        correlation = np.clip(C / np.maximum(_each(std), np.finfo(float).tiny), -1, 1)
+        np.fill_diagonal(correlation, 1)
+        return np.interp(np.arccos(correlation), *routing_overlap(self.moe, logit_std))
+
+    def forward(self, C: ndarray) -> ndarray:
+        shared = self.moe.num_shared * self.shared.forward(C) if self.moe.num_shared else 0.0
+        return self._overlap(C) * self.expert.forward(C) + shared
+
+    def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
+        into, squares = self.expert.backward(C, self._overlap(C) * G)
+        if self.moe.num_shared:
+            more, others = self.shared.backward(C, self.moe.num_shared * G)
+            into, squares = into + more, {site: squares[site] + others[site] for site in squares}
+        return into, squares
+
+
+# ---- attention --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """Causal attention with RoPE.
+
+    Attributes:
+      q, k, v: the projections to a head's queries, keys and values, with the inner norms of that name.
+      out: the inner norm `heads`, if there is one, and the projection back.
+      head_dim: K.
+      rope_theta: of the rotation.
+      draws: heads that are drawn.
+      seed: of the draws; the same for both directions, another for each block.
+
+    Given a head's weights A (T x T), which depend on its queries and keys alone, a head is linear in its values, and
+    its outputs are independent of other heads' by their slices of `out`. With V = Cov(v) over tokens, and Q, K alike:
+
+        forward    v_out A V A'                                        mean over heads
+        values     v_out A' G A
+        queries    v_out G * (A (V*K) A' - A ((V A')*(K A')) - ((A V)*(A K)) A' + (A V A')*(A K A'))
+        keys       v_out (V*(A' M A) - ((A' M)*(V A')) A - A' ((M A)*(A V)) + A' (M*(A V A')) A),    M = G * Q
+
+    The last two are the chain rule through the softmax: dL/dA_ts = g_t . v_s has the covariance G_tu V_sr over (ts, ur);
+    the logits' gradient is dz_ts = A_ts (dA_ts - sum_r A_tr dA_tr); and dq_t = sum_s dz_ts k_s / sqrt(K), dk_s =
+    sum_t dz_ts q_t / sqrt(K), with k, q as independent of dz as they are of any one logit. A is drawn with queries and
+    keys of the head's own size, so the logits q.k / sqrt(K) have the law that they have in the model, with RoPE and
+    QK-norm: variance Q_tt K_ss at large K. RoPE turns keys against each other by their distance, which multiplies K_sr
+    above by the mean of cos((s - r) theta_i), and Q_tu alike: exact for the variance of a token's gradient.
+    Neglected: the same turning between two tokens' gradients (t != u), 1 / K, 1 / heads. Grouped queries change nothing
+    at this order: heads that share keys and values have independent slices of `out`.
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    out: Projection
+    head_dim: int
+    rope_theta: float
+    draws: int = 12
+    seed: int = 0
+
+    def weights(self, C: ndarray) -> ndarray:
+        """Attention weights of `draws` heads, (N, T, T)."""
+        rng, T, K = np.random.default_rng(self.seed), len(C), self.head_dim
+        eigenvalues, vectors = np.linalg.eigh(C)
+        root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
+
+        def drawn(projection: Projection) -> ndarray:
+            x = math.sqrt(projection.factor) * (root @ rng.standard_normal((self.draws, T, K)))
+            if projection.gain is not None:
+                x *= projection.gain / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + projection.eps)
+            return np.asarray(rotate(np.float32(x[:, :, None]), self._angles(T))[:, :, 0]).astype(np.float64)
+
+        logits = drawn(self.q) @ drawn(self.k).swapaxes(1, 2) / math.sqrt(K)
+        logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    def _angles(self, T: int) -> ndarray:
+        return np.asarray(rotary_angles(T, self.head_dim, self.rope_theta))
+
+    def _turning(self, T: int) -> ndarray:
+        """(T, T): mean over a head's pairs of cos((s - r) theta_i)."""
+        turns = np.exp(1j * self._angles(T))
+        return (turns @ turns.conj().T).real / turns.shape[1]
+
+    def _heads(self, C: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+        """The weights, and covariances of a head's output: of each draw, and of their mean."""
+        A = self.weights(C)
+        each = A @ self.v.forward(C) @ A.swapaxes(1, 2)
+        return A, each, each.mean(axis=0)
+
+    def forward(self, C: ndarray) -> ndarray:
+        heads = self._heads(C)[2]
+        return self.out.factor * _each(self.heads_scale(heads)) * heads
+
+    def heads_scale(self, heads_TxT: ndarray) -> ndarray:
+        return Projection(1.0, self.out.gain, self.out.eps).scale(heads_TxT)
+
+    def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
+        """Covariance of the gradient of the input, and those of the weights."""
+        A, each, heads = self._heads(C)
+        scale = _each(self.heads_scale(heads))
+        g = self.out.factor * scale * G  # at a head's output
+        At = A.swapaxes(1, 2)
+        V, turning = self.v.forward(C), self._turning(len(C))
+        K, M = self.k.forward(C) * turning, g * self.q.forward(C) * turning
+        AV, AK, MA = A @ V, A @ K, M @ A
+        VAt, KAt, AtM = AV.swapaxes(1, 2), AK.swapaxes(1, 2), MA.swapaxes(1, 2)  # V, K and M are symmetric
+        at_queries = g * (A @ (V * K) @ At - A @ (VAt * KAt) - (AV * AK) @ At + each * (AK @ At))
+        at_keys = V * (At @ MA) - (AtM * VAt) @ A - At @ (MA * AV) + At @ (M * each) @ A
+        after = {"q": at_queries, "k": at_keys, "v": At @ g @ A}
+        into, squares = np.zeros_like(C), {"attn_out": float(np.sum(scale * heads * G))}
+        for name, gradient in after.items():
+            projection: Projection = getattr(self, name)
+            before = projection.backward(C, gradient.mean(axis=0))
+            squares[name] = float(np.sum(C * before))
+            into += projection.factor * before
+        return into, squares

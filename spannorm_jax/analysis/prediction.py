@@ -1,0 +1,240 @@
+"""A placement's own equation run on covariances: the signal and the gradient that a model starts with, block by block.
+
+Nothing here knows a placement: `enter`, `block` and `leave` are those that train the model, `fields.py` stands for
+their arrays, and `kernels.py` for their sub-layers. Sizes of weights and gains come from the initialisation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+from numpy import ndarray
+
+from spannorm_jax.analysis import fields
+from spannorm_jax.analysis.fields import Field, Mixture, Tape
+from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
+from spannorm_jax.config import ModelConfig, moe_layers
+from spannorm_jax.model.definition import define
+from spannorm_jax.model.initialisation import site_sizes, variance_factors
+from spannorm_jax.model.placement import PLACEMENTS, inner_norms
+
+SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
+COLLAPSED = 0.9  # token correlation above which a note says that finite width shows
+
+Series = list[float]  # over blocks
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What theory says of a model before its first step; lists are over blocks, of the stream AFTER a block.
+
+    Attributes:
+      entry_variance: mean square of the stream that enters the first block.
+      stream_variance: mean square over tokens and width. Of a stream of several leaves these are of the first.
+      attn_variance, ffn_variance: mean square of the branches' outputs.
+      token_correlation: mean over pairs of tokens of the cosine of their vectors.
+      effective_rank: exp of the entropy of the normalised eigenvalues of the tokens' covariance (Roy & Vetterli 2007).
+      stream_grad_norm: norm of the gradient of the stream that ENTERS a block, all its leaves, over the last block's,
+        for a gradient at the output of `leave` that is Gaussian, isotropic and independent between tokens.
+      skip_path: the same if branches passed no gradient: sums, factors and norms alone, the papers' argument.
+      weight_grad_norm: site -> norm of a weight's gradient, over the last block's; of experts all together.
+      notes: what this prediction leaves out that may show.
+    """
+
+    entry_variance: float
+    stream_variance: Series
+    attn_variance: Series
+    ffn_variance: Series
+    token_correlation: Series
+    effective_rank: Series
+    stream_grad_norm: Series
+    skip_path: Series
+    weight_grad_norm: dict[str, Series]
+    notes: list[str]
+
+
+def predict(cfg: ModelConfig, tokens: int) -> Prediction:
+    """The prediction for a resolved config's model and sequences of that many different tokens, T.
+
+    Time is O(L^2 T + L T^3), memory O(L T^2).
+    """
+    placement = PLACEMENTS[cfg.placement]
+    weights = _Weights(cfg)
+    tape = Tape()
+    # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
+    stream = placement.enter(tape.field(Mixture.new(weights.factor("embed") * np.eye(tokens))), weights.norms(0))
+    entry_variance = fields.variance(_first(stream).covariance)
+    entered: list[list[Field]] = []
+    left: list[ndarray] = []
+    variances: dict[str, Series] = {"attn": [], "ffn": []}
+    squares: list[Squares] = []
+    for layer in range(cfg.depth):
+        stream = jax.tree.map(lambda leaf: leaf.scaled(1.0), stream)  # a leaf of its own, which only this block reads
+        entered.append(jax.tree.leaves(stream))
+        squares.append({})
+        attn = _branch(weights.attention(layer), variances["attn"], squares[-1])
+        ffn = _branch(weights.feed_forward(layer), variances["ffn"], squares[-1])
+        stream = placement.block(stream, attn, ffn, weights.norms(layer), layer, cfg.depth)
+        left.append(_first(stream).covariance)
+    out = placement.leave(stream, weights.norms(0))
+
+    leaves = [leaf for block in entered for leaf in block]
+
+    def norms(through_branches: bool) -> Series:
+        found = iter(tape.gradients(out, np.eye(tokens), leaves, through_branches))
+        return [math.sqrt(sum(np.trace(next(found)) for _ in block)) for block in entered]
+
+    skip_path = norms(through_branches=False)
+    for of_block in squares:
+        of_block.clear()
+    stream_grad_norm = norms(through_branches=True)
+    sites = list(squares[-1])
+    return Prediction(
+        entry_variance=entry_variance,
+        stream_variance=[fields.variance(C) for C in left],
+        attn_variance=variances["attn"],
+        ffn_variance=variances["ffn"],
+        token_correlation=[fields.token_correlation(C) for C in left],
+        effective_rank=[fields.effective_rank(C) for C in left],
+        stream_grad_norm=_relative(stream_grad_norm),
+        skip_path=_relative(skip_path),
+        weight_grad_norm={s: _relative([math.sqrt(max(of_block[s], 0)) for of_block in squares]) for s in sites},
+        notes=_notes(cfg, tokens, len(entered[0]), fields.token_correlation(left[-1])),
+    )
+
+
+def _first(stream: Any) -> Field:
+    return jax.tree.leaves(stream)[0]
+
+
+def _relative(values: Series) -> Series:
+    """Over the last; NaN where that is zero."""
+    return [value / values[-1] if values[-1] else math.nan for value in values]
+
+
+def _branch(kernel: Any, variances: Series, squares: Squares) -> Callable[[Field], Field]:
+    """A sub-layer for fields; what it puts out and what reaches its weights are noted on the way."""
+
+    def backward(C: ndarray, G: ndarray) -> ndarray:
+        into, of_weights = kernel.backward(C, G)
+        squares.update(of_weights)
+        return into
+
+    def branch(x: Field) -> Field:
+        out = x.branch(kernel.forward, backward)
+        variances.append(fields.variance(out.covariance))
+        return out
+
+    return branch
+
+
+class _Weights:
+    """A model's weights and gains as their initialisation makes them, block by block."""
+
+    def __init__(self, cfg: ModelConfig):
+        specs = define(cfg).specs()
+        self.cfg, self.inner, self.experts = cfg, inner_norms(cfg), moe_layers(cfg)
+        self._sizes, self._factors = site_sizes(cfg, specs), variance_factors(cfg, specs)
+
+    def factor(self, site: str, layer: int = 0) -> float:
+        """fan_in x std^2 of a weight."""
+        return _at(self._factors[site], layer)
+
+    def norms(self, layer: int) -> SimpleNamespace:
+        """The placement's norms and gains, of a block and of the ends, as functions of a field."""
+        placement, eps = PLACEMENTS[self.cfg.placement], self.cfg.norm_eps
+
+        def gain(name: str) -> float:
+            return _at(self._sizes[name], layer)
+
+        made = {name: _norm(gain(name), eps) for name in (*placement.block_norms, *placement.end_norms)}
+        return SimpleNamespace(**made | {name: _gain(gain(name)) for name in placement.block_gains})
+
+    def attention(self, layer: int) -> AttentionKernel:
+        def projection(site: str, norm: str, norm_site: str) -> Projection:
+            return self._projection(site, norm, norm_site, layer)
+
+        return AttentionKernel(
+            q=projection("q", "q", "q_norm"),
+            k=projection("k", "k", "k_norm"),
+            v=projection("v", "v", "v_norm"),
+            out=projection("attn_out", "heads", "heads_norm"),
+            head_dim=self.cfg.width // self.cfg.num_heads,
+            rope_theta=self.cfg.rope_theta,
+            seed=layer,
+        )
+
+    def feed_forward(self, layer: int) -> FeedForwardKernel | MixtureKernel:
+        moe = self.cfg.moe
+
+        def kernel(site: str, units: int) -> FeedForwardKernel:
+            out = self._projection(f"{site}_out", "hidden", f"{site}_hidden_norm", layer)
+            return FeedForwardKernel(self.cfg.ffn, self.factor(f"{site}_in", layer), out, units)
+
+        if not self.experts[layer]:
+            return kernel("ffn", self.cfg.ffn_dim)
+        expert = kernel("expert", moe.expert_dim)
+        shared = kernel("shared", moe.expert_dim) if moe.num_shared else None
+        return MixtureKernel(moe, self.factor("router", layer), expert, shared)
+
+    def _projection(self, site: str, norm: str, norm_site: str, layer: int) -> Projection:
+        gain = _at(self._sizes[norm_site], layer) if norm in self.inner else None
+        return Projection(self.factor(site, layer), gain, self.cfg.norm_eps)
+
+
+def _at(size: ndarray, layer: int) -> float:
+    """Of one block, where `size` is () or (L,)."""
+    return float(size if size.ndim == 0 else size[layer])
+
+
+def _norm(gain: float, eps: float) -> Callable[[Field], Field]:
+    return lambda x: x.normed(gain, eps)
+
+
+def _gain(gain: float) -> Callable[[Field], Field]:
+    return lambda x: x.scaled(gain)
+
+
+def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> list[str]:
+    notes = []
+    if cfg.width < SMALL_WIDTH:
+        notes.append(f"width {cfg.width} is small: the prediction is for large width, and may mean nothing here")
+    if tokens > cfg.width / 8:
+        factor = math.exp(-tokens / (2 * cfg.width)) if tokens <= cfg.width else 0.0
+        notes.append(
+            f"{tokens} tokens in width {cfg.width}: a measured effective rank is lower, of independent tokens "
+            + (f"{factor:.2f} times what is predicted" if factor else f"at most {cfg.width}")
+        )
+    if correlation > COLLAPSED:
+        notes.append(
+            f"tokens collapse (correlation {correlation:.3f} at the end): what is left of their differences, and "
+            "gradients with it, differs from the prediction at finite width"
+        )
+    if leaves > 1:
+        notes.append(f"the stream has {leaves} leaves: its variance, correlation and rank are those of the first")
+    if cfg.moe.num_experts:
+        notes.append("the gradient through the router's weights is left out, and so are selection biases")
+    if inner_norms(cfg):
+        notes.append(
+            f"inner norms ({', '.join(inner_norms(cfg))}): the gradient's projection off what is normed is left out"
+        )
+    return notes
+
+
+def as_dict(cfg: ModelConfig, tokens: int, prediction: Prediction) -> dict[str, Any]:
+    """For a line of JSON: NaN is None."""
+    about = {key: getattr(cfg, key) for key in ("placement", "init", "ffn", "depth", "width")} | {"tokens": tokens}
+    return _finite(about | dataclasses.asdict(prediction))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

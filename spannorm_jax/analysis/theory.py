@@ -1,0 +1,69 @@
+"""What a model's signal and gradients should be at initialisation, by its placement's equation, block by block.
+
+python -m spannorm_jax.analysis.theory --config configs/dense.py:depth=24,width=256,placement=span,init=plain
+
+No weights are drawn and no data is read. docs/theory.md has the derivation, and what is left out.
+"""
+
+import json
+
+from spannorm_jax.command import Parser, run_command
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.config_file import load, resolve_without_data, split_overrides
+from spannorm_jax.errors import UserError
+
+MAX_TOKENS = 256  # memory grows with the square: 128 blocks take about a GiB
+MAX_DEPTH = 1024  # time grows with the square
+# Of the table: heading, width of the column, format.
+COLUMNS = {
+    "stream_variance": ("stream var", "11.4g"),
+    "attn_variance": ("attn var", "11.4g"),
+    "ffn_variance": ("ffn var", "11.4g"),
+    "token_correlation": ("token corr", "11.4f"),
+    "effective_rank": ("eff. rank", "11.2f"),
+    "stream_grad_norm": ("grad norm", "11.4g"),
+    "skip_path": ("skip path", "11.4g"),
+}
+
+
+def parse(argv: list[str]) -> tuple[ModelConfig, int, bool]:
+    """The model's config, the number of tokens, and whether JSON is wanted. Raises UserError."""
+    rest, overrides = split_overrides(argv)
+    parser = Parser(prog="python -m spannorm_jax.analysis.theory", description=__doc__)
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--tokens", metavar="T", default="64", help=f"of a sequence, 2 to {MAX_TOKENS} (default 64)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON, with all numbers")
+    args = parser.parse_args(rest)
+    if not (args.tokens.isdecimal() and 2 <= int(args.tokens[:9]) <= MAX_TOKENS):
+        raise UserError(f"--tokens {args.tokens[:80]!r} must be a number of tokens, from 2 to {MAX_TOKENS}")
+    cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
+    if cfg.depth > MAX_DEPTH:
+        raise UserError(f"config key model.depth={cfg.depth} is too deep to predict; write {MAX_DEPTH} or less")
+    return cfg, int(args.tokens), args.json
+
+
+def main(argv: list[str]) -> int:
+    cfg, tokens, as_json = parse(argv)
+    from spannorm_jax.analysis import prediction  # JAX comes with it: a command that is mistyped does without
+
+    found = prediction.predict(cfg, tokens)
+    if as_json:
+        print(json.dumps(prediction.as_dict(cfg, tokens, found)))
+        return 0
+    print(f"{cfg.placement} / {cfg.init} / {cfg.ffn}: {cfg.depth} blocks, width {cfg.width}, {tokens} tokens")
+    print(f"the stream enters block 1 with variance {found.entry_variance:.4g}\n")
+    print("block" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values()))
+    for layer in range(cfg.depth):
+        row = (format(getattr(found, name)[layer], form) for name, (_, form) in COLUMNS.items())
+        print(f"{layer + 1:>5}{''.join(row)}")
+    print("\ngradients of block 1 over the last block's:")
+    print(f"  stream {found.stream_grad_norm[0]:.4g} (by the skip path alone {found.skip_path[0]:.4g})")
+    for site, norms in found.weight_grad_norm.items():
+        print(f"  weight {site:<9}{norms[0]:.4g}")
+    for note in found.notes:
+        print(f"note: {note}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
