@@ -17,10 +17,10 @@ from numpy import ndarray
 
 from spannorm_jax.config import MoEConfig
 from spannorm_jax.model.initialisation import activation, mixture_gain
-from spannorm_jax.model.layers import rotary_angles, rotate
+from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe.router import route
 
-Squares = dict[str, float]  # weight's site -> squared norm of its gradient, but for a factor that all blocks share
+Squares = dict[str, float]  # weight's site -> squared norm of its gradient, over the width squared
 
 TERMS = 64  # of the Hermite series
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(128)
@@ -117,10 +117,11 @@ class FeedForwardKernel:
     """out(f(in x)), or with SwiGLU out(silu(a) b) with a and b from the two halves of `in`.
 
     Attributes:
+      site: of the weights, without _in and _out.
       kind: `model.ffn`.
       into: the projection to the hidden units.
       out: the inner norm `hidden`, if there is one, and the projection back: its gain stands before the matrix.
-      units: hidden units.
+      units: hidden units over the width.
 
     Hidden units are alike and independent given their input's covariance (Neal 1996), so that
         forward    v_out k(v_in C)              k = E f f;            SwiGLU: (v_in C) * k, since b is independent of a
@@ -128,10 +129,11 @@ class FeedForwardKernel:
     Neglected: 1 / units and 1 / width.
     """
 
+    site: str
     kind: str
     into: float
     out: Projection
-    units: int
+    units: float
 
     def _hidden(self, C: ndarray) -> tuple[ndarray, ndarray]:
         """Covariance of the hidden units over tokens, and what a gradient is multiplied by on its way to `in`."""
@@ -154,8 +156,8 @@ class FeedForwardKernel:
         at_hidden = self.out.factor * scale * G * slope
         # |dW_out|^2 = sum_tu (h_t . h_u)(g_t . g_u) over units x D numbers. |dW_in|^2 alike, where a gradient that
         # has reached a unit is D std_out^2 = v_out D / units of G: the units cancel.
-        squares = {"ffn_in": float(np.sum(C * at_hidden)), "ffn_out": float(np.sum(scale * hidden * G)) * self.units}
-        return self.into * at_hidden, squares
+        into, out = float(np.sum(C * at_hidden)), self.units * float(np.sum(scale * hidden * G))
+        return self.into * at_hidden, {f"{self.site}_in": into, f"{self.site}_out": out}
 
 
 @functools.cache
@@ -188,7 +190,7 @@ class MixtureKernel:
     Attributes:
       moe: its options.
       router: fan_in x std^2 of the router.
-      expert, shared: kernels of one expert.
+      expert, shared: kernels of one expert; None without shared ones.
 
     Experts are independent, so that two tokens share what their common experts give: the kernel of one expert times
     E sum_e w_te w_ue (`routing_overlap`), plus that of each shared expert. Neglected: the gradient through the
@@ -198,7 +200,7 @@ class MixtureKernel:
     moe: MoEConfig
     router: float
     expert: FeedForwardKernel
-    shared: FeedForwardKernel
+    shared: FeedForwardKernel | None
 
     def _overlap(self, C: ndarray) -> ndarray:
         std = np.sqrt(np.diag(C))
@@ -208,18 +210,24 @@ class MixtureKernel:
         return np.interp(np.arccos(correlation), *routing_overlap(self.moe, logit_std))
 
     def forward(self, C: ndarray) -> ndarray:
-        shared = self.moe.num_shared * self.shared.forward(C) if self.moe.num_shared else 0.0
+        shared = self.moe.num_shared * self.shared.forward(C) if self.shared else 0.0
         return self._overlap(C) * self.expert.forward(C) + shared
 
     def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
         into, squares = self.expert.backward(C, self._overlap(C) * G)
-        if self.moe.num_shared:
+        if self.shared:
             more, others = self.shared.backward(C, self.moe.num_shared * G)
-            into, squares = into + more, {site: squares[site] + others[site] for site in squares}
+            into, squares = into + more, squares | others
         return into, squares
 
 
 # ---- attention --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rotary_turns(tokens: int, head_dim: int, theta: float) -> ndarray:
+    """(T, K/2): what RoPE multiplies the pairs (i, i + K/2) of a head by, as complex numbers."""
+    return np.exp(1j * np.asarray(rotary_angles(tokens, head_dim, theta)).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -242,12 +250,12 @@ class AttentionKernel:
         queries    v_out G * (A (V*K) A' - A ((V A')*(K A')) - ((A V)*(A K)) A' + (A V A')*(A K A'))
         keys       v_out (V*(A' M A) - ((A' M)*(V A')) A - A' ((M A)*(A V)) + A' (M*(A V A')) A),    M = G * Q
 
-    The last two are the chain rule through the softmax: dL/dA_ts = g_t . v_s has the covariance G_tu V_sr over (ts, ur);
+    The last two are the chain rule through the softmax: dA_ts = g_t . v_s has the covariance G_tu V_sr over (ts, ur);
     the logits' gradient is dz_ts = A_ts (dA_ts - sum_r A_tr dA_tr); and dq_t = sum_s dz_ts k_s / sqrt(K), dk_s =
-    sum_t dz_ts q_t / sqrt(K), with k, q as independent of dz as they are of any one logit. A is drawn with queries and
-    keys of the head's own size, so the logits q.k / sqrt(K) have the law that they have in the model, with RoPE and
-    QK-norm: variance Q_tt K_ss at large K. RoPE turns keys against each other by their distance, which multiplies K_sr
-    above by the mean of cos((s - r) theta_i), and Q_tu alike: exact for the variance of a token's gradient.
+    sum_t dz_ts q_t / sqrt(K), with keys and queries as independent of dz as they are of any one logit.
+    A is drawn with queries and keys of the head's own size, so the logits q.k / sqrt(K) have the law that they have in
+    the model, with RoPE and QK-norm; their variance is Q_tt K_ss. RoPE turns keys against each other by their distance,
+    which multiplies K_sr above by the mean of cos((s - r) theta_i), and Q_tu alike: exact for a token's variance.
     Neglected: the same turning between two tokens' gradients (t != u), 1 / K, 1 / heads. Grouped queries change nothing
     at this order: heads that share keys and values have independent slices of `out`.
     """
@@ -264,27 +272,21 @@ class AttentionKernel:
     def weights(self, C: ndarray) -> ndarray:
         """Attention weights of `draws` heads, (N, T, T)."""
         rng, T, K = np.random.default_rng(self.seed), len(C), self.head_dim
-        eigenvalues, vectors = np.linalg.eigh(C)
-        root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
+        # Tokens that have collapsed make C singular, to rounding: 1e-9 of independence keeps the root real.
+        root = np.linalg.cholesky(C + np.diag(1e-9 * np.diag(C) + np.finfo(float).tiny))
+        turns = rotary_turns(T, K, self.rope_theta)
 
         def drawn(projection: Projection) -> ndarray:
             x = math.sqrt(projection.factor) * (root @ rng.standard_normal((self.draws, T, K)))
             if projection.gain is not None:
                 x *= projection.gain / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + projection.eps)
-            return np.asarray(rotate(np.float32(x[:, :, None]), self._angles(T))[:, :, 0]).astype(np.float64)
+            # RoPE turns the pairs (i, i + K/2); as complex numbers their real products are those of the heads.
+            return (x[..., : K // 2] + 1j * x[..., K // 2 :]) * turns
 
-        logits = drawn(self.q) @ drawn(self.k).swapaxes(1, 2) / math.sqrt(K)
+        logits = (drawn(self.q) @ drawn(self.k).conj().swapaxes(1, 2)).real / math.sqrt(K)
         logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return weights / weights.sum(axis=-1, keepdims=True)
-
-    def _angles(self, T: int) -> ndarray:
-        return np.asarray(rotary_angles(T, self.head_dim, self.rope_theta))
-
-    def _turning(self, T: int) -> ndarray:
-        """(T, T): mean over a head's pairs of cos((s - r) theta_i)."""
-        turns = np.exp(1j * self._angles(T))
-        return (turns @ turns.conj().T).real / turns.shape[1]
 
     def _heads(self, C: ndarray) -> tuple[ndarray, ndarray, ndarray]:
         """The weights, and covariances of a head's output: of each draw, and of their mean."""
@@ -305,7 +307,8 @@ class AttentionKernel:
         scale = _each(self.heads_scale(heads))
         g = self.out.factor * scale * G  # at a head's output
         At = A.swapaxes(1, 2)
-        V, turning = self.v.forward(C), self._turning(len(C))
+        turns = rotary_turns(len(C), self.head_dim, self.rope_theta)
+        V, turning = self.v.forward(C), (turns @ turns.conj().T).real / turns.shape[1]
         K, M = self.k.forward(C) * turning, g * self.q.forward(C) * turning
         AV, AK, MA = A @ V, A @ K, M @ A
         VAt, KAt, AtM = AV.swapaxes(1, 2), AK.swapaxes(1, 2), MA.swapaxes(1, 2)  # V, K and M are symmetric

@@ -31,18 +31,23 @@ Series = list[float]  # over blocks
 
 @dataclass(frozen=True)
 class Prediction:
-    """What theory says of a model before its first step; lists are over blocks, of the stream AFTER a block.
+    """What theory says of a model before its first step; lists are over blocks.
+
+    The stream is the one AFTER a block, of several leaves the first: what `leave` would make of it without the norms of
+    the ends is not defined. Gradients are those for one at the output of `leave` that is Gaussian, isotropic and
+    independent between tokens.
 
     Attributes:
       entry_variance: mean square of the stream that enters the first block.
-      stream_variance: mean square over tokens and width. Of a stream of several leaves these are of the first.
+      stream_variance: mean square over tokens and width.
       attn_variance, ffn_variance: mean square of the branches' outputs.
+      attn_backward_gain, ffn_backward_gain: what a branch multiplies the energy of an isotropic gradient by.
       token_correlation: mean over pairs of tokens of the cosine of their vectors.
       effective_rank: exp of the entropy of the normalised eigenvalues of the tokens' covariance (Roy & Vetterli 2007).
-      stream_grad_norm: norm of the gradient of the stream that ENTERS a block, all its leaves, over the last block's,
-        for a gradient at the output of `leave` that is Gaussian, isotropic and independent between tokens.
+      stream_grad_norm: norm of the gradient of the stream that ENTERS a block, over the last block's.
       skip_path: the same if branches passed no gradient: sums, factors and norms alone, the papers' argument.
-      weight_grad_norm: site -> norm of a weight's gradient, over the last block's; of experts all together.
+      weight_grad_norm: site -> norm of a weight's gradient for an output gradient of norm 1, of experts all together;
+        None where a block lacks the weight.
       notes: what this prediction leaves out that may show.
     """
 
@@ -50,11 +55,13 @@ class Prediction:
     stream_variance: Series
     attn_variance: Series
     ffn_variance: Series
+    attn_backward_gain: Series
+    ffn_backward_gain: Series
     token_correlation: Series
     effective_rank: Series
     stream_grad_norm: Series
     skip_path: Series
-    weight_grad_norm: dict[str, Series]
+    weight_grad_norm: dict[str, list[float | None]]
     notes: list[str]
 
 
@@ -69,42 +76,37 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
     stream = placement.enter(tape.field(Mixture.new(weights.factor("embed") * np.eye(tokens))), weights.norms(0))
     entry_variance = fields.variance(_first(stream).covariance)
-    entered: list[list[Field]] = []
+    entered: list[Field] = []
     left: list[ndarray] = []
-    variances: dict[str, Series] = {"attn": [], "ffn": []}
-    squares: list[Squares] = []
+    branches: dict[str, list[_Branch]] = {"attn": [], "ffn": []}
     for layer in range(cfg.depth):
         stream = jax.tree.map(lambda leaf: leaf.scaled(1.0), stream)  # a leaf of its own, which only this block reads
-        entered.append(jax.tree.leaves(stream))
-        squares.append({})
-        attn = _branch(weights.attention(layer), variances["attn"], squares[-1])
-        ffn = _branch(weights.feed_forward(layer), variances["ffn"], squares[-1])
+        entered.append(_first(stream))
+        branches["attn"].append(_Branch(weights.attention(layer)))
+        branches["ffn"].append(_Branch(weights.feed_forward(layer)))
+        attn, ffn = (of_kind[-1] for of_kind in branches.values())
         stream = placement.block(stream, attn, ffn, weights.norms(layer), layer, cfg.depth)
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))
 
-    leaves = [leaf for block in entered for leaf in block]
-
     def norms(through_branches: bool) -> Series:
-        found = iter(tape.gradients(out, np.eye(tokens), leaves, through_branches))
-        return [math.sqrt(sum(np.trace(next(found)) for _ in block)) for block in entered]
+        found = tape.gradients(out, np.eye(tokens), entered, through_branches)
+        return [math.sqrt(np.trace(G)) for G in found]
 
-    skip_path = norms(through_branches=False)
-    for of_block in squares:
-        of_block.clear()
-    stream_grad_norm = norms(through_branches=True)
-    sites = list(squares[-1])
+    stream_grad_norm, skip_path = norms(through_branches=True), norms(through_branches=False)
     return Prediction(
         entry_variance=entry_variance,
         stream_variance=[fields.variance(C) for C in left],
-        attn_variance=variances["attn"],
-        ffn_variance=variances["ffn"],
+        attn_variance=[branch.variance for branch in branches["attn"]],
+        ffn_variance=[branch.variance for branch in branches["ffn"]],
+        attn_backward_gain=[branch.backward_gain for branch in branches["attn"]],
+        ffn_backward_gain=[branch.backward_gain for branch in branches["ffn"]],
         token_correlation=[fields.token_correlation(C) for C in left],
         effective_rank=[fields.effective_rank(C) for C in left],
         stream_grad_norm=_relative(stream_grad_norm),
         skip_path=_relative(skip_path),
-        weight_grad_norm={s: _relative([math.sqrt(max(of_block[s], 0)) for of_block in squares]) for s in sites},
-        notes=_notes(cfg, tokens, len(entered[0]), fields.token_correlation(left[-1])),
+        weight_grad_norm=_weight_grad_norms(cfg.width / tokens, *branches.values()),
+        notes=_notes(cfg, tokens, len(jax.tree.leaves(stream)), fields.token_correlation(left[-1])),
     )
 
 
@@ -117,20 +119,35 @@ def _relative(values: Series) -> Series:
     return [value / values[-1] if values[-1] else math.nan for value in values]
 
 
-def _branch(kernel: Any, variances: Series, squares: Squares) -> Callable[[Field], Field]:
-    """A sub-layer for fields; what it puts out and what reaches its weights are noted on the way."""
+class _Branch:
+    """A block's sub-layer, for fields; what it puts out and what reaches its weights is noted on the way."""
 
-    def backward(C: ndarray, G: ndarray) -> ndarray:
-        into, of_weights = kernel.backward(C, G)
-        squares.update(of_weights)
-        return into
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+        self.variance = self.backward_gain = math.nan  # of a branch that a placement does not call
+        self.squares: Squares = {}
 
-    def branch(x: Field) -> Field:
-        out = x.branch(kernel.forward, backward)
-        variances.append(fields.variance(out.covariance))
+    def __call__(self, x: Field) -> Field:
+        out = x.branch(self._kernel.forward, self._backward)
+        T = len(x.covariance)
+        self.variance = fields.variance(out.covariance)
+        self.backward_gain = float(np.trace(self._kernel.backward(x.covariance, np.eye(T))[0])) / T
         return out
 
-    return branch
+    def _backward(self, C: ndarray, G: ndarray) -> ndarray:
+        into, self.squares = self._kernel.backward(C, G)
+        return into
+
+
+def _weight_grad_norms(scale: float, *branches: list[_Branch]) -> dict[str, list[float | None]]:
+    """Site -> norms over blocks. A gradient of norm 1 has the variance 1 / (T D): `squares`, which are over D^2 and for
+    variance 1, are multiplied by D / T."""
+    of_blocks = [attn.squares | ffn.squares for attn, ffn in zip(*branches, strict=True)]
+    sites = dict.fromkeys(site for squares in of_blocks for site in squares)
+    return {
+        site: [math.sqrt(max(scale * squares[site], 0)) if site in squares else None for squares in of_blocks]
+        for site in sites
+    }
 
 
 class _Weights:
@@ -174,7 +191,8 @@ class _Weights:
 
         def kernel(site: str, units: int) -> FeedForwardKernel:
             out = self._projection(f"{site}_out", "hidden", f"{site}_hidden_norm", layer)
-            return FeedForwardKernel(self.cfg.ffn, self.factor(f"{site}_in", layer), out, units)
+            into = self.factor(f"{site}_in", layer)
+            return FeedForwardKernel(site, self.cfg.ffn, into, out, units / self.cfg.width)
 
         if not self.experts[layer]:
             return kernel("ffn", self.cfg.ffn_dim)
@@ -216,7 +234,7 @@ def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> li
             "gradients with it, differs from the prediction at finite width"
         )
     if leaves > 1:
-        notes.append(f"the stream has {leaves} leaves: its variance, correlation and rank are those of the first")
+        notes.append(f"the stream has {leaves} leaves: its variance, correlation, rank and gradient are the first's")
     if cfg.moe.num_experts:
         notes.append("the gradient through the router's weights is left out, and so are selection biases")
     if inner_norms(cfg):

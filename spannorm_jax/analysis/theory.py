@@ -56,10 +56,14 @@ def main(argv: list[str]) -> int:
     for layer in range(cfg.depth):
         row = (format(getattr(found, name)[layer], form) for name, (_, form) in COLUMNS.items())
         print(f"{layer + 1:>5}{''.join(row)}")
-    print("\ngradients of block 1 over the last block's:")
-    print(f"  stream {found.stream_grad_norm[0]:.4g} (by the skip path alone {found.skip_path[0]:.4g})")
+    print("\ngradient norms of weights, for one of norm 1 at the output:")
     for site, norms in found.weight_grad_norm.items():
-        print(f"  weight {site:<9}{norms[0]:.4g}")
+        own = [norm for norm in norms if norm is not None]
+        print(f"  {site:<12} first block {own[0]:<10.4g} last {own[-1]:.4g}")
+    print(
+        f"\ngradient of the stream, first block over last: {found.stream_grad_norm[0]:.4g}; "
+        f"by the skip path alone {found.skip_path[0]:.4g}"
+    )
     for note in found.notes:
         print(f"note: {note}")
     return 0

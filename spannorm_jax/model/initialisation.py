@@ -229,7 +229,8 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     A branch that ends in a norm has its gain's square, whatever its weights are.
     """
     specs = list(specs)
-    placement, variance, sizes = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs), site_sizes(cfg, specs)
+    placement, variance = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs)
+    sizes = site_sizes(cfg, specs)
     if "moe" in variance:
         variance["ffn"] = np.where(moe_layers(cfg), variance["moe"], variance.get("ffn", 0.0))
     added = {}

@@ -134,7 +134,7 @@ def parts(kind: str) -> int:
 
 
 def activation(hidden_xPxF: Array, kind: str) -> Array:
-    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU; gelu(a) or relu(a) of the one part of the others."""
+    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU; gelu(a) or relu(a) of one."""
     if kind == "swiglu":
         return jax.nn.silu(hidden_xPxF[..., 0, :]) * hidden_xPxF[..., 1, :]
     return (gelu if kind == "gelu" else jax.nn.relu)(hidden_xPxF[..., 0, :])

@@ -39,6 +39,7 @@ def small(**changes):
 
 # placement -> gains of size D in a block, and at the ends
 GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
+MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2}  # of a feed-forward
 GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1)}
 
 
@@ -46,7 +47,7 @@ def hand_count(m):
     """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, gains) + ends + V D."""
     D, K = m.width, m.width // m.num_heads
     attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
-    feed_forward = {"swiglu": 3, "gelu": 2, "relu": 2}[m.ffn] * D * m.ffn_dim
+    feed_forward = MATRICES[m.ffn] * D * m.ffn_dim
     gains, ends = GAINS[m.placement]
     attention += 3 * K * (m.placement == "hybrid") - 2 * K * (m.placement == "hybrid" and m.qk_norm)
     return m.depth * (attention + feed_forward + gains * D) + ends * D + m.vocab_size * D * (1 if m.tied_head else 2)
@@ -56,7 +57,7 @@ def hand_flops(m, seq_len):
     """6 a weight in a matmul and token (2 forward, 4 backward), the lookup none; and for the two matmuls of attention,
     at position t over t + 1 of the T positions, so T / 2 on average: 2 matmuls x 2 x 3 x T / 2 x H K a block."""
     D, K = m.width, m.width // m.num_heads
-    block = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + {"swiglu": 3, "gelu": 2, "relu": 2}[m.ffn] * D * m.ffn_dim
+    block = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + MATRICES[m.ffn] * D * m.ffn_dim
     return 6 * (m.depth * block + m.vocab_size * D) + m.depth * 2 * 2 * 3 * seq_len // 2 * m.num_heads * K
 
 

@@ -1,6 +1,6 @@
 """The Mixture-of-Experts feed-forward: a router, routed experts over the mesh, shared experts.
 
-Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, 1 of others), F hidden units of an expert.
+Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, else 1), F hidden units of an expert.
 """
 
 from collections.abc import Callable

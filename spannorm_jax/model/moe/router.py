@@ -1,6 +1,6 @@
 """The router: float32 scores, top-k experts a token, and what it is told by: loads, losses, a selection bias.
 
-Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, 1 of others), F hidden units of an
+Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, else 1), F hidden units of an
 expert. The router follows Shazeer et al. 2017 (arXiv 1701.06538) and, with sigmoid scores and a
 selection bias, DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 """
