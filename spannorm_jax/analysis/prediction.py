@@ -71,7 +71,7 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
     Time is O(L^2 T + L T^3), memory O(L T^2).
     """
     placement = PLACEMENTS[cfg.placement]
-    weights = _Weights(cfg)
+    weights = _Weights(cfg, tokens)
     tape = Tape()
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
     stream = placement.enter(tape.field(Mixture.new(weights.factor("embed") * np.eye(tokens))), weights.norms(0))
@@ -153,9 +153,9 @@ def _weight_grad_norms(scale: float, *branches: list[_Branch]) -> dict[str, list
 class _Weights:
     """A model's weights and gains as their initialisation makes them, block by block."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, tokens: int):
         specs = define(cfg).specs()
-        self.cfg, self.inner, self.experts = cfg, inner_norms(cfg), moe_layers(cfg)
+        self.cfg, self.tokens, self.inner, self.experts = cfg, tokens, inner_norms(cfg), moe_layers(cfg)
         self._sizes, self._factors = site_sizes(cfg, specs), variance_factors(cfg, specs)
 
     def factor(self, site: str, layer: int = 0) -> float:
@@ -183,6 +183,7 @@ class _Weights:
             out=projection("attn_out", "heads", "heads_norm"),
             head_dim=self.cfg.width // self.cfg.num_heads,
             rope_theta=self.cfg.rope_theta,
+            draws=max(12, 512 // self.tokens),  # few tokens average less, and cost less
             seed=layer,
         )
 

@@ -72,14 +72,14 @@ def test_activation_kernels_are_the_integrals(kind, f, slope, s, r, c):
 
 
 def test_activation_kernels_of_relu_against_draws():
-    """Standard error of a mean over n draws of what is below 3.5 (the root of E relu^4 at std 1, doubled): 3.5 / sqrt(n)."""
+    """Standard errors over n draws: of the product at most r sqrt(E relu^4 / n), E relu^4 = 3 / 2; of a share 1 / 2."""
     n, s, r = 2**20, 1.0, 0.7
     u, v = np.random.default_rng(0).standard_normal((2, n))
     for c in (-0.9, -0.3, 0.0, 0.5, 0.99):
         w = c * u + math.sqrt(1 - c**2) * v
         got, slope = activation_kernels("relu", np.array([[s * s, c * s * r], [c * s * r, r * r]]))
         assert got[0, 1] == pytest.approx(
-            np.mean(np.maximum(s * u, 0) * np.maximum(r * w, 0)), abs=FIVE * 1.75 * n**-0.5
+            np.mean(np.maximum(s * u, 0) * np.maximum(r * w, 0)), abs=FIVE * 1.5**0.5 * r * n**-0.5
         )
         assert slope[0, 1] == pytest.approx(np.mean((u > 0) & (w > 0)), abs=FIVE * 0.5 * n**-0.5)
 
@@ -120,7 +120,6 @@ def test_what_a_feed_forward_gives_back_over_what_it_puts_out(kind, ratio):
 # ---- layers with drawn weights ---------------------------------------------------------------------------
 
 T, D = 5, 128
-RNG = np.random.default_rng(1)
 
 
 def with_covariance(covariance, seed):
@@ -157,14 +156,17 @@ def draws_of(make, call, number):
     specs = {path: leaf.get_metadata()["spec"] for path, leaf in nnx.to_flat_state(params)}
     x, g = with_covariance(C, 3), with_covariance(G, 4)
 
-    @jax.jit
-    def run(keys):
-        def one(key):
-            drawn = {}
-            for i, (path, spec) in enumerate(specs.items()):
-                own = jax.random.normal(jax.random.fold_in(key, i), spec.shape) * 1.2 / max(spec.fan_in, 1) ** 0.5
-                drawn[path] = own if spec.start is None else jnp.full(spec.shape, 1.1)
+    rng = np.random.default_rng(0)  # of NumPy: JAX's takes most of the test's time
+    weights = {
+        path: rng.standard_normal((number, *spec.shape), np.float32) * np.float32(1.2 / spec.fan_in**0.5)
+        if spec.start is None
+        else np.full((number, *spec.shape), 1.1, np.float32)
+        for path, spec in specs.items()
+    }
 
+    @jax.jit
+    def run(weights):
+        def one(drawn):
             def layer(drawn, x):
                 state = nnx.from_flat_state([(path, nnx.Param(value)) for path, value in drawn.items()])
                 return call(nnx.merge(graph, state, rest), x[None])[0]
@@ -174,9 +176,9 @@ def draws_of(make, call, number):
             squares = {spec.site: jnp.sum(of_weights[path] ** 2) / D**2 for path, spec in specs.items() if spec.fan_in}
             return out @ out.T / D, into @ into.T / D, squares
 
-        return jax.lax.map(one, keys, batch_size=16)
+        return jax.lax.map(one, weights)
 
-    samples = jax.tree.map(lambda x: np.asarray(x, np.float64), run(jax.random.split(jax.random.key(0), number)))
+    samples = jax.tree.map(lambda x: np.asarray(x, np.float64), run(weights))
     mean = jax.tree.map(lambda x: x.mean(axis=0), samples)
     return mean, jax.tree.map(lambda x: x.std(axis=0) / math.sqrt(number), samples)
 
@@ -184,9 +186,9 @@ def draws_of(make, call, number):
 def check(kernel, make, call, number, finite, sites):
     """A kernel within FIVE standard errors of the draws, and a share `finite` of the largest number of each matrix."""
     (out, into, squares), (out_error, into_error, squares_error) = draws_of(make, call, number)
-    want, want_squares = kernel.backward(C, G)
-    for got, want, error in ((out, kernel.forward(C), out_error), (into, want, into_error)):
-        assert FIVE * error.max() < 0.1 * np.abs(want).max()  # the bound can fail
+    want_into, want_squares = kernel.backward(C, G)
+    for got, want, error in ((out, kernel.forward(C), out_error), (into, want_into, into_error)):
+        assert FIVE * error.max() < 0.25 * np.abs(want).max()  # the bound can fail
         assert np.all(np.abs(got - want) < FIVE * error + finite * np.abs(want).max()), (got / want, error / want)
     assert set(sites) == set(want_squares)
     for site in sites:
@@ -209,7 +211,7 @@ def test_a_feed_forward_against_drawn_weights(kind, norm, monkeypatch):
     cfg = config(ffn=kind, placement=with_inner_norms(monkeypatch, *(["hidden"] if norm else [])))
     out = Projection(V, 1.1 if norm else None, cfg.norm_eps)
     kernel = FeedForwardKernel("ffn", kind, V, out, cfg.ffn_dim / D)
-    check(kernel, lambda: FeedForward(cfg), lambda m, x: m(x), 384, 0.02, ("ffn_in", "ffn_out"))
+    check(kernel, lambda: FeedForward(cfg), lambda m, x: m(x), 128, 0.02, ("ffn_in", "ffn_out"))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +228,11 @@ def test_experts_against_drawn_weights(moe):
     expert, shared = (FeedForwardKernel(s, "swiglu", V, Projection(V), 64 / D) for s in ("expert", "shared"))
     kernel = MixtureKernel(moe, V, expert, shared if moe.num_shared else None)
     sites = [f"{name}_{end}" for name in ("expert", *(["shared"] if moe.num_shared else [])) for end in ("in", "out")]
-    check(kernel, lambda: MoE(cfg, ExecutionConfig()), lambda m, x: m(x)[0], 512, 0.06, sites)
+    check(kernel, lambda: MoE(cfg, ExecutionConfig()), lambda m, x: m(x)[0], 256, 0.06, sites)
 
 
 def test_routing_overlap_of_equal_and_of_unrelated_tokens():
-    """Equal tokens share all: the mixture's gain. Unrelated ones share by chance: E of all weights' means, each 1 / E."""
+    """Equal tokens share all: the mixture's gain. Unrelated ones by chance: E products of mean weights, each 1 / E."""
     moe = MoEConfig(num_experts=8, top_k=2)
     angles, overlap = routing_overlap(moe, 1.0)
     assert overlap[0] == pytest.approx(mixture_gain(moe, 1.0))
@@ -258,7 +260,7 @@ def test_attention_against_drawn_weights(changes, inner, monkeypatch):
     angles = rotary_angles(T, 32, cfg.rope_theta)
     sites = ("q", "k", "v", "attn_out")
     execution = ExecutionConfig(attention="xla")
-    check(kernel, partial(Attention, cfg, execution), lambda m, x: m(x, angles), 768, 0.04, sites)
+    check(kernel, partial(Attention, cfg, execution), lambda m, x: m(x, angles), 256, 0.04, sites)
 
 
 def test_attention_over_equal_tokens_passes_nothing_to_queries_and_keys():
