@@ -10,8 +10,10 @@ Elementwise products are written *, transposes A'. Sources are at the functions.
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy import ndarray
 
@@ -160,27 +162,40 @@ class FeedForwardKernel:
         return self.into * at_hidden, {f"{self.site}_in": into, f"{self.site}_out": out}
 
 
-@functools.cache
-def routing_overlap(moe: MoEConfig, logit_std: float) -> tuple[ndarray, ndarray]:
-    """E sum_e w_te w_ue over routed experts, of two tokens whose router logits correlate: (angles, values).
+@functools.partial(jax.jit, static_argnums=2)
+def _routed(logits_NxE: Any, probe_NxE: Any, moe: MoEConfig) -> tuple[Any, Any]:
+    """Each token's weight of every expert, 0 of those not chosen; and a gradient of them pulled back to the logits."""
 
-    Logits are N(0, logit_std^2), independent between experts. The value is taken at 17 angles, from 0 (correlation 1:
-    `mixture_gain` without shared experts) to pi, with the model's own router on 2^19 logits each, fixed seed.
+    def weights(logits_NxE: Any) -> Any:
+        chosen, ids, _ = route(logits_NxE, None, moe)
+        rows = jnp.arange(logits_NxE.shape[0])[:, None]
+        return jnp.zeros_like(logits_NxE).at[rows, ids].set(chosen)
+
+    out, pull = jax.vjp(weights, logits_NxE)
+    return out, pull(probe_NxE)[0]
+
+
+@functools.cache
+def routing_overlap(moe: MoEConfig, logit_std: float) -> tuple[ndarray, ndarray, ndarray]:
+    """Of two tokens whose router logits correlate: (angles, overlaps, slopes) over routed experts.
+
+    The overlap is E sum_e w_te w_ue, the slope E sum_ef J_tef J_uef with J the Jacobian of the weights by the logits.
+    Logits are N(0, logit_std^2), independent between experts. Both are taken at 17 angles, from 0 (correlation 1: the
+    overlap is `mixture_gain` without shared experts) to pi, with the model's own router on 2^19 logits each.
     """
     rng = np.random.default_rng(0)
     shape = (max(2**19 // moe.num_experts, 1), moe.num_experts)
-    u, w = (rng.standard_normal(shape) for _ in range(2))
+    u, w, probe = (rng.standard_normal(shape, np.float32) for _ in range(3))
 
-    def weights(logits_NxE: ndarray) -> ndarray:
-        chosen, ids, _ = jax.jit(route, static_argnums=2)(np.float32(logit_std * logits_NxE), None, moe)
-        dense = np.zeros(shape)
-        np.put_along_axis(dense, np.asarray(ids), np.asarray(chosen, np.float64), axis=1)
-        return dense
+    def routed(logits_NxE: ndarray) -> list[ndarray]:
+        return [np.asarray(x).astype(np.float64) for x in _routed(np.float32(logit_std) * logits_NxE, probe, moe)]
 
-    angles = np.linspace(0, np.pi, 17)
-    first = weights(u)
-    values = [np.mean(np.sum(first * weights(np.cos(a) * u + np.sin(a) * w), axis=1)) for a in angles]
-    return angles, np.array(values) * (mixture_gain(moe, logit_std) - moe.num_shared) / values[0]
+    angles, first = np.linspace(0, np.pi, 17), routed(u)
+    others = [routed(np.float32(np.cos(a)) * u + np.float32(np.sin(a)) * w) for a in angles]
+    overlaps, slopes = np.array(
+        [[np.mean(np.sum(x * y, axis=1)) for x, y in zip(first, other, strict=True)] for other in others]
+    ).T
+    return angles, overlaps * (mixture_gain(moe, logit_std) - moe.num_shared) / overlaps[0], slopes
 
 
 @dataclass(frozen=True)
@@ -193,8 +208,10 @@ class MixtureKernel:
       expert, shared: kernels of one expert; None without shared ones.
 
     Experts are independent, so that two tokens share what their common experts give: the kernel of one expert times
-    E sum_e w_te w_ue (`routing_overlap`), plus that of each shared expert. Neglected: the gradient through the
-    router's weights, the dependence of a router's logits on the expert's input, biases of the selection.
+    E sum_e w_te w_ue (`routing_overlap`), plus that of each shared expert. Back through the router: a weight's gradient
+    is g_t . y_te, of the covariance D G_tu Y_tu with Y an expert's output; the weights' Jacobian J takes it to the
+    logits, and the router brings std^2 = v_router / D: v_router G * Y * E sum_ef J_tef J_uef.
+    Neglected: that tokens of unlike variance have unlike logits, and what logits and hidden units have in common.
     """
 
     moe: MoEConfig
@@ -202,19 +219,22 @@ class MixtureKernel:
     expert: FeedForwardKernel
     shared: FeedForwardKernel | None
 
-    def _overlap(self, C: ndarray) -> ndarray:
+    def _overlap(self, C: ndarray) -> tuple[ndarray, ndarray]:
         std = np.sqrt(np.diag(C))
         logit_std = float(f"{math.sqrt(self.router * np.mean(std**2)):.3g}")  # few values, each simulated once
         correlation = np.clip(C / np.maximum(_each(std), np.finfo(float).tiny), -1, 1)
         np.fill_diagonal(correlation, 1)
-        return np.interp(np.arccos(correlation), *routing_overlap(self.moe, logit_std))
+        angles, overlaps, slopes = routing_overlap(self.moe, logit_std)
+        return np.interp(np.arccos(correlation), angles, overlaps), np.interp(np.arccos(correlation), angles, slopes)
 
     def forward(self, C: ndarray) -> ndarray:
         shared = self.moe.num_shared * self.shared.forward(C) if self.shared else 0.0
-        return self._overlap(C) * self.expert.forward(C) + shared
+        return self._overlap(C)[0] * self.expert.forward(C) + shared
 
     def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
-        into, squares = self.expert.backward(C, self._overlap(C) * G)
+        overlap, slope = self._overlap(C)
+        into, squares = self.expert.backward(C, overlap * G)
+        into = into + self.router * slope * self.expert.forward(C) * G
         if self.shared:
             more, others = self.shared.backward(C, self.moe.num_shared * G)
             into, squares = into + more, squares | others

@@ -237,7 +237,7 @@ def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> li
     if leaves > 1:
         notes.append(f"the stream has {leaves} leaves: its variance, correlation, rank and gradient are the first's")
     if cfg.moe.num_experts:
-        notes.append("the gradient through the router's weights is left out, and so are selection biases")
+        notes.append("experts are taken as independent of the router that chooses them")
     if inner_norms(cfg):
         notes.append(
             f"inner norms ({', '.join(inner_norms(cfg))}): the gradient's projection off what is normed is left out"

@@ -223,18 +223,18 @@ def test_a_feed_forward_against_drawn_weights(kind, norm, monkeypatch):
     ids=["softmax", "sigmoid_shared"],
 )
 def test_experts_against_drawn_weights(moe):
-    """The gradient through the router's weights, which the kernel neglects, is a few percent of all."""
+    """Tokens of unlike variance have unlike logits, which the kernel neglects: 5% of the outermost here."""
     cfg = config(ffn="swiglu", moe=moe)
     expert, shared = (FeedForwardKernel(s, "swiglu", V, Projection(V), 64 / D) for s in ("expert", "shared"))
     kernel = MixtureKernel(moe, V, expert, shared if moe.num_shared else None)
     sites = [f"{name}_{end}" for name in ("expert", *(["shared"] if moe.num_shared else [])) for end in ("in", "out")]
-    check(kernel, lambda: MoE(cfg, ExecutionConfig()), lambda m, x: m(x)[0], 256, 0.06, sites)
+    check(kernel, lambda: MoE(cfg, ExecutionConfig()), lambda m, x: m(x)[0], 256, 0.08, sites)
 
 
 def test_routing_overlap_of_equal_and_of_unrelated_tokens():
     """Equal tokens share all: the mixture's gain. Unrelated ones by chance: E products of mean weights, each 1 / E."""
     moe = MoEConfig(num_experts=8, top_k=2)
-    angles, overlap = routing_overlap(moe, 1.0)
+    angles, overlap, _ = routing_overlap(moe, 1.0)
     assert overlap[0] == pytest.approx(mixture_gain(moe, 1.0))
     assert np.interp(np.pi / 2, angles, overlap) == pytest.approx(1 / 8, rel=0.01)
     assert np.all(np.diff(overlap) < 0)

@@ -147,10 +147,10 @@ def test_gradient_norms_are_those_of_the_full_jacobian():
         whole = jax.jacobian(lambda x: block(1, block(0, x)))(x0)
         return jnp.sqrt(jnp.sum(whole**2) / jnp.sum(last**2))
 
-    ratios = np.array([squares(jax.random.key(seed)) for seed in range(8)])
+    ratios = np.array([squares(jax.random.key(seed)) for seed in range(12)])
     error = ratios.std() / math.sqrt(len(ratios))
     want = predict(cfg, tokens).stream_grad_norm[0]
-    assert 5 * error < 0.05
+    assert 5 * error < 0.06
     assert abs(ratios.mean() - want) < 5 * error + 0.025 * want, (ratios, want)
     assert want > 1.1  # blocks do something
 
