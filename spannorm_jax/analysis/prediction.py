@@ -20,7 +20,7 @@ from spannorm_jax.analysis.fields import Field, Mixture, Tape
 from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
 from spannorm_jax.config import ModelConfig, moe_layers
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.initialisation import site_sizes, variance_factors
+from spannorm_jax.model.initialisation import branch_multipliers, site_sizes, variance_factors
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
 SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
@@ -71,7 +71,7 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
     Time is O(L^2 T + L T^3), memory O(L T^2).
     """
     placement = PLACEMENTS[cfg.placement]
-    weights = _Weights(cfg, tokens)
+    weights, multipliers = _Weights(cfg, tokens), branch_multipliers(cfg)
     tape = Tape()
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
     stream = placement.enter(tape.field(Mixture.new(weights.factor("embed") * np.eye(tokens))), weights.norms(0))
@@ -82,10 +82,10 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
     for layer in range(cfg.depth):
         stream = jax.tree.map(lambda leaf: leaf.scaled(1.0), stream)  # a leaf of its own, which only this block reads
         entered.append(_first(stream))
-        branches["attn"].append(_Branch(weights.attention(layer)))
-        branches["ffn"].append(_Branch(weights.feed_forward(layer)))
+        branches["attn"].append(_Branch(weights.attention(layer), multipliers.get("attn", 1.0)))
+        branches["ffn"].append(_Branch(weights.feed_forward(layer), multipliers.get("ffn", 1.0)))
         attn, ffn = (of_kind[-1] for of_kind in branches.values())
-        stream = placement.block(stream, attn, ffn, weights.norms(layer), layer, cfg.depth)
+        stream = placement.block(stream, attn, ffn, weights.norms(layer), layer, cfg)
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))
 
@@ -120,18 +120,19 @@ def _relative(values: Series) -> Series:
 
 
 class _Branch:
-    """A block's sub-layer, for fields; what it puts out and what reaches its weights is noted on the way."""
+    """A block's sub-layer, for fields, times a constant; what it puts out and what reaches its weights is noted."""
 
-    def __init__(self, kernel: Any):
-        self._kernel = kernel
+    def __init__(self, kernel: Any, multiplier: float):
+        self._kernel, self._multiplier = kernel, multiplier
         self.variance = self.backward_gain = math.nan  # of a branch that a placement does not call
         self.squares: Squares = {}
 
     def __call__(self, x: Field) -> Field:
-        out = x.branch(self._kernel.forward, self._backward)
+        out = x.branch(self._kernel.forward, self._backward).scaled(self._multiplier)
         T = len(x.covariance)
         self.variance = fields.variance(out.covariance)
-        self.backward_gain = float(np.trace(self._kernel.backward(x.covariance, np.eye(T))[0])) / T
+        probe = self._multiplier**2 * np.eye(T)
+        self.backward_gain = float(np.trace(self._kernel.backward(x.covariance, probe)[0])) / T
         return out
 
     def _backward(self, C: ndarray, G: ndarray) -> ndarray:

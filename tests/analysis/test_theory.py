@@ -106,21 +106,24 @@ BOUNDS = {"stream_variance": 0.03, "attn_variance": 0.2, "ffn_variance": 0.12, "
 CORRELATION = 0.03
 WEIGHTS = {"q": 0.17, "k": 0.17}
 OTHER_WEIGHTS = 0.12
+# Without norms, tokens keep the unlike sizes that they have at finite width, and SwiGLU squares them.
+UNNORMED = 3
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_predictions_against_the_model(case):
     cfg = config(**CASES[case])
     got, want = measured(cfg), predict(cfg, T)
+    more = 1 if PLACEMENTS[cfg.placement].block_norms else UNNORMED
     for name, bound in BOUNDS.items():
-        np.testing.assert_allclose(got[name], getattr(want, name), rtol=bound, err_msg=name)
+        np.testing.assert_allclose(got[name], getattr(want, name), rtol=bound * more, err_msg=name)
     np.testing.assert_allclose(got["token_correlation"], want.token_correlation, rtol=0, atol=CORRELATION)
     drawn = {"norm": False, "router": False}
     sites = {s.site for s in define(cfg).specs() if s.layers and drawn.get(s.role, True)}
     assert set(want.weight_grad_norm) == sites
     for site, norms in want.weight_grad_norm.items():
         bound = WEIGHTS.get(site, OTHER_WEIGHTS)
-        np.testing.assert_allclose(got["weight_grad_norm"][site], norms, rtol=bound, err_msg=site)
+        np.testing.assert_allclose(got["weight_grad_norm"][site], norms, rtol=bound * more, err_msg=site)
 
 
 def test_gradient_norms_are_those_of_the_full_jacobian():
@@ -168,7 +171,7 @@ def test_a_linear_residual_network_in_closed_form(monkeypatch):
     """x += W N x and a final norm, tokens independent: variance 1 + l v after l blocks, and a block that is entered at
     variance s multiplies gradient energy by 1 + v / s. W is a feed-forward whose activation is the identity."""
     monkeypatch.setattr(kernels, "activation", lambda kind, x: x)
-    placement = with_placement(monkeypatch, lambda x, attn, ffn, n, layer, depth: x + ffn(n.before_ffn(x)))
+    placement = with_placement(monkeypatch, lambda x, attn, ffn, n, layer, cfg: x + ffn(n.before_ffn(x)))
     cfg = config(placement=placement, depth=6, ffn="gelu", norm_eps=1e-12)
     got = predict(cfg, T)
     np.testing.assert_allclose(got.stream_variance, 1 + np.arange(1, 7))
@@ -191,13 +194,23 @@ def test_the_skip_path_is_the_papers_argument(ffn):
     np.testing.assert_allclose(predict(dataclasses.replace(cfg, placement="pre"), T).skip_path, 1, rtol=1e-5)
 
 
+def test_a_depth_factor_of_the_forward_pass_is_that_of_the_weights():
+    """The same function, so the same signal; weights that are larger by 1 / m have gradients smaller by m."""
+    cfg = config(placement="span", init="scale", depth=4)
+    in_weights, in_forward = (predict(dataclasses.replace(cfg, depth_factor=f), T) for f in ("weight", "multiplier"))
+    for name in ("stream_variance", "ffn_variance", "stream_grad_norm", "ffn_backward_gain", "skip_path"):
+        np.testing.assert_allclose(getattr(in_forward, name), getattr(in_weights, name), rtol=1e-5, err_msg=name)
+    ratio = np.array(in_forward.weight_grad_norm["ffn_out"]) / in_weights.weight_grad_norm["ffn_out"]
+    np.testing.assert_allclose(ratio, 1 / 2, rtol=1e-5)  # sqrt(1 / 4)
+
+
 def test_branches_without_gain_change_nothing(monkeypatch):
     """ReZero's start: a branch times zero. The stream and its gradient pass as they are."""
     placement = with_placement(
         monkeypatch,
-        lambda x, attn, ffn, n, layer, depth: x + n.gate(attn(x)) + n.gate(ffn(x)),
+        lambda x, attn, ffn, n, layer, cfg: x + n.gate(attn(x)) + n.gate(ffn(x)),
         block_norms=(),
-        block_gains={"gate": lambda depth: 0.0},
+        block_gains={"gate": lambda cfg: 0.0},
     )
     got = predict(config(placement=placement), T)
     np.testing.assert_allclose(got.stream_variance, 1)
@@ -209,13 +222,13 @@ def test_factors_that_choose_by_layer_and_streams_that_meet_again(monkeypatch):
     """The first block PostNorm, others PreNorm, by factors of the layer, a number of NumPy or JAX; and a stream that is
     split, scaled and added to itself: (3 x - x) / 2 = x, whose parts are no independent sources."""
 
-    def mixed(x, attn, ffn, n, layer, depth):
+    def mixed(x, attn, ffn, n, layer, cfg):
         post, pre = jnp.where(layer < 1, 1.0, 0.0), np.float32(layer >= 1)
         x = (3 * x - x) / 2
         y = x + attn(post * x + pre * n.before_attn(x))
         return post * n.before_ffn(y) + (y + ffn(n.before_ffn(y))) * pre
 
-    def written_out(x, attn, ffn, n, layer, depth):
+    def written_out(x, attn, ffn, n, layer, cfg):
         if layer < 1:
             return n.before_ffn(x + attn(x))
         y = x + attn(n.before_attn(x))
@@ -229,8 +242,8 @@ def test_factors_that_choose_by_layer_and_streams_that_meet_again(monkeypatch):
 
 def test_what_a_field_cannot_do_is_refused(monkeypatch):
     for block, says in (
-        (lambda x, attn, ffn, n, layer, depth: x * attn(x), "multiplies by numbers"),
-        (lambda x, attn, ffn, n, layer, depth: x + 1.0, "adds streams and branches"),
+        (lambda x, attn, ffn, n, layer, cfg: x * attn(x), "multiplies by numbers"),
+        (lambda x, attn, ffn, n, layer, cfg: x + 1.0, "adds streams and branches"),
     ):
         with pytest.raises(TypeError, match=says):
             predict(config(placement=with_placement(monkeypatch, block)), T)
