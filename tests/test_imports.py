@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("sweep",),
     ("train", "evaluate", "sample", "prepare", "show_init"),
-    ("plan", "inference"),
+    ("plan", "inference", "analysis"),
     ("training",),
     ("report",),
     ("run",),

@@ -159,8 +159,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BxTxD: Array) -> Array:
         with jax.named_scope("ffn"):
-            dtype = x_BxTxD.dtype
-            h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(dtype)), self.kind)
-            if hasattr(self, "hidden_norm"):
-                h_BxTxF = self.hidden_norm(h_BxTxF)
-            return linear(h_BxTxF, self.out[...].astype(dtype))
+            return linear(self.hidden(x_BxTxD), self.out[...].astype(x_BxTxD.dtype))
+
+    def hidden(self, x_BxTxD: Array) -> Array:
+        """What `out` reads, (B, T, copies F)."""
+        h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(x_BxTxD.dtype)), self.kind)
+        return self.hidden_norm(h_BxTxF) if hasattr(self, "hidden_norm") else h_BxTxF
