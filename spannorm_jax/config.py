@@ -183,6 +183,9 @@ class MetricsConfig:
     log_every: int = option(1, least=1, runtime=True)  # steps between lines of metrics.jsonl
     # steps between gradient norms per block; 0: only the first and last step
     block_grad_every: int = option(50, least=0, runtime=True)
+    # steps between early warnings: update ratio, stream RMS and largest attention logit of each block, also at the
+    # first and last step; 0: none
+    signal_every: int = option(50, least=0, runtime=True)
     # seconds between progress lines in a log; a terminal's is redrawn in place
     console_every_s: float = option(5.0, least=0, runtime=True)
     tensorboard: bool = option(True, runtime=True)

@@ -88,16 +88,9 @@ def angular_distance(x_BxTxD: Array, y_BxTxD: Array) -> Array:
 
 
 def gram(x_BxTxF: Array) -> Array:
+    """(B, T, T): products of tokens' vectors."""
     x = x_BxTxF.astype(jnp.float32)
     return jnp.einsum("btf,buf->btu", x, x, precision=jax.lax.Precision.HIGHEST)
-
-
-def effective_rank(gram_BxTxT: Array) -> Array:
-    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows."""
-    trace = jnp.trace(gram_BxTxT, axis1=1, axis2=2)[:, None]
-    shares = jnp.maximum(jnp.linalg.eigvalsh(gram_BxTxT / trace[..., None]), 0)
-    shares /= jnp.sum(shares, axis=-1, keepdims=True)
-    return jnp.mean(jnp.exp(-jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1)))
 
 
 def hidden_gram(ffn: FeedForward | MoE, x_BxTxD: Array) -> Array:
@@ -179,7 +172,7 @@ def probed(block: Block, stream: Any, layer: Any, angles_TxK2: Array, keys_P: Ar
 
     mean = jax.tree.map(jnp.mean, jax.lax.map(of_rest, keys_P))
     roots = {name: jnp.sqrt(mean[name]) for name in ("jacobian_deviation", "jacobian_deviation_unscaled")}
-    return mean | roots | {"skip_path": skip_path}
+    return mean | roots | {"block_skip_gain": skip_path}
 
 
 # ---- the pass over all blocks ---------------------------------------------------------------------------
@@ -188,6 +181,7 @@ def probed(block: Block, stream: Any, layer: Any, angles_TxK2: Array, keys_P: Ar
 def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """Numbers of the whole model, and numbers of its blocks, (L, ...); those of routers (blocks with experts, ...).
 
+    Of ranks there are the Gram matrices, `stream_gram` and `ffn_gram`, (L, B, T, T).
     `keys_LxP` are the random keys of each block's probes, as many as there are probes.
     """
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
@@ -213,7 +207,7 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
             nonlocal stats
             out, stats = block.feed_forward(x_BxTxD)
             got["ffn_variance"] = mean_square(out)
-            got["ffn_effective_rank"] = effective_rank(hidden_gram(block.ffn, x_BxTxD))
+            got["ffn_gram"] = hidden_gram(block.ffn, x_BxTxD)
             return out
 
         before = first(stream)
@@ -224,7 +218,7 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
         got |= {
             "stream_variance": mean_square(x),
             "token_correlation": token_correlation(x),
-            "effective_rank": effective_rank(gram(x)),
+            "stream_gram": gram(x),
             "angular_distance": angular_distance(before, x),
             **probed(block, stream, layer, angles, keys_P),
         }

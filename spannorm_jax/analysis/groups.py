@@ -14,7 +14,7 @@ class Settings:
     """As docs/signal.md has them; 0 stands for a default that the model or the data give."""
 
     tokens: int = 0
-    rows: int = 2
+    rows: int = 1
     probes: int = 2
     blocks: int = 16
     fit_tokens: int = 0

@@ -1,6 +1,7 @@
 """The signal of a model, measured: every number of docs/signal.md, group by group."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import Array
 
 from spannorm_jax.analysis import blocks, gradients, replaced
@@ -146,13 +148,28 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
     keys = jax.random.split(_key(what.config, 0), (depth, probes))
     run = jax.jit(lambda p, r, t, k: blocks.forward(what.model.bind(p, r), t, k))
     whole, of_blocks = run(what.params, what.router, tokens, keys)
-    found = {name: _plain(value) for name, value in (whole | of_blocks).items()}
+    ranks = {
+        name: [effective_rank(grams) for grams in jax.device_get(of_blocks.pop(grams_name))]
+        for name, grams_name in (("effective_rank", "stream_gram"), ("ffn_effective_rank", "ffn_gram"))
+    }
+    found = {name: _plain(value) for name, value in (whole | of_blocks).items()} | ranks
     experts = [i for spec in what.model.specs() if spec.site == "router" for i in spec.layers]
     for name in ("expert_load", "expert_load_max", "router_entropy"):
         if name in found:
             own = dict(zip(experts, found[name], strict=True))
             found[name] = [own.get(layer) for layer in range(depth)]
     return found
+
+
+def effective_rank(grams_BxNxN: np.ndarray) -> float:
+    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows."""
+    ranks = []
+    for gram in grams_BxNxN:
+        # On the host: XLA's solver also makes the eigenvectors, which takes ten times as long.
+        values = np.maximum(scipy.linalg.eigvalsh(gram.astype(np.float64), driver="evd"), 0)
+        shares = values[values > 0] / np.sum(values)
+        ranks.append(math.exp(-np.sum(shares * np.log(shares))))
+    return float(np.mean(ranks))
 
 
 def _relative(squares_L: np.ndarray) -> list[float]:
