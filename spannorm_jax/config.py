@@ -78,7 +78,7 @@ class ModelConfig:
     mix_share: float = option(0.25, least=0.0, most=1.0)
     # rmsnorm | layernorm (both with a gain, neither with a bias)
     norm: str = option("rmsnorm", choices=("rmsnorm", "layernorm"))
-    norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row of zeros overflows float32")
+    norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row near zero overflows float32")
     ffn: str = option("swiglu", choices=("swiglu", "gelu"))  # swiglu | gelu
     qk_norm: bool = False  # RMSNorm with a gain on each head's queries and keys
     rope_theta: float = option(10000.0, least=1.0, why="a pair turns by more than 1 radian a token")

@@ -18,6 +18,14 @@ from spannorm_jax.model.placement import inner_norms
 from spannorm_jax.model.weights import gain, weight
 
 
+def inverse_rms(mean_squares: Array, eps: float) -> Array:
+    """1 / sqrt(mean_squares + eps), and 1 for a row of zeros, which stays one whatever it is divided by.
+
+    Its gradient would be multiplied by eps^(-1/2) in each norm: through a few blocks it overflows.
+    """
+    return jax.lax.rsqrt(jnp.where(mean_squares == 0, 1.0, mean_squares + eps))
+
+
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
@@ -30,7 +38,7 @@ class Norm(nnx.Module):
             y = x.astype(jnp.float32)
             if self.kind == "layernorm":
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            y = y * inverse_rms(jnp.mean(jnp.square(y), axis=-1, keepdims=True), self.eps)
             return (y * self.gain[...]).astype(x.dtype)
 
 
