@@ -97,7 +97,7 @@ def hidden_gram(ffn: FeedForward | MoE, x_BxTxD: Array) -> Array:
     """(B, T, T): the Gram matrix of what the feed-forward's last matrix reads, all experts' side by side."""
     if isinstance(ffn, FeedForward):
         return gram(ffn.hidden(x_BxTxD))
-    B, T, D = x_BxTxD.shape
+    B, T, _ = x_BxTxD.shape
     weights_Nxk, ids_Nxk, _ = ffn.routing(x_BxTxD)
     rows = jnp.arange(B * T)[:, None]
     weights_NxE = jnp.zeros((B * T, ffn.in_[...].shape[0])).at[rows, ids_Nxk].set(weights_Nxk)
@@ -118,8 +118,8 @@ def hidden_gram(ffn: FeedForward | MoE, x_BxTxD: Array) -> Array:
 # ---- a block's Jacobians, by random gradients ---------------------------------------------------------
 
 
-def _energy(x: Any) -> Array:
-    return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(x))
+def _energy(x: Array) -> Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 
 def probed(block: Block, stream: Any, layer: Any, angles_TxK2: Array, keys_P: Array) -> dict[str, Array]:
@@ -250,4 +250,3 @@ def traced(decoder: Decoder, tokens_BxT: Array) -> tuple[Any, Any]:
         decoder.stacks, decoder.cfg, decoder.execution, step, enter(decoder, tokens_BxT), None
     )
     return entering, last
-

@@ -69,9 +69,7 @@ def by_site(model: ModelDef, values: Any) -> dict[str, Any]:
     return found
 
 
-def of_loss(
-    model: ModelDef, params: Any, router: Any, tokens_BxT1: Array
-) -> tuple[Any, Array, Any]:
+def of_loss(model: ModelDef, params: Any, router: Any, tokens_BxT1: Array) -> tuple[Any, Array, Any]:
     """The gradient of the mean loss, the squared norms by what enters each block (L,), and `_squares` of it."""
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
 

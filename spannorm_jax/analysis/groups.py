@@ -16,7 +16,7 @@ class Settings:
     tokens: int = 0
     rows: int = 1
     probes: int = 2
-    blocks: int = 16
+    blocks: int = 8
     fit_tokens: int = 0
     only: tuple[str, ...] = GROUPS
 

@@ -112,7 +112,9 @@ def _rows(store: TokenStore, T: int, rows: int, flag: str) -> np.ndarray:
 # ---- groups ---------------------------------------------------------------------------------------------
 
 
-def measure(what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings) -> dict[str, Any]:
+def measure(
+    what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
+) -> dict[str, Any]:
     """The numbers of the groups that are asked for, as plain Python; call it under a mesh of one device or none."""
     tokens = jnp.asarray(tokens_BxT1)
     found: dict[str, Any] = {}
@@ -153,6 +155,9 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
         for name, grams_name in (("effective_rank", "stream_gram"), ("ffn_effective_rank", "ffn_gram"))
     }
     found = {name: _plain(value) for name, value in (whole | of_blocks).items()} | ranks
+    # Of the gradient that enters block l over that of the last block: the blocks from l to the one before the last.
+    later = np.cumprod(found["block_skip_gain"][-2::-1])[::-1]
+    found["skip_path"] = [*later.tolist(), 1.0]
     experts = [i for spec in what.model.specs() if spec.site == "router" for i in spec.layers]
     for name in ("expert_load", "expert_load_max", "router_entropy"):
         if name in found:
@@ -227,7 +232,9 @@ def _replaced(
     whole = loss(before[1], depth - 1)
 
     def change(streams: Sequence[Any]) -> list[float | None]:
-        costs = dict(zip(chosen, (loss(s, layer) - whole for s, layer in zip(streams, chosen, strict=True)), strict=True))
+        costs = dict(
+            zip(chosen, (loss(s, layer) - whole for s, layer in zip(streams, chosen, strict=True)), strict=True)
+        )
         return [costs.get(layer) for layer in range(depth)]
 
     found: dict[str, Any] = {}

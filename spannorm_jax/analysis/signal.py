@@ -36,8 +36,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
     parser.add_argument("--tokens", type=int, default=0, help="of a row (default: data.seq_len)")
     parser.add_argument("--rows", type=int, default=Settings.rows, help=f"(default: {Settings.rows})")
-    parser.add_argument("--probes", type=int, default=Settings.probes, help="random gradients (default: 2)")
-    parser.add_argument("--blocks", type=int, default=Settings.blocks, help="to leave out (default: 16; 0: all)")
+    parser.add_argument(
+        "--probes", type=int, default=Settings.probes, help=f"random gradients (default: {Settings.probes})"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=Settings.blocks, help=f"to leave out (default: {Settings.blocks}; 0: all)"
+    )
     parser.add_argument("--fit_tokens", type=int, default=0, help="of affine maps (default: 4 times their unknowns)")
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)} (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
@@ -80,7 +84,9 @@ def table(record: dict[str, Any]) -> str:
         f"{model['placement']} / {model['init']}: {depth} blocks, width {model['width']}, step {record['step']}, "
         f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
     ]
-    lines += [f"{name} {record[name]:.4f}" for name in ("loss", "useful_share", "update_logits_change") if name in record]
+    lines += [
+        f"{name} {record[name]:.4f}" for name in ("loss", "useful_share", "update_logits_change") if name in record
+    ]
     if columns:
         lines += ["", "block" + "".join(f"{title:>13}" for title in columns.values())]
     for layer in shown if columns else ():

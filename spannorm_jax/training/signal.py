@@ -40,7 +40,7 @@ def forward_signal(
             logit = largest_logit(q, k)
             return block.attn(x_BxTxD, angles)
 
-        stream, _ = block(stream, layer, attn, block.feed_forward)
+        stream = block(stream, layer, attn, block.feed_forward)[0]
         x_BxTxD = jax.tree.leaves(stream)[0].astype(jnp.float32)
         return stream, {"rms": jnp.sqrt(jnp.mean(jnp.square(x_BxTxD))), "logit": logit}, None
 

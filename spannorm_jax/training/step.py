@@ -43,8 +43,8 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
 
 
 def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Any]:
-    """Sums over the positions with weight 1: `nll` (nats), `log_z`, `z` (its square), `correct`, `count`; of a model with
-    experts also what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
+    """Sums over the positions with weight 1: `nll` (nats), `log_z`, `z` (its square), `correct`, `count`; of a model
+    with experts also what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
 
     tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
     for one piece of the time axis at once, and are made again in the backward pass. Pieces are equal: the last one is
@@ -178,7 +178,8 @@ def train_step(
 
     The metrics are those of the weights before it, in groups that say when a line of metrics.jsonl
     holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every
-    steps, `signal` every metrics.signal_every. Their order is that of the line. `diagnosis` is in no line: it names what is not finite.
+    steps, `signal` every metrics.signal_every. Their order is that of the line. `diagnosis` is in
+    no line: it names what is not finite.
     """
     optim = config.optim
     grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks, numbers)

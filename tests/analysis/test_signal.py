@@ -16,15 +16,16 @@ from spannorm_jax.analysis import replaced
 from spannorm_jax.analysis.groups import GROUPS, Settings
 from spannorm_jax.analysis.measure import Measured, measure
 from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace
-from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.layers import Norm, rotary_angles
+from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
 
 T, B, DEPTH, WIDTH, VOCAB = 6, 2, 3, 8, 11
 TINY = {"depth": DEPTH, "width": WIDTH, "num_heads": 2, "num_kv_heads": 2, "ffn_dim": 12, "vocab_size": VOCAB}
-TINY |= {"dtype": "float32", "rope_theta": 20.0, "norm_eps": 1e-2, "init": "plain"}
+TINY |= {"dtype": "float32", "rope_theta": 20.0, "norm_eps": 1e-2, "init": "plain", "mix_share": reference.MIX_SHARE}
 MIXED = MoEConfig(num_experts=4, expert_dim=6, num_shared=1, every=2, first_dense=1, balance="bias", scores="sigmoid")
+# Those whose Jacobians are taken whole: post-type, a spanning skip, normed branches, two streams, a choice by block.
+SOME = ("post", "span", "peri", "siamese", "mix")
 PROBES = 300  # of 96 numbers each: means of squares have standard errors of about 1%
 
 
@@ -94,7 +95,7 @@ def watched(placement, what):
             got.before.append(stream)
             attn = watch("attn", lambda x, w=w: reference.attention(w["attn"], x, options))
             ffn = watch("ffn", lambda x, w=w: reference.feed_forward(w["ffn"], x, options))
-            stream = equation(stream, attn, ffn, n, g, layer)
+            stream = equation(stream, attn, ffn, n, g, layer, cfg.depth)
             got.after.append(stream)
     return seen
 
@@ -141,7 +142,7 @@ def test_forward_numbers_are_those_of_the_equations(placement):
         np.testing.assert_allclose(got[name], values, rtol=2e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ("pre", "hybrid"))
 def test_attention_is_that_of_an_explicit_softmax(placement):
     """Queries and keys by the model's own projections, logits and entropies one query at a time."""
     what, got = tiny(placement), found(placement)
@@ -195,7 +196,10 @@ def skips(placement, block, seen):
     x = leading(seen.before)
     added = {name: np.array(seen.output[name]) for name in ("attn", "ffn")}
     if placement in FOLLOWED_BY:
-        added = {k: np.asarray(getattr(block.norms, FOLLOWED_BY[placement].format(k))(jnp.float32(v))) for k, v in added.items()}
+        added = {
+            k: np.asarray(getattr(block.norms, FOLLOWED_BY[placement].format(k))(jnp.float32(v)))
+            for k, v in added.items()
+        }
     after_attn = np.array(seen.argument["ffn"])  # where attention is followed by a norm of the sum
     if placement == "siamese":
         added = {k: v / math.sqrt(2 * (seen.layer + 1)) for k, v in added.items()}
@@ -204,7 +208,7 @@ def skips(placement, block, seen):
     return added, {"attn": x, "ffn": x + added["attn"] if y is None else y}
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"])
+@pytest.mark.parametrize("placement", ["pre", "post", "span", "peri", "layerscale", "siamese"])
 def test_forward_variance_and_backward_gain_of_each_branch(placement):
     """f from the reference's arrays; b from the Jacobian of the branch. 300 probes: largest error seen 2.4%."""
     what, got = tiny(placement), found(placement)
@@ -236,12 +240,12 @@ def one_block(what, layer, stream):
         hold = jax.lax.stop_gradient if fixed else lambda y: y
         whole = (x, *leaves[1:]) if len(leaves) > 1 else x
         attn, ffn = (lambda x: hold(block.attn(x, angles))), (lambda x: hold(block.ffn(x)))
-        return jax.tree.leaves(placement.block(whole, attn, ffn, block.norms, layer, DEPTH))[0]
+        return jax.tree.leaves(placement.block(whole, attn, ffn, block.norms, layer, block.cfg))[0]
 
     return run, leaves[0]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", SOME)
 def test_jacobians_of_blocks(placement):
     what, got = tiny(placement), found(placement)
     for layer, seen in enumerate(reference_of(placement)):
@@ -271,12 +275,14 @@ def test_f_and_b_make_the_factor_of_a_post_type_block():
 # ---- backward -------------------------------------------------------------------------------------------------
 
 
-def unrolled(what, streams):
+def unrolled(what, streams, without=None):
     """(loss, features) of the blocks one after another, with streams[l] added to what enters block l."""
     placement, decoder = PLACEMENTS[what.model.cfg.placement], what.model.bind(what.params)
     angles, row = rotary_angles(T, WIDTH // 2, 20.0), tokens()
     stream = placement.enter(decoder.embeddings(row[:, :-1]), decoder.ends)
     for layer, block in enumerate(modules(what)):
+        if layer == without:
+            continue
         leaves, structure = jax.tree.flatten(stream)
         stream = jax.tree.unflatten(structure, [leaves[0] + streams[layer], *leaves[1:]])
         stream, _ = block(stream, layer, lambda x, block=block: block.attn(x, angles), block.feed_forward)
@@ -285,7 +291,7 @@ def unrolled(what, streams):
     return -jnp.mean(jnp.take_along_axis(log_probs, row[:, 1:, None], axis=-1)), features
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", SOME)
 def test_gradient_norms_of_the_stream(placement):
     """Of the loss by jax.grad; of an isotropic gradient by the whole Jacobian of what the head reads."""
     what, got = tiny(placement), found(placement)
@@ -349,17 +355,26 @@ def test_the_change_by_one_update():
         assert got["update_stream_change"][layer] == pytest.approx(change, rel=1e-3)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", ["pre", "post", "span", "span_raw", "residual"])
 def test_a_block_is_skipped_as_if_it_were_deleted(placement):
-    """Against the model without it. (A block of SiameseNorm reads its index, so there only the last can be deleted.)"""
+    """Against the model without it, of placements whose blocks know neither their index nor the depth."""
     what, got = tiny(placement), found(placement)
-    assert got["loss"] == pytest.approx(float(nll(what, what.params)), rel=1e-5)
-    for layer in range(DEPTH) if placement != "siamese" else (DEPTH - 1,):
+    for layer in range(DEPTH):
         kept = np.array([i for i in range(DEPTH) if i != layer])
         params = what.params | {"blocks": jax.tree.map(lambda x, kept=kept: x[kept], what.params["blocks"])}
-        less = Measured(what.config, define(ModelConfig(placement=placement, **TINY | {"depth": DEPTH - 1})), params, {})
+        less = Measured(
+            what.config, define(ModelConfig(placement=placement, **TINY | {"depth": DEPTH - 1})), params, {}
+        )
         change = float(nll(less, params)) - got["loss"]
         assert got["skip_loss_change"][layer] == pytest.approx(change, abs=2e-5)
+
+
+@pytest.mark.parametrize("placement", ["mix", "siamese", "keel"])
+def test_the_other_blocks_keep_their_index_when_one_is_skipped(placement):
+    what, got = tiny(placement), found(placement)
+    for layer in range(DEPTH):
+        loss, _ = unrolled(what, jnp.zeros((DEPTH, B, T, WIDTH)), without=layer)
+        assert got["skip_loss_change"][layer] == pytest.approx(float(loss) - got["loss"], abs=2e-5)
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "siamese"])
@@ -370,7 +385,10 @@ def test_a_block_is_replaced_by_its_least_squares_map(placement):
     def both(rows):
         watched_rows = Measured(what.config, what.model, what.params, {})
         trace = measuring.blocks.traced(watched_rows.model.bind(what.params), rows[:, :-1])
-        return [np.concatenate([np.asarray(x).reshape(-1, WIDTH) for x in jax.tree.leaves(s)], axis=1) for s in replaced.block_of(trace, DEPTH - 1)]
+        return [
+            np.concatenate([np.asarray(x).reshape(-1, WIDTH) for x in jax.tree.leaves(s)], axis=1)
+            for s in replaced.block_of(trace, DEPTH - 1)
+        ]
 
     (before, after), (probe, _) = both(FIT), both(tokens())
     ones = np.ones((len(before), 1))
@@ -447,7 +465,8 @@ def test_dense_and_expert_blocks_in_one_model():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_is_measured(placement):
     """A new placement enters by itself: each number is there, finite, and one a block."""
-    got = found(placement)
+    what, got = tiny(placement), found(placement)
+    assert got["loss"] == pytest.approx(float(nll(what, what.params)), rel=1e-5)
     assert {"attn_forward_variance", "ffn_forward_variance", "attn_backward_gain", "ffn_backward_gain"} <= set(got)
     for name, value in got.items():
         if name.startswith("weight_"):
@@ -455,3 +474,35 @@ def test_every_placement_is_measured(placement):
         else:
             assert np.all(np.isfinite(value)), name
             assert not isinstance(value, list) or len(value) == DEPTH, name
+
+
+# ---- rows of zeros ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_row_of_zeros_through_128_blocks_has_finite_gradients(placement):
+    """A token with a zero embedding at the first position: its row stays zero to the end.
+
+    Multiplied by eps^(-1/2) in each norm, its gradient overflowed in every placement. Norms pass none for such a row:
+    what is left comes by skips without a norm, so that with ScaleInit the gradient of that embedding is at most 10
+    times the norm of the largest of the others (largest seen 2.2, of OLMo 2).
+    """
+    cfg = ModelConfig(**TINY | {"placement": placement, "depth": 128, "init": "scale", "norm_eps": 1e-6})
+    model = define(cfg)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["embed"] = params["embed"].at[0].set(0)
+    what, rows = Measured(Config(), model, params, {}), np.array([[0, 0, 1, 2, 3, 4, 5]])
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            features = model.bind(params).features(rows[:, :-1])
+            log_probs = jax.nn.log_softmax(model.bind(params).logits(features))
+            return -jnp.mean(jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1))
+
+        return jax.value_and_grad(loss)(params)
+
+    loss, grads = gradient(what.params)
+    assert np.isfinite(loss) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    norms = np.linalg.norm(grads["embed"], axis=1)
+    assert norms[0] < 10 * norms[1:].max()
