@@ -155,7 +155,8 @@ def probed(block: Block, stream: Any, layer: Any, angles_TxK2: Array, keys_P: Ar
 
     def of_skip(key: Array) -> Array:
         g = normal(key, 0)
-        return _energy(through_skip(g)) / _energy(g)
+        (at_input,) = through_skip(g)
+        return _energy(at_input) / _energy(g)
 
     skip_path = jnp.sqrt(jnp.mean(jax.lax.map(of_skip, keys_P)))
 
