@@ -7,7 +7,7 @@ import altair as alt
 import polars as pl
 import vl_convert
 
-from spannorm_jax.analysis.figures import QUANTITIES
+from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.looks import Figure, finished, in_panels
 from spannorm_jax.report.page import print_svg
