@@ -78,7 +78,7 @@ class ModelConfig:
     mix_share: float = option(0.25, least=0.0, most=1.0)
     # rmsnorm | layernorm (both with a gain, neither with a bias)
     norm: str = option("rmsnorm", choices=("rmsnorm", "layernorm"))
-    norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row of zeros overflows float32")
+    norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row near zero overflows float32")
     ffn: str = option("swiglu", choices=("swiglu", "gelu", "relu"))  # swiglu | gelu | relu
     qk_norm: bool = False  # RMSNorm with a gain on each head's queries and keys
     rope_theta: float = option(10000.0, least=1.0, why="a pair turns by more than 1 radian a token")
@@ -183,6 +183,9 @@ class MetricsConfig:
     log_every: int = option(1, least=1, runtime=True)  # steps between lines of metrics.jsonl
     # steps between gradient norms per block; 0: only the first and last step
     block_grad_every: int = option(50, least=0, runtime=True)
+    # steps between early warnings: update ratio, stream RMS and largest attention logit of each block, also at the
+    # first and last step; 0: none
+    signal_every: int = option(50, least=0, runtime=True)
     # seconds between progress lines in a log; a terminal's is redrawn in place
     console_every_s: float = option(5.0, least=0, runtime=True)
     tensorboard: bool = option(True, runtime=True)

@@ -105,8 +105,11 @@ def test_wandb_sees_the_scalars_of_metrics_jsonl(finished):
     assert init["project"] == "norms" and init["name"] == "run" and init["dir"] == str(workdir)
     assert init["steps"] == 10 and finish == {"kind": "finish"}
     for log, line in zip(logs, lines_of(workdir), strict=True):
-        scalars = {key: x for key, x in {**line, **line["machine_s"]}.items() if isinstance(x, int | float)}
-        assert log == {"kind": "log", "scalars": scalars, "step": line["step"]}
+        values = {**line, **line["machine_s"]}
+        scalars = {key: x for key, x in values.items() if isinstance(x, int | float)}
+        largest = {f"largest/{key}": max(x) for key, x in values.items() if isinstance(x, list)}
+        assert log == {"kind": "log", "scalars": scalars | largest, "step": line["step"]}
+    assert "largest/update_ratio" in logs[0]["scalars"]
 
 
 def test_continued_it_is_the_same_wandb_run_and_traces_nothing_twice(train, finished):

@@ -18,6 +18,15 @@ from spannorm_jax.model.placement import inner_norms
 from spannorm_jax.model.weights import gain, weight
 
 
+def inverse_rms(mean_squares: Array, eps: float) -> Array:
+    """1 / sqrt(mean_squares + eps), and 0 for a row of zeros, which stays one and passes no gradient.
+
+    The gradient would be multiplied by eps^(-1/2) in each norm, and overflow within a dozen blocks. It has no bound
+    that holds for all placements but this: some multiply their skip by a power of the depth before the norm.
+    """
+    return jnp.where(mean_squares == 0, 0.0, jax.lax.rsqrt(mean_squares + eps))
+
+
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
@@ -30,7 +39,7 @@ class Norm(nnx.Module):
             y = x.astype(jnp.float32)
             if self.kind == "layernorm":
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            y = y * inverse_rms(jnp.mean(jnp.square(y), axis=-1, keepdims=True), self.eps)
             return (y * self.gain[...]).astype(x.dtype)
 
 
@@ -159,8 +168,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BxTxD: Array) -> Array:
         with jax.named_scope("ffn"):
-            dtype = x_BxTxD.dtype
-            h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(dtype)), self.kind)
-            if hasattr(self, "hidden_norm"):
-                h_BxTxF = self.hidden_norm(h_BxTxF)
-            return linear(h_BxTxF, self.out[...].astype(dtype))
+            return linear(self.hidden(x_BxTxD), self.out[...].astype(x_BxTxD.dtype))
+
+    def hidden(self, x_BxTxD: Array) -> Array:
+        """What `out` reads, (B, T, copies F)."""
+        h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(x_BxTxD.dtype)), self.kind)
+        return self.hidden_norm(h_BxTxF) if hasattr(self, "hidden_norm") else h_BxTxF

@@ -375,9 +375,9 @@ def _choose(condition: Any, x: Any, y: Any) -> Any:
     """x if the condition holds, else y; the condition is Python's or traced."""
     if isinstance(condition, bool):
         return x if condition else y
-    import jax.numpy as jnp  # a command that is mistyped asks for the names here, and does without
+    import jax  # a command that is mistyped asks for the names here, and does without
 
-    return jnp.where(condition, x, y)
+    return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), x, y)
 
 
 def _like(factor: Any, x: Any) -> Any:

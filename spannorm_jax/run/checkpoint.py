@@ -11,6 +11,7 @@ and the trainer keeps what is held; the trainer locks what it removes, and a rea
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -140,6 +141,11 @@ class Checkpoints:
                 f"{self._path(step)} was removed while it was read, by a trainer at work; repeat the command, or "
                 "train with a larger checkpoint.keep_last"
             ) from error
+
+    def config(self, step: int) -> dict[str, Any] | None:
+        """The config that a checkpoint was saved with, as a dictionary; None if it does not say."""
+        path = self._path(step) / "meta" / "metadata"
+        return json.loads(path.read_text(encoding="utf-8")).get("config") if path.is_file() else None
 
     def newest_sound(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as they were saved, and what is wrong with each newer one."""

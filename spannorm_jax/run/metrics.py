@@ -30,11 +30,10 @@ class MetricsWriter:
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(to_json(line) + "\n")
         self._file.flush()
-        values = {**line, **line["machine_s"]}
         if self._tensorboard is not None:
-            self._tensorboard.write(line["step"], values, time.time())
+            self._tensorboard.write(line["step"], scalars(line), time.time())
         if self._wandb_run is not None:
-            self._wandb_run.log({k: x for k, x in values.items() if isinstance(x, int | float)}, step=line["step"])
+            self._wandb_run.log(scalars(line), step=line["step"])
 
     def sync(self) -> None:
         """Makes the lines so far last through a power failure, as the checkpoint that follows them does."""
@@ -46,6 +45,13 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
+
+
+def scalars(line: dict[str, Any]) -> dict[str, int | float]:
+    """What TensorBoard and wandb see of a line: its numbers, and of each list, one number a block, the largest."""
+    values = {**line, **line["machine_s"]}
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    return numbers | {f"largest/{key}": max(value) for key, value in values.items() if isinstance(value, list)}
 
 
 class NoWriter:

@@ -6,7 +6,6 @@ on its queue.
 
 import os
 from pathlib import Path
-from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -25,11 +24,10 @@ class TensorBoard:
         self._writer.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         self._unflushed = 0
 
-    def write(self, step: int, values: dict[str, Any], wall_time: float) -> None:
+    def write(self, step: int, values: dict[str, int | float], wall_time: float) -> None:
         for key, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.write_event(Event(step=step, wall_time=wall_time, summary=scalar(key, value)))
-                self._unflushed += 1
+            self._writer.write_event(Event(step=step, wall_time=wall_time, summary=scalar(key, value)))
+            self._unflushed += 1
         if self._unflushed >= _EVENTS_A_FLUSH:
             self._writer.flush()
             self._unflushed = 0

@@ -9,11 +9,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config
+from spannorm_jax.config import Config, flatten
+from spannorm_jax.config_file import recorded_config
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, abstract_params, abstract_router, define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.run.folder import CHECKPOINTS
+from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
     it reads what the model needs and nothing else. Every process calls both.
 
     Raises:
-      UserError: there is no such sound checkpoint, or it was removed where no lock could hold it.
+      UserError: there is no such sound checkpoint, it is of another model than the config, or it was
+        removed where no lock could hold it.
     """
     with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
         found, faults = checkpoints.find(step)
@@ -46,6 +49,7 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
             distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
         def restore(config: Config, mesh: Mesh) -> Trained:
+            _check_model(workdir, found, checkpoints.config(found), config)
             model = define(config.model, config.execution)
             params, router = checkpoints.restore_model(
                 found, abstract_params(model, mesh), abstract_router(model, mesh)
@@ -53,3 +57,16 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
             return Trained(config, model, mesh, found, params, router)
 
         yield restore
+
+
+def _check_model(workdir: Path, step: int, saved: dict[str, Any] | None, config: Config) -> None:
+    """Raises UserError if the config that a checkpoint was saved with has another model than the folder's."""
+    if saved is None:
+        return
+    then, now = flatten(recorded_config(saved)), flatten(config)
+    for key in now:
+        if key.startswith("model.") and key != "model.dtype" and then[key] != now[key]:
+            raise UserError(
+                f"{workdir / CHECKPOINTS / str(step)} is of another architecture: it was saved with {key}={then[key]}, "
+                f"and {workdir / CONFIG} says {now[key]}; put the file or the checkpoint back that belongs to it"
+            )

@@ -83,6 +83,8 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
             # ---- steps
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract, numbers).compile()
+            if config.metrics.signal_every:
+                forward_signal = program.signal.lower(state.params, state.router, batches.abstract).compile()
             distributed.print_once(f"compiled in {time.monotonic() - began:.1f} s")
             watchdog.alive("the step was compiled")
             # Gloo gives the processes 30 s to meet in a first collective: none may still be compiling then.
@@ -96,7 +98,12 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                     trace.before(step, state)
                     with jax.transfer_guard("disallow"):  # an implicit transfer would be a wait that nobody sees
                         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                            state, metrics = train_step(state, next(batches), numbers)
+                            batch = next(batches)
+                            if log.takes_signal(step):  # before the step, which donates the weights
+                                seen = forward_signal(state.params, state.router, batch)
+                            state, metrics = train_step(state, batch, numbers)
+                            if log.takes_signal(step):
+                                metrics["signal"] |= seen
                         trace.after(step, state)
                         log.read_previous()  # waits for the step before, while the device works on this one
                     watchdog.alive(f"step {step - 1}")

@@ -25,6 +25,7 @@ from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from spannorm_jax.training.signal import forward_signal
 
 # ---- loss -------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
 
 
 def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Any]:
-    """Sums over the positions with weight 1: `nll` (nats), `z` (log Z squared), `correct`, `count`; and of a model with
-    experts what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
+    """Sums over the positions with weight 1: `nll` (nats), `log_z`, `z` (its square), `correct`, `count`; of a model
+    with experts also what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
 
     tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
     for one piece of the time axis at once, and are made again in the backward pass. Pieces are equal: the last one is
@@ -61,6 +62,7 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
             correct = jnp.argmax(logits, axis=-1) == targets
             return {
                 "nll": jnp.sum((log_z - target_logits) * weights),
+                "log_z": jnp.sum(log_z * weights),
                 "z": jnp.sum(jnp.square(log_z) * weights),
                 "correct": jnp.sum(correct * weights),
                 "count": jnp.sum(weights),
@@ -78,7 +80,7 @@ def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chun
     def add_chunk(total: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None
 
-    zeros = dict.fromkeys(("nll", "z", "correct", "count"), jnp.zeros(()))
+    zeros = dict.fromkeys(("nll", "log_z", "z", "correct", "count"), jnp.zeros(()))
     total, _ = jax.lax.scan(add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT)))
     return total | router
 
@@ -141,18 +143,25 @@ def gradients(
         return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
-def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
-    """Norms before clipping: of the gradient, of each block's (L,), of each part outside blocks."""
+def _squares(tree: Any, keep: int) -> Array | int:
+    """Sum of squares over all axes of all leaves, but for the first `keep`."""
+    return sum(jnp.sum(jnp.square(x), axis=tuple(range(keep, x.ndim))) for x in jax.tree.leaves(tree))
 
-    def squares(tree: Any, keep: int) -> Array | int:
-        return sum(jnp.sum(jnp.square(g), axis=tuple(range(keep, g.ndim))) for g in jax.tree.leaves(tree))
 
+def _block_squares(model: ModelDef, tree: Any) -> Array:
+    """(L,): the same of each block, of a tree shaped like the parameters."""
     blocks = jnp.zeros(model.cfg.depth)
     for name in STACKS.values():
-        if name in grads:
+        if name in tree:
             layers = model.weights[name]["attn"]["q"].layers
-            blocks = blocks.at[jnp.array(layers)].set(squares(grads[name], keep=1))
-    others = {name: squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
+            blocks = blocks.at[jnp.array(layers)].set(_squares(tree[name], keep=1))
+    return blocks
+
+
+def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
+    """Norms before clipping: of the gradient, of each block's (L,), of each part outside blocks."""
+    blocks = _block_squares(model, grads)
+    others = {name: _squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
     total = jnp.sqrt(jnp.sum(blocks) + sum(others.values()))
     return total, jnp.sqrt(blocks), {name: jnp.sqrt(s) for name, s in others.items()}
 
@@ -169,7 +178,8 @@ def train_step(
 
     The metrics are those of the weights before it, in groups that say when a line of metrics.jsonl
     holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every
-    steps. Their order is that of the line. `diagnosis` is in no line: it names what is not finite.
+    steps, `signal` every metrics.signal_every. Their order is that of the line. `diagnosis` is in
+    no line: it names what is not finite.
     """
     optim = config.optim
     grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks, numbers)
@@ -189,11 +199,16 @@ def train_step(
                 accuracy=sums["correct"] / sums["count"],
                 grad_norm=grad_norm,
                 lr=learning_rate(optim.schedule, numbers, step),
+                log_z=sums["log_z"] / sums["count"],
+                clip_factor=jnp.minimum(1.0, numbers.clip_norm / grad_norm),
                 z_loss=numbers.z_loss * sums["z"] / sums["count"],
                 **{name: value / sums["count"] for name, value in sums.get("router_losses", {}).items()},
             ),
             "per_moe_block": router_metrics(sums["router"]) if "router" in sums else {},
             "per_block": OrderedDict(block_grad_norm=block_grad_norm),
+            "signal": OrderedDict(
+                update_ratio=jnp.sqrt(_block_squares(model, updates) / _block_squares(model, state.params))
+            ),
             "diagnosis": {"other_grad_norm": other_grad_norm},
         }
     return TrainState(step, params, opt_state, router), metrics
@@ -223,7 +238,8 @@ class Program:
     """A model's compiled functions on a mesh, with the shardings that they share.
 
     init(seed) -> state; train(state, tokens_BxT1, numbers) -> (state, metrics), which donates the
-    state; evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donates nothing.
+    state; signal(params, router, tokens_BxT1) -> `signal.forward_signal` of its first microbatch, and
+    evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donate nothing.
     """
 
     mesh: Mesh
@@ -231,6 +247,7 @@ class Program:
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
     train: jax.stages.Wrapped
+    signal: jax.stages.Wrapped
     evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]]
 
 
@@ -267,6 +284,11 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
             in_shardings=(shardings, batch_sharding, replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
+        ),
+        signal=jax.jit(
+            partial(forward_signal, model, config.training.num_microbatches),
+            in_shardings=(shardings.params, shardings.router, batch_sharding),
+            out_shardings=replicated,
         ),
         evaluate=make_evaluate(config, model, mesh),
     )

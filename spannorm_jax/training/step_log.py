@@ -103,6 +103,13 @@ class StepLog:
         self._pending: tuple[int, dict[str, dict[str, Any]]] | None = None
         self._last_read = time.monotonic()
 
+    def takes_signal(self, step: int) -> bool:
+        """Whether the step's line holds the early warnings of metrics.signal_every."""
+        steps, every = self._config.training.steps, self._config.metrics
+        if not every.signal_every:
+            return False
+        return step in (1, steps) or (step % every.signal_every == 0 and step % every.log_every == 0)
+
     def dispatched(self, step: int, metrics: dict[str, dict[str, Any]]) -> None:
         """Takes the metrics of a step that the device is still working on."""
         self._pending = (step, metrics)
@@ -132,6 +139,8 @@ class StepLog:
         line = {"step": step, **values["scalars"], **values["per_moe_block"], "tokens": step * self._tokens}
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
             line |= values["per_block"]
+        if self.takes_signal(step):
+            line |= values["signal"]
         if held_out is not None:
             measured = held_out()
             line |= {f"held_out_{name}": measured[name] for name in ("loss", "bits_per_byte")}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from spannorm_jax.model.layers import activation
+from spannorm_jax.model.layers import activation, inverse_rms
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul, row_multiple
 
 AXIS = "expert"
@@ -48,7 +48,7 @@ class ExpertOps:
         mean = jnp.mean(jnp.square(h), axis=-1, keepdims=True)
         if self.hidden_axes:
             mean = jax.lax.pmean(mean, self.hidden_axes)
-        return (h * jax.lax.rsqrt(mean + self.norm_eps)).astype(hidden_PxF.dtype)
+        return (h * inverse_rms(mean, self.norm_eps)).astype(hidden_PxF.dtype)
 
     def name(self, x: Array, name: str) -> Array:
         return checkpoint_name(x, name) if self.named else x

@@ -44,19 +44,23 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BxTxD: Array) -> tuple[Array, Stats]:
         with jax.named_scope("moe"):
-            with jax.named_scope("router"):
-                x = x_BxTxD.astype(jnp.float32)
-                logits = jnp.matmul(x, self.router[...], precision=jax.lax.Precision.HIGHEST)
-                logits_NxE = logits.reshape(-1, self.cfg.moe.num_experts)
-                bias_E = self.bias[...] if hasattr(self, "bias") else None
-                weights, ids, probs = route(logits_NxE, bias_E, self.cfg.moe)
-                stats = router_stats(logits_NxE, ids, probs)
+            weights, ids, stats = self.routing(x_BxTxD)
             out, overflow = self._experts(x_BxTxD, weights, ids)
             stats["overflow"] = overflow
             if hasattr(self, "shared"):
                 with jax.named_scope("shared"):
                     out = out + self.shared(x_BxTxD)
             return out, stats
+
+    def routing(self, x_BxTxD: Array) -> tuple[Array, Array, Stats]:
+        """Weights (N, k) and ids (N, k) of each token's experts, and the router's sums."""
+        with jax.named_scope("router"):
+            x = x_BxTxD.astype(jnp.float32)
+            logits = jnp.matmul(x, self.router[...], precision=jax.lax.Precision.HIGHEST)
+            logits_NxE = logits.reshape(-1, self.cfg.moe.num_experts)
+            bias_E = self.bias[...] if hasattr(self, "bias") else None
+            weights, ids, probs = route(logits_NxE, bias_E, self.cfg.moe)
+            return weights, ids, router_stats(logits_NxE, ids, probs)
 
     def _experts(self, x_BxTxD: Array, weights_Nxk: Array, ids_Nxk: Array) -> tuple[Array, Array]:
         """The routed experts, each device with its own tokens, experts and part of the hidden units; and the number of

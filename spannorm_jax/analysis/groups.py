@@ -1,0 +1,38 @@
+"""What a measurement is asked for; read without JAX."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from spannorm_jax.errors import UserError, did_you_mean
+
+GROUPS = ("forward", "backward", "update", "skip", "affine")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As docs/signal.md has them; 0 stands for a default that the model or the data give."""
+
+    tokens: int = 0
+    rows: int = 1
+    probes: int = 2
+    blocks: int = 8
+    fit_tokens: int = 0
+    only: tuple[str, ...] = GROUPS
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that cannot be."""
+        for name, least in (("tokens", 0), ("rows", 1), ("probes", 1), ("blocks", 0), ("fit_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)} must be {least} or more")
+        for group in self.only:
+            if group not in GROUPS:
+                raise UserError(f"--only {group!r} is no group; {did_you_mean(group, GROUPS)}")
+        if not self.only:
+            raise UserError(f"--only names no group; write some of {','.join(GROUPS)}")
+
+    def filled(self, tokens: int, fit_tokens: int) -> "Settings":
+        return dataclasses.replace(self, tokens=tokens, fit_tokens=fit_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,250 @@
+"""The signal of a model, measured: every number of docs/signal.md, group by group."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax import Array
+
+from spannorm_jax.analysis import blocks, gradients, replaced
+from spannorm_jax.analysis.groups import Settings
+from spannorm_jax.config import Config, MeshConfig, replace, to_dict
+from spannorm_jax.data.loader import eval_batches
+from spannorm_jax.data.open import OpenData, open_data
+from spannorm_jax.data.tokens import TokenStore, Windows
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.kernels.attention import attention_for
+from spannorm_jax.parallel.mesh import make_mesh
+from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.run.provenance import start_record
+from spannorm_jax.run.trained import open_trained
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model with weights: what is measured."""
+
+    config: Config
+    model: ModelDef
+    params: Any
+    router: Any
+
+
+def signal(
+    config: Config, workdir: Path | None, step: int | None, settings: Settings, argv: list[str]
+) -> dict[str, Any]:
+    """The record of a model at initialisation, or of a run's checkpoint (None: the newest sound one).
+
+    Raises:
+      UserError: the data, the tokens or the checkpoint are not there or too few, as the line says.
+    """
+    start_jax(config.platform)
+    with contextlib.ExitStack() as stack:
+        restore = stack.enter_context(open_trained(workdir, step, "measuring")) if workdir else None
+        data, config = open_data(replace(config, mesh=MeshConfig()))
+        attention_for(config.execution, config.model, settings.tokens or config.data.seq_len)
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        stack.enter_context(jax.set_mesh(mesh))
+        facts: dict[str, Any] = {"config": to_dict(config)}
+        if restore:
+            trained = restore(config, mesh)
+            what = Measured(config, trained.model, trained.params, trained.router)
+            facts["step"] = trained.step
+        else:
+            model = define(config.model, config.execution)
+            params = jax.jit(model.init)(jax.random.key(config.seed))
+            what = Measured(config, model, params, model.init_router())
+            facts["step"] = 0
+        tokens, fit_tokens, settings = probe_tokens(config, data, settings)
+        facts["settings"] = settings.to_dict()
+        record = start_record("spannorm_jax.analysis.signal", argv, data, facts)
+        return record | measure(what, tokens, fit_tokens, settings)
+
+
+# ---- tokens -------------------------------------------------------------------------------------------
+
+
+def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np.ndarray, np.ndarray | None, Settings]:
+    """The probe rows, the rows that affine maps are fitted on (None without `affine`), and the settings filled in.
+
+    Raises:
+      UserError: a split is too short for so many rows, or a statistic needs more tokens.
+    """
+    T = settings.tokens or config.data.seq_len
+    if T < 2:
+        raise UserError(f"--tokens makes rows of {T} token, and the correlation of tokens needs 2; write 2 or more")
+    tokens = _rows(data.eval, T, settings.rows, "--rows")
+    if "affine" not in settings.only:
+        return tokens, None, settings.filled(T, 0)
+    model = define(config.model)
+    shapes = jax.eval_shape(lambda p: blocks.enter(model.bind(p), jnp.zeros((1, T), jnp.int32)), _abstract(model))
+    needed = replaced.unknowns(shapes)
+    rows = -(-(settings.fit_tokens or 4 * needed) // T)
+    replaced.check_tokens(rows * T, needed)
+    return tokens, _rows(data.train, T, rows, "--fit_tokens"), settings.filled(T, rows * T)
+
+
+def _abstract(model: ModelDef) -> Any:
+    return model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+
+
+def _rows(store: TokenStore, T: int, rows: int, flag: str) -> np.ndarray:
+    """(rows, T + 1) tokens: windows spread evenly over a split."""
+    available = len(Windows(store, T))
+    if rows > available:
+        raise UserError(
+            f"{flag} asks for {rows} rows of {T} tokens, and split {store.split!r} of {store.dataset} has {available}; "
+            "write less, or take more data"
+        )
+    ((tokens, _),) = eval_batches(store, T, rows * T, rows)
+    return tokens
+
+
+# ---- groups ---------------------------------------------------------------------------------------------
+
+
+def measure(
+    what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
+) -> dict[str, Any]:
+    """The numbers of the groups that are asked for, as plain Python; call it under a mesh of one device or none."""
+    tokens = jnp.asarray(tokens_BxT1)
+    found: dict[str, Any] = {}
+    if "forward" in settings.only:
+        found |= _forward(what, tokens, settings.probes)
+    grads = None
+    if {"backward", "update"} & set(settings.only):
+        grads, meters, squares = jax.jit(partial(gradients.of_loss, what.model))(what.params, what.router, tokens)
+    if "backward" in settings.only:
+        found |= _backward(what, tokens, settings.probes, meters, squares)
+    if not {"update", "skip", "affine"} & set(settings.only):
+        return found
+    trace = jax.jit(lambda p, r, t: blocks.traced(what.model.bind(p, r), t[:, :-1]))
+    before = trace(what.params, what.router, tokens)
+    if "update" in settings.only:
+        found |= _update(what, tokens, grads, trace, before)
+    del grads
+    if {"skip", "affine"} & set(settings.only):
+        found |= _replaced(what, tokens, fit_tokens, settings, trace, before)
+    return found
+
+
+def _key(config: Config, purpose: int) -> Array:
+    return jax.random.fold_in(jax.random.key(config.seed), 2**31 + purpose)
+
+
+def _plain(x: Any) -> Any:
+    return np.asarray(jax.device_get(x), np.float64).tolist()
+
+
+def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
+    depth = what.config.model.depth
+    keys = jax.random.split(_key(what.config, 0), (depth, probes))
+    run = jax.jit(lambda p, r, t, k: blocks.forward(what.model.bind(p, r), t, k))
+    whole, of_blocks = run(what.params, what.router, tokens, keys)
+    ranks = {
+        name: [effective_rank(grams) for grams in jax.device_get(of_blocks.pop(grams_name))]
+        for name, grams_name in (("effective_rank", "stream_gram"), ("ffn_effective_rank", "ffn_gram"))
+    }
+    found = {name: _plain(value) for name, value in (whole | of_blocks).items()} | ranks
+    # Of the gradient that enters block l over that of the last block: the blocks from l to the one before the last.
+    later = np.cumprod(found["block_skip_gain"][-2::-1])[::-1]
+    found["skip_path"] = [*later.tolist(), 1.0]
+    experts = [i for spec in what.model.specs() if spec.site == "router" for i in spec.layers]
+    for name in ("expert_load", "expert_load_max", "router_entropy"):
+        if name in found:
+            own = dict(zip(experts, found[name], strict=True))
+            found[name] = [own.get(layer) for layer in range(depth)]
+    return found
+
+
+def effective_rank(grams_BxNxN: np.ndarray) -> float:
+    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows."""
+    ranks = []
+    for gram in grams_BxNxN:
+        # On the host: XLA's solver also makes the eigenvectors, which takes ten times as long.
+        values = np.maximum(scipy.linalg.eigvalsh(gram.astype(np.float64), driver="evd"), 0)
+        shares = values[values > 0] / np.sum(values)
+        ranks.append(math.exp(-np.sum(shares * np.log(shares))))
+    return float(np.mean(ranks))
+
+
+def _relative(squares_L: np.ndarray) -> list[float]:
+    return np.sqrt(squares_L / squares_L[-1]).tolist()
+
+
+def _backward(what: Measured, tokens: Array, probes: int, loss_meters: Array, loss_squares: Any) -> dict[str, Any]:
+    run = jax.jit(partial(gradients.of_probe, what.model))
+    keys = jax.random.split(_key(what.config, 1), probes)
+    each = [jax.device_get(run(what.params, what.router, tokens[:, :-1], key)) for key in keys]
+    mean = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *each)
+    meters, squares = mean
+    return {
+        "stream_grad_norm": _relative(meters),
+        "stream_loss_grad_norm": _relative(np.asarray(loss_meters, np.float64)),
+        "weight_grad_norm": gradients.by_site(what.model, jax.tree.map(np.sqrt, squares)),
+        "weight_loss_grad_norm": gradients.by_site(what.model, jax.tree.map(np.sqrt, jax.device_get(loss_squares))),
+    }
+
+
+def _update(what: Measured, tokens: Array, grads: Any, trace: Any, before: Any) -> dict[str, Any]:
+    params = jax.jit(partial(gradients.updated, what.config, what.model), donate_argnums=1)(what.params, grads)
+
+    def logits(params: Any, router: Any, stream: Any) -> Array:
+        decoder = what.model.bind(params, router)
+        return decoder.logits(blocks.leave(decoder, stream))
+
+    @jax.jit
+    def changes(params: Any, new_params: Any, router: Any, before: Any, new: Any) -> tuple[Array, Array]:
+        streams = [
+            jnp.concatenate([blocks.first(entering)[1:], blocks.first(last)[None]]) for entering, last in (before, new)
+        ]
+        by_block = jax.lax.map(lambda pair: _change(*pair), tuple(streams))
+        return by_block, _change(logits(params, router, before[1]), logits(new_params, router, new[1]))
+
+    by_block, of_logits = changes(what.params, params, what.router, before, trace(params, what.router, tokens))
+    return {"update_stream_change": _plain(by_block), "update_logits_change": _plain(of_logits)}
+
+
+def _change(old: Array, new: Array) -> Array:
+    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
+    return jnp.linalg.norm(new - old) / jnp.linalg.norm(old)
+
+
+def _replaced(
+    what: Measured, tokens: Array, fit_tokens: np.ndarray | None, settings: Settings, trace: Any, before: Any
+) -> dict[str, Any]:
+    run = jax.jit(lambda p, r, stream, done, t: replaced.loss_from(what.model.bind(p, r), stream, done, t))
+    depth = what.config.model.depth
+    chosen = replaced.chosen_blocks(depth, settings.blocks)
+
+    def loss(stream: Any, done: int) -> float:
+        return float(run(what.params, what.router, stream, jnp.int32(done), tokens))
+
+    whole = loss(before[1], depth - 1)
+
+    def change(streams: Sequence[Any]) -> list[float | None]:
+        costs = dict(
+            zip(chosen, (loss(s, layer) - whole for s, layer in zip(streams, chosen, strict=True)), strict=True)
+        )
+        return [costs.get(layer) for layer in range(depth)]
+
+    found: dict[str, Any] = {}
+    entering = (replaced.block_of(before, layer)[0] for layer in chosen)
+    if "skip" in settings.only:
+        found["skip_loss_change"] = change(list(entering))
+    if "affine" in settings.only:
+        fitted_on = trace(what.params, what.router, jnp.asarray(fit_tokens))
+        mapped = [replaced.replacement(fitted_on, replaced.block_of(before, layer)[0], layer) for layer in chosen]
+        found["affine_loss_change"] = change(mapped)
+        useful = [cost > replaced.USEFUL * whole for cost in found["affine_loss_change"] if cost is not None]
+        found["useful_share"] = float(np.mean(useful))
+    return found

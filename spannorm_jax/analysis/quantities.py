@@ -1,0 +1,27 @@
+"""What figures draw of the records of the signal."""
+
+# Key of a list over blocks -> title of its axis, and whether the axis is logarithmic.
+QUANTITIES = {
+    "stream_variance": ("variance of the stream", True),
+    "attn_variance": ("variance of the attention's output", True),
+    "ffn_variance": ("variance of the feed-forward's output", True),
+    "token_correlation": ("correlation of tokens", False),
+    "effective_rank": ("effective rank of the stream", True),
+    "ffn_effective_rank": ("effective rank of post-activations", True),
+    "stream_grad_norm": ("gradient norm of the stream, over the last block's", True),
+    "stream_loss_grad_norm": ("the loss's gradient norm, over the last block's", True),
+    "skip_path": ("gradient norm by the skip path alone", True),
+    "attn_forward_variance": ("forward variance f of attention", True),
+    "ffn_forward_variance": ("forward variance f of the feed-forward", True),
+    "attn_backward_gain": ("backward gain b of attention", True),
+    "ffn_backward_gain": ("backward gain b of the feed-forward", True),
+    "angular_distance": ("angular distance of a block", False),
+    "jacobian_deviation": ("Jacobian deviation of a block", True),
+    "jacobian_deviation_unscaled": ("Jacobian deviation, norms undone", True),
+    "attention_entropy_relative": ("entropy of attention, relative", False),
+    "skip_loss_change": ("loss change without the block (nats)", False),
+    "affine_loss_change": ("loss change with an affine block (nats)", False),
+    "update_stream_change": ("relative change by one update", True),
+    "expert_load_max": ("largest load over the mean", False),
+    "router_entropy": ("entropy of the router (nats)", False),
+}

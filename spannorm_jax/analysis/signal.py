@@ -1,0 +1,99 @@
+"""Measures a model's signal, block by block, at initialisation or at a run's checkpoint; docs/signal.md says what.
+
+python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x [--step N] [--json] [--out FILE]
+"""
+
+from typing import Any
+
+from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.command import Parser, run_command
+from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
+from spannorm_jax.durable import to_json, write_text
+from spannorm_jax.errors import UserError
+from spannorm_jax.paths import user_path
+from spannorm_jax.run.folder import read_config, run_folder_path
+
+# What may differ from a run's own config; anything else would measure another model.
+_OVERRIDABLE = ("platform", "execution.", "data.data_dir", "data.cache_dir", "data.verify_mib")
+_COLUMNS = {  # of the table
+    "stream_variance": "stream var",
+    "attn_variance": "attn var",
+    "ffn_variance": "ffn var",
+    "token_correlation": "correlation",
+    "effective_rank": "rank",
+    "stream_grad_norm": "gradient",
+    "skip_loss_change": "skipped",
+    "affine_loss_change": "affine",
+}
+_SHOWN = 24  # blocks of the table
+
+
+def main(argv: list[str]) -> int:
+    rest, overrides = split_overrides(argv)
+    parser = Parser(prog="python -m spannorm_jax.analysis.signal", description=__doc__)
+    parser.add_argument("--config", help="FILE.py or FILE.py:arg, see configs/: the model at initialisation")
+    parser.add_argument("--workdir", type=run_folder_path, help="a run's folder: one of its checkpoints")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--tokens", type=int, default=0, help="of a row (default: data.seq_len)")
+    parser.add_argument("--rows", type=int, default=Settings.rows, help=f"(default: {Settings.rows})")
+    parser.add_argument(
+        "--probes", type=int, default=Settings.probes, help=f"random gradients (default: {Settings.probes})"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=Settings.blocks, help=f"to leave out (default: {Settings.blocks}; 0: all)"
+    )
+    parser.add_argument("--fit_tokens", type=int, default=0, help="of affine maps (default: 4 times their unknowns)")
+    parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)} (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
+    parser.add_argument("--out", metavar="FILE", help="file that the record is written to")
+    args = parser.parse_args(rest)
+    if bool(args.config) == bool(args.workdir):
+        raise UserError("give --config FILE.py for a model at initialisation, or --workdir FOLDER for a checkpoint")
+    if args.step is not None and not args.workdir:
+        raise UserError("--step is of a checkpoint, and --config has none; give --workdir")
+    only = tuple(filter(None, args.only.split(",")))
+    settings = Settings(args.tokens, args.rows, args.probes, args.blocks, args.fit_tokens, only)
+    out = user_path(args.out, "--out") if args.out else None
+    if args.workdir:
+        check_overridable(overrides, _OVERRIDABLE, "measuring")
+        config = override(for_this_machine(read_config(args.workdir)), overrides)
+    else:
+        config = load(args.config, overrides)
+    # JAX comes with it: a command that is mistyped does without.
+    from spannorm_jax.analysis.measure import signal
+
+    record = signal(config, args.workdir, args.step, settings, argv)
+    line = to_json(record)
+    if out:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, line + "\n")
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
+    print(line if args.json else table(record))
+    return 0
+
+
+def table(record: dict[str, Any]) -> str:
+    """Some of the numbers, of evenly spread blocks."""
+    model = record["config"]["model"]
+    columns = {key: title for key, title in _COLUMNS.items() if key in record}
+    depth = model["depth"]
+    shown = sorted({round(i * (depth - 1) / (_SHOWN - 1)) for i in range(_SHOWN)})
+    lines = [
+        f"{model['placement']} / {model['init']}: {depth} blocks, width {model['width']}, step {record['step']}, "
+        f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
+    ]
+    lines += [
+        f"{name} {record[name]:.4f}" for name in ("loss", "useful_share", "update_logits_change") if name in record
+    ]
+    if columns:
+        lines += ["", "block" + "".join(f"{title:>13}" for title in columns.values())]
+    for layer in shown if columns else ():
+        values = (record[key][layer] for key in columns)
+        lines.append(f"{layer + 1:>5}" + "".join(f"{'-' if v is None else format(v, '.4g'):>13}" for v in values))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,125 @@
+"""The command lines: a record of a model at initialisation and of a checkpoint, its figures, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from spannorm_jax import evaluate
+from spannorm_jax.analysis import figures, signal
+from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.command import run_command
+from spannorm_jax.config import CheckpointConfig, to_dict
+from spannorm_jax.config_file import load, resolve_without_data
+from spannorm_jax.durable import write_json
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.definition import define
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
+from spannorm_jax.run.state import TrainState
+
+SPEC = "configs/dense.py:depth=2,width=16,placement=span,init=plain"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(module, *argv, code=0):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(module.main)
+        printed = capsys.readouterr()
+        assert exit_.value.code == code, printed.err
+        if code:
+            assert printed.err.count("\n") == 1 and "Traceback" not in printed.err + printed.out
+        return printed.err if code else printed.out
+
+    return run
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's folder with one checkpoint, of step 5."""
+    config = resolve_without_data(load(SPEC), platform="cpu")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_json(folder / CONFIG, to_dict(config))
+    saving = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
+    params = jax.jit(define(config.model).init)(jax.random.key(3))
+    saving.save(5, TrainState(np.int32(5), params, {}, {}), {"step": 5, "config": to_dict(config)})
+    saving.close()
+    return folder
+
+
+def test_a_record_of_a_checkpoint_and_its_figures(command, workdir, tmp_path):
+    """With a prediction beside it: one record that has the keys of analysis.theory."""
+    out = tmp_path / "records" / "signal.json"
+    options = ("--tokens", 16, "--only", "forward,backward", "--out", out, "--json")
+    printed = command(signal, "--workdir", workdir, *options)
+    record = json.loads(printed)
+    assert json.loads(out.read_text()) == record
+    assert record["step"] == 5 and record["config"]["model"]["placement"] == "span"
+    assert {"command", "git_commit", "versions", "device"} <= set(record) and record["data"]["fingerprint"]
+    assert record["settings"] == Settings(16, only=("forward", "backward")).to_dict() | {
+        "only": ["forward", "backward"]
+    }
+    assert len(record["stream_variance"]) == 2 and record["stream_grad_norm"][-1] == 1
+    assert "skip_loss_change" not in record
+    prediction = {"placement": "span", "init": "plain", "ffn": "swiglu", "depth": 2, "width": 16, "tokens": 16}
+    predicted = tmp_path / "predicted.json"
+    predicted.write_text(json.dumps(prediction | {"stream_variance": [1.0, 1.0]}))
+    drawn = command(figures, out, predicted, "--out", tmp_path / "figures").split()
+    assert str(tmp_path / "figures" / "stream_variance.svg") in drawn
+    assert (tmp_path / "figures" / "stream_variance.png").stat().st_size > 1000
+    svg = (tmp_path / "figures" / "stream_variance.svg").read_text()
+    assert all(word in svg for word in ("span", "measured", "predicted"))
+
+
+def test_a_table_of_a_model_at_initialisation(command):
+    printed = command(signal, "--config", SPEC, "--tokens", 16, "--only", "forward")
+    assert "span / plain: 2 blocks, width 16, step 0" in printed and "correlation" in printed
+    assert len(printed.strip().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tokens", 1], ["--tokens", "2 or more"]),
+        (["--fit_tokens", 16, "--tokens", 16], ["--fit_tokens", "16 tokens", "17 unknowns", "68 or more"]),
+        (["--rows", 10**8], ["--rows", "100000000", "validation"]),
+        (["--only", "forwards"], ["'forwards'", "'forward'"]),
+        (["--only", ","], ["--only", "forward,backward"]),
+        (["--probes", 0], ["--probes 0", "1 or more"]),
+        (["--step", 3], ["--step", "--workdir"]),
+        (["--workdir", "runs/none"], ["--config", "--workdir"]),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(command, options, says):
+    line = command(signal, "--config", SPEC, *options, code=2)
+    assert all(part in line for part in says), line
+
+
+def test_a_checkpoint_that_is_not_there_or_of_another_architecture(command, workdir):
+    line = command(signal, "--workdir", workdir, "--step", 4, code=2)
+    assert "no checkpoint of step 4" in line and "5" in line
+    line = command(signal, "--workdir", workdir, "--config.model.depth=3", code=2)
+    assert "model.depth" in line and "measuring" in line
+    config = resolve_without_data(load(SPEC, [("model.depth", "3")]), platform="cpu")
+    write_json(workdir / CONFIG, to_dict(config))
+    for module in (signal, evaluate):
+        line = command(module, "--workdir", workdir, code=2)
+        assert all(part in line for part in ("another architecture", "model.depth=2", "says 3")), line
+
+
+def test_files_that_are_no_records(command, tmp_path):
+    path = tmp_path / "x.json"
+    assert "cannot be read" in command(figures, path, "--out", tmp_path, code=2)
+    for text in ("{", '{"depth": 3}', "3"):
+        path.write_text(text)
+        assert "is no record of analysis.signal" in command(figures, path, "--out", tmp_path, code=2)
+
+
+def test_settings_have_all_groups_by_default():
+    assert Settings().only == GROUPS
+    with pytest.raises(UserError, match="--blocks -1 must be 0 or more"):
+        Settings(blocks=-1)
