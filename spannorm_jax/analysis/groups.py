@@ -7,12 +7,14 @@ from typing import Any
 from spannorm_jax.errors import UserError, did_you_mean
 
 GROUPS = ("forward", "backward", "update", "skip", "affine")
+TEXTS = ("held_out", "random")
 
 
 @dataclass(frozen=True)
 class Settings:
     """As docs/signal.md has them; 0 stands for a default that the model or the data give."""
 
+    text: str = TEXTS[0]
     tokens: int = 0
     rows: int = 1
     probes: int = 2
@@ -25,6 +27,8 @@ class Settings:
         for name, least in (("tokens", 0), ("rows", 1), ("probes", 1), ("blocks", 0), ("fit_tokens", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)} must be {least} or more")
+        if self.text not in TEXTS:
+            raise UserError(f"--text {self.text!r} is no kind of text; {did_you_mean(self.text, TEXTS)}")
         for group in self.only:
             if group not in GROUPS:
                 raise UserError(f"--only {group!r} is no group; {did_you_mean(group, GROUPS)}")

@@ -82,7 +82,11 @@ def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np
     T = settings.tokens or config.data.seq_len
     if T < 2:
         raise UserError(f"--tokens makes rows of {T} token, and the correlation of tokens needs 2; write 2 or more")
-    tokens = _rows(data.eval, T, settings.rows, "--rows")
+    tokens = (
+        _distinct(config, T, settings.rows)
+        if settings.text == "random"
+        else _rows(data.eval, T, settings.rows, "--rows")
+    )
     if "affine" not in settings.only:
         return tokens, None, settings.filled(T, 0)
     model = define(config.model)
@@ -91,6 +95,18 @@ def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np
     rows = -(-(settings.fit_tokens or 4 * needed) // T)
     replaced.check_tokens(rows * T, needed)
     return tokens, _rows(data.train, T, rows, "--fit_tokens"), settings.filled(T, rows * T)
+
+
+def _distinct(config: Config, T: int, rows: int) -> np.ndarray:
+    """(rows, T + 1) tokens, in each row no two alike, drawn by the config's seed: what a prediction is for."""
+    vocabulary = config.model.vocab_size
+    if vocabulary < T + 1:
+        raise UserError(
+            f"--text random makes rows of different tokens, and the vocabulary has {vocabulary} for {T + 1}; "
+            f"write --tokens {vocabulary - 1} or less"
+        )
+    rng = np.random.default_rng(config.seed)
+    return np.stack([rng.permutation(vocabulary)[: T + 1] for _ in range(rows)]).astype(np.int32)
 
 
 def _abstract(model: ModelDef) -> Any:

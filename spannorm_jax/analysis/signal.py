@@ -5,7 +5,7 @@ python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x
 
 from typing import Any
 
-from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
@@ -34,6 +34,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="FILE.py or FILE.py:arg, see configs/: the model at initialisation")
     parser.add_argument("--workdir", type=run_folder_path, help="a run's folder: one of its checkpoints")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument(
+        "--text", default=Settings.text, help=f"of the rows: {' or '.join(TEXTS)} (default: {TEXTS[0]})"
+    )
     parser.add_argument("--tokens", type=int, default=0, help="of a row (default: data.seq_len)")
     parser.add_argument("--rows", type=int, default=Settings.rows, help=f"(default: {Settings.rows})")
     parser.add_argument(
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> int:
     if args.step is not None and not args.workdir:
         raise UserError("--step is of a checkpoint, and --config has none; give --workdir")
     only = tuple(filter(None, args.only.split(",")))
-    settings = Settings(args.tokens, args.rows, args.probes, args.blocks, args.fit_tokens, only)
+    settings = Settings(args.text, args.tokens, args.rows, args.probes, args.blocks, args.fit_tokens, only)
     out = user_path(args.out, "--out") if args.out else None
     if args.workdir:
         check_overridable(overrides, _OVERRIDABLE, "measuring")

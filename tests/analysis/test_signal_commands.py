@@ -9,6 +9,7 @@ import pytest
 from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
 from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.analysis.measure import probe_tokens
 from spannorm_jax.command import run_command
 from spannorm_jax.config import CheckpointConfig, to_dict
 from spannorm_jax.config_file import load, resolve_without_data
@@ -60,7 +61,7 @@ def test_a_record_of_a_checkpoint_and_its_figures(command, workdir, tmp_path):
     assert json.loads(out.read_text()) == record
     assert record["step"] == 5 and record["config"]["model"]["placement"] == "span"
     assert {"command", "git_commit", "versions", "device"} <= set(record) and record["data"]["fingerprint"]
-    assert record["settings"] == Settings(16, only=("forward", "backward")).to_dict() | {
+    assert record["settings"] == Settings(tokens=16, only=("forward", "backward")).to_dict() | {
         "only": ["forward", "backward"]
     }
     assert len(record["stream_variance"]) == 2 and record["stream_grad_norm"][-1] == 1
@@ -81,12 +82,21 @@ def test_a_table_of_a_model_at_initialisation(command):
     assert len(printed.strip().splitlines()) == 6
 
 
+def test_random_text_has_no_token_twice_in_a_row():
+    config = resolve_without_data(load(SPEC, [("model.vocab_size", "256")]), platform="cpu")
+    tokens, fit_tokens, _ = probe_tokens(config, None, Settings("random", 200, 3, only=("forward",)))
+    assert tokens.shape == (3, 201) and fit_tokens is None
+    assert all(len(set(row)) == 201 for row in tokens.tolist()) and len(set(tokens[:, 0].tolist())) > 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--tokens", 1], ["--tokens", "2 or more"]),
         (["--fit_tokens", 16, "--tokens", 16], ["--fit_tokens", "16 tokens", "17 unknowns", "68 or more"]),
         (["--rows", 10**8], ["--rows", "100000000", "validation"]),
+        (["--text", "randm"], ["'randm'", "'random'"]),
+        (["--text", "random", "--tokens", 256], ["--text random", "256 for 257", "--tokens 255"]),
         (["--only", "forwards"], ["'forwards'", "'forward'"]),
         (["--only", ","], ["--only", "forward,backward"]),
         (["--probes", 0], ["--probes 0", "1 or more"]),

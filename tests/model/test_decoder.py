@@ -40,7 +40,9 @@ def small(**changes):
 # placement -> gains of size D in a block, and at the ends
 GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
 MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2}  # of a feed-forward
-GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1)}
+GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1), "deepnorm": (2, 0)}
+GAINS |= {"olmo2": (2, 1), "b2t": (2, 0), "residual": (2, 1), "mix": (2, 1), "lns": (2, 1), "keel": (4, 0)}
+GAINS |= {"rezero": (0, 0), "subln": (2, 1)}
 
 
 def hand_count(m):
@@ -49,7 +51,9 @@ def hand_count(m):
     attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
     feed_forward = MATRICES[m.ffn] * D * m.ffn_dim
     gains, ends = GAINS[m.placement]
-    attention += 3 * K * (m.placement == "hybrid") - 2 * K * (m.placement == "hybrid" and m.qk_norm)
+    if m.placement in ("hybrid", "olmo2"):  # which norm queries and keys whatever qk_norm is; HybridNorm values too
+        attention += {"hybrid": 3, "olmo2": 2}[m.placement] * K - 2 * K * m.qk_norm
+    attention += (m.num_heads * K + m.ffn_dim) * (m.placement == "subln") + 2 * (m.placement == "rezero")
     return m.depth * (attention + feed_forward + gains * D) + ends * D + m.vocab_size * D * (1 if m.tied_head else 2)
 
 
