@@ -6,8 +6,9 @@
 
 `initial` predicts and measures every placement at 12, 48 and 128 blocks (width 256, 64 different tokens, plain
 initialisation; the three main ones also with ScaleInit, and with two seeds). `trained` trains runs of the demo with
-checkpoints from the first steps on, and measures them. Both write a line of JSON a measurement into experiments/results/signal, and go on
-where they were. `page` makes the tables between the marks of docs/theory.md and the figures beside the records.
+checkpoints from the first steps on, and measures them. Both write a line of JSON a measurement into
+experiments/results/signal, and go on where they were. `page` makes the tables between the marks of docs/theory.md, and
+the figures beside the records.
 """
 
 import json
@@ -145,15 +146,10 @@ def initial_table(records: list[dict[str, Any]], key: str, block: int, form: str
 
 
 def trained_table(records: list[dict[str, Any]]) -> str:
-    """A line an arm and step: of the middle block f and b, token correlation; the gradient's slope, formed and measured.
-
-    `formed` is the product over the blocks but the last of (1 + b)/(1 + f) of both sub-layers, as a norm's share of the
-    gradient: sqrt. For a span block it is the formula of docs/signal.md.
-    """
-    lines = [
-        "| placement | init | step | loss | f, feed-forward | b, feed-forward | correlation | gradient, first over last: by (1 + b)/(1 + f) | measured |"
-    ]
-    lines.append("| --- |" * 1 + " --- |" * 8)
+    """A line an arm and step: f, b and token correlation of the middle block, and the gradient of the stream, first
+    block over last, by the formula of docs/signal.md and measured."""
+    header = ["placement", "init", "step", "loss", "f", "b", "correlation", "gradient by the formula", "measured"]
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " --- |" * 8]
     for record in records:
         placement, init = _name(record)[:2]
         middle = len(record["stream_variance"]) // 2
