@@ -89,7 +89,7 @@ class Lane:
         record.save(self.config, self._checkpoints, self._writer, self.first + turn, state)
 
     def end(self, turn: int, stopped_by: str) -> None:
-        """Ends the run, whose save has been started, if this turn was its last one or a signal stops all."""
+        """Ends the run, whose save has been started, if it has taken its last step or a signal stops all."""
         step = self.first + turn
         if step < self.steps and not stopped_by:
             return
@@ -191,6 +191,10 @@ def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
         program = LaneProgram(session, len(seats))
         state = program.stack(*states, *states[-1:] * spare)
         del states
+        for lane in lanes:
+            lane.end(-1, "")  # one whose last save was committed, and nothing after it
+        if not _at_work(lanes):
+            return lanes
         numbers = on_devices(stacked_numbers([lane.config for lane in seats]), mesh, ("lanes",))
         turns = max(lane.steps - lane.first + 1 for lane in lanes)
         batches = running.enter_context(closing(_batches(program, seats, turns)))
