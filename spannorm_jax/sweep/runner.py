@@ -119,8 +119,8 @@ def check_groups(sweep: Sweep, lanes: int) -> None:
     groups = in_groups(sweep.runs, lanes)
     if all(len(group) == 1 for group in groups):
         raise UserError(
-            f"--lanes {lanes}: no two runs of sweep {sweep.title} share a program, as runs do that differ in nothing but "
-            "the seed, the initialisation and the numbers of the step; leave it out"
+            f"--lanes {lanes}: no two runs of sweep {sweep.title} share a program, as those do that differ in nothing "
+            "but the seed, the initialisation and the numbers of the step; leave it out"
         )
     for group in groups:
         if len(group) > 1:

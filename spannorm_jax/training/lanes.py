@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
+from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.liveness import Stop, Watchdog, stop_signals
 from spannorm_jax.parallel.mesh import LANE, partition_spec
 from spannorm_jax.run import folder as run_folder
@@ -32,7 +33,7 @@ from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.program_key import check_lanes
 from spannorm_jax.training.session import Session
-from spannorm_jax.training.step import num_loss_chunks, train_step
+from spannorm_jax.training.step import Program, num_loss_chunks, train_step
 from spannorm_jax.training.step_log import Diverged, Progress, StepLog
 
 # ---- one lane -----------------------------------------------------------------------------------
@@ -111,18 +112,18 @@ class Lane:
 
 
 class LaneProgram:
-    """The compiled functions of K lanes on the mesh of their sessions; K is a multiple of its axis `lane`.
+    """The compiled functions of K lanes on a program's mesh; K is a multiple of its axis `lane`.
 
     stack(*states) -> state with a lane axis; train(state, tokens_KxBxT1, numbers) -> (state, metrics), which donates
     the state; take(state, lane) -> the state of one lane, as a single run has it.
     """
 
-    def __init__(self, session: Session, num_lanes: int):
-        config, program, mesh = session.config, session.program, session.mesh
-        shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+    def __init__(self, config: Config, model: ModelDef, program: Program, num_lanes: int):
+        """`config` is that of any of the lanes, and `program` what makes its single run."""
+        mesh, shardings = program.mesh, jax.tree.map(lambda x: x.sharding, program.abstract_state)
         microbatch = config.training.batch_size // config.training.num_microbatches
         rows = microbatch * num_lanes // mesh.shape[LANE]  # of all lanes on a device
-        step = partial(train_step, config, session.model, num_loss_chunks(config, dict(mesh.shape), rows))
+        step = partial(train_step, config, model, num_loss_chunks(config, dict(mesh.shape), rows))
 
         def laned(sharding: NamedSharding) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*partition_spec(("lanes",)), *sharding.spec))
@@ -188,7 +189,7 @@ def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
         watchdog.alive("the states were made")
         spare = -len(lanes) % mesh.shape[LANE]  # copies of the last lane, which fill the last devices
         seats = [*lanes, *lanes[-1:] * spare]
-        program = LaneProgram(session, len(seats))
+        program = LaneProgram(session.config, session.model, session.program, len(seats))
         state = program.stack(*states, *states[-1:] * spare)
         del states
         for lane in lanes:
