@@ -63,6 +63,7 @@ class Lane:
     def start(self, silent: bool) -> TrainState:
         """Records the start, and returns the state to begin with, which has no lane axis."""
         print(f"lane {self.session.workdir}", flush=True)
+        record.advise(self.config)
         self.first, state = record.first_state(self.session, self._checkpoints)
         start = record.start_of(self.session, self._lanes)
         self._writer = self._open.enter_context(closing(record.open_log(self.session, start, self.first, None)))

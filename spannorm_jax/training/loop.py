@@ -51,6 +51,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
             return 0
         start = record.start_of(session)
         record.announce(session, start)
+        record.advise(config)
 
         with ExitStack() as running:
             running.enter_context(jax.set_mesh(session.mesh))

@@ -84,6 +84,10 @@ def announce(session: Session, start: dict[str, Any]) -> None:
         f"fingerprint {config.data.fingerprint}"
     )
     say_overlap(config, data)
+
+
+def advise(config: Config) -> None:
+    """Says what is known against a placement with an initialisation."""
     advice = PLACEMENTS[config.model.placement].not_with.get(config.model.init)
     if advice:
         distributed.print_once(

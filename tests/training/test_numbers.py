@@ -99,10 +99,19 @@ def test_the_options_that_leave_a_program_as_it_is_are_listed():
     """Those of the cases, training.tokens, which stands for training.steps, and those of a run's beginning."""
     assert {key.replace("__", ".") for _, key, _ in CASES} == {*NUMBERS} - {"training.tokens"}
     usual = configure(**SHAPES["dense"])
-    beginning = {"seed": 5, "model__init": "gpt2", "model__init_targets": ("ffn_out",), "model__variance_budget": 2.0}
+    beginning = {
+        "seed": 5,
+        "model__init": "gpt2",
+        "model__init_targets": ("ffn_out",),
+        "model__variance_budget": 2.0,
+        "model__variance_exponent": 1.0,
+        "model__depth_factor": "multiplier",  # of ScaleInit alone
+    }
     assert {key.replace("__", ".") for key in beginning} == {*BEGINNING}
     other = configure(**SHAPES["dense"] | beginning | {"optim__lr": 0.01})
     assert program_key(other) == program_key(usual) and lowered(other) == lowered(usual)
+    multiplied = configure(**SHAPES["dense"] | {"model__depth_factor": "multiplier"})  # a constant of the step
+    assert program_key(multiplied) != program_key(usual) and lowered(multiplied) != lowered(usual)
     assert program_key(configure(**SHAPES["dense"] | {"optim__name": "lion"})) != program_key(usual)
 
 
