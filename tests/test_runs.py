@@ -166,7 +166,7 @@ def train_patched(env, workdir, patch, code=0):
 def test_the_loop_refuses_an_implicit_transfer(env, tmp_path):
     patch = """
 from spannorm_jax.training.batches import Batches
-Batches.__next__ = lambda self: self._loader.rows(1)  # on the host
+Batches.__next__ = lambda self: self._read_part(1, (slice(None),))  # on the host
 """
     _, err = train_patched(env, tmp_path / "run", patch, code=1)
     assert "Disallowed host-to-device transfer" in err

@@ -9,11 +9,14 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spannorm_jax.config import Config, MeshConfig
+from spannorm_jax.config import Config, MeshConfig, divisors
 from spannorm_jax.errors import UserError
+
+LANE = "lane"  # runs side by side in one program; of size 1 for a run alone
 
 # logical axis -> mesh axes that shard it. A batch is split over every device that does not share its work.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "lanes": (LANE,),
     "batch": ("data", "fsdp", "expert"),
     "time": (),
     "activation": (),  # the width of activations; weights have "embed"
@@ -65,21 +68,34 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """Builds the mesh over `devices` (default: all).
+def lane_shards(config: MeshConfig, num_devices: int, lanes: int) -> int:
+    """Groups of devices that so many runs of one program are spread over, each a mesh of `config`.
+
+    Lanes have nothing to tell one another, and replicas of one run have: lanes take the devices that `data=-1` leaves
+    open, as far as these come out even. A mesh that names its replicas has all lanes on all devices.
+    """
+    sizes = dataclasses.asdict(config)
+    if sizes.pop("data") != -1 or num_devices % math.prod(sizes.values()):
+        return 1
+    return max(n for n in divisors(num_devices // math.prod(sizes.values())) if n <= lanes)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None, lanes: int = 1) -> Mesh:
+    """Builds the mesh over `devices` (default: all), for so many runs of one program.
 
     Raises:
       UserError: the config does not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
+    shards = lane_shards(config, len(devices), lanes)
+    shape = {LANE: shards} | mesh_shape(config, len(devices) // shards)
     # Auto: the compiler propagates shardings from the weights.
     return Mesh(arrange(shape, devices), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def arrange(shape: dict[str, int], devices: list) -> np.ndarray:
     """The devices by mesh position. Where the network between groups of them is slow (between TPU slices, or hosts of
-    GPUs), the outer axes go across it: `data` first, `tensor` last. `jax.make_mesh` refuses several slices or hosts.
+    GPUs), the outer axes go across it: lanes first, `tensor` last. `jax.make_mesh` refuses several slices or hosts.
     """
     sizes = tuple(shape.values())
     if devices[0].platform != "tpu":

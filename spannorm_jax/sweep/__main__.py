@@ -5,7 +5,8 @@ lr,seed. An override is one of every run. VERB is one of
 
   list    a line a run: index, folder, argument and overrides
   cost    FLOPs, hours at this machine's measured rate, disk
-  local   trains and evaluates what is left, --jobs at a time; the same command goes on after whatever stopped it
+  local   trains and evaluates what is left, --jobs at a time; the same command goes on after whatever stopped it.
+          With --lanes K up to K runs that differ only in numbers, seed or initialisation are one vmapped program
   run I   does run I alone, as a task of an array
   slurm   submits what is missing as an array
   status  how far each run is, and which key has changed where a run has another name than before
@@ -33,6 +34,7 @@ from spannorm_jax.sweep.records import ENDED, FAILED, NEW, STATES, STOPPED, STOP
 VERBS = ("list", "cost", "local", "run", "slurm", "status", "table", "report")
 _OF_VERB = {  # flags that mean nothing with other verbs, by their default
     "jobs": (None, ("local",)),
+    "lanes": (1, ("local",)),
     "retry": (False, ("local", "run", "slurm")),
     "rate": (None, ("cost",)),
     "at_most": (None, ("slurm",)),
@@ -58,6 +60,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument("--config", metavar="FILE", help="the file that defines them (default: the one in configs/)")
     parser.add_argument("--out", type=run_folder_path, default=Path("runs/sweeps"), help="folder of all runs")
     parser.add_argument("--jobs", type=int, metavar="N", help="local: runs at a time (default: one, or one a GPU)")
+    parser.add_argument("--lanes", type=int, default=1, metavar="K", help="local: runs that a job trains together")
     parser.add_argument("--retry", action="store_true", help="local, run, slurm: also what has failed")
     parser.add_argument("--rate", type=float, metavar="FLOP/s", help="cost: in place of the measured one")
     parser.add_argument("--at_most", type=int, metavar="N", help="slurm: tasks at one time (default 8)")
@@ -71,7 +74,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
         if getattr(args, name) != default and args.verb not in verbs:
             flag = "I" if name == "index" else f"--{name}"
             raise UserError(f"{flag} goes with {', '.join(verbs)}, not with {args.verb}; leave it out")
-    for name in ("jobs", "at_most", "rate"):
+    for name in ("jobs", "lanes", "at_most", "rate"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value} must be above 0")
@@ -96,7 +99,7 @@ def main(argv: list[str]) -> int:
     if args.verb == "local":
         from spannorm_jax.sweep.runner import local
 
-        return local(sweep, args.out, args.jobs, args.retry)
+        return local(sweep, args.out, args.jobs, args.retry, args.lanes)
     if args.verb == "run":
         return _run(sweep, args)
     if args.verb == "slurm":

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from spannorm_jax.config import Config, ExecutionConfig, ModelConfig
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import define, flops_per_token
-from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.expansion import Run, Sweep
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
+from spannorm_jax.training.program_key import program_key
 
 _STEPS, _WARMUP = 8, 2  # that are timed, and before them
 _LINE = 1000  # bytes of a logged step, in metrics.jsonl and in TensorBoard's file together
@@ -67,17 +67,6 @@ def _size(cfg: ModelConfig, seq_len: int, optimizer: str) -> tuple[int, int]:
     return flops_per_token(model, seq_len), sum(x.size * x.dtype.itemsize for x in state)
 
 
-def _program(config: Config) -> tuple[object, ...]:
-    """What the compiled step of a run depends on, but for numbers."""
-    model = dataclasses.replace(
-        config.model, init="plain", init_targets=(), variance_budget=1.0, variance_exponent=0.0, depth_factor="weight"
-    )
-    training = config.training
-    sizes = (training.batch_size, training.num_microbatches, config.data.seq_len)
-    multipliers = tuple(branch_multipliers(config.model).items())
-    return (model, multipliers, config.execution, config.mesh, sizes, config.optim.name, config.optim.schedule)
-
-
 def report(sweep: Sweep, rate: float | None) -> str:
     """Lines for the console. Without a `rate` (FLOP/s) steps of the run of median cost are timed.
 
@@ -86,7 +75,7 @@ def report(sweep: Sweep, rate: float | None) -> str:
     """
     costs = [cost(run.config) for run in sweep.runs]
     train, evaluation = sum(c.train_flops for c in costs), sum(c.eval_flops for c in costs)
-    programs = len({_program(run.config) for run in sweep.runs})
+    programs = len({program_key(run.config) for run in sweep.runs})
     lines = [
         f"sweep {sweep.title}: {len(costs)} runs of {programs} programs",
         f"FLOPs  {train + evaluation:.2e}, of them {evaluation / (train + evaluation):.0%} for evaluation",
@@ -121,14 +110,14 @@ def timed_rate(config: Config) -> tuple[float, float]:
 
     JAX has started.
     """
-    from spannorm_jax.training.batches import Batches
+    from spannorm_jax.training.batches import batches_of
     from spannorm_jax.training.session import Flags, match_machine
 
     session = match_machine(config, Path(), Flags([]))
     program, times = session.program, []
     train: Any = program.train  # a jitted function
     with jax.set_mesh(session.mesh):
-        batches = Batches(session, range(1, _WARMUP + _STEPS + 1))
+        batches = batches_of(session, range(1, _WARMUP + _STEPS + 1))
         state = program.init(config.seed)
         began = time.monotonic()
         step = train.lower(state, batches.abstract, session.numbers).compile()

@@ -23,9 +23,13 @@ class Display:
         before = f", {self._before} of them done or failed before" if self._before else ""
         print(f"sweep {sweep.title}: {self._total} runs{before}, in {out}", flush=True)
 
-    def started(self, run: Run, waiting: bool) -> None:
-        note = "  (waits for another runner)" if waiting else ""
+    def started(self, run: Run, waiting: bool, lanes: int) -> None:
+        note = "  (waits for another runner)" if waiting else f"  (one of {lanes} lanes)" if lanes > 1 else ""
         self._say(f"[{run.index}] {run.name}: started{note}")
+
+    def alone(self, runs: Sequence[Run], why: str) -> None:
+        named = ", ".join(f"[{run.index}]" for run in runs)
+        self._say(f"{named}: {why}; each is taken up again alone")
 
     def ended(self, run: Run, state: str, reason: str) -> None:
         if state == RUNNING:

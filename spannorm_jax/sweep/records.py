@@ -11,6 +11,8 @@ OUT/reports/       reports, each by the names of its sweep
 import contextlib
 import fcntl
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +120,26 @@ class Place:
 
     def forgive(self) -> None:
         (self.notes / _FAILED).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def printing(self) -> Iterator[None]:
+        """Everything that this process prints, also below Python, is appended to the run's log."""
+        self.notes.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        usual = [os.dup(1), os.dup(2)]
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        os.close(log)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, before in zip((1, 2), usual, strict=True):
+                os.dup2(before, descriptor)
+                os.close(before)
 
 
 def _is_locked(path: Path) -> bool:

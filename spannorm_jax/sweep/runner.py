@@ -1,5 +1,7 @@
 """Runs of a sweep on this machine: worker processes side by side, each with cores of its own, and one display.
 
+A worker takes a group of runs at a time: one, or with `--lanes` several that it trains as lanes of one program.
+
 What a worker does with a run stands in `work.py`. Whatever dies, and whenever: the kernel frees the claim on the run
 that was at work, and the next start goes on from its newest checkpoint.
 """
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,17 @@ from typing import Any
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.durable import InUse
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.mesh import check_divisible, mesh_shape
+from spannorm_jax.parallel.mesh import check_divisible, lane_shards, mesh_shape
 from spannorm_jax.parallel.place import Flags, find_place
+from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.cost import run_flops
 from spannorm_jax.sweep.display import Display
 from spannorm_jax.sweep.expansion import Run, Sweep
 from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, Place
 from spannorm_jax.sweep.worker import Job
+from spannorm_jax.training.program_key import check_lanes, program_key
+
+Group = tuple[Run, ...]  # runs that a worker takes together
 
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
 _LOOK_S = 0.5  # between looks at signals and at the runs' progress
@@ -78,12 +84,12 @@ def divide(jobs: int | None, cores: Sequence[int], gpus: Sequence[str]) -> list[
     return [Share(tuple(cores[i * n // jobs : (i + 1) * n // jobs]), env(i)) for i in range(jobs)]
 
 
-def check_fits(runs: Sequence[Run], devices: int, backend: str) -> None:
-    """Raises UserError for the first run that cannot be divided over so many devices."""
-    for run in runs:
+def check_fits(groups: Iterable[Group], devices: int, backend: str) -> None:
+    """Raises UserError for the first run that cannot be divided over its part of so many devices."""
+    for run, lanes in ((run, len(group)) for group in groups for run in group):
         try:
             config = resolve_without_data(run.config, backend)
-            shape = mesh_shape(config.mesh, devices)
+            shape = mesh_shape(config.mesh, devices // lane_shards(config.mesh, devices, lanes))
             microbatch = config.training.batch_size // config.training.num_microbatches
             check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
         except UserError as error:
@@ -92,23 +98,52 @@ def check_fits(runs: Sequence[Run], devices: int, backend: str) -> None:
             ) from error
 
 
+# ---- the runs, in groups ------------------------------------------------------------------------------
+
+
+def in_groups(runs: Sequence[Run], lanes: int) -> list[Group]:
+    """Runs of one program together, at most so many, in groups as even as can be; runs of like lengths meet."""
+    programs: dict[Any, list[Run]] = {}
+    for run in runs:
+        programs.setdefault(program_key(run.config), []).append(run)
+    groups = []
+    for same in programs.values():
+        same.sort(key=lambda run: num_steps(run.config))
+        number, n = -(-len(same) // lanes), len(same)
+        groups += [tuple(same[i * n // number : (i + 1) * n // number]) for i in range(number)]
+    return groups
+
+
+def check_groups(sweep: Sweep, lanes: int) -> None:
+    """Raises UserError if there is no use in lanes for a sweep, or a group cannot be trained so."""
+    groups = in_groups(sweep.runs, lanes)
+    if all(len(group) == 1 for group in groups):
+        raise UserError(
+            f"--lanes {lanes}: no two runs of sweep {sweep.title} share a program, as those do that differ in nothing "
+            "but the seed, the initialisation and the numbers of the step; leave it out"
+        )
+    for group in groups:
+        if len(group) > 1:
+            check_lanes({run.name: run.config for run in group})
+
+
 # ---- workers --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Worker:
-    """A worker process, and the run that it is at work on; before the first one it has to say hello."""
+    """A worker process, and the runs that it is at work on; before the first ones it has to say hello."""
 
     share: Share
     process: subprocess.Popen[bytes]
-    run: Run | None = None
+    group: Group = ()
     greeted: bool = False
 
-    def take(self, run: Run, retry: bool, wait: bool) -> None:
-        self.run = run
-        job = Job(run.spec, run.overrides, run.index, run.name, retry, wait)
+    def take(self, group: Group, retry: bool, wait: bool) -> None:
+        self.group = group
+        jobs = [Job(run.spec, run.overrides, run.index, run.name, retry, wait) for run in group]
         with contextlib.suppress(BrokenPipeError):  # it has died: its silence is heard soon
-            self._write(json.dumps(asdict(job)).encode() + b"\n")
+            self._write(json.dumps([asdict(job) for job in jobs]).encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
         assert self.process.stdin is not None
@@ -122,7 +157,7 @@ class Worker:
         return json.loads(line) if line.endswith(b"\n") else None
 
     def end(self) -> None:
-        """No run more: the one at work saves its step."""
+        """No run more: those at work save their step."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -154,7 +189,7 @@ class Runner:
 
     out: Path
     platform: str
-    todo: deque[Run]
+    todo: deque[Group]
     retry: bool
     display: Display
     busy: list[Run] = field(default_factory=list)  # at work in another runner
@@ -176,17 +211,20 @@ class Runner:
         elif "error" in said:
             raise UserError(said["error"])
         elif not worker.greeted:
-            check_fits(list(self.todo), said["devices"], said["backend"])
+            check_fits(self.todo, said["devices"], said["backend"])
             worker.greeted = True
         else:
-            assert worker.run is not None
-            run, worker.run = worker.run, None
-            if said["state"] == RUNNING:
-                self.busy.append(run)
-            self.display.ended(run, said["state"], said["reason"])
+            group, worker.group = worker.group, ()
+            for run, (state, reason) in zip(group, said["ends"], strict=True):
+                if state == RUNNING:
+                    self.busy.append(run)
+                self.display.ended(run, state, reason)
 
     def _ended(self, worker: Worker) -> None:
-        """A worker has died: its run has failed, unless all are to end, and another worker takes its place."""
+        """A worker has died: its run has failed, unless all are to end, and another worker takes its place.
+
+        Of several runs nobody knows which was at fault: they are taken up again, each alone.
+        """
         code = worker.process.wait()
         assert worker.process.stdout is not None
         self.selector.unregister(worker.process.stdout)
@@ -197,28 +235,32 @@ class Runner:
             raise UserError(
                 f"a worker ended before its first run ({_how_it_ended(code)}); what it printed stands above"
             )
-        if worker.run is not None:
-            place = Place(self.out, worker.run.name)
+        if len(worker.group) > 1:
+            self.todo.extendleft((run,) for run in reversed(worker.group))
+            self.display.alone(worker.group, _how_it_ended(code))
+        for run in worker.group if len(worker.group) == 1 else ():
+            place = Place(self.out, run.name)
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already
                 if place.state_at_rest() not in ENDED:
                     place.fail(_how_it_ended(code))
-            self.display.ended(worker.run, FAILED, _how_it_ended(code))
+            self.display.ended(run, FAILED, _how_it_ended(code))
         if self.todo or self.busy:
             self.start(worker.share)
 
     def hand_out(self) -> None:
-        """Gives each idle worker the next run. When only those of other runners are left, it waits for them."""
-        idle = [worker for worker in self.workers if worker.greeted and worker.run is None]
+        """Gives each idle worker the next runs. When only those of other runners are left, it waits for them."""
+        idle = [worker for worker in self.workers if worker.greeted and not worker.group]
         if not self.todo and self.busy and len(idle) == len(self.workers):
-            self.todo, self.busy, self.waiting = deque(self.busy), [], True
+            self.todo, self.busy, self.waiting = deque((run,) for run in self.busy), [], True
         for worker in idle:
             if self.todo:
-                run = self.todo.popleft()
-                self.display.started(run, self.waiting)
-                worker.take(run, self.retry, self.waiting)
+                group = self.todo.popleft()
+                for run in group:
+                    self.display.started(run, self.waiting, len(group))
+                worker.take(group, self.retry, self.waiting)
 
     def at_work(self) -> bool:
-        return bool(self.todo or self.busy) or any(worker.run is not None for worker in self.workers)
+        return bool(self.todo or self.busy) or any(worker.group for worker in self.workers)
 
     def end(self) -> None:
         """Ends all workers: each saves what it is at, and a second signal kills it."""
@@ -235,14 +277,18 @@ class Runner:
                     worker.process.wait(timeout=_LOOK_S)
 
 
-def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool) -> int:
+def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1) -> int:
     """Does what is left of a sweep: 0; 1 if runs have failed; 130 if a signal has stopped it.
+
+    At most so many runs of one program are trained together, as `lanes` of it.
 
     Raises:
       UserError: the sweep does not fit this machine; nothing is started then.
     """
     if find_place(Flags(), os.environ):
         raise UserError("local is for one process, and this is one of several; there, each takes a run: run I")
+    if lanes > 1:
+        check_groups(sweep, lanes)
     platforms = sorted({run.config.platform for run in sweep.runs})
     if len(platforms) > 1:
         raise UserError(f"sweep {sweep.names} has runs with platform={' and '.join(platforms)}: give --config.platform")
@@ -251,9 +297,10 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool) -> int:
     left = [r for r in sweep.runs if states[r.index] not in ENDED and (retry or states[r.index] != FAILED)]
     display = Display(out, sweep, {run.index: run_flops(run.config) for run in left})
     if left:
-        runner = Runner(out, platforms[0], deque(left), retry, display)
+        groups = in_groups(left, lanes) if lanes > 1 else [(run,) for run in left]
+        runner = Runner(out, platforms[0], deque(groups), retry, display)
         with _heeding_signals(runner):
-            _run(runner, shares[: len(left)])
+            _run(runner, shares[: len(groups)])
         if runner.signals:
             print("stopped; the same command goes on from here", flush=True)
             return INTERRUPTED_EXIT
@@ -270,7 +317,7 @@ def _run(runner: Runner, shares: Sequence[Share]) -> None:
             for key, _ in runner.selector.select(_LOOK_S):
                 runner.hear(key.data)
             runner.hand_out()
-            runner.display.show([worker.run for worker in runner.workers if worker.run is not None])
+            runner.display.show([run for worker in runner.workers for run in worker.group])
     finally:
         runner.end()
 

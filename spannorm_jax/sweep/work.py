@@ -1,14 +1,19 @@
-"""One run of a sweep in this process: trained and evaluated through the command lines that a user would type."""
+"""Runs of a sweep in this process: trained and evaluated through the command lines that a user would type.
+
+One by one, or as lanes of one program: then they are trained together, and evaluated one by one.
+"""
 
 import contextlib
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from spannorm_jax import evaluate, train
+from spannorm_jax.durable import InUse
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
 from spannorm_jax.sweep.expansion import Run
-from spannorm_jax.sweep.records import ENDED, FAILED, STOPPED, STOPPED_EXIT, Place, write_asked
+from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, STOPPED, STOPPED_EXIT, Place, write_asked
 
 
 def work(run: Run, place: Place, *, retry: bool, wait: bool = False, processes: Sequence[str] = ()) -> tuple[str, str]:
@@ -30,17 +35,73 @@ def work(run: Run, place: Place, *, retry: bool, wait: bool = False, processes: 
         state = distributed.from_first(lambda: _begin(run, place, retry))
         if state in (*ENDED, FAILED):
             return state, distributed.from_first(place.failure)
+        return _go_on(run, place, processes)
+
+
+def work_in_lanes(runs: Sequence[Run], out: Path, *, retry: bool) -> list[tuple[str, str]]:
+    """Does what is left of runs of one program, and returns of each what `work` does, in their order.
+
+    A run that another runner is at work on is left out: its state is RUNNING. What is printed goes to
+    the runs' logs; of what they do together, to the first one's. If they cannot be trained together,
+    each is trained alone, so that only the one at fault fails.
+    """
+    ends: dict[str, tuple[str, str]] = {}
+    places = {run.name: Place(out, run.name) for run in runs}
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            place = places[run.name]
+            try:
+                held.enter_context(place.claim())
+            except InUse as error:
+                ends[run.name] = RUNNING, str(error)
+                continue
+            state = _begin(run, place, retry)
+            if state in (*ENDED, FAILED):
+                ends[run.name] = state, place.failure()
+        left = [run for run in runs if run.name not in ends]
+        together = [run for run in left if not places[run.name].trained()]
+        if len(together) > 1 and _stopped_in_lanes(together, places):
+            ends |= {run.name: (STOPPED, "") for run in left}
+        for run in left:
+            if run.name not in ends:
+                with places[run.name].printing():
+                    ends[run.name] = _go_on(run, places[run.name], ())
+    return [ends[run.name] for run in runs]
+
+
+def _stopped_in_lanes(runs: Sequence[Run], places: dict[str, Place]) -> bool:
+    """Trains claimed runs as lanes, as far as that can be done; whether a signal has stopped them."""
+    from spannorm_jax.training.lanes import train_lanes
+
+    first, *others = (places[run.name] for run in runs)
+    for place in others:
+        with place.printing():
+            print(f"trained as a lane; what is printed stands in {first.log}", flush=True)
+    with first.printing():
         try:
-            if not _train_and_evaluate(run, place, processes):
-                return STOPPED, ""
+            commands = [train.parse(_argv(run, places[run.name])) for run in runs]
+            codes = train_lanes([(config, workdir, flags) for config, workdir, flags, _ in commands])
+            return STOPPED_EXIT in codes
         except Exception as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            if distributed.is_first():
-                place.fail(reason)
-            return FAILED, reason
-        return distributed.from_first(place.state_at_rest), ""
+            print(f"these {len(runs)} runs cannot be trained as lanes, and are trained alone: {one_line(error)}")
+    return False
+
+
+def _go_on(run: Run, place: Place, processes: Sequence[str]) -> tuple[str, str]:
+    """`work` on a run that is claimed and begun. A failure is recorded."""
+    try:
+        if not _train_and_evaluate(run, place, processes):
+            return STOPPED, ""
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        if distributed.is_first():
+            place.fail(reason)
+        return FAILED, reason
+    return distributed.from_first(place.state_at_rest), ""
 
 
 def _begin(run: Run, place: Place, retry: bool) -> str:
@@ -55,10 +116,13 @@ def _begin(run: Run, place: Place, retry: bool) -> str:
 
 def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> bool:
     """False if a signal stopped it. Raises what train and evaluate raise."""
-    if not distributed.from_first(place.trained):
-        argv = [*run.argv, "--workdir", str(place.workdir), f"--stop_code={STOPPED_EXIT}", *processes]
-        if train.main(argv) == STOPPED_EXIT:
-            return False
+    trained = distributed.from_first(place.trained)
+    if not trained and train.main([*_argv(run, place), *processes]) == STOPPED_EXIT:
+        return False
     if distributed.from_first(place.to_evaluate):
         evaluate.main(["--workdir", str(place.workdir), *processes])
     return True
+
+
+def _argv(run: Run, place: Place) -> list[str]:
+    return [*run.argv, "--workdir", str(place.workdir), f"--stop_code={STOPPED_EXIT}"]

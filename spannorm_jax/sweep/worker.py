@@ -2,8 +2,9 @@
 
     python -m spannorm_jax.sweep.worker '{"cores": [0], "platform": "cpu", ...}'
 
-Its runner writes a JSON line a run to its standard input (`Job`) and reads one a run from its standard output. When the
-input ends, because the runner asks for it or has died, the run at work saves its step and the process ends.
+Its runner writes a JSON line to its standard input, a list of runs (`Job`) to train together, and reads one from its
+standard output, how each of them has ended. When the input ends, because the runner asks for it or has died, the runs
+at work save their step and the process ends.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
         os.sched_setaffinity(0, setup["cores"])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    jobs: queue.Queue[list[dict[str, Any]] | None] = queue.Queue()
     working, ended = threading.Event(), threading.Event()
     threading.Thread(target=_listen, args=(jobs, working, ended), daemon=True, name="listener").start()
     _answer(answers, **_hello(setup["platform"]))
@@ -45,13 +46,13 @@ def main(argv: list[str]) -> int:
         working.set()
         if ended.is_set():  # before this job was taken, or the listener has seen that it was
             break
-        answer = _do(Job(**job), Path(setup["out"]))
+        answer = _do([Job(**each) for each in job], Path(setup["out"]))
         working.clear()
         _answer(answers, **answer)
     return 0
 
 
-def _listen(jobs: "queue.Queue[dict[str, Any] | None]", working: threading.Event, ended: threading.Event) -> None:
+def _listen(jobs: "queue.Queue[list[dict[str, Any]] | None]", working: threading.Event, ended: threading.Event) -> None:
     """Hands jobs on. At the end of the input a run at work is stopped as by `kill`, and saves its step."""
     for line in sys.stdin:
         jobs.put(json.loads(line))
@@ -76,48 +77,34 @@ def _hello(platform: str) -> dict[str, Any]:
     return {"devices": jax.device_count(), "backend": jax.default_backend()}
 
 
-def _do(job: Job, out: Path) -> dict[str, Any]:
+def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
     from spannorm_jax.config_file import load
     from spannorm_jax.durable import InUse
     from spannorm_jax.errors import UserError
     from spannorm_jax.sweep.expansion import Run, folder_name
     from spannorm_jax.sweep.records import RUNNING, Place
-    from spannorm_jax.sweep.work import work
+    from spannorm_jax.sweep.work import work, work_in_lanes
 
-    overrides = tuple((key, text) for key, text in job.overrides)
-    try:
-        config = load(job.spec, overrides)
-        run = Run(job.index, job.spec, overrides, config, folder_name(config))
-        if run.name != job.name:
-            raise UserError(f"{job.spec} has changed since the runner read it; start the runner again")
-    except UserError as error:
-        return {"error": str(error)}
-    place = Place(out, job.name)
-    with _printing_to(place.log):
+    runs = []
+    for job in jobs:
+        overrides = tuple((key, text) for key, text in job.overrides)
         try:
-            state, reason = work(run, place, retry=job.retry, wait=job.wait)
+            config = load(job.spec, overrides)
+            run = Run(job.index, job.spec, overrides, config, folder_name(config))
+            if run.name != job.name:
+                raise UserError(f"{job.spec} has changed since the runner read it; start the runner again")
+        except UserError as error:
+            return {"error": str(error)}
+        runs.append(run)
+    if len(runs) > 1:
+        return {"ends": work_in_lanes(runs, out, retry=jobs[0].retry)}
+    place = Place(out, runs[0].name)
+    with place.printing():
+        try:
+            end = work(runs[0], place, retry=jobs[0].retry, wait=jobs[0].wait)
         except InUse as error:
-            state, reason = RUNNING, str(error)
-    return {"state": state, "reason": reason}
-
-
-@contextlib.contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
-    """Everything that this process prints, also below Python, is appended to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    usual = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.close(log)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for descriptor in (1, 2):
-            os.dup2(usual, descriptor)
-        os.close(usual)
+            end = RUNNING, str(error)
+    return {"ends": [end]}
 
 
 def _answer(answers: TextIO, **values: Any) -> None:

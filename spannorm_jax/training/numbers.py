@@ -5,16 +5,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
+from spannorm_jax.parallel.mesh import sharding
 
 Number = Array | np.number  # on devices, and on the host
 
 
 class Numbers(NamedTuple):
-    """0-d arrays, float32 but for the counts of updates, which are int32; each is an option of its name, if no other
-    is named. The three counts add up to the updates of the run.
+    """0-d arrays, or (K,) of K lanes, float32 but for the counts of updates, which are int32; each is an option of its
+    name, if no other is named. The three counts add up to the updates of the run.
 
     A step reads them from here and never from a config: so a sweep over them compiles once.
     """
@@ -60,7 +61,7 @@ def numbers_of(config: Config) -> Numbers:
     )
 
 
-def on_devices(numbers: Numbers, mesh: Mesh) -> Numbers:
-    """Those of the host on every device of a mesh. (`jax.device_put` would have its processes wait for one another.)"""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.make_array_from_callback((), sharding, lambda _: np.asarray(x)), numbers)
+def on_devices(numbers: Numbers, mesh: Mesh, axes: tuple[str, ...] = ()) -> Numbers:
+    """Those of the host on the devices of a mesh. (`jax.device_put` would have its processes wait for one another.)"""
+    where = sharding(mesh, axes)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__), numbers)

@@ -34,8 +34,10 @@ class Session:
     kernels: str  # what runs here, as the start says it: "attention xla (why), grouped matmul padded"
 
 
-def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
+def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -> Session:
     """Resolves the config against this machine's data, kernels and devices; compiles no step.
+
+    `lanes` is the number of runs that share its program, this one included.
 
     Token stores that are absent are built. Nothing is written into `workdir`.
 
@@ -46,7 +48,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags) -> Session:
     data, config = open_data(config)
     check_held_out(data.eval, data.tokenizer)
     kernels = _kernels(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, lanes=lanes)
     training = config.training
     microbatch = training.batch_size // training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)

@@ -1,6 +1,7 @@
 """The same training on one device and on eight, in every kind of layout; and meshes that cannot be."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -293,8 +294,28 @@ def test_a_mesh_that_does_not_divide_the_model(changes, shape, says):
 def test_a_mesh_of_too_few_devices():
     with pytest.raises(UserError, match=r"mesh\.data=8.* 4 devices .*write -1"):
         make_mesh(MeshConfig(data=8), jax.devices()[:4])
-    assert dict(make_mesh(MeshConfig(), jax.devices()[:4]).shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    one = {"lane": 1, "expert": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:4]).shape) == one | {"data": 4, "fsdp": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == one | {"data": 4, "fsdp": 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "lanes", "lane", "data"),
+    [
+        ({}, 1, 4, 1, 1),
+        ({}, 8, 1, 1, 8),
+        ({}, 8, 4, 4, 2),
+        ({}, 8, 7, 4, 2),
+        ({}, 8, 100, 8, 1),
+        ({"fsdp": 2}, 8, 3, 2, 2),
+        ({"fsdp": 2, "tensor": 2}, 8, 8, 2, 1),
+        ({"data": 8}, 8, 4, 1, 8),  # replicas that are named stay
+        ({"data": 2, "fsdp": -1}, 8, 4, 1, 2),
+    ],
+)
+def test_lanes_take_the_devices_that_replicas_leave(layout, devices, lanes, lane, data):
+    shape = dict(make_mesh(MeshConfig(**layout), jax.devices()[:devices], lanes).shape)
+    assert (shape["lane"], shape["data"], math.prod(shape.values())) == (lane, data, devices)
 
 
 @dataclass(frozen=True)

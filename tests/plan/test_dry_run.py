@@ -132,7 +132,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
     for said in (
-        "16 x TPU v5p, mesh {'data': 4, 'fsdp': 1, 'expert': 4, 'tensor': 1}",
+        "16 x TPU v5p, mesh {'lane': 1, 'data': 4, 'fsdp': 1, 'expert': 4, 'tensor': 1}",
         "shaped with attention blocked, grouped matmul padded, compute bfloat16",
         "at the peak of TPU v5\n",
         "share of 95 GB",

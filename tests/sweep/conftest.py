@@ -25,6 +25,12 @@ def sweep_mixed(size):
         fixed(),
     )
 
+def sweep_depth(size):
+    return options({"model.depth": (1, 2)})
+
+def sweep_off(size):
+    return options({"optim.lr": (1e-3, 1e30, 2e-3), "checkpoint.every_steps": (1,)})
+
 def sweep_empty(size):
     return options({"seed": ()})
 

@@ -11,6 +11,7 @@ from small_model import assert_trees_close, batch, configure, drawn_params, prog
 from spannorm_jax.config import replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.training.numbers import Numbers, numbers_of
+from spannorm_jax.training.program_key import BEGINNING, NUMBERS, program_key
 from spannorm_jax.training.step import gradients
 
 # Five updates of six see all of a schedule: two of warm-up, one at the peak, and the decay.
@@ -92,6 +93,26 @@ def test_another_number_compiles_nothing_and_changes_the_weights(shape, key, val
 def test_a_program_holds_no_number(shape, key, value):
     """Its text, which the cache on disk goes by, is that of another config's to the letter."""
     assert lowered(configure(**SHAPES[shape])) == lowered(configure(**SHAPES[shape] | {key: value}))
+
+
+def test_the_options_that_leave_a_program_as_it_is_are_listed():
+    """Those of the cases, training.tokens, which stands for training.steps, and those of a run's beginning."""
+    assert {key.replace("__", ".") for _, key, _ in CASES} == {*NUMBERS} - {"training.tokens"}
+    usual = configure(**SHAPES["dense"])
+    beginning = {
+        "seed": 5,
+        "model__init": "gpt2",
+        "model__init_targets": ("ffn_out",),
+        "model__variance_budget": 2.0,
+        "model__variance_exponent": 1.0,
+        "model__depth_factor": "multiplier",  # of ScaleInit alone
+    }
+    assert {key.replace("__", ".") for key in beginning} == {*BEGINNING}
+    other = configure(**SHAPES["dense"] | beginning | {"optim__lr": 0.01})
+    assert program_key(other) == program_key(usual) and lowered(other) == lowered(usual)
+    multiplied = configure(**SHAPES["dense"] | {"model__depth_factor": "multiplier"})  # a constant of the step
+    assert program_key(multiplied) != program_key(usual) and lowered(multiplied) != lowered(usual)
+    assert program_key(configure(**SHAPES["dense"] | {"optim__name": "lion"})) != program_key(usual)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])

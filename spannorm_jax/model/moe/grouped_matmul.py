@@ -7,16 +7,20 @@ the last group is not specified.
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import sequential_vmap
 
 from spannorm_jax.errors import UserError, one_line
 
 # ---- padded blocks in plain JAX ------------------------------------------------------------------
+#
+# Under vmap (lanes) one product follows another: the counts of blocks differ, and a batched loop would take the longest
+# for all, and copy what it carries at each turn.
 
 _BLOCKS = (512, 256, 128, 64, 32)  # rows of a block: large ones for speed, a small one so that padding costs little
 
@@ -36,7 +40,10 @@ def _rows(x: Array, start: Array, rows: int) -> Array:
 
 def _times(x_PxD: Array, w_ExDxF: Array, sizes_E: Array, contract: int) -> Array:
     """Each group's rows times its matrix, over axis `contract` (0 or 1) of that matrix; other rows are zeros."""
+    return sequential_vmap(partial(_times_alone, contract))(x_PxD, w_ExDxF, sizes_E)
 
+
+def _times_alone(contract: int, x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
     def group(y_PxF: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
         w_DxF, start, size = inputs
 
@@ -61,17 +68,22 @@ def _padded_forward(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> tuple[Array
 
 def _padded_backward(residuals: tuple[Array, Array, Array], g_PxF: Array) -> tuple[Array, Array, None]:
     x_PxD, w_ExDxF, sizes_E = residuals
+    dw_ExDxF = sequential_vmap(_times_by_group)(x_PxD, g_PxF, sizes_E)
+    return _times(g_PxF, w_ExDxF, sizes_E, contract=1), dw_ExDxF.astype(w_ExDxF.dtype), None
+
+
+def _times_by_group(x_PxD: Array, g_PxF: Array, sizes_E: Array) -> Array:
+    """(E, D, F), in the inputs' dtype: of each group its rows of one factor times those of the other."""
 
     def group(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         def block(first: Array, rows: int, dw_DxF: Array) -> Array:
             factors = _rows(x_PxD, first, rows), _rows(g_PxF, first, rows)
             return dw_DxF + jax.lax.dot_general(*factors, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-        dw_DxF = _over_blocks(*inputs, x_PxD.shape[0], block, jnp.zeros(w_ExDxF.shape[1:], jnp.float32))
-        return None, dw_DxF.astype(w_ExDxF.dtype)
+        zeros = jnp.zeros((x_PxD.shape[1], g_PxF.shape[1]), jnp.float32)
+        return None, _over_blocks(*inputs, x_PxD.shape[0], block, zeros).astype(x_PxD.dtype)
 
-    _, dw_ExDxF = jax.lax.scan(group, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))
-    return _times(g_PxF, w_ExDxF, sizes_E, contract=1), dw_ExDxF, None
+    return jax.lax.scan(group, None, (jnp.cumsum(sizes_E) - sizes_E, sizes_E))[1]
 
 
 _padded.defvjp(_padded_forward, _padded_backward)
