@@ -13,7 +13,6 @@ from spannorm_jax.data.open import say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model.definition import count_params, flops_per_token
-from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel import distributed, place
 from spannorm_jax.parallel.liveness import Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.platform import start_jax
@@ -29,6 +28,7 @@ from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.profiling import StepTrace
 from spannorm_jax.training.session import Session, match_machine
 from spannorm_jax.training.step_log import Diverged, Progress, StepLog
+from spannorm_jax.validation import notices
 
 
 def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -> int:
@@ -168,11 +168,8 @@ def _announce(session: Session) -> dict[str, Any]:
         f"fingerprint {config.data.fingerprint}"
     )
     say_overlap(config, data)
-    advice = PLACEMENTS[config.model.placement].not_with.get(config.model.init)
-    if advice:
-        distributed.print_once(
-            f"warning: model.placement={config.model.placement} with model.init={config.model.init}: {advice}"
-        )
+    for notice in notices(config):
+        distributed.print_once(f"warning: {notice}")
     return start
 
 
