@@ -9,12 +9,15 @@ of their change since the start (Yang et al. 2022, arXiv 2203.03466, appendix D.
 2505.01618, figure 3). The slope of log size over log width, or log depth, is 0 where nothing grows or vanishes.
 
 A parametrisation is held to what it promises: `mup` and `everett` to widths, `completep` to both, `standard` to
-nothing. Exit code 1 if a slope of those, after the last update, is beyond --bound. Known exception, shown and not
-judged: the size of muP's logits falls as m^-1/2 until they are learnt, and with it what the first update changes.
+nothing. Exit code 1 if a slope of those, after the last update, is beyond --bound. Known exception: muP's logits fall
+as m^-1/2 until they are learnt, and with them what first updates change of them: they are held to not growing.
 
-OUT gets record.json (every number), table.md and figure.svg, figure.png.
+OUT gets record.json (every number), table.md and figure.svg, figure.png. `--judge RECORD` makes table and figure again,
+and judges by another bound.
 """
 
+import argparse
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -33,7 +36,7 @@ from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import OpenData, open_data
 from spannorm_jax.durable import write_text
-from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import define
@@ -50,7 +53,7 @@ from spannorm_jax.training.step import make_program
 from spannorm_jax.validation import validate
 
 SITES = ("attn", "ffn", "features", "logits")  # branches, what the head reads, what it says
-JUDGED = ("attn", "ffn", "features", "change of attn", "change of ffn", "change of features", "change of logits")
+STEADY = ("attn", "ffn", "features", "change of attn", "change of ffn", "change of features")  # neither grow nor fall
 AXES = ("width", "depth")
 _ROWS = 2  # of the batch that is looked at, at most
 
@@ -116,7 +119,7 @@ def _sizes(now: dict[str, Array], first: dict[str, Array]) -> dict[str, tuple[Ar
     return {name: (size(x), size(x - first[name])) for name, x in now.items()}
 
 
-def at(base: Config, axis: str, sizes: dict[str, int], least: dict[str, int], parametrisation: str) -> Config:
+def at(base: Config, sizes: dict[str, int], least: dict[str, int], parametrisation: str) -> Config:
     """The config of a width and depth. Heads keep their size, and the rate its peak from the first update on."""
     head_dim = base.model.width // base.model.num_heads
     config = fill_sizes(
@@ -159,10 +162,10 @@ def table(results: list[dict[str, Any]], bound: float) -> tuple[list[str], int]:
             if not last:
                 continue
             mean, spread = float(np.mean(last)), float(np.std(last, ddof=1)) if len(last) > 1 else 0.0
-            judged = result["promised"] and name in JUDGED
-            beyond = judged and not abs(mean) <= bound
+            least = -bound if name in STEADY else -math.inf
+            beyond = result["promised"] and not least <= mean <= bound
             failed += beyond
-            promise = "no" if not judged else f"beyond ±{bound}" if beyond else "kept"
+            promise = "no" if not result["promised"] else f"broken (bound {bound})" if beyond else "kept"
             row = (result["axis"], result["parametrisation"], name, f"{mean:+.3f} ± {spread:.3f}", promise)
             lines.append(f"| {' | '.join(row)} |")
     return lines, failed
@@ -203,7 +206,8 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m experiments.coordinate_check", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--config", help="FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--judge", type=user_path, metavar="RECORD", help="an earlier record.json; nothing is measured")
     parser.add_argument("--out", required=True, type=user_path, help="folder of record, table and figure")
     parser.add_argument("--widths", type=_integers, default="64,128,256,512,1024", help="none: --widths=")
     parser.add_argument("--depths", type=_integers, default="2,4,8,16,32,64", help="none: --depths=")
@@ -214,6 +218,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10, help="updates")
     parser.add_argument("--bound", type=float, default=0.2, help="of a slope that is promised to be 0")
     args = parser.parse_args(rest)
+    if bool(args.config) == bool(args.judge):
+        raise UserError("--config measures and --judge reads a record; give one of them")
+    if args.judge:
+        try:
+            results = json.loads(args.judge.read_text(encoding="utf-8"))["results"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--judge {args.judge} is no record of this command: {one_line(error)}") from error
+    else:
+        results = _measured(args, argv, overrides)
+    lines, failed = table(results, args.bound)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / "table.md", "\n".join(lines) + "\n")
+    draw(results, args.out)
+    print("\n".join(lines), f"{failed} promises are broken; {args.out}", sep="\n")
+    return 1 if failed else 0
+
+
+def _measured(args: argparse.Namespace, argv: list[str], overrides: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The results of each axis and parametrisation, which are written into the record too. Raises UserError."""
     names = args.parametrisations.split(",")
     for name in names:
         if name not in PARAMETRISATIONS:
@@ -227,40 +250,24 @@ def main(argv: list[str]) -> int:
     config = load(args.config, overrides)
     start_jax(config.platform)
     data, config = open_data(config)
-    record = about("experiments.coordinate_check", argv) | {"config": to_dict(config), "bound": args.bound}
+    record = about("experiments.coordinate_check", argv) | {"config": to_dict(config)}
     results: list[dict[str, Any]] = []
     for axis, sizes in grids.items():
         fixed = {"width": args.at_width, "depth": args.at_depth}
         least = fixed | {axis: min(sizes)}
         for name in names:
-            made = partial(at, config, axis, least=least, parametrisation=name)
+            made = partial(at, config, least=least, parametrisation=name)
             found = [measure(made(sizes=fixed | {axis: size}), data, args.seeds, args.steps) for size in sizes]
+            updates = range(args.steps + 1)
             every = {
-                what: [
-                    slopes(sizes, found, what, update) if update or "change" not in what else []
-                    for update in range(args.steps + 1)
-                ]
+                what: [slopes(sizes, found, what, t) if t or "change" not in what else [] for t in updates]
                 for what in found[0][0]
             }
-            promised = axis in PARAMETRISATIONS[name].base
-            results.append(
-                {
-                    "axis": axis,
-                    "parametrisation": name,
-                    "promised": promised,
-                    "sizes": sizes,
-                    "slopes": every,
-                    "found": found,
-                }
-            )
-            print(*table(results[-1:], args.bound)[0][0 if len(results) == 1 else 2 :], sep="\n", flush=True)
-    lines, failed = table(results, args.bound)
-    args.out.mkdir(parents=True, exist_ok=True)
+            about_it = {"axis": axis, "parametrisation": name, "promised": axis in PARAMETRISATIONS[name].base}
+            results.append(about_it | {"sizes": sizes, "slopes": every, "found": found})
+            print(f"measured: {axis} under {name}", flush=True)
     save_record(args.out / "record.json", record | {"results": results})
-    write_text(args.out / "table.md", "\n".join(lines) + "\n")
-    draw(results, args.out)
-    print(f"{failed} promises are broken; {args.out}")
-    return 1 if failed else 0
+    return results
 
 
 def _integers(text: str) -> list[int]:

@@ -81,7 +81,7 @@ def muon_multipliers(cfg: ModelConfig, spec: WeightSpec) -> Multipliers:
     now = [float(spec.shape[axis]) for axis in axes]
     base = [size * at_base.get(spec.axes[axis], 1.0) for size, axis in zip(now, axes, strict=True)]
     growth = _output_change(now, spec.fan_in) / _output_change(base, spec.fan_in / m)
-    return replace(found, lr=found.lr * m / growth, decay=growth)
+    return replace(found, lr=found.lr * m / growth, decay=growth, eps=1.0)
 
 
 def _output_change(sizes: Sequence[float], fan_in: float) -> float:

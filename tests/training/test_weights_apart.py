@@ -3,6 +3,7 @@
 Each against its equations in float64, from the package's own gradients.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -49,7 +50,9 @@ def run(config, updates):
     """Yields (weights before, gradient, weights after, number) of each update, in float64."""
     model, program = define(config.model, config.execution), program_of(config)
     gradient = jax.jit(lambda p, tokens: gradients(config, model, p, {}, tokens, 1, numbers_of(config))[0])
-    state = start(program, gains_apart(model))
+    # Muon keeps its coefficients in its state, so that zeros would not do for one.
+    state = program.init(0)
+    state = dataclasses.replace(state, params=start(program, gains_apart(model)).params)
     for update in range(1, updates + 1):
         before = reference.to_float64(jax.device_get(state.params))
         g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))))
@@ -118,8 +121,8 @@ MUON = {"optim__name": "muon", "model__moe__num_experts": 2, "model__moe__every"
 
 
 def test_muon_orthogonalises_each_matrix_by_itself():
-    """Two updates of a dense block and one with experts: Newton-Schulz in float64, a loop over layers, heads, experts and
-    parts; AdamW for embedding, head and gains; decay for matrices and head.
+    """Two updates of a dense block and one with experts: Newton-Schulz in float64, a loop over layers, heads, experts
+    and parts; AdamW for embedding, head and gains; decay for matrices and head.
 
     Float32 in Newton-Schulz, where small singular values grow 3.4 times a step. Largest error seen 1e-4 of a leaf's
     largest update.
@@ -196,10 +199,10 @@ def test_muon_refuses_what_is_no_matrix():
 
 @pytest.mark.parametrize(("heads_grow", "rate"), [(False, 1 / 4), (True, 1 / 2)])
 def test_muons_rates_go_by_what_its_updates_do(heads_grow, rate):
-    """Four times as wide: the output of random inputs that an orthogonal update is aligned with grows as the table says.
+    """Four times as wide, the rate is divided by what an update does more to outputs.
 
-    U V^T for a batch of one: the rank-one gradient x y^T, whose orthogonal update is x y^T / (|x| |y|), changes the
-    output by |x| / |y| an entry, times 0.2 sqrt(longer side), summed over the heads that one output sums.
+    Of one input x the gradient is x y^T, and the orthogonal update x y^T / (|x| |y|). It changes that input's output by
+    |x| / |y| an entry, times 0.2 sqrt(longer side), summed over the heads that one output sums.
     """
 
     def change(width, heads):
