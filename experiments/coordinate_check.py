@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.benchmarks.timing import train_loader
 from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import load, split_overrides
+from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.data.open import OpenData, open_data
 from spannorm_jax.durable import write_text
 from spannorm_jax.errors import UserError, did_you_mean, one_line
@@ -94,7 +94,7 @@ def measure(config: Config, data: OpenData, seeds: int, steps: int) -> list[Size
     with jax.set_mesh(mesh):
         numbers = on_devices(numbers_of(config), mesh)
         for seed in range(seeds):
-            loader = train_loader(replace(config, seed=seed), data)
+            loader = TrainLoader(data.train, config.data.seq_len, config.training.batch_size, seed)
             batches = [jax.device_put(loader.rows(i), program.batch_sharding) for i in range(1, steps + 2)]
             tokens = batches[-1][:_ROWS, :-1]
             state = program.init(seed)

@@ -393,6 +393,9 @@ _ALL = (
 PLACEMENTS = {p.name: p for p in _ALL}
 
 
+EVERY_GAIN = "all"  # in optim.decay_gains
+
+
 def gain_sites(cfg: ModelConfig) -> tuple[str, ...]:
     """Sites of a model's gains, of its norms and without one."""
     placement = PLACEMENTS[cfg.placement]

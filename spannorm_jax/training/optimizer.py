@@ -17,12 +17,12 @@ from optax.transforms import MaskedNode
 from spannorm_jax.config import ModelConfig, OptimConfig
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.parametrisation import Multipliers, multipliers
+from spannorm_jax.model.placement import EVERY_GAIN
 from spannorm_jax.model.weights import WeightSpec
 from spannorm_jax.training.muon import muon, muon_multipliers
 from spannorm_jax.training.numbers import Numbers
 
 DECAYED_ROLES = ("hidden", "output", "expert")
-EVERY_GAIN = "all"  # of optim.decay_gains
 
 
 def learning_rate(schedule: str, numbers: Numbers, update: Array | int) -> Array:

@@ -208,7 +208,7 @@ def test_a_tied_embedding_enters_at_unit_variance_at_any_width(name, width):
 def change_of_features(width, name, tied):
     """Root mean square of what one update of AdamW changes of what the head reads; mean over three seeds."""
     sizes = {"model__width": width, "model__num_heads": width // 8, "model__depth": 1, "model__placement": "pre"}
-    base = {"model__base_width": 16, "model__parametrisation": name, "model__tied_head": tied}
+    base = {"model__base_width": 16, "model__base_depth": 1, "model__parametrisation": name, "model__tied_head": tied}
     rates = {"optim__warmup_fraction": 0.0, "optim__lr": 3e-3, "optim__clip_norm": 0.0}
     config = configure(**sizes, **base, **rates)
     program, model = program_of(config), define(config.model, config.execution)
@@ -224,15 +224,15 @@ def change_of_features(width, name, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_update_changes_as_much_at_another_width(tied):
-    """muP's defining property, eight times as wide; the standard parametrisation changes twice as much or more.
+    """muP's defining property: eight times as wide, an update changes what the head reads by as much.
 
-    Measured ratios of the change at width 128 to that at 16: see the bounds' comments.
+    Measured, over the change at width 16: 0.75 of it (tied 0.85), and in the standard parametrisation 5.2 (5.6).
     """
     ratio = {
         name: change_of_features(128, name, tied) / change_of_features(16, name, tied) for name in ("mup", "standard")
     }
-    assert 0.7 < ratio["mup"] < 1.4, ratio
-    assert ratio["standard"] > 2, ratio
+    assert 0.6 < ratio["mup"] < 1.2, ratio
+    assert ratio["standard"] > 3, ratio
 
 
 # ---- refusals and notices -------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def names(tree):
 def test_adamw_with_rates_eps_and_decay_by_weight(coupling):
     """Three updates under completep, twice as wide and deep as its base; the gains `after_ffn` decay too.
 
-    Independent decay is weight_decay times the schedule's shape, whatever the rate. Largest error seen 5e-6 of a leaf's
+    Independent decay is weight_decay times the schedule's shape, whatever the rate. Largest error seen 6e-6 of a leaf's
     largest update.
     """
     config = configure(**RATES | WIDER, optim__decay_coupling=coupling, optim__decay_gains=("after_ffn",))
@@ -124,8 +124,8 @@ def test_muon_orthogonalises_each_matrix_by_itself():
     """Two updates of a dense block and one with experts: Newton-Schulz in float64, a loop over layers, heads, experts
     and parts; AdamW for embedding, head and gains; decay for matrices and head.
 
-    Float32 in Newton-Schulz, where small singular values grow 3.4 times a step. Largest error seen 1e-4 of a leaf's
-    largest update.
+    Newton-Schulz in float32 lets small singular values, and their rounding, grow 3.4 times a step. Largest error seen
+    9e-6 of a leaf's largest update.
     """
     config = configure(**MUON | RATES)
     m = v = None
@@ -147,7 +147,7 @@ def test_muon_orthogonalises_each_matrix_by_itself():
             return -rate * (direction + 0.5 * decays * p)
 
         want = jax.tree.map(step, names(before), of_muon, before, g, m, v)
-        assert_trees_close(jax.tree.map(np.subtract, after, before), want, 1e-3)
+        assert_trees_close(jax.tree.map(np.subtract, after, before), want, 1e-4)
 
 
 def test_muon_has_lanes_and_its_state_lies_as_its_weights_do():
@@ -165,7 +165,7 @@ def test_muon_has_lanes_and_its_state_lies_as_its_weights_do():
 
     lanes = jax.jit(jax.vmap(update))(jax.tree.map(lambda *xs: np.stack(xs), *both))
     for i, numbers in enumerate(both):
-        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], lanes), jax.jit(update)(numbers), 1e-3)
+        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], lanes), jax.jit(update)(numbers), 1e-4)
     mesh = make_mesh(replace(config, mesh__fsdp=2, mesh__tensor=2).mesh, jax.devices()[:4])
     state = make_program(config, model, mesh).abstract_state
     found = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
