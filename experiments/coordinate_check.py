@@ -216,7 +216,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parametrisations", default=",".join(PARAMETRISATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="updates")
-    parser.add_argument("--bound", type=float, default=0.2, help="of a slope that is promised to be 0")
+    parser.add_argument("--bound", type=float, default=0.25, help="of a slope that is promised to be 0")
     args = parser.parse_args(rest)
     if bool(args.config) == bool(args.judge):
         raise UserError("--config measures and --judge reads a record; give one of them")
