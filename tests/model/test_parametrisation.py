@@ -11,7 +11,7 @@ import pytest
 from spannorm_jax.config import Config, ModelConfig, replace
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.initialisation import initial_size, predicted_additions
+from spannorm_jax.model.initialisation import INITS, initial_size, predicted_additions
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS, forward, multipliers
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.training.numbers import numbers_of
@@ -258,3 +258,15 @@ def test_mup_with_experts_is_said():
     assert not notices(config)
     [said] = notices(replace(config, model__moe__num_experts=4))
     assert "2605.14200" in said
+
+
+@pytest.mark.parametrize("name", ["mup", "everett", "completep"])
+@pytest.mark.parametrize("init", INITS)
+def test_an_initialisation_is_that_of_the_base_model_times_the_multiplier(init, name):
+    """The base model is defined in full: its fans and its depth are its own declarations'."""
+    cfg = model_config(init=init, parametrisation=name, num_kv_heads=4)
+    sizes = {"width": 8, "num_heads": 1, "num_kv_heads": 1, "ffn_dim": 12}
+    base = dataclasses.replace(cfg, **sizes, depth=1 if name == "completep" else cfg.depth, parametrisation="standard")
+    of_base = {spec.site: initial_size(base, spec) for spec in define(base).specs()}
+    for spec in define(cfg).specs():
+        assert initial_size(cfg, spec) == pytest.approx(of_base[spec.site] * multipliers(cfg, spec).init, rel=1e-12)
