@@ -16,7 +16,7 @@ from spannorm_jax.errors import UserError, did_you_mean
 
 MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 MIN_FLOAT = 2.0**-126  # float32's smallest normal number
-_MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
+MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ class ModelConfig:
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
     # of placement mix: the part of the blocks, from the first, that are PostNorm's
     mix_share: float = option(0.25, least=0.0, most=1.0)
+    # what follows the width and depth, from a base where all are `standard` (`model/parametrisation.py`):
+    # standard | mup | everett (standard with learning rates by layer) | completep (width and depth)
+    parametrisation: str = option("standard", choices=("standard", "mup", "everett", "completep"))
+    base_width: int = option(0, least=0)  # where it was tuned; all but standard need it
+    base_depth: int = option(0, least=0)  # where it was tuned; completep needs it
+    base_head_dim: int = option(0, least=0)  # head size at the base; 0: as here, since wider presets have more heads
+    depth_exponent: float = option(1.0, least=0, most=1)  # completep's a: branches times (depth / base_depth)^-a
     # rmsnorm | layernorm (both with a gain, neither with a bias)
     norm: str = option("rmsnorm", choices=("rmsnorm", "layernorm"))
     norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row near zero overflows float32")
@@ -146,8 +153,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = option("adamw", choices=("adamw", "lion"))  # the keys of training.optimizer.OPTIMIZERS
-    lr: float = option(3e-3, least=0)  # peak learning rate
+    name: str = option("adamw", choices=("adamw", "lion", "muon"))  # the keys of training.optimizer.OPTIMIZERS
+    lr: float = option(3e-3, least=0)  # peak learning rate; muon: of its matrices and of AdamW's weights alike
     # cosine | wsd (warm-up, stable, decay); both warm up and end alike
     schedule: str = option("cosine", choices=("cosine", "wsd"))
     warmup_fraction: float = option(0.1, least=0, most=1)  # of all updates, linear from 0
@@ -156,9 +163,13 @@ class OptimConfig:
     final_lr_fraction: float = option(0.1, least=0, most=1)  # of lr, where the decay ends
     b1: float = option(0.9, least=0, below=1)
     b2: float = option(0.95, least=0, below=1)
-    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")  # adamw only
-    # on hidden matrices and the head, tied or not; never on norms and other embeddings
+    muon_momentum: float = option(0.95, least=0, below=1)  # of Muon's matrices; b1 and b2 are of AdamW's weights
+    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")  # adamw, and muon's AdamW
+    # on hidden matrices and the head, tied or not; never on other embeddings, on gains by decay_gains
     weight_decay: float = option(0.1, least=0)
+    # coupled: an update shrinks weights by lr x weight_decay | independent: by weight_decay times the schedule's shape
+    decay_coupling: str = option("coupled", choices=("coupled", "independent"))
+    decay_gains: tuple[str, ...] = ()  # gains that decay too, towards 0, by site (before_attn, final, ...); or all
     clip_norm: float = option(1.0, least=0)  # global gradient norm; 0: no clipping
 
 
@@ -248,7 +259,7 @@ def matches(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
     if kind is float:
         # Numbers travel as float32; a longer one would turn infinite on its way. (int against int: nothing overflows.)
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -33,7 +33,7 @@ from spannorm_jax.config import (
 from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites
 from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
@@ -232,6 +232,10 @@ def _check_names(config: Config) -> None:
             raise UserError(
                 f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}"
             )
+    known = (EVERY_GAIN, *gain_sites(config.model))
+    for site in config.optim.decay_gains:
+        if site not in known:
+            raise UserError(f"config key optim.decay_gains={site!r} is unknown; {did_you_mean(site, known)}")
     _check_multiplier(config.model)
 
 

@@ -1,4 +1,6 @@
-"""Prints each weight's std and the predicted branch variance: python -m spannorm_jax.show_init --config FILE.py[:arg]
+"""Prints each weight's std, a parametrisation's multipliers and the branch variance that follows.
+
+    python -m spannorm_jax.show_init --config FILE.py[:arg]
 
 Nothing is allocated and no data is read, so it answers for any size at once.
 """
@@ -6,14 +8,17 @@ Nothing is allocated and no data is read, so it answers for any size at once.
 import numpy as np
 
 from spannorm_jax.command import Parser, run_command
+from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.model.initialisation import (
-    INITS,
+    initial_size,
     predicted_additions,
     predicted_branch_variance,
     residual_additions,
 )
+from spannorm_jax.model.parametrisation import PARAMETRISATIONS, forward
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.validation import notices
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +26,8 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.show_init", description=__doc__)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
     args = parser.parse_args(rest)
-    cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
+    config = resolve_without_data(load(args.config, overrides), platform="cpu")
+    cfg = config.model
     # JAX comes with it: a command that is mistyped does without.
     from spannorm_jax.model.definition import count_params, define
 
@@ -30,7 +36,7 @@ def main(argv: list[str]) -> int:
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
     gains = []
     for spec in model.specs():
-        size = float(np.mean(INITS[cfg.init](cfg, spec)))
+        size = float(np.mean(initial_size(cfg, spec)))
         if spec.start is None:
             shape = " x ".join(map(str, spec.shape))
             gain = size * spec.fan_in**0.5
@@ -38,6 +44,8 @@ def main(argv: list[str]) -> int:
         elif size != 1:
             gains.append(f"{spec.site:<12}{'norm':<11}gain, starts at {size:.6g}")
     print("\n".join(gains), end="\n" if gains else "")
+    if PARAMETRISATIONS[cfg.parametrisation].base:
+        _print_multipliers(config)
     branches = {"attn": "attention", "ffn": "feed-forward", "moe": "experts"}
     variance = predicted_branch_variance(cfg, model.specs())
     words = [f"{branches[name]} {np.mean(values):.6f}" for name, values in variance.items()]
@@ -49,6 +57,28 @@ def main(argv: list[str]) -> int:
         f": {sum(np.sum(values) for values in predicted_additions(cfg, model.specs()).values()):.4f}"
     )
     return 0
+
+
+def _print_multipliers(config: Config) -> None:
+    """The table of a parametrisation that is not the standard one: what differs from the base, by weight."""
+    from spannorm_jax.model.definition import define
+    from spannorm_jax.training.optimizer import OPTIMIZERS
+
+    cfg, model = config.model, define(config.model)
+    read = PARAMETRISATIONS[cfg.parametrisation].base
+    sizes = ", ".join(f"{size} {getattr(cfg, size)} from {getattr(cfg, f'base_{size}')}" for size in read)
+    print(f"\n{cfg.parametrisation}, {sizes}; {config.optim.name}'s multipliers")
+    print(f"{'weight':<20}{'std':>12}{'rate':>12}{'decay':>12}{'eps':>12}")
+    for spec in model.specs():
+        of = OPTIMIZERS[config.optim.name].multipliers(cfg, spec)
+        print(f"{spec.site:<20}{of.init:>12.6g}{of.lr:>12.6g}{of.decay:>12.6g}{of.eps:>12.6g}")
+    of_model = forward(cfg)
+    print(
+        f"forward: branches that are added x {of_model.branch:.6g}, attention logits x {of_model.attention:.6g}, "
+        f"output logits x {of_model.logits:.6g}"
+        + (f", embeddings' factor sqrt(width) x {of_model.embedding:.6g}" if cfg.tied_head else "")
+    )
+    print(*notices(config), sep="\n", end="\n" if notices(config) else "")
 
 
 if __name__ == "__main__":

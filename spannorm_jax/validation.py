@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from spannorm_jax.config import MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules
+from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules
 from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.model.parametrisation import PARAMETRISATIONS
+from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.resolution import num_steps
 
 
@@ -17,6 +19,7 @@ def validate(config: Config) -> None:
     _validate_shapes(config)
     _validate_length(config)
     _validate_moe(config)
+    _validate_parametrisation(config)
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:
@@ -62,6 +65,36 @@ def _validate_moe(config: Config) -> None:
             f"config key model.moe.every={moe.every} does not divide the {depth - moe.first_dense} blocks "
             "after the first dense ones (model.depth - model.moe.first_dense); write a divisor"
         )
+
+
+def _validate_parametrisation(config: Config) -> None:
+    model, optim = config.model, config.optim
+    for size in PARAMETRISATIONS[model.parametrisation].base:
+        if not getattr(model, f"base_{size}"):
+            raise UserError(
+                f"config key model.parametrisation={model.parametrisation} needs model.base_{size}, the {size} that "
+                f"the rate was tuned at; write model.base_{size}={getattr(model, size)} if that is this model's"
+            )
+    if optim.decay_coupling == "independent" and optim.weight_decay > MAX_FLOAT * optim.lr:
+        raise UserError(
+            f"config key optim.decay_coupling=independent cannot go with optim.lr={optim.lr}: weight_decay / lr is "
+            "above float32; write a larger rate, or coupled"
+        )
+
+
+def notices(config: Config) -> list[str]:
+    """What a user should know of a legal config before its results are believed, a line each."""
+    model = config.model
+    said = []
+    advice = PLACEMENTS[model.placement].not_with.get(model.init)
+    if advice:
+        said.append(f"model.placement={model.placement} with model.init={model.init}: {advice}")
+    if model.parametrisation in ("mup", "completep") and model.moe.num_experts:
+        said.append(
+            f"model.parametrisation={model.parametrisation} with experts: learning rates are reported not to transfer "
+            "(arXiv 2605.14200); check them at this size"
+        )
+    return said
 
 
 def _validate_length(config: Config) -> None:

@@ -230,7 +230,7 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
 
     @jax.jit
     def update(state: TrainState, numbers: Numbers) -> Any:
-        optimizer = make_optimizer(config.optim.name, config.optim.schedule, model, numbers)
+        optimizer = make_optimizer(config.optim, model, numbers)
         return optimizer.update(state.params, state.opt_state, state.params)
 
     microbatches = config.training.num_microbatches

@@ -27,7 +27,7 @@ from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.definition import count_params, flops_per_token
-from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.model.initialisation import initial_size
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, open_run
@@ -111,8 +111,7 @@ def start(argv: list[str]) -> None:
         jax.eval_shape(program.evaluate, state.params, state.router, rows, weights)
     updates = (1, config.training.steps)
     rates = [float(learning_rate(config.optim.schedule, session.numbers, update)) for update in updates]
-    init = INITS[config.model.init]
-    stds = [np.float32(np.max(init(config.model, spec))) for spec in session.model.specs()]
+    stds = [np.float32(np.max(initial_size(config.model, spec))) for spec in session.model.specs()]
     if not np.all(np.isfinite([*rates, *stds])):
         raise ValueError(f"accepted, but the learning rate or a weight's std is not finite: {rates} {stds}")
 

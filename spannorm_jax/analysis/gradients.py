@@ -97,6 +97,6 @@ def updated(config: Config, model: ModelDef, params: Any, grads: Any) -> Any:
     """The weights after one step of the config's optimiser from moments of zero, at its peak learning rate."""
     at_peak = {"warmup_updates": np.int32(0), "stable_updates": np.int32(2**30), "decay_updates": np.int32(0)}
     numbers = numbers_of(config)._replace(**at_peak)
-    optimizer = make_optimizer(config.optim.name, config.optim.schedule, model, numbers)
+    optimizer = make_optimizer(config.optim, model, numbers)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     return jax.tree.map(jnp.add, params, updates)

@@ -21,6 +21,7 @@ from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, Mi
 from spannorm_jax.config import ModelConfig, moe_layers
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import branch_multipliers, site_sizes, variance_factors
+from spannorm_jax.model.parametrisation import forward, multiplied_branches
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
 SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
@@ -74,7 +75,8 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
     weights, multipliers = _Weights(cfg, tokens), branch_multipliers(cfg)
     tape = Tape()
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
-    stream = placement.enter(tape.field(Mixture.new(weights.factor("embed") * np.eye(tokens))), weights.norms(0))
+    entry = weights.factor("embed") * (forward(cfg).embedding ** 2 if cfg.tied_head else 1.0)
+    stream = placement.enter(tape.field(Mixture.new(entry * np.eye(tokens))), weights.norms(0))
     entry_variance = fields.variance(_first(stream).covariance)
     entered: list[Field] = []
     left: list[ndarray] = []
@@ -85,7 +87,8 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
         branches["attn"].append(_Branch(weights.attention(layer), multipliers.get("attn", 1.0)))
         branches["ffn"].append(_Branch(weights.feed_forward(layer), multipliers.get("ffn", 1.0)))
         attn, ffn = (of_kind[-1] for of_kind in branches.values())
-        stream = placement.block(stream, attn, ffn, weights.norms(layer), layer, cfg)
+        own = multiplied_branches(cfg, attn, ffn, weights.norms(layer))
+        stream = placement.block(stream, *own, layer, cfg)
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))
 
@@ -177,8 +180,13 @@ class _Weights:
         def projection(site: str, norm: str, norm_site: str) -> Projection:
             return self._projection(site, norm, norm_site, layer)
 
+        q, multiplier = projection("q", "q", "q_norm"), forward(self.cfg).attention  # of the logits
+        if q.gain is None:
+            q = dataclasses.replace(q, factor=q.factor * multiplier**2)
+        else:
+            q = dataclasses.replace(q, gain=q.gain * multiplier)
         return AttentionKernel(
-            q=projection("q", "q", "q_norm"),
+            q=q,
             k=projection("k", "k", "k_norm"),
             v=projection("v", "v", "v_norm"),
             out=projection("attn_out", "heads", "heads_norm"),

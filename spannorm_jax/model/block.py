@@ -12,6 +12,7 @@ from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
+from spannorm_jax.model.parametrisation import base_config, multiplied_branches
 from spannorm_jax.model.placement import PLACEMENTS
 
 
@@ -23,7 +24,7 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, execution)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
         placement = PLACEMENTS[cfg.placement]
-        gains = {name: start(cfg) for name, start in placement.block_gains.items()}
+        gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
         self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
 
     def feed_forward(self, x_BxTxD: Array) -> tuple[Array, Stats | None]:
@@ -57,4 +58,5 @@ class Block(nnx.Module):
         factors = branch_multipliers(self.cfg)
         branches = times(attn, factors.get("attn")), times(branch, factors.get("ffn"))
         with jax.named_scope("block"):
-            return PLACEMENTS[self.cfg.placement].block(stream, *branches, self.norms, layer, self.cfg), stats
+            own = multiplied_branches(self.cfg, *branches, self.norms)
+            return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats

@@ -11,6 +11,7 @@ from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.layers import Norms, rotary_angles
 from spannorm_jax.model.moe.router import Stats
+from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.model.stack import ACTIVATION, STACKS, Stacks, over_blocks
 from spannorm_jax.model.weights import weight
@@ -55,7 +56,7 @@ class Decoder(nnx.Module):
             table = constrain(self.embed[...].astype(cfg.dtype), ("vocab", "activation"))
             x = table[tokens_BxT]
             if cfg.tied_head:
-                x = x * jnp.asarray(cfg.width**0.5, x.dtype)
+                x = x * jnp.asarray(cfg.width**0.5 * forward(cfg).embedding, x.dtype)
             return constrain(x, ACTIVATION)
 
     def features(self, tokens_BxT: Array) -> Array:
@@ -82,7 +83,8 @@ class Decoder(nnx.Module):
     def logits(self, features: Array) -> Array:
         """(..., D) -> (..., V) in float32, whatever the compute dtype."""
         with jax.named_scope("head"):
-            matrix = self.head_matrix().astype(features.dtype)
+            matrix, multiplier = self.head_matrix().astype(features.dtype), forward(self.cfg).logits
+            features = features if multiplier == 1 else features * multiplier
             return jnp.matmul(features, matrix, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BxT: Array) -> Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.model.initialisation import initial_size
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.model.weights import ROLES, RouterState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
@@ -48,10 +48,9 @@ class ModelDef:
         Each weight of each block has a key of its own, by its name and its block's index: it is the
         same whatever the depth, the norms, or the kind of the other blocks.
         """
-        init = INITS[self.cfg.init]
 
         def draw(path: tuple[Any, ...], spec: WeightSpec) -> Array:
-            return _draw(key, [entry.key for entry in path], spec, init(self.cfg, spec))
+            return _draw(key, [entry.key for entry in path], spec, initial_size(self.cfg, spec))
 
         return jax.tree_util.tree_map_with_path(draw, self.weights, is_leaf=_is_spec)
 

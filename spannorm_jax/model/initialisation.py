@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spannorm_jax.config import ModelConfig, MoEConfig, moe_layers
+from spannorm_jax.model.parametrisation import at_base, base_config, forward, multipliers
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
 if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
@@ -94,7 +95,7 @@ def branch_multipliers(cfg: ModelConfig) -> dict[str, float]:
     if cfg.init != "scale" or cfg.depth_factor != "multiplier":
         return {}
     sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
-    return {site.removesuffix("_out"): depth_factor(cfg) for site in sites}
+    return {site.removesuffix("_out"): depth_factor(base_config(cfg)) for site in sites}
 
 
 def plain(cfg: ModelConfig, spec: "WeightSpec") -> Size:
@@ -198,6 +199,11 @@ INITS: dict[str, Init] = {
 PUBLISHED = "published"  # in a config: what the placement was published with
 
 
+def initial_size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """What a weight starts with: the initialisation's at the base size, times the parametrisation's multiplier."""
+    return INITS[cfg.init](*at_base(cfg, spec)) * multipliers(cfg, spec).init
+
+
 # ---- what follows for the branches ----------------------------------------------------------------------
 
 
@@ -237,7 +243,7 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     for branch, size in placement.additions.items():
         before = 1.0 if size in placement.block_norms else variance[branch]
         factor = sizes[size] ** 2 if size in (*placement.block_norms, *placement.block_gains) else 1.0
-        added[branch] = np.broadcast_to(before * factor, (cfg.depth,))
+        added[branch] = np.broadcast_to(before * factor * forward(cfg).branch ** 2, (cfg.depth,))
     return added
 
 
@@ -245,7 +251,7 @@ def site_sizes(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.
     """Size of each site's weights, in all layers alike as if every block had them: () or (L,)."""
     layers = tuple(range(cfg.depth))
     alike = (dataclasses.replace(spec, layers=layers) if spec.layers else spec for spec in specs)
-    return {spec.site: np.asarray(INITS[cfg.init](cfg, spec)) for spec in alike}
+    return {spec.site: np.asarray(initial_size(cfg, spec)) for spec in alike}
 
 
 def variance_factors(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:

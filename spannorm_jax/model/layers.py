@@ -14,6 +14,7 @@ from jax import Array
 from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.kernels.attention import attention
 from spannorm_jax.model.kernels.cpu import gelu, linear
+from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.placement import inner_norms
 from spannorm_jax.model.weights import gain, weight
 
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
         D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
         K = D // H
-        self.implementation = execution.attention
+        self.implementation, self.logit_multiplier = execution.attention, forward(cfg).attention
         by_head, by_kv_head = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q = weight((D, H, K), by_head, "hidden", "q", fan_in=D, fan_out=H * K)
         self.k = weight((D, G, K), by_kv_head, "hidden", "k", fan_in=D, fan_out=G * K)
@@ -126,7 +127,8 @@ class Attention(nnx.Module):
             heads[name] = getattr(self, f"{name}_norm")(heads[name])
         q, k, v = heads.values()
         with jax.named_scope("rope"):
-            return rotate(q, angles), rotate(k, angles), v
+            q = rotate(q, angles)
+            return q if self.logit_multiplier == 1 else q * self.logit_multiplier, rotate(k, angles), v
 
     def project(self, heads_BxTxHxK: Array) -> Array:
         H, K, D = self.out.shape

@@ -21,7 +21,8 @@ class WeightSpec:
       role: one of ROLES; weight decay, FLOP counting and compute dtypes read it.
       site: the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it.
       fan_in: inputs that one output sums; 0 for gains.
-      fan_out: outputs that one input reaches; 0 for gains.
+      fan_out: outputs that one input reaches; 0 for gains. Both are whole, but for what `parametrisation.at_base` makes
+        of them.
       start: where every number of a gain starts; None for weights that are drawn.
       layers: the blocks that own the slices of a stacked weight; () outside of blocks.
     """
@@ -30,8 +31,8 @@ class WeightSpec:
     axes: tuple[str, ...]
     role: str
     site: str
-    fan_in: int
-    fan_out: int
+    fan_in: float
+    fan_out: float
     start: float | None
     layers: tuple[int, ...] = ()
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spannorm_jax.config import Config, ExecutionConfig, ModelConfig
+from spannorm_jax.config import Config, ExecutionConfig, ModelConfig, OptimConfig
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import define, flops_per_token
 from spannorm_jax.resolution import num_steps
@@ -39,7 +39,8 @@ def cost(config: Config) -> Cost:
     resolved = resolve_without_data(config, platform="cpu")
     steps, checkpoint = num_steps(config), config.checkpoint
     model = dataclasses.replace(resolved.model, init="plain")
-    flops, state_bytes = _size(model, config.data.seq_len, config.optim.name)
+    form = OptimConfig(name=config.optim.name)  # nothing else of it changes a size
+    flops, state_bytes = _size(model, config.data.seq_len, form)
     tokens = steps * config.training.batch_size * config.data.seq_len
     kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every else 0)
     kept = min(kept, 1 + (steps // checkpoint.every_steps if checkpoint.every_steps else 0))
@@ -57,12 +58,12 @@ def run_flops(config: Config) -> float:
 
 
 @functools.cache
-def _size(cfg: ModelConfig, seq_len: int, optimizer: str) -> tuple[int, int]:
+def _size(cfg: ModelConfig, seq_len: int, optim: OptimConfig) -> tuple[int, int]:
     """Training FLOPs a token, and bytes of the weights and the optimiser's state."""
     model = define(cfg, ExecutionConfig())
     weights = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
-    # Neither the schedule nor any number changes the state's form.
-    init = make_optimizer(optimizer, "cosine", model, numbers_of(Config())).init
+    # No number changes the state's form.
+    init = make_optimizer(optim, model, numbers_of(Config())).init
     state = jax.tree.leaves((weights, jax.eval_shape(init, weights)))
     return flops_per_token(model, seq_len), sum(x.size * x.dtype.itemsize for x in state)
 

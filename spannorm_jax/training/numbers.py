@@ -27,8 +27,9 @@ class Numbers(NamedTuple):
     final_lr_fraction: Number
     b1: Number
     b2: Number
+    muon_momentum: Number
     eps: Number
-    weight_decay: Number
+    weight_decay: Number  # over lr, where optim.decay_coupling=independent
     clip_norm: Number  # infinite where the option is 0: nothing is clipped
     z_loss: Number
     aux_loss: Number
@@ -51,8 +52,10 @@ def numbers_of(config: Config) -> Numbers:
         final_lr_fraction=np.float32(optim.final_lr_fraction),
         b1=np.float32(optim.b1),
         b2=np.float32(optim.b2),
+        muon_momentum=np.float32(optim.muon_momentum),
         eps=np.float32(optim.eps),
-        weight_decay=np.float32(optim.weight_decay),
+        # An update shrinks weights by the rate times this: over the peak rate, by the schedule's shape alone.
+        weight_decay=np.float32(optim.weight_decay / (optim.lr if optim.decay_coupling == "independent" else 1)),
         clip_norm=np.float32(optim.clip_norm or np.inf),
         z_loss=np.float32(config.training.z_loss),
         aux_loss=np.float32(moe.aux_loss),

@@ -1,9 +1,10 @@
-"""Schedules, and optimisers by name: each after clipping by the global norm, with a decay mask by role.
+"""Schedules, and optimisers by name: each after clipping by the global norm, with decay and rates by weight.
 
-Nothing here sees a config: what changes no shape comes as `Numbers`.
+What changes no shape comes as `Numbers`; of a config is read what makes another program.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,8 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import NamedSharding
+from optax.transforms import MaskedNode
 
+from spannorm_jax.config import ModelConfig, OptimConfig
 from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.model.parametrisation import Multipliers, multipliers
+from spannorm_jax.model.placement import EVERY_GAIN
+from spannorm_jax.model.weights import WeightSpec
+from spannorm_jax.training.muon import muon, muon_multipliers
 from spannorm_jax.training.numbers import Numbers
 
 DECAYED_ROLES = ("hidden", "output", "expert")
@@ -34,37 +41,81 @@ def learning_rate(schedule: str, numbers: Numbers, update: Array | int) -> Array
     return numbers.lr * jnp.where(update < warmup, warm, decayed)
 
 
-Rate = Callable[[Array], Array]  # learning rate by the count of updates before, as optax has it
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser by name.
+
+    Attributes:
+      direction: (model, numbers) -> transformations of the gradient into what decay is added to,
+        before it is multiplied by minus the learning rate. The form of their state depends on no number.
+      multipliers: (model's config, WeightSpec) -> what the parametrisation makes of rate, decay and eps.
+    """
+
+    direction: Callable[[ModelDef, Numbers], list[optax.GradientTransformation]]
+    multipliers: Callable[[ModelConfig, WeightSpec], Multipliers] = multipliers
 
 
-def _decayed(model: ModelDef) -> Any:
-    return model.map_weights(lambda spec: spec.role in DECAYED_ROLES)
+def adamw(model: ModelDef, numbers: Numbers) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_adam(b1=numbers.b1, b2=numbers.b2, eps=numbers.eps)]
 
 
-def adamw(model: ModelDef, numbers: Numbers, rate: Rate) -> optax.GradientTransformation:
-    b1, b2, eps, weight_decay = numbers.b1, numbers.b2, numbers.eps, numbers.weight_decay
-    return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_decayed(model))
+def lion(model: ModelDef, numbers: Numbers) -> list[optax.GradientTransformation]:
+    """Chen et al. 2023 (arXiv 2302.06675): the sign of a mean of moment and gradient. It reads no eps."""
+    return [optax.scale_by_lion(b1=numbers.b1, b2=numbers.b2)]
 
 
-def lion(model: ModelDef, numbers: Numbers, rate: Rate) -> optax.GradientTransformation:
-    """Chen et al. 2023 (arXiv 2302.06675): the sign of a mean of moment and gradient, and decay. It reads no eps."""
-    b1, b2, weight_decay = numbers.b1, numbers.b2, numbers.weight_decay
-    return optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_decayed(model))
+OPTIMIZERS = {"adamw": Optimizer(adamw), "lion": Optimizer(lion), "muon": Optimizer(muon, muon_multipliers)}
 
 
-OPTIMIZERS: dict[str, Callable[[ModelDef, Numbers, Rate], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "lion": lion,
-}
+def make_optimizer(optim: OptimConfig, model: ModelDef, numbers: Numbers) -> optax.GradientTransformation:
+    """Clipping, the optimiser's direction, decay, the learning rate.
 
+    Of `optim` it reads `name`, `schedule` and `decay_gains`. `numbers` may be traced; the state's form depends on none
+    of them. Where all multipliers of the weights are 1, as in the standard parametrisation, they add no operation.
+    """
+    made = OPTIMIZERS[optim.name]
+    weights = model.map_weights(lambda spec: made.multipliers(model.cfg, spec))
 
-def make_optimizer(name: str, schedule: str, model: ModelDef, numbers: Numbers) -> optax.GradientTransformation:
-    """Clipping, then the optimiser of that name. `numbers` may be traced; its state's form depends on none of them."""
+    def each(fn: Callable[[Multipliers], float]) -> Any:
+        return jax.tree.map(fn, weights)
 
     def rate(count: Array) -> Array:
-        return learning_rate(schedule, numbers, count + 1)  # optax counts from 0, updates from 1
+        return learning_rate(optim.schedule, numbers, count + 1)  # optax counts from 0, updates from 1
 
-    return optax.chain(optax.clip_by_global_norm(numbers.clip_norm), OPTIMIZERS[name](model, numbers, rate))
+    decays = model.map_weights(lambda spec: _decays(spec, optim.decay_gains))
+    return optax.chain(
+        optax.clip_by_global_norm(numbers.clip_norm),
+        optax.chain(
+            # Adam with gradients / c and eps is Adam with eps x c: m / c / (sqrt(v) / c + eps).
+            *_times(each(lambda of: 1 / of.eps)),
+            *made.direction(model, numbers),
+            _decay(numbers.weight_decay, decays, each(lambda of: of.decay)),
+            *_times(each(lambda of: of.lr)),
+            optax.scale_by_learning_rate(rate),
+        ),
+    )
+
+
+def _decays(spec: WeightSpec, gains: tuple[str, ...]) -> bool:
+    return spec.role in DECAYED_ROLES or (spec.role == "norm" and (spec.site in gains or EVERY_GAIN in gains))
+
+
+def _decay(weight_decay: Any, decays: Any, factors: Any) -> optax.GradientTransformation:
+    """Adds weight_decay times each weight's factor times the weight, where it decays."""
+    if all(factor == 1 for factor in jax.tree.leaves(factors)):
+        return optax.add_decayed_weights(weight_decay, mask=decays)
+
+    def add(update: Array, weight: Array, decays: bool, factor: float) -> Array:
+        return update + weight_decay * factor * weight if decays else update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(add, updates, params, decays, factors))
+
+
+def _times(factors: Any) -> list[optax.GradientTransformation]:
+    """Updates times a factor of each weight; nothing where all are 1."""
+    if all(factor == 1 for factor in jax.tree.leaves(factors)):
+        return []
+    return [optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1 else u * f, updates, factors))]
 
 
 def optimizer_shardings(
@@ -73,8 +124,9 @@ def optimizer_shardings(
     """Shardings of the optimiser's state: moments lie as their weights do, counters are replicated."""
     return optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if isinstance(moment, MaskedNode) else sharding,
         jax.eval_shape(optimizer.init, params),
         shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=lambda moment: isinstance(moment, MaskedNode),  # of a weight that another optimiser has
     )

@@ -14,7 +14,6 @@ from spannorm_jax.data.open import say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import count_params, flops_per_token
-from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run import wandb_log
@@ -25,6 +24,7 @@ from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.session import Session, match_machine
 from spannorm_jax.training.step_log import Diverged
+from spannorm_jax.validation import notices
 
 # ---- the start --------------------------------------------------------------------------------
 
@@ -87,12 +87,9 @@ def announce(session: Session, start: dict[str, Any]) -> None:
 
 
 def advise(config: Config) -> None:
-    """Says what is known against a placement with an initialisation."""
-    advice = PLACEMENTS[config.model.placement].not_with.get(config.model.init)
-    if advice:
-        distributed.print_once(
-            f"warning: model.placement={config.model.placement} with model.init={config.model.init}: {advice}"
-        )
+    """Says what a user should know of the config before its results are believed."""
+    for notice in notices(config):
+        distributed.print_once(f"warning: {notice}")
 
 
 def first_state(session: Session, checkpoints: Checkpoints) -> tuple[int, TrainState]:

@@ -184,7 +184,7 @@ def train_step(
     optim = config.optim
     grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks, numbers)
     with jax.named_scope("optimizer"):
-        optimizer = make_optimizer(optim.name, optim.schedule, model, numbers)
+        optimizer = make_optimizer(optim, model, numbers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         router = jax.tree.map(
@@ -254,7 +254,7 @@ class Program:
 def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     """Binds the step functions of a resolved config to a mesh; compiles nothing yet."""
     # Its state alone is made with this one, and that is the same for all numbers.
-    optimizer = make_optimizer(config.optim.name, config.optim.schedule, model, numbers_of(config))
+    optimizer = make_optimizer(config.optim, model, numbers_of(config))
     replicated = NamedSharding(mesh, PartitionSpec())
     batch_sharding = sharding(mesh, ("batch", "time"))
     params = abstract_params(model, mesh)

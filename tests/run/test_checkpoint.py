@@ -190,7 +190,7 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
     params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
     bias = rng.standard_normal((2, 4)).astype(np.float32)
     router = {"moe_blocks": {"ffn": {"bias": bias}}} if balance == "bias" else {}
-    moments = make_optimizer("adamw", "cosine", model, numbers_of(config)).init(params)
+    moments = make_optimizer(config.optim, model, numbers_of(config)).init(params)
     now = TrainState(np.int32(7), params, moments, router)
     sides = {name.split("_")[1]: name for name in params[stack]["norms"]}
 
@@ -234,7 +234,7 @@ def test_a_checkpoint_without_clipping_is_read_behind_it(tmp_path):
     saving = Checkpoints(tmp_path, CheckpointConfig())
     saving.save(7, jax.device_put(TrainState(np.int32(7), params, drawn, {}), SHARDING), {"step": 7})
     saving.close()
-    now = make_optimizer("adamw", "cosine", model, numbers_of(config)).init(params)
+    now = make_optimizer(config.optim, model, numbers_of(config)).init(params)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), TrainState(np.int32(7), params, now, {})
     )

@@ -19,7 +19,7 @@ from spannorm_jax.sweep.expansion import expand, folder_name, identity
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
-        *("rivals", "depth_factor"),
+        *("rivals", "depth_factor", "depth_lr"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -28,7 +28,8 @@ NUMBER = {
     "rivals": 306,
     "depth_factor": 126,
     "depth": 108,
-    "width": 45,
+    "width": 105,
+    "depth_lr": 90,
     "lr": 90,
     "fixed_budget": 54,
     "init_targets": 18,

@@ -27,6 +27,7 @@ SHAPES = {
 }
 SHAPES["cosine"] = SHAPES["dense"] | {"optim__schedule": "cosine"}
 SHAPES["aux_loss"] = SHAPES["dense"] | {"model__moe__num_experts": 4, "model__moe__balance": "aux_loss"}
+SHAPES["muon"] = SHAPES["dense"] | {"optim__name": "muon"}
 SHAPES["bias"] = SHAPES["aux_loss"] | {"model__moe__balance": "bias"}
 CASES = [
     ("dense", "optim__lr", 0.01),
@@ -37,6 +38,7 @@ CASES = [
     ("dense", "optim__final_lr_fraction", 0.5),
     ("dense", "optim__b1", 0.8),
     ("dense", "optim__b2", 0.9),
+    ("muon", "optim__muon_momentum", 0.5),
     ("dense", "optim__eps", 1e-2),
     ("dense", "optim__weight_decay", 0.0),
     ("dense", "optim__clip_norm", 1.0),
@@ -54,7 +56,7 @@ def program(shape):
 
 
 def final_params(shape, numbers):
-    state = start(program(shape), program(shape).init(0).params)
+    state = program(shape).init(0)
     for update in range(1, 6):
         state, metrics = program(shape).train(state, batch(update), numbers)
     assert np.isfinite(metrics["scalars"]["loss"])

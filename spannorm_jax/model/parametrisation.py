@@ -1,0 +1,195 @@
+"""Parametrisations: what changes with width and depth, so that what was tuned at a base size holds at another.
+
+A parametrisation is two functions: of a weight's declaration (cfg, WeightSpec) -> `Multipliers`, and of the model
+(cfg) -> `Forward`. Both are 1 everywhere at the base size, where each parametrisation is `standard` bit for bit.
+
+Notation: m = width / base_width, l = depth / base_depth, a = `depth_exponent`. Matrices are the weights that map the
+width to something: roles hidden, expert and router. Multipliers are for optimisers whose updates have entries of one
+size (AdamW, Lion); Muon's learning rates are `training/muon.py`'s.
+
+An initialisation is asked for the BASE size (`at_base`), and the parametrisation goes on from there. So a factor of
+depth that an initialisation has (ScaleInit's sqrt(c / n), GPT-2's 1 / sqrt(2L)) is under `completep` that of the base
+depth, one number at all depths, and depth is counted once: by the multiplier of the branches. `mup` and `everett`
+say nothing of depth, and leave the initialisation's own factor in force.
+
+Heads: the presets add heads of one size when the width grows, so attention logits q.k / sqrt(K) keep their size. Where
+heads grow instead (`base_head_dim`), muP's rule q.k / K is met at the base: q.k / sqrt(K) times sqrt(K0 / K).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.placement import PLACEMENTS
+
+if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
+    from spannorm_jax.model.weights import WeightSpec
+
+MATRICES = ("hidden", "expert", "router")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Of one weight: std at the start, learning rate, coefficient of decay (beside that of its rate), AdamW's eps."""
+
+    init: float = 1.0
+    lr: float = 1.0
+    decay: float = 1.0
+    eps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Of the model: what enters from a tied embedding, each branch that is added to the stream, attention logits,
+    output logits."""
+
+    embedding: float = 1.0
+    branch: float = 1.0
+    attention: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
+class Parametrisation:
+    """The two functions, and the base sizes that they read (`width`, `depth`)."""
+
+    weight: Callable[[ModelConfig, "WeightSpec"], Multipliers]
+    forward: Callable[[ModelConfig], Forward]
+    base: tuple[str, ...] = ()
+
+
+def _width_ratio(cfg: ModelConfig) -> float:
+    return cfg.width / cfg.base_width
+
+
+def _depth_ratio(cfg: ModelConfig) -> float:
+    return cfg.depth / cfg.base_depth
+
+
+# ---- the table --------------------------------------------------------------------------------------
+
+
+def _mup_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
+    """muP for Adam (Yang et al. 2022, arXiv 2203.03466, table 8): a matrix's variance and learning rate / m.
+
+    Decay is x m where the rate is / m: their product, by which a weight shrinks, stays. A gradient's entries are / m,
+    and eps with them (Dey et al. 2025, arXiv 2505.01618, table 1). Embeddings, gains and the output matrix, whose
+    variance stays, since its product is / m (`_mup_forward`), have the base's rate.
+    """
+    m = _width_ratio(cfg)
+    if spec.role in MATRICES:
+        return Multipliers(init=m**-0.5, lr=1 / m, decay=m, eps=1 / m)
+    return Multipliers(eps=1 / m)
+
+
+def _mup_forward(cfg: ModelConfig) -> Forward:
+    """Output logits / m; attention logits by 1 / K. A tied embedding keeps the base's std, and so its lookup the base's
+    factor sqrt(base_width), where the width's own would let the stream grow by sqrt(m)."""
+    m = _width_ratio(cfg)
+    head_dim = cfg.width // cfg.num_heads
+    attention = ((cfg.base_head_dim or head_dim) / head_dim) ** 0.5
+    return Forward(embedding=m**-0.5, attention=attention, logits=1 / m)
+
+
+def _everett_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
+    """Standard parametrisation with a learning rate for each layer (Everett et al. 2024, arXiv 2407.05872, Adam with
+    full alignment): matrices and the head have variance 1 / n and rate 1 / n, embeddings and gains the base's rate.
+
+    The head's variance stays 1 / n, so the gradient's entries are m^-1/2 of the base's but for the head's own; eps goes
+    with them. A tied embedding goes by the head's rule, and as a lookup moves by m^-1/2 less than the base's: no one
+    rate serves both.
+    """
+    m = _width_ratio(cfg)
+    if spec.role in (*MATRICES, "output"):
+        return Multipliers(init=m**-0.5, lr=1 / m, decay=m, eps=1.0 if spec.role == "output" else m**-0.5)
+    return Multipliers(eps=m**-0.5)
+
+
+def _completep_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
+    """CompleteP (Dey et al. 2025, arXiv 2505.01618, table 1): muP, and in the blocks rate x l^(a-1), eps x l^-a."""
+    of_width = _mup_weight(cfg, spec)
+    if not spec.layers:
+        return of_width
+    l, a = _depth_ratio(cfg), cfg.depth_exponent
+    return dataclasses.replace(of_width, lr=of_width.lr * l ** (a - 1), eps=of_width.eps * l**-a)
+
+
+def _completep_forward(cfg: ModelConfig) -> Forward:
+    """muP's, and each branch that is added to the stream times l^-a."""
+    return dataclasses.replace(_mup_forward(cfg), branch=_depth_ratio(cfg) ** -cfg.depth_exponent)
+
+
+PARAMETRISATIONS = {
+    "standard": Parametrisation(lambda cfg, spec: Multipliers(), lambda cfg: Forward()),
+    "mup": Parametrisation(_mup_weight, _mup_forward, base=("width",)),
+    "everett": Parametrisation(_everett_weight, lambda cfg: Forward(), base=("width",)),
+    "completep": Parametrisation(_completep_weight, _completep_forward, base=("width", "depth")),
+}
+
+
+def multipliers(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
+    """Those of one weight of a model."""
+    return PARAMETRISATIONS[cfg.parametrisation].weight(cfg, spec)
+
+
+def forward(cfg: ModelConfig) -> Forward:
+    """Those of a model."""
+    return PARAMETRISATIONS[cfg.parametrisation].forward(cfg)
+
+
+# ---- the base ---------------------------------------------------------------------------------------
+
+
+def base_config(cfg: ModelConfig) -> ModelConfig:
+    """The config that an initialisation sees: of the base's width and depth, as far as the parametrisation reads it."""
+    read = PARAMETRISATIONS[cfg.parametrisation].base
+    return dataclasses.replace(cfg, **{size: getattr(cfg, f"base_{size}") for size in read})
+
+
+def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightSpec"]:
+    """The config and declaration that an initialisation sees: of the base size, as far as the parametrisation reads it.
+
+    A fan that is a number of units of the width's kind is / m; what a lookup sums, and tokens or experts, stay.
+    """
+    if "width" in PARAMETRISATIONS[cfg.parametrisation].base:
+        m = _width_ratio(cfg)
+        if spec.role in (*MATRICES, "output"):
+            spec = dataclasses.replace(spec, fan_in=spec.fan_in / m)
+        if spec.role in ("embedding", "hidden", "expert"):
+            spec = dataclasses.replace(spec, fan_out=spec.fan_out / m)
+    return base_config(cfg), spec
+
+
+# ---- branches ---------------------------------------------------------------------------------------
+
+
+def multiplied_branches(cfg: ModelConfig, attn: Any, ffn: Any, norms: Any) -> tuple[Any, Any, Any]:
+    """A block's sub-layers and norms, where each branch that is added to the stream is times `Forward.branch`.
+
+    Which those are the placement says (`Placement.additions`): SpanNorm's attention is none, since it reaches the
+    stream through the feed-forward alone. A branch that ends in a norm takes the multiplier after it.
+    """
+    factor = forward(cfg).branch
+    if factor == 1:
+        return attn, ffn, norms
+    placement = PLACEMENTS[cfg.placement]
+    after_norm = {size for size in placement.additions.values() if size in placement.block_norms}
+    own = {branch for branch, size in placement.additions.items() if size not in after_norm}
+
+    def times(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda x: layer(x) * factor
+
+    attn, ffn = (times(layer) if name in own else layer for name, layer in (("attn", attn), ("ffn", ffn)))
+    return attn, ffn, _Multiplied(norms, {name: times(getattr(norms, name)) for name in after_norm})
+
+
+class _Multiplied:
+    """Norms, some of them replaced."""
+
+    def __init__(self, norms: Any, replaced: dict[str, Any]):
+        self._norms, self._replaced = norms, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return self._replaced.get(name) or getattr(self._norms, name)
