@@ -9,6 +9,7 @@ from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.block import Block
+from spannorm_jax.model.kernels.cpu import linear
 from spannorm_jax.model.layers import Norms, rotary_angles
 from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.placement import PLACEMENTS
@@ -83,6 +84,8 @@ class Decoder(nnx.Module):
         """(..., D) -> (..., V) in float32, whatever the compute dtype."""
         with jax.named_scope("head"):
             matrix = self.head_matrix().astype(features.dtype)
+            if features.dtype == jnp.float32:
+                return linear(features, matrix)
             return jnp.matmul(features, matrix, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BxT: Array) -> Array:
