@@ -10,7 +10,8 @@ With XLA's attention in its place a step of configs/throughput.py takes 1.17 tim
 to 1.33), by `experiments.benchmarks.kernels` (experiments/results/throughput/cpu-kernels.json).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 SAVED = "attention"  # what remat must keep of the forward pass, so as not to repeat it: output and log-sum-exp
-_BLOCK, _MAX_BLOCKS = 64, 8  # query positions a block, at least, as far as the unrolled blocks stay few
+_ROWS, _MAX_SPANS = 64, 8  # query positions a block, at least; loops over blocks, each with the keys up to its end
 
 
 @jax.custom_vjp
@@ -27,25 +28,24 @@ def blocked_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> A
     return _forward(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)[0]
 
 
-def _blocks(T: int) -> Iterator[tuple[int, int]]:
-    size = -(-T // min(max(T // _BLOCK, 1), _MAX_BLOCKS))
-    return ((start, min(start + size, T)) for start in range(0, T, size))  # the last may be shorter
+def _spans(T: int) -> tuple[int, list[tuple[int, int]]]:
+    """Rows of a block, and spans of whole blocks; the last span may reach beyond T."""
+    blocks = max(T // _ROWS, 1)
+    rows = -(-T // blocks)
+    size = rows * -(-blocks // _MAX_SPANS)
+    return rows, [(start, min(start + size, rows * blocks)) for start in range(0, T, size)]
 
 
-def _by_head(x_BxTxHxK: Array, groups: int) -> Array:
+def _by_head(x_BxTxHxK: Array, groups: int, length: int) -> Array:
+    """(B, G, R, length, K), with zeros after the last position."""
     B, T, H, K = x_BxTxHxK.shape
-    return x_BxTxHxK.reshape(B, T, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
+    x = jnp.pad(x_BxTxHxK, ((0, 0), (0, length - T), (0, 0), (0, 0)))
+    return x.reshape(B, length, groups, H // groups, K).transpose(0, 2, 3, 1, 4)
 
 
-def _by_time(x_BxGxRxTxK: Array) -> Array:
-    B, G, R, T, K = x_BxGxRxTxK.shape
-    return x_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, G * R, K)
-
-
-def _rows(x_BxGxRxT: Array, start: int, end: int) -> Array:
-    """The positions start..end of all query heads of a group, as rows: (B, G, R (end - start), ...)."""
-    B, G, R, *_ = x_BxGxRxT.shape
-    return x_BxGxRxT[:, :, :, start:end].reshape(B, G, R * (end - start), *x_BxGxRxT.shape[4:])
+def _by_time(x_BxGxRxTxK: Array, T: int) -> Array:
+    B, G, R, length, K = x_BxGxRxTxK.shape
+    return x_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, length, G * R, K)[:, :T]
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
@@ -54,51 +54,95 @@ def _dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def _for_blocks(
+    step: Callable[..., tuple[Any, Any]], carry: Any, rows: int, span: tuple[int, int], *arrays: Array
+) -> tuple[Any, Any]:
+    """`step(carry, positions, *blocks)` for each block of the span in turn; what it returns beside the carry is joined.
+
+    Arrays are (B, G, R, T, ...); a block is (B, G, R rows, ...), its positions (R rows,).
+    """
+    start, end = span
+    B, G, R = arrays[0].shape[:3]
+    count = (end - start) // rows
+
+    def split(x: Array) -> Array:
+        x = x[:, :, :, start:end].reshape(B, G, R, count, rows, *x.shape[4:])
+        return jnp.moveaxis(x, 3, 0).reshape(count, B, G, R * rows, *x.shape[5:])
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(count, B, G, R, rows, *x.shape[4:]), 0, 3)
+        return x.reshape(B, G, R, end - start, *x.shape[5:])
+
+    def body(carry: Any, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+        first, *blocks = xs
+        return step(carry, first + jnp.tile(jnp.arange(rows), R), *blocks)
+
+    xs = (jnp.arange(start, end, rows), *map(split, arrays))
+    carry, found = jax.lax.scan(body, carry, xs, unroll=count == 1)
+    return carry, jax.tree.map(join, found)
+
+
 def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Array, tuple[Array, ...]]:
-    K, G = q_BxTxHxK.shape[-1], k_BxTxGxK.shape[2]
-    q = _by_head(q_BxTxHxK * K**-0.5, G)
+    _, T, _, K = q_BxTxHxK.shape
+    G = k_BxTxGxK.shape[2]
+    rows, spans = _spans(T)
+    q = _by_head(q_BxTxHxK * K**-0.5, G, spans[-1][1])
     k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
-    B, _, R, T, _ = q.shape
-    outs, log_sums = [], []
-    for start, end in _blocks(T):
-        logits = _dot(_rows(q, start, end), k[:, :, :end], over=(3, 3))
-        seen = jnp.tile(jnp.arange(start, end), R)[:, None] >= jnp.arange(end)
-        logits = jnp.where(seen, logits, -jnp.inf)
+
+    def attend(kv: tuple[Array, Array], positions: Array, queries: Array) -> tuple[Any, tuple[Array, Array]]:
+        keys_turned, values = kv
+        logits = _dot(queries, keys_turned, over=(3, 2))
+        logits = jnp.where(positions[:, None] >= jnp.arange(values.shape[2]), logits, -jnp.inf)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _dot(weights.astype(v.dtype), v[:, :, :end], over=(3, 2)) / total
-        outs.append(out.astype(v.dtype).reshape(B, G, R, end - start, K))
-        log_sums.append((largest + jnp.log(total)).reshape(B, G, R, end - start))
-    out_BxTxHxK = checkpoint_name(_by_time(jnp.concatenate(outs, axis=3)), SAVED)
-    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), SAVED)
+        out = _dot(weights.astype(values.dtype), values, over=(3, 2)) / total
+        return kv, (out.astype(values.dtype), (largest + jnp.log(total))[..., 0])
+
+    found = []
+    for span in spans:
+        seen = (k[:, :, : span[1]].swapaxes(2, 3), v[:, :, : span[1]])
+        found.append(_for_blocks(attend, seen, rows, span, q)[1])
+    out, log_sum = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
+    out_BxTxHxK = checkpoint_name(_by_time(out, T), SAVED)
+    log_sum = checkpoint_name(log_sum, SAVED)
     return out_BxTxHxK, (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum)
 
 
 def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Array, Array]:
     q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum = residuals
-    K, G = q_BxTxHxK.shape[-1], k_BxTxGxK.shape[2]
-    q, g = _by_head(q_BxTxHxK * K**-0.5, G), _by_head(g_BxTxHxK, G)
+    _, T, _, K = q_BxTxHxK.shape
+    G = k_BxTxGxK.shape[2]
+    rows, spans = _spans(T)
+    length = spans[-1][1]
+    q, g = _by_head(q_BxTxHxK * K**-0.5, G, length), _by_head(g_BxTxHxK, G, length)
     k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
-    B, _, R, T, _ = q.shape
     # The gradient through the softmax's denominator: one number a query.
     shared_BxTxH = jnp.sum(g_BxTxHxK.astype(jnp.float32) * out_BxTxHxK.astype(jnp.float32), axis=-1)
-    shared = _by_head(shared_BxTxH[..., None], G)[..., 0]
-    dq = []
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for start, end in _blocks(T):
-        q_now, g_now = _rows(q, start, end), _rows(g, start, end)
-        logits = _dot(k[:, :, :end], q_now, over=(3, 3))
-        seen = jnp.arange(end)[:, None] <= jnp.tile(jnp.arange(start, end), R)
-        weights = jnp.where(seen, jnp.exp(logits - _rows(log_sum, start, end)[:, :, None]), 0)
-        dweights = _dot(v[:, :, :end], g_now, over=(3, 3))
-        dlogits = (weights * (dweights - _rows(shared, start, end)[:, :, None])).astype(k.dtype)
-        dv = dv.at[:, :, :end].add(_dot(weights.astype(v.dtype), g_now, over=(3, 2)))
-        dk = dk.at[:, :, :end].add(_dot(dlogits, q_now, over=(3, 2)))
-        dq_now = _dot(k[:, :, :end], dlogits, over=(2, 2)).swapaxes(2, 3)
-        dq.append(dq_now.reshape(B, G, R, end - start, K))
+    shared = _by_head(shared_BxTxH[..., None], G, length)[..., 0]
+
+    def attend(
+        carry: tuple[Array, ...], positions: Array, queries: Array, gs: Array, log_sum: Array, shared: Array
+    ) -> tuple[tuple[Array, ...], Array]:
+        dk, dv, keys, keys_turned, values = carry
+        end = keys.shape[2]
+        logits = _dot(keys, queries, over=(3, 3))
+        weights = jnp.where(jnp.arange(end)[:, None] <= positions, jnp.exp(logits - log_sum[:, :, None]), 0)
+        dweights = _dot(values, gs, over=(3, 3))
+        dlogits = (weights * (dweights - shared[:, :, None])).astype(keys.dtype)
+        dv = dv.at[:, :, :end].add(_dot(weights.astype(values.dtype), gs, over=(3, 2)))
+        dk = dk.at[:, :, :end].add(_dot(dlogits, queries, over=(3, 2)))
+        dq = _dot(keys_turned, dlogits, over=(3, 2)).swapaxes(2, 3)
+        return (dk, dv, keys, keys_turned, values), dq
+
+    dk, dv, found = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
+    for span in spans:
+        keys, values = k[:, :, : span[1]], v[:, :, : span[1]]
+        carry = (dk, dv, keys, keys.swapaxes(2, 3), values)
+        (dk, dv, *_), dq = _for_blocks(attend, carry, rows, span, q, g, log_sum, shared)
+        found.append(dq)
     return (
-        _by_time(jnp.concatenate(dq, axis=3) * K**-0.5).astype(q.dtype),
+        _by_time(jnp.concatenate(found, axis=3) * K**-0.5, T).astype(q.dtype),
         dk.swapaxes(1, 2).astype(k.dtype),
         dv.swapaxes(1, 2).astype(v.dtype),
     )
