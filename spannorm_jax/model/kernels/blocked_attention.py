@@ -1,16 +1,18 @@
 """Causal attention in blocks of queries, in plain JAX: what a CPU runs best.
 
-Each block of queries meets the keys up to its own end, so that half of the square is never computed. As in
+Each block of queries meets the keys up to the end of its span, so that half of the square is never computed. There are
+eight spans at most, and a loop over the blocks of each: a block's size is fixed, so memory is linear in time. As in
 FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4), backward makes the weights again from the log-sum-exp
-of each query's logits: what is kept is linear in time. Arrays are (B, G, R, T, K) inside: R = H / G query heads share
-a key-value head. Logits of backward are transposed, (keys, queries), because two of its three large matmuls then
-read them as they lie.
+of each query's logits. Arrays are (B, G, R, T, K) inside: R = H / G query heads share a key-value head, and a block's
+rows are the positions of all R. Logits of backward are transposed, (keys, queries), because two of its three large
+matmuls then read them as they lie.
 
 With XLA's attention in its place a step of configs/throughput.py takes 1.17 times as long on two CPU cores (95%: 1.10
 to 1.33), by `experiments.benchmarks.kernels` (experiments/results/throughput/cpu-kernels.json).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,20 +91,19 @@ def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Arra
     q = _by_head(q_BxTxHxK * K**-0.5, G, spans[-1][1])
     k, v = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
 
-    def attend(kv: tuple[Array, Array], positions: Array, queries: Array) -> tuple[Any, tuple[Array, Array]]:
-        keys_turned, values = kv
-        logits = _dot(queries, keys_turned, over=(3, 2))
+    def attend(keys: Array, values: Array, _: None, positions: Array, queries: Array) -> tuple[None, Any]:
+        logits = _dot(queries, keys, over=(3, 3))
         logits = jnp.where(positions[:, None] >= jnp.arange(values.shape[2]), logits, -jnp.inf)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _dot(weights.astype(values.dtype), values, over=(3, 2)) / total
-        return kv, (out.astype(values.dtype), (largest + jnp.log(total))[..., 0])
+        return None, (out.astype(values.dtype), (largest + jnp.log(total))[..., 0])
 
     found = []
     for span in spans:
-        seen = (k[:, :, : span[1]].swapaxes(2, 3), v[:, :, : span[1]])
-        found.append(_for_blocks(attend, seen, rows, span, q)[1])
+        step = partial(attend, k[:, :, : span[1]], v[:, :, : span[1]])
+        found.append(_for_blocks(step, None, rows, span, q)[1])
     out, log_sum = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
     out_BxTxHxK = checkpoint_name(_by_time(out, T), SAVED)
     log_sum = checkpoint_name(log_sum, SAVED)
@@ -122,9 +123,16 @@ def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Ar
     shared = _by_head(shared_BxTxH[..., None], G, length)[..., 0]
 
     def attend(
-        carry: tuple[Array, ...], positions: Array, queries: Array, gs: Array, log_sum: Array, shared: Array
-    ) -> tuple[tuple[Array, ...], Array]:
-        dk, dv, keys, keys_turned, values = carry
+        keys: Array,
+        values: Array,
+        dkv: tuple[Array, Array],
+        positions: Array,
+        queries: Array,
+        gs: Array,
+        log_sum: Array,
+        shared: Array,
+    ) -> tuple[tuple[Array, Array], Array]:
+        dk, dv = dkv
         end = keys.shape[2]
         logits = _dot(keys, queries, over=(3, 3))
         weights = jnp.where(jnp.arange(end)[:, None] <= positions, jnp.exp(logits - log_sum[:, :, None]), 0)
@@ -132,15 +140,16 @@ def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Ar
         dlogits = (weights * (dweights - shared[:, :, None])).astype(keys.dtype)
         dv = dv.at[:, :, :end].add(_dot(weights.astype(values.dtype), gs, over=(3, 2)))
         dk = dk.at[:, :, :end].add(_dot(dlogits, queries, over=(3, 2)))
-        dq = _dot(keys_turned, dlogits, over=(3, 2)).swapaxes(2, 3)
-        return (dk, dv, keys, keys_turned, values), dq
+        dq = _dot(keys, dlogits, over=(2, 2)).swapaxes(2, 3)
+        return (dk, dv), dq
 
-    dk, dv, found = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
+    dkv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    found = []
     for span in spans:
-        keys, values = k[:, :, : span[1]], v[:, :, : span[1]]
-        carry = (dk, dv, keys, keys.swapaxes(2, 3), values)
-        (dk, dv, *_), dq = _for_blocks(attend, carry, rows, span, q, g, log_sum, shared)
+        step = partial(attend, k[:, :, : span[1]], v[:, :, : span[1]])
+        dkv, dq = _for_blocks(step, dkv, rows, span, q, g, log_sum, shared)
         found.append(dq)
+    dk, dv = dkv
     return (
         _by_time(jnp.concatenate(found, axis=3) * K**-0.5, T).astype(q.dtype),
         dk.swapaxes(1, 2).astype(k.dtype),
