@@ -9,6 +9,7 @@ from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.block import Block
+from spannorm_jax.model.kernels.cpu import linear
 from spannorm_jax.model.layers import Norms, rotary_angles
 from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.parametrisation import forward
@@ -85,6 +86,8 @@ class Decoder(nnx.Module):
         with jax.named_scope("head"):
             matrix, multiplier = self.head_matrix().astype(features.dtype), forward(self.cfg).logits
             features = features if multiplier == 1 else features * multiplier
+            if features.dtype == jnp.float32:
+                return linear(features, matrix)
             return jnp.matmul(features, matrix, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BxT: Array) -> Array:

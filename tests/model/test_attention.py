@@ -33,8 +33,8 @@ def inputs(T, scale=1.0):
     return [scale * rng.standard_normal((B, T, heads, K)) for heads in (H, G, G)]
 
 
-# 1: nothing to mask; 37: one block; 128 and 192: two and three blocks; 600: eight of 75; 131 and 577, which are primes:
-# two blocks and eight, the last one shorter.
+# 1: nothing to mask; 37: one block; 128 and 192: two and three blocks; 131, a prime: two blocks, of which the last is
+# padded; 577, a prime, and 600: loops over nine blocks, two at a time, padded.
 LENGTHS = [1, 37, 128, 131, 192, 577, 600]
 
 
@@ -48,7 +48,7 @@ def test_output(name, T):
     np.testing.assert_allclose(out, reference(q, k, v), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "T"), [*((n, 128) for n in IMPLEMENTATIONS), ("blocked", 197)])
+@pytest.mark.parametrize(("name", "T"), [*((n, 128) for n in IMPLEMENTATIONS), ("blocked", 197), ("blocked", 577)])
 def test_gradients(name, T):
     exact, rng = inputs(T), np.random.default_rng(0)
     cotangent = rng.standard_normal(exact[0].shape)
@@ -63,6 +63,17 @@ def test_gradients(name, T):
         difference = np.sum((reference(*moved[0]) - reference(*moved[1])) * cotangent) / 2e-5
         # Terms of both signs: the error is float32's of the largest partial sum, largest seen 6.8e-6.
         assert np.vdot(np.float64(grad), direction) == pytest.approx(difference, abs=3e-5, rel=0)
+
+
+def test_memory_of_blocks_is_linear_in_time():
+    """The logits of a whole square, or of an eighth of one, would be four times as many at twice the length."""
+
+    def temporaries(T):
+        x = jax.ShapeDtypeStruct((1, T, 1, K), jnp.float32)
+        grad = jax.grad(lambda *x: jnp.sum(attention(*x, "blocked")), (0, 1, 2))
+        return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.2 * temporaries(2048)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

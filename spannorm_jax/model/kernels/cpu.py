@@ -33,8 +33,13 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     dx = jax.lax.dot_general(g, w, ((tuple(range(x.ndim - 1, g.ndim)), outputs), ((), ())))
     over_batch = ((batch, batch), ((), ()))
     if w.shape[0] <= math.prod(w.shape[1:]):
-        return dx, jax.lax.dot_general(x, g, over_batch)
-    return dx, jnp.moveaxis(jax.lax.dot_general(g, x, over_batch), -1, 0)
+        return dx, _untransposed(jax.lax.dot_general(x, g, over_batch))
+    return dx, jnp.moveaxis(_untransposed(jax.lax.dot_general(g, x, over_batch)), -1, 0)
+
+
+def _untransposed(product: Array) -> Array:
+    """Keeps a CPU's compiler from folding a later transpose into the product, which then takes its slow path."""
+    return jax.lax.optimization_barrier(product) if jax.default_backend() == "cpu" else product
 
 
 linear.defvjp(_linear_forward, _linear_backward)
