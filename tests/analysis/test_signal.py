@@ -24,7 +24,8 @@ T, B, DEPTH, WIDTH, VOCAB = 6, 2, 3, 8, 11
 TINY = {"depth": DEPTH, "width": WIDTH, "num_heads": 2, "num_kv_heads": 2, "ffn_dim": 12, "vocab_size": VOCAB}
 TINY |= {"dtype": "float32", "rope_theta": 20.0, "norm_eps": 1e-2, "init": "plain", "mix_share": reference.MIX_SHARE}
 MIXED = MoEConfig(num_experts=4, expert_dim=6, num_shared=1, every=2, first_dense=1, balance="bias", scores="sigmoid")
-# Those whose Jacobians are taken whole: post-type, a spanning skip, normed branches, two streams, a choice by block.
+# Of these all groups are measured, of the others what looks into a block: the rest knows no placement, and compiling
+# it for each would take minutes. Post-type, a spanning skip, normed branches, two streams, a choice by block.
 SOME = ("post", "span", "peri", "siamese", "mix")
 PROBES = 300  # of 96 numbers each: means of squares have standard errors of about 1%
 
@@ -52,7 +53,8 @@ FIT = tokens(rows=12, seed=2)
 
 
 @functools.cache
-def found(placement, probes=PROBES, only=GROUPS, **changes):
+def found(placement, probes=PROBES, **changes):
+    only = GROUPS if placement in ("pre", *SOME) else ("forward",)
     return measure(tiny(placement, **changes), tokens(), FIT, Settings(probes=probes, blocks=0, only=only))
 
 
@@ -355,7 +357,7 @@ def test_the_change_by_one_update():
         assert got["update_stream_change"][layer] == pytest.approx(change, rel=1e-3)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "span", "span_raw", "residual"])
+@pytest.mark.parametrize("placement", ["pre", "post", "span"])
 def test_a_block_is_skipped_as_if_it_were_deleted(placement):
     """Against the model without it, of placements whose blocks know neither their index nor the depth."""
     what, got = tiny(placement), found(placement)
@@ -369,7 +371,7 @@ def test_a_block_is_skipped_as_if_it_were_deleted(placement):
         assert got["skip_loss_change"][layer] == pytest.approx(change, abs=2e-5)
 
 
-@pytest.mark.parametrize("placement", ["mix", "siamese", "keel"])
+@pytest.mark.parametrize("placement", ["mix", "siamese"])
 def test_the_other_blocks_keep_their_index_when_one_is_skipped(placement):
     what, got = tiny(placement), found(placement)
     for layer in range(DEPTH):
