@@ -56,6 +56,12 @@ class Results:
         bad = [f"{n} of {len(rows)} {kind}" for kind in ("stalled", "diverged") if (n := kinds.count(kind))]
         return f"{text} ({', '.join(bad)})" if bad else text
 
+    def each(self, placement: str, init: str) -> str:
+        """Losses of the seeds in their order: 2.66, 2.77 and 2.71."""
+        rows = sorted(self.rows(placement=placement, init=init), key=lambda row: row.seed)
+        *first, last = (f"{row.bits_per_byte:.2f}" if row.bits_per_byte else row.outcome.kind for row in rows)
+        return f"{', '.join(first)} and {last}" if first else last
+
     def table(self, down: str, across: str, columns: dict[str, dict[str, Any]] | None = None, **fixed: Any) -> str:
         """A line a value of `down`, a column a value of `across`, or one each of `columns`: name -> values of Row."""
         values = list(dict.fromkeys(getattr(row, down) for row in self._ordered(down)))
