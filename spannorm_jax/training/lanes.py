@@ -262,9 +262,9 @@ def _read(lanes: Sequence[Lane], turn: int, metrics: Any, measures: dict[int, An
 
 
 def _measure(program: LaneProgram, session: Session, lane: Lane, state: TrainState, i: int) -> dict[str, float]:
-    """The held-out loss of a lane; `session` is the one whose program measures for all."""
+    """The held-out loss of a lane, on its own data; `session` is the one whose program measures for all."""
     own = program.take(state, i)
-    return held_out(lane.config, session.mesh, session.program.evaluate, session.data, own.params, own.router)
+    return held_out(lane.config, session.mesh, session.program.evaluate, lane.session.data, own.params, own.router)
 
 
 def _batches(program: LaneProgram, lanes: Sequence[Lane], turns: int) -> Batches:
