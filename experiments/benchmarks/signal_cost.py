@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.signal_cost --config configs/throughput.py --json cpu-signal.json
 
-Prints and records the step with `log_z`, `clip_factor` and `update_ratio` over the same step without, in turn, the
+Prints and records the step with `log_z`, `clip_factor` and `update_norm` over the same step without, in turn, the
 forward program over it, and both together as a share of the step at metrics.signal_every: by the clock, and by the
 process's CPU time, which a busy machine disturbs less.
 """
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         step, each = got["step_over_without"], got["forward_over_step"]
         print(
             f"{clock} time: step {got['step_s']:.3f} s, {step['median']:.4f} ({step['low']} to {step['high']}) times "
-            f"one without; forward program {each['median']:.3f} steps: {got['share']:.2%} at every {record['every']} steps"
+            f"one without; forward program {each['median']:.3f} steps: {got['share']:.2%} at {record['every']}"
         )
     write_record(args.json, "experiments.benchmarks.signal_cost", argv, data, config, record)
     return 0

@@ -1,6 +1,6 @@
 """Early warnings of the forward pass, as docs/signal.md defines them: a program of its own, which few steps call.
 
-The train step stays as it is, and so does its speed. A forward pass without a loss is about a fourth of a step.
+What a step adds of its own is the norm of its update, which nothing else sees.
 """
 
 from collections import OrderedDict
@@ -15,14 +15,29 @@ from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.kernels.attention_logits import largest_logit
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import over_blocks
+from spannorm_jax.model.stack import STACKS, over_blocks
+
+
+def squares(tree: Any, keep: int) -> Array | int:
+    """Sum of squares over all axes of all leaves, but for the first `keep`."""
+    return sum(jnp.sum(jnp.square(x), axis=tuple(range(keep, x.ndim))) for x in jax.tree.leaves(tree))
+
+
+def block_squares(model: ModelDef, tree: Any) -> Array:
+    """(L,): the same of each block, of a tree shaped like the parameters."""
+    blocks = jnp.zeros(model.cfg.depth)
+    for name in STACKS.values():
+        if name in tree:
+            layers = model.weights[name]["attn"]["q"].layers
+            blocks = blocks.at[jnp.array(layers)].set(squares(tree[name], keep=1))
+    return blocks
 
 
 def forward_signal(
     model: ModelDef, num_microbatches: int, params: Any, router: Any, tokens_BxT1: Array
 ) -> dict[str, Array]:
-    """Of each block, (L,): `stream_rms` of what leaves it (of two streams the first), and
-    `attention_logit_max`; over the first microbatch, which takes no more memory than a step's.
+    """Of each block, (L,): `weight_norm`; and of the first microbatch, which takes no more memory than a step's,
+    `stream_rms` of what leaves the block (of two streams the first) and `attention_logit_max`.
 
     Logits are computed from queries and keys a second time, since the kernels that run do not return them.
     """
@@ -46,4 +61,8 @@ def forward_signal(
 
     stream = PLACEMENTS[cfg.placement].enter(decoder.embeddings(tokens), decoder.ends)
     _, found, _ = over_blocks(decoder.stacks, cfg, decoder.execution, step, stream, None)
-    return OrderedDict(stream_rms=found["rms"], attention_logit_max=found["logit"])
+    return OrderedDict(
+        weight_norm=jnp.sqrt(block_squares(model, params)),
+        stream_rms=found["rms"],
+        attention_logit_max=found["logit"],
+    )

@@ -25,7 +25,7 @@ from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
-from spannorm_jax.training.signal import forward_signal
+from spannorm_jax.training.signal import block_squares, forward_signal, squares
 
 # ---- loss -------------------------------------------------------------------------------------
 
@@ -143,25 +143,10 @@ def gradients(
         return jax.tree.map(lambda g: g / sums["count"], grads), sums
 
 
-def _squares(tree: Any, keep: int) -> Array | int:
-    """Sum of squares over all axes of all leaves, but for the first `keep`."""
-    return sum(jnp.sum(jnp.square(x), axis=tuple(range(keep, x.ndim))) for x in jax.tree.leaves(tree))
-
-
-def _block_squares(model: ModelDef, tree: Any) -> Array:
-    """(L,): the same of each block, of a tree shaped like the parameters."""
-    blocks = jnp.zeros(model.cfg.depth)
-    for name in STACKS.values():
-        if name in tree:
-            layers = model.weights[name]["attn"]["q"].layers
-            blocks = blocks.at[jnp.array(layers)].set(_squares(tree[name], keep=1))
-    return blocks
-
-
 def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str, Array]]:
     """Norms before clipping: of the gradient, of each block's (L,), of each part outside blocks."""
-    blocks = _block_squares(model, grads)
-    others = {name: _squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
+    blocks = block_squares(model, grads)
+    others = {name: squares(g, keep=0) for name, g in grads.items() if name not in STACKS.values()}
     total = jnp.sqrt(jnp.sum(blocks) + sum(others.values()))
     return total, jnp.sqrt(blocks), {name: jnp.sqrt(s) for name, s in others.items()}
 
@@ -206,9 +191,7 @@ def train_step(
             ),
             "per_moe_block": router_metrics(sums["router"]) if "router" in sums else {},
             "per_block": OrderedDict(block_grad_norm=block_grad_norm),
-            "signal": OrderedDict(
-                update_ratio=jnp.sqrt(_block_squares(model, updates) / _block_squares(model, state.params))
-            ),
+            "signal": OrderedDict(update_norm=jnp.sqrt(block_squares(model, updates))),
             "diagnosis": {"other_grad_norm": other_grad_norm},
         }
     return TrainState(step, params, opt_state, router), metrics

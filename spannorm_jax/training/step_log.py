@@ -140,7 +140,8 @@ class StepLog:
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
             line |= values["per_block"]
         if self.takes_signal(step):
-            line |= values["signal"]
+            norms = (np.asarray(values["signal"][name]) for name in ("update_norm", "weight_norm"))
+            line |= values["signal"] | {"update_ratio": np.divide(*norms).tolist()}
         if held_out is not None:
             measured = held_out()
             line |= {f"held_out_{name}": measured[name] for name in ("loss", "bits_per_byte")}
