@@ -41,6 +41,7 @@ CASES = [
     ("muon", "optim__muon_momentum", 0.5),
     ("dense", "optim__eps", 1e-2),
     ("dense", "optim__weight_decay", 0.0),
+    ("dense", "optim__decay_coupling", "independent"),
     ("dense", "optim__clip_norm", 1.0),
     ("dense", "optim__clip_norm", 0.0),
     ("dense", "training__z_loss", 0.1),
