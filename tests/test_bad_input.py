@@ -132,7 +132,7 @@ def test_steps_that_cannot_be_traced(refuse_train, steps):
         ("configs/dense.py:350M", ["'350M'", "'350m'"]),
         ("configs/dense.py:detph=3", ["'detph'", "'depth'"]),
         ("configs/dense.py:depth=three", ["depth='three'", "an integer"]),
-        ("configs/dense.py:placement=mid", ["model.placement='mid'", "span"]),
+        ("configs/dense.py:placement=mid", ["model.placement='mid'", "mix"]),
     ],
 )
 def test_a_config_file_argument_that_cannot_be(refuse_train, config, says):

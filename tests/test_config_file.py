@@ -89,5 +89,27 @@ def test_a_published_initialisation_is_recorded_by_its_own_name(placement, init)
 
 
 def test_a_published_initialisation_that_is_not_here_is_refused():
-    with pytest.raises(UserError, match=r"model\.init=published: .* model\.placement=post .* plain, gpt2, scale"):
-        load(f"{CONFIGS}/dense.py:tiny,placement=post,init=published")
+    with pytest.raises(UserError, match=r"model\.init=published: .* model\.placement=peri .* plain, gpt2, scale"):
+        load(f"{CONFIGS}/dense.py:tiny,placement=peri,init=published")
+
+
+def test_a_rival_is_a_placement_with_what_it_was_published_with():
+    config = load(f"{CONFIGS}/dense.py:tiny,rival=subln")
+    assert (config.model.placement, config.model.init) == ("subln", "subln")
+    with pytest.raises(UserError, match=r"rival=subln says both placement and init; .* placement=subln,init="):
+        load(f"{CONFIGS}/dense.py:tiny,rival=subln,init=scale")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model.init": "plain"}, "ScaleInit's, and model.init=plain; write model.init=scale"),
+        ({"model.placement": "peri"}, "after_attn is not the last weight of one; write model.depth_factor=weight"),
+        ({"model.init_targets": "v"}, "v is not the last .* or leave model.init_targets out"),
+        ({"model.mix_share": "1.5"}, "model.mix_share=1.5 must be between 0.0 and 1.0"),
+    ],
+)
+def test_a_multiplier_without_a_branch_and_a_share_out_of_range_are_one_line(options, says):
+    chosen = {"model.depth_factor": "multiplier"} | options
+    with pytest.raises(UserError, match=says):
+        load(f"{CONFIGS}/dense.py:tiny", tuple(chosen.items()))

@@ -55,7 +55,8 @@ def test_a_choice_that_is_none_is_refused_with_the_nearest(key):
     choice = rules()[key].choices[-1]
     with pytest.raises(UserError, match=f"config key {key}='{choice}x' is unknown; did you mean '{choice}'"):
         validate(changed(key, choice + "x"))
-    validate(changed(key, choice))
+    base = {"model__base_width": 64, "model__base_depth": 24}  # which a parametrisation needs
+    validate(replace(changed(key, choice), **base))
 
 
 @pytest.mark.parametrize(

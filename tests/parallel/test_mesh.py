@@ -83,8 +83,13 @@ def make_config(**changes):
 
 def drawn(model):
     """Weights from NumPy, which take no compiling: matrices of a size that lets every gradient be seen."""
-    rng = np.random.default_rng(1)
-    return model.map_weights(lambda w: (0.2 * rng.standard_normal(w.shape) + (w.role == "norm")).astype(np.float32))
+    rng, scalars = np.random.default_rng(1), PLACEMENTS[model.cfg.placement].scalar_gains
+
+    def draw(w):
+        drawn = 0.2 * rng.standard_normal(w.shape) + (w.role == "norm")
+        return (drawn * (0.1 if w.site in scalars else 1)).astype(np.float32)  # no norm holds what those multiply
+
+    return model.map_weights(draw)
 
 
 def start(program, params):
