@@ -224,8 +224,9 @@ def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
             with jax.transfer_guard("disallow"):
                 with jax.profiler.StepTraceAnnotation("train", step_num=turn):
                     batch = next(batches)
-                    warned = any(lane.takes_signal(turn) for lane in lanes)
-                    seen = signal(state.params, state.router, batch) if warned else {}  # before a step donates them
+                    seen = {}
+                    if any(lane.takes_signal(turn) for lane in lanes):  # as in `loop.train`
+                        seen = jax.block_until_ready(signal(state.params, state.router, batch))
                     state, metrics = step(state, batch, numbers)
                     metrics["signal"] |= seen
                 if pending:

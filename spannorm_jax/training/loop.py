@@ -87,7 +87,8 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                         with jax.profiler.StepTraceAnnotation("train", step_num=step):
                             batch = next(batches)
                             if log.takes_signal(step):  # before the step, which donates the weights
-                                seen = forward_signal(state.params, state.router, batch)
+                                # Of two programs at once, devices may wait for one another in each other's collectives.
+                                seen = jax.block_until_ready(forward_signal(state.params, state.router, batch))
                             state, metrics = train_step(state, batch, numbers)
                             if log.takes_signal(step):
                                 metrics["signal"] |= seen
