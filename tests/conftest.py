@@ -7,22 +7,24 @@ that a program which a test starts sees what a user's would.
 import os
 from pathlib import Path
 
-from processes import xla_flags
+from processes import THREADS, xla_flags
 
 FLAG = xla_flags(devices=8)
 
-_flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{_flags or ''} {FLAG}".strip()
+_usual = {name: os.environ.get(name) for name in ("XLA_FLAGS", *THREADS)}
+os.environ["XLA_FLAGS"] = f"{_usual['XLA_FLAGS'] or ''} {FLAG}".strip()
+os.environ |= THREADS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
 assert jax.device_count() == 8, "JAX was started before tests/conftest.py could ask for eight devices"
 
-if _flags is None:
-    del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = _flags
+for _name, _value in _usual.items():
+    if _value is None:
+        del os.environ[_name]
+    else:
+        os.environ[_name] = _value
 
 if not jax.config.jax_compilation_cache_dir:
     _cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spannorm_jax" / "xla-tests"

@@ -19,6 +19,10 @@ def xla_flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices} {limit} {in_order}"
 
 
+# Threads of XLA's pool, by the variable that it reads. A collective that waits holds one, and a device may wait in
+# several at once: with as many threads as devices, some devices had none left to meet them with.
+THREADS = {"NPROC": "64"}
+
 PAUSING = """
 import io, os, runpy, signal, sys
 text, module = sys.argv[1:3]

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import LIMIT_S, paused, pausing, xla_flags
+from processes import LIMIT_S, THREADS, paused, pausing, xla_flags
 
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
@@ -50,7 +50,7 @@ def start(env, module, *argv, devices=1, pause_at=None):
     name = f"spannorm_jax.{module}"
     return subprocess.Popen(
         [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
-        env={**env, "XLA_FLAGS": xla_flags(devices)},
+        env={**env, **(THREADS if devices > 1 else {}), "XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import LIMIT_S, paused, pausing, xla_flags
+from processes import LIMIT_S, THREADS, paused, pausing, xla_flags
 
 import spannorm_jax
 
@@ -58,7 +58,7 @@ def start(env, module, *argv, devices=4, cwd=ROOT, pause_at=None):
     name = f"spannorm_jax.{module}"
     return subprocess.Popen(
         [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
-        env={**env, "XLA_FLAGS": xla_flags(devices)},
+        env={**env, **THREADS, "XLA_FLAGS": xla_flags(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
