@@ -39,6 +39,7 @@ KEPT = (  # of a measurement
     *("skip_path", "stream_loss_grad_norm", "attn_forward_variance", "ffn_forward_variance", "attn_backward_gain"),
     *("ffn_backward_gain", "block_backward_gain", "angular_distance", "ffn_effective_rank"),
 )
+DRAWN = ("stream_grad_norm", "token_correlation")
 _VERBS = ("initial", "trained", "page")
 
 
@@ -196,8 +197,8 @@ def write_page() -> None:
             )
     PAGE.write_text(text, encoding="utf-8")
     if INITIAL.exists():
-        shown = [r for r in read_lines(INITIAL) if r["about"]["placement"] in MAIN and r["about"]["init"] == "plain"]
-        for path in draw(shown, RECORDS / "figures"):
+        lines = [r for r in read_lines(INITIAL) if r["about"]["placement"] in MAIN and r["about"]["init"] == "plain"]
+        for path in draw([{key: r[key] for key in ("about", *DRAWN)} for r in lines], RECORDS):
             path.unlink()  # the PNG beside it is what a document shows
 
 

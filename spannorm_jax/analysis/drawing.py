@@ -41,7 +41,7 @@ def draw(records: list[dict[str, Any]], out: Path) -> list[Path]:
 
 
 def lines_of(records: list[dict[str, Any]], key: str) -> pl.DataFrame:
-    """Block (from 1), value, placement, kind and panel of what the records say of a quantity."""
+    """Block (from 1), value, placement, kind and panel of what the records say of a quantity; several seeds' mean."""
     abouts = [record["about"] for record in records if key in record]
     varying = {name for about in abouts for name in about if about[name] != abouts[0][name]}
     rows = []
@@ -63,7 +63,13 @@ def lines_of(records: list[dict[str, Any]], key: str) -> pl.DataFrame:
                     {"block": block, "value": float(value), "placement": about["placement"], "kind": about["kind"]}
                     | {"panel": ", ".join(shown)}
                 )
-    return pl.DataFrame(rows)
+    if not rows:
+        return pl.DataFrame()
+    return (
+        pl.DataFrame(rows)
+        .group_by("block", "placement", "kind", "panel", maintain_order=True)
+        .agg(pl.col("value").mean())
+    )
 
 
 def _figure(key: str, table: pl.DataFrame) -> Figure:
