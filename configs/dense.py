@@ -86,7 +86,7 @@ def _two_depths(size: str, steps: int = 250) -> list[Point]:
 
 
 def sweep_placement_init(size: str) -> Iterable[Point]:
-    """Every placement with every initialisation that is no rival's own, three seeds. 153 runs: 1.6 h, 210 h."""
+    """Every placement with every initialisation that is no rival's own, three seeds. 153 runs: 1.5 h, 210 h."""
     return product(_recipe(size), arguments(placement=PLACEMENTS, init=("plain", "gpt2", "scale")), seeds(3))
 
 

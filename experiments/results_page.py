@@ -10,12 +10,13 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from spannorm_jax.report import stats
+from spannorm_jax.report import markdown, stats
+from spannorm_jax.report.contents import contents
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.page import print_svg, read_study
 from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Place, Study, best_lr, differences, optimum, sensitivities
+from spannorm_jax.report.study import Method, Study
 
 TEMPLATE = Path("experiments/results.md")
 NAMES = {
@@ -71,7 +72,7 @@ class Results:
         lines = [
             [_named(value), *(self.loss(**{down: value}, **c, **fixed) for c in columns.values())] for value in values
         ]
-        return _markdown([down, *columns], lines)
+        return markdown.table([(name, False) for name in (down, *columns)], lines)
 
     def arms(self) -> dict[str, dict[str, str]]:
         """Columns for `table`: one a method."""
@@ -90,30 +91,9 @@ class Results:
             losses.append({row.seed: loss for row in rows if (loss := self.about.loss(row)) is not None})
         return _interval(stats.t_interval(stats.paired_differences(*losses)))
 
-    def differences(self) -> str:
-        """Each method less its baseline at each place: at each one's own best learning rate, and at the baseline's."""
-        lines = []
-        for own, shared in differences(self.about):
-            line = [_method(own.method), _method(own.partner), self.about.place_text(own.place)]
-            line += [f"{own.lr:g}", f"{own.partner_lr:g}", _interval(own.interval)]
-            lines.append([*line, _interval(shared.interval) if shared else "not run"])
-        header = ["method", "less", "depth", "own best lr", "its best lr", "each at its own best", "both at its best"]
-        kept = [i for i in range(len(header)) if len({line[i] for line in lines}) > 1 or header[i] != "depth"]
-        return _markdown([header[i] for i in kept], [[line[i] for i in kept] for line in lines])
-
-    def learning_rates(self) -> str:
-        about, lines = self.about, []
-        found = {(m, p): interval for m, p, interval in sensitivities(about)}
-        for method, place in self._pairs():
-            best, least = best_lr(about, method, place), optimum(about, method, place)
-            if best is not None:
-                lines.append(
-                    [_method(method), f"{best:g}", _bounds(least, ".1e"), _bounds(found.get((method, place)), ".3f")]
-                )
-        return _markdown(["method", "best run", "least loss at", "sensitivity (nats/token)"], lines)
-
-    def _pairs(self) -> list[tuple[Method, Place]]:
-        return [(method, place) for place in self.about.places for method in self.about.methods]
+    def report(self, name: str) -> str:
+        """A table of the sweep's report, by its name in `report.markdown`."""
+        return markdown.tables(contents(self.about, (), Path(), self.name))[name]
 
     def figure(self, name: str, alternative: str) -> str:
         """Draws a figure of the report, and links to it."""
@@ -141,18 +121,6 @@ def _interval(found: Interval | None) -> str:
     return f"{found.mean:+.3f}{bounds}, n {found.n}".replace("-", "−")
 
 
-def _bounds(found: Interval | None, form: str) -> str:
-    if found is None:
-        return "–"
-    bounds = "" if found.low is None else f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.mean:{form}}{bounds}"
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def write_page(runs: Path, page: Path, figures: Path) -> Path:
     """Renders the template. `runs` holds a folder of run folders for each sweep that has records.
 
@@ -164,7 +132,6 @@ def write_page(runs: Path, page: Path, figures: Path) -> Path:
         folder.name: Results(folder.name, read_study([folder])[0], figures, beside) for folder in sorted(runs.iterdir())
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["NAMES"] = NAMES
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page.write_text(template.render(sweeps=sweeps) + "\n", encoding="utf-8")
     return page

@@ -26,6 +26,7 @@ from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
+from spannorm_jax.report import markdown
 
 RECORDS, PAGE = Path("experiments/results/signal"), Path("docs/theory.md")
 INITIAL, TRAINED = RECORDS / "initial.jsonl", RECORDS / "trained.jsonl"
@@ -135,22 +136,22 @@ def initial_table(records: list[dict[str, Any]], key: str, block: int, form: str
     for record in records:
         found.setdefault(_name(record)[:4], []).append(record[key][block])
     depths = sorted({name[2] for name in found})
-    lines = ["| placement | init | " + " | ".join(f"{depth} blocks" for depth in depths) + " |"]
-    lines.append("| --- | --- |" + " --- |" * len(depths))
+    lines = []
     for placement, init in dict.fromkeys(name[:2] for name in found):
         cells = []
         for depth in depths:
             both = [found.get((placement, init, depth, kind)) for kind in ("predicted", "measured")]
             cells.append(" / ".join(format(statistics.fmean(values), form) if values else "–" for values in both))
-        lines.append(f"| `{placement}` | `{init}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{placement}`", f"`{init}`", *cells])
+    header = ["placement", "init", *(f"{depth} blocks" for depth in depths)]
+    return markdown.table([(name, False) for name in header], lines)
 
 
 def trained_table(records: list[dict[str, Any]]) -> str:
     """A line an arm and step: f, b and token correlation of the middle block, and the gradient of the stream, first
     block over last, by the formula of docs/signal.md and measured."""
     header = ["placement", "init", "step", "loss", "f", "b", "correlation", "gradient by the formula", "measured"]
-    lines = [f"| {' | '.join(header)} |", "| --- |" + " --- |" * 8]
+    lines = []
     for record in records:
         placement, init = _name(record)[:2]
         middle = len(record["stream_variance"]) // 2
@@ -158,8 +159,8 @@ def trained_table(records: list[dict[str, Any]]) -> str:
         values += [record["token_correlation"][middle]]
         formed = "" if placement == "pre" else f"{_formed(record, placement):.2g}"
         cells = [f"`{placement}`", f"`{init}`", str(record["step"]), *(f"{value:.3g}" for value in values), formed]
-        lines.append(f"| {' | '.join(cells)} | {record['stream_loss_grad_norm'][0]:.2g} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{record['stream_loss_grad_norm'][0]:.2g}"])
+    return markdown.table([(name, False) for name in header], lines)
 
 
 def _formed(record: dict[str, Any], placement: str) -> float:

@@ -43,7 +43,7 @@ def tables(shown: dict[str, Any]) -> dict[str, str]:
             for o in shown["overall"]
         ],
     )
-    return {name: _table(header, lines) for name, (header, lines) in made.items() if lines}
+    return {name: table(header, lines) for name, (header, lines) in made.items() if lines}
 
 
 def _difference(d: dict[str, Any], several_lrs: bool) -> Iterable[str]:
@@ -53,7 +53,7 @@ def _difference(d: dict[str, Any], several_lrs: bool) -> Iterable[str]:
     return d["lr"], d["partner_lr"], own["difference"], own["n"], shared["difference"], shared["n"]
 
 
-def _table(header: Sequence[tuple[str, bool]], lines: Iterable[Sequence[str]]) -> str:
-    """Of a header of (name, whether the column holds numbers)."""
+def table(header: Sequence[tuple[str, bool]], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a header of (name, whether the column holds numbers)."""
     rows = [[name for name, _ in header], ["---:" if number else "---" for _, number in header], *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

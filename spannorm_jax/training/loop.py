@@ -87,7 +87,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                         with jax.profiler.StepTraceAnnotation("train", step_num=step):
                             batch = next(batches)
                             if log.takes_signal(step):  # before the step, which donates the weights
-                                # Of two programs at once, devices may wait for one another in each other's collectives.
+                                # Two programs at once may wait for ever, each for devices that the other holds.
                                 seen = jax.block_until_ready(forward_signal(state.params, state.router, batch))
                             state, metrics = train_step(state, batch, numbers)
                             if log.takes_signal(step):
