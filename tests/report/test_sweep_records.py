@@ -80,3 +80,23 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
         "",
         "−0.500 [−0.500, −0.500], n 3",
     ]
+
+
+def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
+    for i, (placement, init) in enumerate((p, i) for p in ("pre", "post", "span") for i in ("plain", "gpt2", "scale")):
+        for seed in range(2):
+            end = 2.0 + 0.1 * i + 0.01 * seed
+            write_run(tmp_path / f"runs/placement_init/{i}-{seed}", placement, init, bits=end, seed=seed)
+            for j, (lr, depth) in enumerate(((1e-3, 3), (1e-2, 6), (1e-1, 12))):
+                for name, key, value in (("lr", "optim__lr", lr), ("depth", "model__depth", depth)):
+                    folder = tmp_path / f"runs/{name}/{i}-{seed}-{j}"
+                    write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
+    page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
+    assert "| span / scale | pre / plain | 0.01 | 0.01 | +0.800 [+0.800, +0.800] | 2 of 2 |" in page
+    assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
+    assert "its seeds end at 2.60 and 2.61 bits per byte" in page
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {
+        f"{name}.png"
+        for name in ("placement_init-differences", "lr-loss_by_lr", "depth-loss_by_depth", "depth-outcomes")
+    }
