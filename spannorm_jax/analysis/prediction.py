@@ -87,7 +87,7 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
         branches["attn"].append(_Branch(weights.attention(layer), multipliers.get("attn", 1.0)))
         branches["ffn"].append(_Branch(weights.feed_forward(layer), multipliers.get("ffn", 1.0)))
         attn, ffn = (of_kind[-1] for of_kind in branches.values())
-        own = multiplied_branches(cfg, attn, ffn, weights.norms(layer))
+        own = multiplied_branches(cfg, {}, attn, ffn, weights.norms(layer))  # a `_Branch` has its factor
         stream = placement.block(stream, *own, layer, cfg)
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))

@@ -52,11 +52,6 @@ class Block(nnx.Module):
             out, stats = ffn(x_BxTxD)
             return out
 
-        def times(f: Callable[[Array], Array], factor: float | None) -> Callable[[Array], Array]:
-            return f if factor is None else lambda x_BxTxD: f(x_BxTxD) * factor
-
-        factors = branch_multipliers(self.cfg)
-        branches = times(attn, factors.get("attn")), times(branch, factors.get("ffn"))
         with jax.named_scope("block"):
-            own = multiplied_branches(self.cfg, *branches, self.norms)
+            own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), attn, branch, self.norms)
             return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats

@@ -165,24 +165,29 @@ def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightS
 # ---- branches ---------------------------------------------------------------------------------------
 
 
-def multiplied_branches(cfg: ModelConfig, attn: Any, ffn: Any, norms: Any) -> tuple[Any, Any, Any]:
-    """A block's sub-layers and norms, where each branch that is added to the stream is times `Forward.branch`.
+def multiplied_branches(
+    cfg: ModelConfig, factors: dict[str, float], attn: Any, ffn: Any, norms: Any
+) -> tuple[Any, Any, Any]:
+    """A block's sub-layers and norms, with the constants of the forward pass: `factors` by branch (`attn`, `ffn`), of
+    the initialisation, and `Forward.branch` on each branch that is added to the stream.
 
     Which those are the placement says (`Placement.additions`): SpanNorm's attention is none, since it reaches the
     stream through the feed-forward alone. A branch that ends in a norm takes the multiplier after it.
     """
-    factor = forward(cfg).branch
-    if factor == 1:
-        return attn, ffn, norms
-    placement = PLACEMENTS[cfg.placement]
+
+    def times(layer: Callable[[Any], Any], factor: float) -> Callable[[Any], Any]:
+        return layer if factor == 1 else lambda x: layer(x) * factor
+
+    placement, added = PLACEMENTS[cfg.placement], forward(cfg).branch
     after_norm = {size for size in placement.additions.values() if size in placement.block_norms}
     own = {branch for branch, size in placement.additions.items() if size not in after_norm}
 
-    def times(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda x: layer(x) * factor
+    def of_branch(name: str, layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return times(times(layer, factors.get(name, 1.0)), added if name in own else 1.0)
 
-    attn, ffn = (times(layer) if name in own else layer for name, layer in (("attn", attn), ("ffn", ffn)))
-    return attn, ffn, _Multiplied(norms, {name: times(getattr(norms, name)) for name in after_norm})
+    if added != 1 and after_norm:
+        norms = _Multiplied(norms, {name: times(getattr(norms, name), added) for name in after_norm})
+    return of_branch("attn", attn), of_branch("ffn", ffn), norms
 
 
 class _Multiplied:
