@@ -65,7 +65,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 # ---- sweeps ---------------------------------------------------------------------------------------
 #
-# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100).
+# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100). Seeds come
+# first: a sweep that is stopped has whole comparisons, of fewer seeds.
 
 ARMS = ("pre", "post", "span")
 RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -87,7 +88,7 @@ def _two_depths(size: str, steps: int = 250) -> list[Point]:
 
 def sweep_placement_init(size: str) -> Iterable[Point]:
     """Every placement with every initialisation that is no rival's own, three seeds. 153 runs: 1.5 h, 210 h."""
-    return product(_recipe(size), arguments(placement=PLACEMENTS, init=("plain", "gpt2", "scale")), seeds(3))
+    return product(seeds(3), _recipe(size), arguments(placement=PLACEMENTS, init=("plain", "gpt2", "scale")))
 
 
 def sweep_rivals(size: str) -> Iterable[Point]:
@@ -98,23 +99,23 @@ def sweep_rivals(size: str) -> Iterable[Point]:
     own = [name for name, placement in PLACEMENTS.items() if placement.published_init]
     others = [name for name in PLACEMENTS if name not in own]
     recipes = chain(arguments(rival=own), arguments(placement=others, init=("plain",)))
-    return product(_two_depths(size, steps=125), recipes, options({"optim.lr": RATES[size][1:4]}), seeds(3))
+    return product(seeds(3), _two_depths(size, steps=125), recipes, options({"optim.lr": RATES[size][1:4]}))
 
 
 def sweep_depth_factor(size: str) -> Iterable[Point]:
     """Where ScaleInit's factor stands, how it falls with depth, and a control. 126 runs: 3.2 h, 268 h."""
     places = {"model.depth_factor": ("weight", "multiplier"), "model.variance_exponent": (0.0, 0.5, 1.0)}
     choices = chain(product(arguments(init=("scale",)), options(places)), arguments(init=("shrink",)))
-    return product(_two_depths(size), arguments(placement=ARMS), choices, seeds(3))
+    return product(seeds(3), _two_depths(size), arguments(placement=ARMS), choices)
 
 
 def sweep_depth(size: str) -> Iterable[Point]:
     """Six depths at one width, learning rate and number of tokens. 108 runs: 2.4 h, 203 h."""
     arms = arguments(depth=(6, 12, 24, 48, 96, 128), placement=ARMS, init=("plain", "scale"))
     if size == "cpu":
-        return product(_recipe(size), arms, seeds(3))
+        return product(seeds(3), _recipe(size), arms)
     # By the ladder's rule a deeper run would see more tokens.
-    return product(_recipe(size), fixed("width=768", {"training.tokens": 10**9}), arms, seeds(3))
+    return product(seeds(3), _recipe(size), fixed("width=768", {"training.tokens": 10**9}), arms)
 
 
 def sweep_width(size: str) -> Iterable[Point]:
@@ -152,7 +153,7 @@ def sweep_depth_lr(size: str) -> Iterable[Point]:
 def sweep_lr(size: str) -> Iterable[Point]:
     """How much each placement depends on the learning rate. 90 runs: 55 min, 123 h."""
     arms = arguments(placement=ARMS, init=("plain", "scale"))
-    return product(_recipe(size), arms, options({"optim.lr": RATES[size]}), seeds(3))
+    return product(seeds(3), _recipe(size), arms, options({"optim.lr": RATES[size]}))
 
 
 def sweep_fixed_budget(size: str) -> Iterable[Point]:
@@ -162,7 +163,7 @@ def sweep_fixed_budget(size: str) -> Iterable[Point]:
     hidden = {32: 88, 64: 176, 128: 352, 384: 1024, 768: 2048, 1536: 4096}
     made = chain(*(fixed(f"depth={d},width={w}", {"model.ffn_dim": hidden[w]}) for d, w in shapes))
     same = {} if size == "cpu" else {"training.tokens": 2_500_000_000}
-    return product(_recipe(size), fixed("", same), made, arguments(placement=ARMS, init=("plain", "scale")), seeds(3))
+    return product(seeds(3), _recipe(size), fixed("", same), made, arguments(placement=ARMS, init=("plain", "scale")))
 
 
 def sweep_init_targets(size: str) -> Iterable[Point]:
@@ -172,5 +173,5 @@ def sweep_init_targets(size: str) -> Iterable[Point]:
     """
     arms = arguments(placement=ARMS, init=("scale",))
     return product(
-        _recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))}), seeds(3)
+        seeds(3), _recipe(size), arms, options({"model.init_targets": (("ffn_out",), ("attn_out", "ffn_out"))})
     )

@@ -105,7 +105,7 @@ def _recipe(size: str) -> list[Point]:
 def sweep_experts(size: str) -> Iterable[Point]:
     """Dense models against experts, every placement, three seeds. 102 runs: 1.0 h, 172 h."""
     arms = arguments(placement=PLACEMENTS, init=("scale",))
-    return product(_recipe(size), chain(_WITHOUT, _WITH), arms, seeds(3))
+    return product(seeds(3), _recipe(size), chain(_WITHOUT, _WITH), arms)
 
 
 def sweep_demo(size: str) -> Iterable[Point]:

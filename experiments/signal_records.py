@@ -4,11 +4,11 @@
     python -m experiments.signal_records trained
     python -m experiments.signal_records page
 
-`initial` predicts and measures every placement at 12, 48 and 128 blocks (width 256, 64 different tokens, plain
-initialisation; the three main ones also with ScaleInit, and with two seeds). `trained` trains runs of the demo with
-checkpoints from the first steps on, and measures them. Both write a line of JSON a measurement into
-experiments/results/signal, and go on where they were. `page` makes the tables between the marks of docs/theory.md, and
-the figures beside the records.
+`initial` predicts and measures models before their first step, of 64 different tokens: every placement at 12, 48 and
+128 blocks (width 256, plain; the three main ones also with ScaleInit, and with two seeds), four placements with each
+activation, and those whose tokens collapse at three widths. `trained` trains runs of the demo with checkpoints from the
+first steps on, and measures them. Both write a line of JSON a measurement into experiments/results/signal, and go on
+where they were. `page` makes the tables between the marks of docs/theory.md, and the figures beside the records.
 """
 
 import json
@@ -16,7 +16,7 @@ import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spannorm_jax import train
 from spannorm_jax.analysis.figures import read_lines
@@ -32,6 +32,9 @@ RECORDS, PAGE = Path("experiments/results/signal"), Path("docs/theory.md")
 INITIAL, TRAINED = RECORDS / "initial.jsonl", RECORDS / "trained.jsonl"
 DEPTHS, WIDTH, TOKENS = (12, 48, 128), 256, 64
 MAIN = ("pre", "post", "span")
+BESIDE = (*MAIN, "b2t")  # columns of the activations
+COLLAPSING = (("post", "swiglu"), ("post", "relu"), ("span", "relu"))
+WIDTHS, WIDTH_SEEDS = (128, 256, 512), 6
 ARMS = (("post", "plain"), ("post", "scale"), ("span", "plain"), ("span", "scale"), ("pre", "plain"))
 STEPS = (5, 10, 20, 40, 80, 250)
 KEPT = (  # of a measurement
@@ -70,29 +73,61 @@ def _compact(record: dict[str, Any]) -> dict[str, Any]:
     return kept | {"config": {"model": model, "seed": record["config"]["seed"]}}
 
 
-def initial(path: Path, placements: tuple[str, ...] = tuple(PLACEMENTS), depths: tuple[int, ...] = DEPTHS) -> None:
-    """Predicts and measures at initialisation what `path` lacks, the shallow models first."""
+class Case(NamedTuple):
+    """A model before its first step."""
+
+    placement: str
+    init: str
+    depth: int
+    ffn: str = "swiglu"
+    width: int = WIDTH
+
+    @property
+    def spec(self) -> str:
+        shape = f"depth={self.depth},width={self.width}"
+        return f"configs/dense.py:{shape},placement={self.placement},init={self.init}"
+
+
+def cases() -> Iterator[tuple[Case, int]]:
+    """Each model and how many seeds it is measured with, the shallow ones first; some come twice."""
+    for depth in DEPTHS:
+        for placement in PLACEMENTS:
+            yield Case(placement, "plain", depth), 2 if placement in MAIN else 1
+        for placement in MAIN:
+            yield Case(placement, "scale", depth), 2
+    for depth in (24, 64):
+        for ffn in ("swiglu", "gelu", "relu"):
+            for placement in BESIDE:
+                yield Case(placement, "plain", depth, ffn), 1
+            for placement in MAIN:
+                yield Case(placement, "scale", depth, ffn), 1
+    for width in WIDTHS:
+        for placement, ffn in COLLAPSING:
+            yield Case(placement, "plain", 64, ffn, width), WIDTH_SEEDS
+
+
+def initial(path: Path, models: Iterator[tuple[Case, int]]) -> None:
+    """Predicts and measures at initialisation what `path` lacks."""
     from spannorm_jax.analysis import measure, prediction
 
     done = {_name(record) for record in _done(path)}
-    for depth in depths:
-        for init in ("plain", "scale"):
-            for placement in placements if init == "plain" else [p for p in MAIN if p in placements]:
-                about = (placement, init, depth)
-                spec = f"configs/dense.py:depth={depth},width={WIDTH},placement={placement},init={init}"
-                config = load(spec)
-                if (*about, "predicted", 0) not in done:
-                    cfg = resolve_without_data(config, platform="cpu").model
-                    found = prediction.as_dict(cfg, TOKENS, prediction.predict(cfg, TOKENS))
-                    _append(path, {key: _rounded(value) for key, value in found.items()})
-                for seed in (0, 1) if placement in MAIN else (0,):
-                    if (*about, "measured", seed) in done:
-                        continue
-                    settings = Settings("random", TOKENS, 2, 2, only=("forward", "backward"))
-                    config = load(spec, [("seed", str(seed))])
-                    argv = ["--config", spec, f"--config.seed={seed}", f"--text=random --tokens={TOKENS}", "--rows=2"]
-                    _append(path, _compact(measure.signal(config, None, None, settings, argv)))
-                    print(*about, f"seed {seed}", flush=True)
+    for case, seeds in models:
+        own = [("model.ffn", case.ffn)]
+        if (case, "predicted", 0) not in done:
+            cfg = resolve_without_data(load(case.spec, own), platform="cpu").model
+            found = prediction.as_dict(cfg, TOKENS, prediction.predict(cfg, TOKENS))
+            _append(path, {key: _rounded(value) for key, value in found.items()})
+            done.add((case, "predicted", 0))
+        for seed in range(seeds):
+            if (case, "measured", seed) in done:
+                continue
+            settings = Settings("random", TOKENS, 2, 2, only=("forward", "backward"))
+            argv = ["--config", case.spec, f"--config.model.ffn={case.ffn}", f"--config.seed={seed}"]
+            argv += ["--text=random", f"--tokens={TOKENS}", "--rows=2"]
+            record = measure.signal(load(case.spec, [*own, ("seed", str(seed))]), None, None, settings, argv)
+            _append(path, _compact(record))
+            done.add((case, "measured", seed))
+            print(*case, f"seed {seed}", flush=True)
 
 
 def trained(path: Path, runs: Path, steps: tuple[int, ...] = STEPS, overrides: tuple[str, ...] = ()) -> None:
@@ -100,7 +135,7 @@ def trained(path: Path, runs: Path, steps: tuple[int, ...] = STEPS, overrides: t
     from spannorm_jax.analysis import measure
     from spannorm_jax.run.folder import read_config
 
-    done = {(*_name(record)[:2], record["step"]) for record in _done(path)}
+    done = {(*_name(record)[0][:2], record["step"]) for record in _done(path)}
     for placement, init in ARMS:
         left = [step for step in (0, *steps) if (placement, init, step) not in done]
         if not left:
@@ -120,31 +155,83 @@ def trained(path: Path, runs: Path, steps: tuple[int, ...] = STEPS, overrides: t
             print(placement, init, f"step {step}", flush=True)
 
 
-def _name(record: dict[str, Any]) -> tuple[Any, ...]:
+def _name(record: dict[str, Any]) -> tuple[Case, str, int]:
+    """The model, `predicted` or `measured`, and the seed."""
     measured = "settings" in record
     model = record["config"]["model"] if measured else record
-    seed = record["config"]["seed"] if measured else 0
-    return (model["placement"], model["init"], model["depth"], "measured" if measured else "predicted", seed)
+    case = Case(*(model[field] for field in Case._fields))
+    return case, "measured" if measured else "predicted", record["config"]["seed"] if measured else 0
 
 
 # ---- the page -------------------------------------------------------------------------------------------
 
 
-def initial_table(records: list[dict[str, Any]], key: str, block: int, form: str) -> str:
-    """A line a placement and initialisation, predicted / measured a depth; the measured is the mean over seeds."""
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for record in records:
-        found.setdefault(_name(record)[:4], []).append(record[key][block])
-    depths = sorted({name[2] for name in found})
-    lines = []
-    for placement, init in dict.fromkeys(name[:2] for name in found):
-        cells = []
-        for depth in depths:
-            both = [found.get((placement, init, depth, kind)) for kind in ("predicted", "measured")]
-            cells.append(" / ".join(format(statistics.fmean(values), form) if values else "–" for values in both))
-        lines.append([f"`{placement}`", f"`{init}`", *cells])
-    header = ["placement", "init", *(f"{depth} blocks" for depth in depths)]
+class Values:
+    """A number of each record, by model."""
+
+    def __init__(self, records: list[dict[str, Any]], key: str, block: int):
+        self.of: dict[tuple[Case, str], list[float]] = {}
+        for record in records:
+            self.of.setdefault(_name(record)[:2], []).append(record[key][block])
+
+    def cases(self) -> list[Case]:
+        return list(dict.fromkeys(case for case, _ in self.of))
+
+    def cell(self, case: Case, form: str) -> str:
+        """Predicted / measured, the mean over seeds; a dash for what there is no record of."""
+        both = (self.of.get((case, kind)) for kind in ("predicted", "measured"))
+        return " / ".join(format(statistics.fmean(values), form) if values else "–" for values in both)
+
+    def ratios(self, case: Case) -> list[float]:
+        """Measured over predicted, a seed each."""
+        predicted = self.of.get((case, "predicted"))
+        return [value / predicted[0] for value in self.of.get((case, "measured"), [])] if predicted else []
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
     return markdown.table([(name, False) for name in header], lines)
+
+
+def initial_table(records: list[dict[str, Any]], key: str, block: int, form: str) -> str:
+    """A line a placement and initialisation, a column a depth of DEPTHS."""
+    values = Values(records, key, block)
+    own = [case for case in values.cases() if (case.ffn, case.width) == ("swiglu", WIDTH) and case.depth in DEPTHS]
+    depths = sorted({case.depth for case in own})
+    lines = [
+        [f"`{placement}`", f"`{init}`", *(values.cell(Case(placement, init, depth), form) for depth in depths)]
+        for placement, init in dict.fromkeys(case[:2] for case in own)
+    ]
+    return _table(["placement", "init", *(f"{depth} blocks" for depth in depths)], lines)
+
+
+def activations_table(records: list[dict[str, Any]], key: str, block: int, form: str) -> str:
+    """A line an activation, depth and initialisation, a column a placement of BESIDE."""
+    values = Values(records, key, block)
+    own = [case for case in values.cases() if case.depth in (24, 64) and case.width == WIDTH]
+    lines = [
+        [ffn, str(depth), f"`{init}`"]
+        + [values.cell(case, form) if case in own else "" for case in (Case(p, init, depth, ffn) for p in BESIDE)]
+        for ffn, depth, init in dict.fromkeys((case.ffn, case.depth, case.init) for case in own)
+    ]
+    return _table(["ffn", "blocks", "init", *(f"`{placement}`" for placement in BESIDE)], lines)
+
+
+def widths_table(records: list[dict[str, Any]], key: str, block: int) -> str:
+    """A line a collapsing model, a column a width: measured over predicted, geometric mean and range over seeds."""
+    values = Values(records, key, block)
+    lines = []
+    for placement, ffn in COLLAPSING:
+        cells = []
+        for width in WIDTHS:
+            ratios = values.ratios(Case(placement, "plain", 64, ffn, width))
+            cells.append(_spread(ratios) if ratios else "–")
+        lines.append([f"`{placement}`", ffn, *cells])
+    return _table(["placement", "ffn", *(f"width {width}" for width in WIDTHS)], lines)
+
+
+def _spread(ratios: list[float]) -> str:
+    mean = statistics.geometric_mean(ratios)
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})"
 
 
 def trained_table(records: list[dict[str, Any]]) -> str:
@@ -153,14 +240,14 @@ def trained_table(records: list[dict[str, Any]]) -> str:
     header = ["placement", "init", "step", "loss", "f", "b", "correlation", "gradient by the formula", "measured"]
     lines = []
     for record in records:
-        placement, init = _name(record)[:2]
+        placement, init = _name(record)[0][:2]
         middle = len(record["stream_variance"]) // 2
         values = [record["loss"], record["ffn_forward_variance"][middle], record["ffn_backward_gain"][middle]]
         values += [record["token_correlation"][middle]]
         formed = "" if placement == "pre" else f"{_formed(record, placement):.2g}"
         cells = [f"`{placement}`", f"`{init}`", str(record["step"]), *(f"{value:.3g}" for value in values), formed]
         lines.append([*cells, f"{record['stream_loss_grad_norm'][0]:.2g}"])
-    return markdown.table([(name, False) for name in header], lines)
+    return _table(header, lines)
 
 
 def _formed(record: dict[str, Any], placement: str) -> float:
@@ -180,6 +267,9 @@ def _sections() -> Iterator[tuple[str, str]]:
         yield "gradient", initial_table(records, "stream_grad_norm", 0, ".3g")
         yield "correlation", initial_table(records, "token_correlation", -1, ".3f")
         yield "variance", initial_table(records, "stream_variance", -1, ".3g")
+        yield "activations", activations_table(records, "stream_grad_norm", 0, ".3g")
+        yield "collapse", activations_table(records, "token_correlation", -1, ".3f")
+        yield "widths", widths_table(records, "stream_grad_norm", 0)
     if TRAINED.exists():
         yield "trained", trained_table(_done(TRAINED))
 
@@ -198,9 +288,15 @@ def write_page() -> None:
             )
     PAGE.write_text(text, encoding="utf-8")
     if INITIAL.exists():
-        lines = [r for r in read_lines(INITIAL) if r["about"]["placement"] in MAIN and r["about"]["init"] == "plain"]
-        for path in draw([{key: r[key] for key in ("about", *DRAWN)} for r in lines], RECORDS):
-            path.unlink()  # the PNG beside it is what a document shows
+        lines = [record for record in read_lines(INITIAL) if _drawn(record["about"])]
+        for main, folder in ((True, RECORDS), (False, RECORDS / "rivals")):
+            own = [record for record in lines if (record["about"]["placement"] in MAIN) == main]
+            for path in draw([{key: record[key] for key in ("about", *DRAWN)} for record in own], folder):
+                path.unlink()  # the PNG beside it is what a document shows
+
+
+def _drawn(about: dict[str, Any]) -> bool:
+    return about["depth"] in DEPTHS and (about["init"], about["ffn"], about["width"]) == ("plain", "swiglu", WIDTH)
 
 
 def main(argv: list[str]) -> int:
@@ -211,7 +307,7 @@ def main(argv: list[str]) -> int:
     if args.verb not in _VERBS:
         raise UserError(f"unknown verb {args.verb!r}; {did_you_mean(args.verb, _VERBS)}")
     if args.verb == "initial":
-        initial(INITIAL)
+        initial(INITIAL, cases())
     elif args.verb == "trained":
         trained(TRAINED, args.runs)
     else:

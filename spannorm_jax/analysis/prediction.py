@@ -41,8 +41,9 @@ class Prediction:
     Attributes:
       entry_variance: mean square of the stream that enters the first block.
       stream_variance: mean square over tokens and width.
-      attn_variance, ffn_variance: mean square of the branches' outputs.
-      attn_backward_gain, ffn_backward_gain: what a branch multiplies the energy of an isotropic gradient by.
+      attn_variance, ffn_variance: mean square of what attention and feed-forward return, before a constant that follows.
+      attn_backward_gain, ffn_backward_gain: what a branch, with its initialisation's constant, multiplies the energy of
+        an isotropic gradient by; norms, gains and other constants after it are left out.
       token_correlation: mean over pairs of tokens of the cosine of their vectors.
       effective_rank: exp of the entropy of the normalised eigenvalues of the tokens' covariance (Roy & Vetterli 2007).
       stream_grad_norm: norm of the gradient of the stream that ENTERS a block, over the last block's.
@@ -131,12 +132,12 @@ class _Branch:
         self.squares: Squares = {}
 
     def __call__(self, x: Field) -> Field:
-        out = x.branch(self._kernel.forward, self._backward).scaled(self._multiplier)
+        out = x.branch(self._kernel.forward, self._backward)
         T = len(x.covariance)
         self.variance = fields.variance(out.covariance)
         probe = self._multiplier**2 * np.eye(T)
         self.backward_gain = float(np.trace(self._kernel.backward(x.covariance, probe)[0])) / T
-        return out
+        return out.scaled(self._multiplier)
 
     def _backward(self, C: ndarray, G: ndarray) -> ndarray:
         into, self.squares = self._kernel.backward(C, G)

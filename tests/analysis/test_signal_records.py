@@ -8,13 +8,13 @@ from experiments import signal_records
 from spannorm_jax.errors import UserError
 
 
-def record(placement, depth=2, seed=0, **lists):
-    model = {"placement": placement, "init": "plain", "ffn": "swiglu", "depth": depth, "width": 16}
+def record(placement, depth=12, seed=0, ffn="swiglu", width=256, **lists):
+    model = {"placement": placement, "init": "plain", "ffn": ffn, "depth": depth, "width": width}
     return {"settings": {"tokens": 4}, "step": 5, "loss": 3.0, "config": {"model": model, "seed": seed}, **lists}
 
 
-def predicted(placement, depth=2, **lists):
-    return {"placement": placement, "init": "plain", "depth": depth, **lists}
+def predicted(placement, depth=12, ffn="swiglu", width=256, **lists):
+    return {"placement": placement, "init": "plain", "ffn": ffn, "depth": depth, "width": width, **lists}
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,62 @@ def test_a_cell_is_predicted_over_the_mean_of_the_seeds():
         predicted("pre", stream_grad_norm=[9.0, 1.0]),
         record("pre", stream_grad_norm=[8.0, 1.0]),
         record("pre", seed=1, stream_grad_norm=[10.0, 1.0]),
-        predicted("pre", depth=4, stream_grad_norm=[12.0, 1.0]),
+        predicted("pre", depth=48, stream_grad_norm=[12.0, 1.0]),
+        predicted("pre", depth=64, stream_grad_norm=[7.0, 1.0]),
+        predicted("pre", ffn="relu", stream_grad_norm=[7.0, 1.0]),
+        predicted("pre", width=128, stream_grad_norm=[7.0, 1.0]),
     ]
     assert signal_records.initial_table(records, "stream_grad_norm", 0, ".1f").splitlines() == [
-        "| placement | init | 2 blocks | 4 blocks |",
+        "| placement | init | 12 blocks | 48 blocks |",
         "| --- | --- | --- | --- |",
         "| `pre` | `plain` | 9.0 / 9.0 | 12.0 / – |",
     ]
 
 
+def test_activations_stand_under_each_other_and_widths_beside():
+    records = [
+        predicted("post", 64, stream_grad_norm=[10.0, 1.0]),
+        record("post", 64, stream_grad_norm=[5.0, 1.0]),
+        record("post", 64, seed=1, stream_grad_norm=[20.0, 1.0]),
+        predicted("span", 64, "relu", stream_grad_norm=[2.0, 1.0]),
+    ]
+    assert signal_records.activations_table(records, "stream_grad_norm", 0, ".1f").splitlines() == [
+        "| ffn | blocks | init | `pre` | `post` | `span` | `b2t` |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| swiglu | 64 | `plain` |  | 10.0 / 12.5 |  |  |",
+        "| relu | 64 | `plain` |  |  | 2.0 / – |  |",
+    ]
+    # 5 / 10 and 20 / 10, whose geometric mean is 1.
+    assert "| `post` | swiglu | – | 1.00 (0.50 to 2.00, n = 2) | – |" in signal_records.widths_table(
+        records, "stream_grad_norm", 0
+    )
+
+
+def test_every_case_is_measured_once_and_read_back(tmp_path, monkeypatch):
+    """A record is found again by what it says, so that a command that is started again does nothing twice."""
+    from spannorm_jax.analysis import measure, prediction
+
+    def signal(config, workdir, step, settings, argv):
+        return {"config": {"model": vars(config.model), "seed": config.seed}, "settings": settings.to_dict()}
+
+    monkeypatch.setattr(measure, "signal", signal)
+    monkeypatch.setattr(prediction, "predict", lambda cfg, tokens: None)
+    monkeypatch.setattr(
+        prediction, "as_dict", lambda cfg, *_: {key: getattr(cfg, key) for key in signal_records.Case._fields}
+    )
+    path = tmp_path / "initial.jsonl"
+    some = [case for case in signal_records.cases() if case[0].depth == 64]
+    signal_records.initial(path, iter(some))
+    first = path.read_text()
+    measured = [line for line in first.splitlines() if "settings" in line]
+    assert len(measured) == len(set(measured)) == len(set(some)) + 9 * 5 - 3  # nine models at six seeds, three twice
+    signal_records.initial(path, iter(some))
+    assert path.read_text() == first
+
+
 def test_the_page_has_a_place_for_every_table():
     page = signal_records.PAGE.read_text(encoding="utf-8")
-    for mark in ("gradient", "correlation", "variance", "trained"):
+    for mark in ("gradient", "correlation", "variance", "activations", "collapse", "widths", "trained"):
         assert len(re.findall(rf"<!-- {mark}: made by [^>]*-->\n.*?<!-- end -->", page, re.DOTALL)) == 1
 
 
