@@ -16,15 +16,20 @@ DENSE = {
 }
 
 
+# Recipes with a name of their own, that are no placement's.
+RECIPES = {"prores": {"placement": "pre", "init": "plain", "branch_warmup_steps": 1000.0}}  # arXiv 2603.05369
+
+
 def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
     """The preset of a config file's argument, and its config: all that any decoder has.
 
-    `rival=NAME` is a placement with the initialisation that its authors published.
+    `rival=NAME` is a placement with the initialisation that its authors published, or one of RECIPES.
     """
     arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="", init="", rival="")
     if arg.rival and (arg.placement or arg.init):
         raise UserError(
-            f"rival={arg.rival} says both placement and init; leave those out, or write placement={arg.rival},init=..."
+            f"rival={arg.rival} says both placement and init; leave those out, or write "
+            f"placement={RECIPES.get(arg.rival, {}).get('placement', arg.rival)},init=..."
         )
     preset = presets[arg.preset]
     config = default_config()
@@ -33,6 +38,7 @@ def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, C
     config.model.num_heads = max(1, config.model.width // preset["head_dim"])
     config.model.placement = arg.rival or arg.placement or "span"
     config.model.init = PUBLISHED if arg.rival else arg.init or "scale"
+    config.model.update(RECIPES.get(arg.rival, {}))
     config.data.seq_len = preset["seq_len"]
     config.training.batch_size = preset["batch_size"]
     config.optim.lr = preset["lr"]

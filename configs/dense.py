@@ -4,6 +4,7 @@
 
 The argument is a preset, then any of depth, width, placement, init:  configs/dense.py:350m,depth=48,placement=pre
 rival=NAME is a placement with the initialisation that its authors published:  configs/dense.py:tiny,rival=deepnorm
+(or prores, PreNorm whose branches come in one after another)
 Everything else is an override:  --config.optim.lr=1e-3 --config.data.seq_len=2048
 
 preset  blocks  width  heads (kv)  ffn   vocabulary     parameters
@@ -65,8 +66,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 # ---- sweeps ---------------------------------------------------------------------------------------
 #
-# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100). Seeds come
-# first: a sweep that is stopped has whole comparisons, of fewer seeds.
+# Each says its time in size cpu and in size gpu, by `cost` at 7e10 FLOP/s (two CPU cores) and 4e14 (an H100).
+# Seeds come first: a sweep that is stopped has whole comparisons, of fewer seeds.
 
 ARMS = ("pre", "post", "span")
 RATES = {"cpu": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "gpu": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -92,13 +93,21 @@ def sweep_placement_init(size: str) -> Iterable[Point]:
 
 
 def sweep_rivals(size: str) -> Iterable[Point]:
-    """Every placement with what it was published with, at two depths and three learning rates. 306 runs: 4.4 h, 651 h.
+    """Every placement with what it was published with, at two depths and three learning rates. 378 runs: 5.5 h, 804 h.
 
-    Where the authors have no initialisation of their own it is plain. In size cpu a run has half the steps of the demo.
+    Where the authors have no initialisation of their own it is plain. The three main ones are also trained with Muon.
+    ProRes's last block has come in after half of the run; its authors' 1000 updates a block are for longer ones. In
+    size cpu a run has half the steps of the demo.
     """
     own = [name for name, placement in PLACEMENTS.items() if placement.published_init]
     others = [name for name in PLACEMENTS if name not in own]
-    recipes = chain(arguments(rival=own), arguments(placement=others, init=("plain",)))
+    half = {"cpu": 125, "gpu": 3815}[size] / 2
+    warmed = (
+        fixed(f"rival=prores,depth={depth}", {"model.branch_warmup_steps": round(half / depth, 2)})
+        for depth in (24, 96)
+    )
+    muon = product(arguments(rival=ARMS), options({"optim.name": ("muon",)}))
+    recipes = chain(arguments(rival=own), arguments(placement=others, init=("plain",)), *warmed, muon)
     return product(seeds(3), _two_depths(size, steps=125), recipes, options({"optim.lr": RATES[size][1:4]}))
 
 

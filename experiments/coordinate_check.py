@@ -90,7 +90,7 @@ def measure(config: Config, data: OpenData, seeds: int, steps: int) -> list[Size
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     model = define(config.model, config.execution)
     program, found = make_program(config, model, mesh), []
-    looked_at = jax.jit(lambda params, router, tokens: activations(model.bind(params, router), tokens))
+    looked_at = jax.jit(lambda params, model_state, tokens: activations(model.bind(params, model_state), tokens))
     with jax.set_mesh(mesh):
         numbers = on_devices(numbers_of(config), mesh)
         for seed in range(seeds):
@@ -98,10 +98,10 @@ def measure(config: Config, data: OpenData, seeds: int, steps: int) -> list[Size
             batches = [jax.device_put(loader.rows(i), program.batch_sharding) for i in range(1, steps + 2)]
             tokens = batches[-1][:_ROWS, :-1]
             state = program.init(seed)
-            first = looked_at(state.params, state.router, tokens)
+            first = looked_at(state.params, state.model_state, tokens)
             sizes: Sizes = {name: [] for site in SITES for name in (site, f"change of {site}")}
             for update in range(steps + 1):
-                now = looked_at(state.params, state.router, tokens)
+                now = looked_at(state.params, state.model_state, tokens)
                 for name, (size, change) in jax.device_get(_sizes(now, first)).items():
                     sizes[name].append(float(size))
                     sizes[f"change of {name}"].append(float(change))

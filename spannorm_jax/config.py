@@ -76,6 +76,8 @@ class ModelConfig:
     init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
     # of placement mix: the part of the blocks, from the first, that are PostNorm's
     mix_share: float = option(0.25, least=0.0, most=1.0)
+    # ProRes's T: what block l (from 1) adds is multiplied by min(1, t / (T l)) in update t; 0: by nothing
+    branch_warmup_steps: float = option(0.0, least=0)
     # what follows the width and depth, from a base where all are `standard` (`model/parametrisation.py`):
     # standard | mup | everett (standard with learning rates by layer) | completep (width and depth)
     parametrisation: str = option("standard", choices=("standard", "mup", "everett", "completep"))

@@ -38,6 +38,7 @@ class Options:
     eps: float = 1e-6
     theta: float = 10000.0
     router: Router | None = None
+    warmup: tuple[float, int] | None = None  # ProRes's T, and the update t
 
 
 def to_float64(tree):
@@ -270,6 +271,16 @@ EQUATIONS = {
 }
 
 
+def warmed(A, F, n, l, options):
+    """ProRes: what is added to the stream times min(1, t / (T l)), l from 1."""
+    T, t = options.warmup
+    a = min(1.0, t / (T * (l + 1)))
+    if options.placement in ("peri", "olmo2"):  # what is added is normed
+        return A, F, lambda name, x: n(name, x) * (a if name.startswith("after") else 1)
+    through_ffn = options.placement in ("span", "span_raw")  # attention is not added to the stream
+    return (A if through_ffn else lambda x: a * A(x)), (lambda x: a * F(x)), n
+
+
 def _stream(params, tokens_T, options, seen):
     """What the head reads, for one sequence; seen[layer] grows by what its router did."""
     norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
@@ -307,7 +318,8 @@ def _stream(params, tokens_T, options, seen):
         def g(name, x, w=w):
             return w["norms"][name] * x
 
-        stream = block(stream, attn, ffn, n, g, layer, depth)
+        functions = warmed(attn, ffn, n, layer, options) if options.warmup else (attn, ffn, n)
+        stream = block(stream, *functions, g, layer, depth)
     return leave(stream, end_norm)
 
 

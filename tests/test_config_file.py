@@ -96,6 +96,10 @@ def test_a_published_initialisation_that_is_not_here_is_refused():
 def test_a_rival_is_a_placement_with_what_it_was_published_with():
     config = load(f"{CONFIGS}/dense.py:tiny,rival=subln")
     assert (config.model.placement, config.model.init) == ("subln", "subln")
+    model = load(f"{CONFIGS}/dense.py:tiny,rival=prores").model
+    assert (model.placement, model.init, model.branch_warmup_steps) == ("pre", "plain", 1000)
+    with pytest.raises(UserError, match=r"rival=prores says both placement and init; .* placement=pre,init="):
+        load(f"{CONFIGS}/dense.py:tiny,rival=prores,init=scale")
     with pytest.raises(UserError, match=r"rival=subln says both placement and init; .* placement=subln,init="):
         load(f"{CONFIGS}/dense.py:tiny,rival=subln,init=scale")
 

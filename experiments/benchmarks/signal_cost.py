@@ -75,7 +75,7 @@ def measure(config: Config, loader: TrainLoader, rounds: int, steps: int) -> dic
             "without": jax.jit(without, out_shardings=program_shardings(program), donate_argnums=0),
         }
         compiled = {name: fn.lower(states[name], tokens, numbers).compile() for name, fn in lowered.items()}
-        forward = program.signal.lower(states["with"].params, states["with"].router, tokens).compile()
+        forward = program.signal.lower(states["with"].params, states["with"].model_state, tokens).compile()
         times: dict[str, dict[str, list[float]]] = {
             clock: {"with": [], "without": [], "forward": []} for clock in CLOCKS
         }
@@ -96,7 +96,7 @@ def measure(config: Config, loader: TrainLoader, rounds: int, steps: int) -> dic
         for counted in (False, *[True] * rounds):
             timed("with", partial(step, "with"), counted)
             timed("without", partial(step, "without"), counted)
-            timed("forward", lambda: forward(states["with"].params, states["with"].router, tokens), counted)
+            timed("forward", lambda: forward(states["with"].params, states["with"].model_state, tokens), counted)
     every = config.metrics.signal_every
     return {"every": every, "by": {clock: _ratios(times[clock], every) for clock in CLOCKS}}
 

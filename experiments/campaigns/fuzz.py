@@ -108,7 +108,7 @@ def start(argv: list[str]) -> None:
         rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)
         weights = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len), np.float32)
         state = program.abstract_state
-        jax.eval_shape(program.evaluate, state.params, state.router, rows, weights)
+        jax.eval_shape(program.evaluate, state.params, state.model_state, rows, weights)
     updates = (1, config.training.steps)
     rates = [float(learning_rate(config.optim.schedule, session.numbers, update)) for update in updates]
     stds = [np.float32(np.max(initial_size(config.model, spec))) for spec in session.model.specs()]

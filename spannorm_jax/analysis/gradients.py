@@ -69,23 +69,23 @@ def by_site(model: ModelDef, values: Any) -> dict[str, Any]:
     return found
 
 
-def of_loss(model: ModelDef, params: Any, router: Any, tokens_BxT1: Array) -> tuple[Any, Array, Any]:
+def of_loss(model: ModelDef, params: Any, model_state: Any, tokens_BxT1: Array) -> tuple[Any, Array, Any]:
     """The gradient of the mean loss, the squared norms by what enters each block (L,), and `_squares` of it."""
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
 
     def loss(params: Any, meters_L: Array) -> Array:
-        decoder = model.bind(params, router)
+        decoder = model.bind(params, model_state)
         return mean_nll(decoder, metered_features(decoder, inputs, meters_L), targets)
 
     grads, meters = jax.grad(loss, argnums=(0, 1))(params, jnp.zeros(model.cfg.depth))
     return grads, meters, _squares(model, grads)
 
 
-def of_probe(model: ModelDef, params: Any, router: Any, tokens_BxT: Array, key: Array) -> tuple[Array, Any]:
+def of_probe(model: ModelDef, params: Any, model_state: Any, tokens_BxT: Array, key: Array) -> tuple[Array, Any]:
     """As `of_loss`, but the gradient itself, for an isotropic gradient of norm 1 at what the head reads."""
 
     def product(params: Any, meters_L: Array) -> Array:
-        features = metered_features(model.bind(params, router), tokens_BxT, meters_L).astype(jnp.float32)
+        features = metered_features(model.bind(params, model_state), tokens_BxT, meters_L).astype(jnp.float32)
         g = jax.random.normal(key, features.shape)
         return jnp.sum(features * (g / jnp.linalg.norm(g)))
 

@@ -36,7 +36,7 @@ class Measured:
     config: Config
     model: ModelDef
     params: Any
-    router: Any
+    model_state: Any
 
 
 def signal(
@@ -57,12 +57,12 @@ def signal(
         facts: dict[str, Any] = {"config": to_dict(config)}
         if restore:
             trained = restore(config, mesh)
-            what = Measured(config, trained.model, trained.params, trained.router)
+            what = Measured(config, trained.model, trained.params, trained.model_state)
             facts["step"] = trained.step
         else:
             model = define(config.model, config.execution)
             params = jax.jit(model.init)(jax.random.key(config.seed))
-            what = Measured(config, model, params, model.init_router())
+            what = Measured(config, model, params, model.init_model_state())
             facts["step"] = 0
         tokens, fit_tokens, settings = probe_tokens(config, data, settings)
         facts["settings"] = settings.to_dict()
@@ -138,13 +138,13 @@ def measure(
         found |= _forward(what, tokens, settings.probes)
     grads = None
     if {"backward", "update"} & set(settings.only):
-        grads, meters, squares = jax.jit(partial(gradients.of_loss, what.model))(what.params, what.router, tokens)
+        grads, meters, squares = jax.jit(partial(gradients.of_loss, what.model))(what.params, what.model_state, tokens)
     if "backward" in settings.only:
         found |= _backward(what, tokens, settings.probes, meters, squares)
     if not {"update", "skip", "affine"} & set(settings.only):
         return found
     trace = jax.jit(lambda p, r, t: blocks.traced(what.model.bind(p, r), t[:, :-1]))
-    before = trace(what.params, what.router, tokens)
+    before = trace(what.params, what.model_state, tokens)
     if "update" in settings.only:
         found |= _update(what, tokens, grads, trace, before)
     del grads
@@ -165,7 +165,7 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
     depth = what.config.model.depth
     keys = jax.random.split(_key(what.config, 0), (depth, probes))
     run = jax.jit(lambda p, r, t, k: blocks.forward(what.model.bind(p, r), t, k))
-    whole, of_blocks = run(what.params, what.router, tokens, keys)
+    whole, of_blocks = run(what.params, what.model_state, tokens, keys)
     ranks = {
         name: [effective_rank(grams) for grams in jax.device_get(of_blocks.pop(grams_name))]
         for name, grams_name in (("effective_rank", "stream_gram"), ("ffn_effective_rank", "ffn_gram"))
@@ -200,7 +200,7 @@ def _relative(squares_L: np.ndarray) -> list[float]:
 def _backward(what: Measured, tokens: Array, probes: int, loss_meters: Array, loss_squares: Any) -> dict[str, Any]:
     run = jax.jit(partial(gradients.of_probe, what.model))
     keys = jax.random.split(_key(what.config, 1), probes)
-    each = [jax.device_get(run(what.params, what.router, tokens[:, :-1], key)) for key in keys]
+    each = [jax.device_get(run(what.params, what.model_state, tokens[:, :-1], key)) for key in keys]
     mean = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *each)
     meters, squares = mean
     return {
@@ -214,19 +214,21 @@ def _backward(what: Measured, tokens: Array, probes: int, loss_meters: Array, lo
 def _update(what: Measured, tokens: Array, grads: Any, trace: Any, before: Any) -> dict[str, Any]:
     params = jax.jit(partial(gradients.updated, what.config, what.model), donate_argnums=1)(what.params, grads)
 
-    def logits(params: Any, router: Any, stream: Any) -> Array:
-        decoder = what.model.bind(params, router)
+    def logits(params: Any, model_state: Any, stream: Any) -> Array:
+        decoder = what.model.bind(params, model_state)
         return decoder.logits(blocks.leave(decoder, stream))
 
     @jax.jit
-    def changes(params: Any, new_params: Any, router: Any, before: Any, new: Any) -> tuple[Array, Array]:
+    def changes(params: Any, new_params: Any, model_state: Any, before: Any, new: Any) -> tuple[Array, Array]:
         streams = [
             jnp.concatenate([blocks.first(entering)[1:], blocks.first(last)[None]]) for entering, last in (before, new)
         ]
         by_block = jax.lax.map(lambda pair: _change(*pair), tuple(streams))
-        return by_block, _change(logits(params, router, before[1]), logits(new_params, router, new[1]))
+        return by_block, _change(logits(params, model_state, before[1]), logits(new_params, model_state, new[1]))
 
-    by_block, of_logits = changes(what.params, params, what.router, before, trace(params, what.router, tokens))
+    by_block, of_logits = changes(
+        what.params, params, what.model_state, before, trace(params, what.model_state, tokens)
+    )
     return {"update_stream_change": _plain(by_block), "update_logits_change": _plain(of_logits)}
 
 
@@ -243,7 +245,7 @@ def _replaced(
     chosen = replaced.chosen_blocks(depth, settings.blocks)
 
     def loss(stream: Any, done: int) -> float:
-        return float(run(what.params, what.router, stream, jnp.int32(done), tokens))
+        return float(run(what.params, what.model_state, stream, jnp.int32(done), tokens))
 
     whole = loss(before[1], depth - 1)
 
@@ -258,7 +260,7 @@ def _replaced(
     if "skip" in settings.only:
         found["skip_loss_change"] = change(list(entering))
     if "affine" in settings.only:
-        fitted_on = trace(what.params, what.router, jnp.asarray(fit_tokens))
+        fitted_on = trace(what.params, what.model_state, jnp.asarray(fit_tokens))
         mapped = [replaced.replacement(fitted_on, replaced.block_of(before, layer)[0], layer) for layer in chosen]
         found["affine_loss_change"] = change(mapped)
         useful = [cost > replaced.USEFUL * whole for cost in found["affine_loss_change"] if cost is not None]

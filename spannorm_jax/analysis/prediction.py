@@ -19,9 +19,10 @@ from spannorm_jax.analysis import fields
 from spannorm_jax.analysis.fields import Field, Mixture, Tape
 from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
 from spannorm_jax.config import ModelConfig, moe_layers
+from spannorm_jax.model.branches import multiplied_branches, warmup_factor
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import branch_multipliers, site_sizes, variance_factors
-from spannorm_jax.model.parametrisation import forward, multiplied_branches
+from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
 SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
@@ -41,7 +42,7 @@ class Prediction:
     Attributes:
       entry_variance: mean square of the stream that enters the first block.
       stream_variance: mean square over tokens and width.
-      attn_variance, ffn_variance: mean square of what attention and feed-forward return, before a constant that follows.
+      attn_variance, ffn_variance: mean square of what attention and feed-forward return, before what follows it.
       attn_backward_gain, ffn_backward_gain: what a branch, with its initialisation's constant, multiplies the energy of
         an isotropic gradient by; norms, gains and other constants after it are left out.
       token_correlation: mean over pairs of tokens of the cosine of their vectors.
@@ -88,7 +89,8 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
         branches["attn"].append(_Branch(weights.attention(layer), multipliers.get("attn", 1.0)))
         branches["ffn"].append(_Branch(weights.feed_forward(layer), multipliers.get("ffn", 1.0)))
         attn, ffn = (of_kind[-1] for of_kind in branches.values())
-        own = multiplied_branches(cfg, {}, attn, ffn, weights.norms(layer))  # a `_Branch` has its factor
+        warmup = float(warmup_factor(cfg, 1, layer)) if cfg.branch_warmup_steps else 1.0
+        own = multiplied_branches(cfg, {}, warmup, attn, ffn, weights.norms(layer))  # a `_Branch` has its factor
         stream = placement.block(stream, *own, layer, cfg)
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))

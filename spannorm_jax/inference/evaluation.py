@@ -49,7 +49,7 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
         with jax.set_mesh(mesh), in_step():
             trained = restore(config, mesh)
             loss_sums = make_evaluate(config, trained.model, mesh)
-            result = held_out(config, mesh, loss_sums, data, trained.params, trained.router)
+            result = held_out(config, mesh, loss_sums, data, trained.params, trained.model_state)
     line: dict[str, Any] = {"step": trained.step, **result}
     line |= {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
     if data.eval_overlap:

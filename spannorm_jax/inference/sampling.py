@@ -77,7 +77,7 @@ def prefill(
     pick: Callable,
     slots: int,
     params: Any,
-    router: Any,
+    model_state: Any,
     tokens_BxP: Array,
     lengths_B: Array,
     seed: Array,
@@ -87,13 +87,13 @@ def prefill(
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
     empty = Rows(empty_cache(model.cfg, B, slots), tokens_BxP[:, 0], lengths_B, keys, jnp.ones(B, bool))
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    return _advance(model.bind(params, router), pick, tokens_BxP, positions, lengths_B - 1, empty)
+    return _advance(model.bind(params, model_state), pick, tokens_BxP, positions, lengths_B - 1, empty)
 
 
-def decode(model: ModelDef, pick: Callable, params: Any, router: Any, rows: Rows) -> Rows:
+def decode(model: ModelDef, pick: Callable, params: Any, model_state: Any, rows: Rows) -> Rows:
     """One token more for every row."""
     first = jnp.zeros_like(rows.positions)
-    return _advance(model.bind(params, router), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
+    return _advance(model.bind(params, model_state), pick, rows.tokens[:, None], rows.positions[:, None], first, rows)
 
 
 def as_computed(model: ModelDef, params: Any) -> Any:
@@ -104,7 +104,7 @@ def as_computed(model: ModelDef, params: Any) -> Any:
 def generate(
     model: ModelDef,
     params: Any,
-    router: Any,
+    model_state: Any,
     tokenizer: Tokenizer,
     prompts: list[np.ndarray],
     options: SampleOptions,
@@ -133,14 +133,14 @@ def generate(
     step = jax.jit(partial(decode, model, pick), donate_argnums=2)
 
     params = jax.jit(partial(as_computed, model))(params)
-    rows = first(params, router, tokens, lengths, options.seed)
+    rows = first(params, model_state, tokens, lengths, options.seed)
     made = np.full((B, options.max_tokens), end, np.int32)
     ended = np.zeros(B, bool)
     for t in range(options.max_tokens):
         # A copy: the next step takes the rows' buffers, and is dispatched before this one's tokens are read.
         newest, finite = jnp.copy(rows.tokens), jnp.copy(rows.finite)
         if t + 1 < options.max_tokens:
-            rows = step(params, router, rows)
+            rows = step(params, model_state, rows)
         if not np.asarray(finite)[:B].all():
             raise UserError("the model's logits are not finite: these weights have diverged; give an older --step")
         made[:, t] = np.where(ended, end, np.asarray(newest)[:B])
@@ -212,7 +212,7 @@ def sample(
         _check_length(config, rows, max(map(len, ids)), options)
         with jax.set_mesh(mesh):
             trained = restore(config, mesh)
-            weights = (trained.params, trained.router)
+            weights = (trained.params, trained.model_state)
             run = partial(generate, trained.model, *weights, tokenizer, ids, options, rows_multiple=rows_multiple)
             if len(ids) == 1:
                 stream = TextStream(tokenizer, write)

@@ -4,16 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig
+from spannorm_jax.model.branches import multiplied_branches
 from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.model.parametrisation import base_config, multiplied_branches
+from spannorm_jax.model.parametrisation import base_config
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.weights import ModelState
 
 
 class Block(nnx.Module):
@@ -26,6 +29,8 @@ class Block(nnx.Module):
         placement = PLACEMENTS[cfg.placement]
         gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
         self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
+        if cfg.branch_warmup_steps:
+            self.warmup_factor = ModelState(jnp.zeros(()))
 
     def feed_forward(self, x_BxTxD: Array) -> tuple[Array, Stats | None]:
         """The block's own feed-forward branch, and what its router did if it has experts."""
@@ -53,5 +58,6 @@ class Block(nnx.Module):
             return out
 
         with jax.named_scope("block"):
-            own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), attn, branch, self.norms)
+            warmup = self.warmup_factor[...] if self.cfg.branch_warmup_steps else 1.0
+            own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), warmup, attn, branch, self.norms)
             return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats

@@ -7,6 +7,7 @@ weights into the modules. Everything outside this package works on the pytree.
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,12 +17,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
+from spannorm_jax.model.branches import warmup_factor
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.initialisation import initial_size
 from spannorm_jax.model.stack import STACKS
-from spannorm_jax.model.weights import ROLES, RouterState, WeightSpec
+from spannorm_jax.model.weights import ROLES, ModelState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
@@ -33,14 +36,14 @@ class ModelDef:
       cfg: what the model is.
       graph: its modules, without arrays.
       weights: the table of its weights, shaped like its parameter pytree, a nested dict.
-      router: shapes of its router state, a nested dict; {} for all models but those that balance
-        their experts by a bias.
+      model_state: shapes of what it keeps besides weights, a nested dict: the biases of routers that balance
+        their experts by one, and the blocks' `warmup_factor`; {} for most models.
     """
 
     cfg: ModelConfig
     graph: nnx.GraphDef
     weights: dict[str, Any]
-    router: dict[str, Any]
+    model_state: dict[str, Any]
 
     def init(self, key: Array) -> dict[str, Any]:
         """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded.
@@ -54,12 +57,28 @@ class ModelDef:
 
         return jax.tree_util.tree_map_with_path(draw, self.weights, is_leaf=_is_spec)
 
-    def init_router(self) -> dict[str, Any]:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.router)
+    def init_model_state(self) -> dict[str, Any]:
+        """Biases of zero, and the warm-up's factors in the first update."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.model_state)
+        return self.next_model_state(zeros, 1, lambda bias_LxE: bias_LxE)
 
-    def bind(self, params: dict[str, Any], router: dict[str, Any] | None = None) -> Decoder:
-        """The modules with these weights and this router state, which a model may lack."""
-        return nnx.merge(self.graph, params, router or {})
+    def next_model_state(
+        self, model_state: dict[str, Any], update: ArrayLike, balanced: Callable[[Array], Array]
+    ) -> dict[str, Any]:
+        """The state that an update (from 1) is made with: `balanced` of each router's bias, (blocks, E)."""
+        layers = stack_layers(self.cfg)
+
+        def of(path: tuple[Any, ...], old: Array) -> Array:
+            stack, *_, name = [entry.key for entry in path]
+            if name == "warmup_factor":
+                return warmup_factor(self.cfg, update, np.array(layers[stack]))
+            return balanced(old)
+
+        return jax.tree_util.tree_map_with_path(of, model_state)
+
+    def bind(self, params: dict[str, Any], model_state: dict[str, Any] | None = None) -> Decoder:
+        """The modules with these weights and this state, which most models lack."""
+        return nnx.merge(self.graph, params, model_state or {})
 
     def map_weights(self, fn: Any, *rest: Any) -> Any:
         """`jax.tree.map` over the table, each WeightSpec a leaf."""
@@ -94,11 +113,12 @@ def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelD
     Raises:
       ValueError: a weight was declared with an unknown role or logical axis.
     """
-    kinds = moe_layers(cfg)
-    layers = {name: tuple(i for i, kind in enumerate(kinds) if kind == moe) for moe, name in STACKS.items()}
+    layers = stack_layers(cfg)
     # The modules declare one block of each kind; the tables stack as many as there are.
     declared = nnx.eval_shape(lambda: Decoder(cfg, execution or ExecutionConfig()))
-    graph, params, router = cast(tuple[nnx.GraphDef, nnx.State, nnx.State], nnx.split(declared, nnx.Param, RouterState))
+    graph, params, model_state = cast(
+        tuple[nnx.GraphDef, nnx.State, nnx.State], nnx.split(declared, nnx.Param, ModelState)
+    )
 
     def spec_of(path: tuple[Any, ...], param: nnx.Variable) -> WeightSpec:
         spec = param.get_metadata()["spec"]
@@ -113,7 +133,13 @@ def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelD
     def stacked(path: tuple[Any, ...], state: nnx.Variable) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(layers[path[0]]), *state.shape), state.dtype)
 
-    return ModelDef(cfg, graph, _nested(params, spec_of), _nested(router, stacked))
+    return ModelDef(cfg, graph, _nested(params, spec_of), _nested(model_state, stacked))
+
+
+def stack_layers(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The blocks of each stack, from 0."""
+    kinds = moe_layers(cfg)
+    return {name: tuple(i for i, kind in enumerate(kinds) if kind == moe) for moe, name in STACKS.items()}
 
 
 def _nested(state: nnx.State, fn: Any) -> dict[str, Any]:
@@ -134,10 +160,10 @@ def abstract_params(model: ModelDef, mesh: Mesh) -> Any:
     )
 
 
-def abstract_router(model: ModelDef, mesh: Mesh) -> Any:
-    """The router state's shapes, replicated over a mesh, as ShapeDtypeStructs."""
+def abstract_model_state(model: ModelDef, mesh: Mesh) -> Any:
+    """The model state's shapes, replicated over a mesh, as ShapeDtypeStructs."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), model.router)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), model.model_state)
 
 
 def count_params(model: ModelDef, active: bool = False) -> int:

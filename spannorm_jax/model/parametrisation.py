@@ -19,10 +19,9 @@ heads grow instead (`base_head_dim`), muP's rule q.k / K is met at the base: q.k
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spannorm_jax.config import ModelConfig
-from spannorm_jax.model.placement import PLACEMENTS
 
 if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
     from spannorm_jax.model.weights import WeightSpec
@@ -160,41 +159,3 @@ def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightS
         if spec.role in ("embedding", "hidden", "expert"):
             spec = dataclasses.replace(spec, fan_out=spec.fan_out / m)
     return base_config(cfg), spec
-
-
-# ---- branches ---------------------------------------------------------------------------------------
-
-
-def multiplied_branches(
-    cfg: ModelConfig, factors: dict[str, float], attn: Any, ffn: Any, norms: Any
-) -> tuple[Any, Any, Any]:
-    """A block's sub-layers and norms, with the constants of the forward pass: `factors` by branch (`attn`, `ffn`), of
-    the initialisation, and `Forward.branch` on each branch that is added to the stream.
-
-    Which those are the placement says (`Placement.additions`): SpanNorm's attention is none, since it reaches the
-    stream through the feed-forward alone. A branch that ends in a norm takes the multiplier after it.
-    """
-
-    def times(layer: Callable[[Any], Any], factor: float) -> Callable[[Any], Any]:
-        return layer if factor == 1 else lambda x: layer(x) * factor
-
-    placement, added = PLACEMENTS[cfg.placement], forward(cfg).branch
-    after_norm = {size for size in placement.additions.values() if size in placement.block_norms}
-    own = {branch for branch, size in placement.additions.items() if size not in after_norm}
-
-    def of_branch(name: str, layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return times(times(layer, factors.get(name, 1.0)), added if name in own else 1.0)
-
-    if added != 1 and after_norm:
-        norms = _Multiplied(norms, {name: times(getattr(norms, name), added) for name in after_norm})
-    return of_branch("attn", attn), of_branch("ffn", ffn), norms
-
-
-class _Multiplied:
-    """Norms, some of them replaced."""
-
-    def __init__(self, norms: Any, replaced: dict[str, Any]):
-        self._norms, self._replaced = norms, replaced
-
-    def __getattr__(self, name: str) -> Any:
-        return self._replaced.get(name) or getattr(self._norms, name)

@@ -37,8 +37,8 @@ class WeightSpec:
     layers: tuple[int, ...] = ()
 
 
-class RouterState(nnx.Variable):
-    """What a router keeps besides its weights: no gradient, no optimiser. It starts at zero."""
+class ModelState(nnx.Variable):
+    """What a model keeps besides its weights: no gradient, no optimiser. The train step sets it."""
 
 
 def weight(

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -129,12 +130,13 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
     params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
 
     def kept(rows: int) -> int:
-        def residuals(params: Any, router: Any, tokens: jax.Array) -> Any:
+        def residuals(params: Any, model_state: Any, tokens: jax.Array) -> Any:
             weights = jnp.ones(tokens[:, 1:].shape)
-            return jax.vjp(lambda p: loss_sums(model.bind(p, router), tokens, weights, num_chunks)["nll"], params)[1]
+            decoder = partial(model.bind, model_state=model_state)
+            return jax.vjp(lambda p: loss_sums(decoder(p), tokens, weights, num_chunks)["nll"], params)[1]
 
         tokens = jax.ShapeDtypeStruct((rows, config.data.seq_len + 1), jnp.int32)
-        shapes = jax.eval_shape(residuals, params, model.router, tokens)
+        shapes = jax.eval_shape(residuals, params, model.model_state, tokens)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     # Weights are among the residuals, whatever the batch: the difference leaves them out.

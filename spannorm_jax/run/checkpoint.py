@@ -1,6 +1,6 @@
 """Checkpoints, and the only file that knows Orbax.
 
-A checkpoint has items: params, opt_state, router (if the model has such state) and meta (step and resolved config).
+A checkpoint has items: params, opt_state, model_state (if the model has any) and meta (step and resolved config).
 They are separate so that evaluation does not read the optimiser's. Saves are asynchronous: Orbax writes to a temporary
 folder and renames it when everything is on disk; just before, `array_store.py` asks each item for its arrays and
 `manifest.py` lists the hash of each file. Only checkpoints that are whole and match their manifest are ever read.
@@ -30,7 +30,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
-from spannorm_jax.run.renamed import lacks_clipping, names_of, router_state_of, to_new_names, to_old_names
+from spannorm_jax.run.renamed import item_of, lacks_clipping, model_state_of, names_of, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
@@ -89,19 +89,19 @@ class Checkpoints:
         """Starts a save; returns once the state may be donated. An error of the save before is raised here."""
         self._manager.wait_until_finished()
         self._saving = step
-        trees = {"params": state.params, "opt_state": state.opt_state, "router": state.router}
+        trees = {"params": state.params, "opt_state": state.opt_state, "model_state": state.model_state}
         args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if tree}
         self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads a whole state onto the shardings of `abstract`, whatever mesh wrote it."""
         items = self._restore(
-            step, {"params": abstract.params, "opt_state": abstract.opt_state, "router": abstract.router}
+            step, {"params": abstract.params, "opt_state": abstract.opt_state, "model_state": abstract.model_state}
         )
         # Made by the devices that hold it: a host scalar would be placed, and compiled for, differently.
         number = np.asarray(step, abstract.step.dtype)
         restored = jax.make_array_from_callback((), abstract.step.sharding, lambda _: number)
-        return TrainState(restored, items["params"], items["opt_state"], items["router"])
+        return TrainState(restored, items["params"], items["opt_state"], items["model_state"])
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Items by name, as `abstract` has them, whatever their form when they were saved."""
@@ -116,24 +116,26 @@ class Checkpoints:
         asked = {name: tree for name, tree in abstract.items() if tree}
         old = names_of(self._path(step) / "params")
         if old:
-            asked = {name: to_old_names(tree, old) for name, tree in asked.items() if name != "router" or not old.bias}
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in asked.items()})
-        found = dict(self._manager.restore(step, args=args).items())
+            among = {"model_state"} if old.bias else set()  # the weights
+            asked = {name: to_old_names(tree, old) for name, tree in asked.items() if name not in among}
+        items = {item_of(name, self._path(step)): ocp.args.StandardRestore(tree) for name, tree in asked.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = {name: restored[item_of(name, self._path(step))] for name in asked}
         if not old:
             return {name: found.get(name, {}) for name in abstract}
-        if old.bias and abstract["router"]:
-            found["router"] = router_state_of(found["params"])
+        if old.bias and abstract["model_state"]:
+            found["model_state"] = model_state_of(found["params"])
         return {name: to_new_names(found[name], tree, old) if tree else {} for name, tree in abstract.items()}
 
-    def restore_model(self, step: int, abstract_params: Any, abstract_router: Any) -> tuple[Any, Any]:
-        """Reads the parameters and the router state, and nothing else.
+    def restore_model(self, step: int, abstract_params: Any, abstract_model_state: Any) -> tuple[Any, Any]:
+        """Reads the parameters and the model state, and nothing else.
 
         Raises:
           UserError: a trainer has removed the checkpoint meanwhile, where no lock could hold it.
         """
         try:
-            items = self._restore(step, {"params": abstract_params, "router": abstract_router})
-            return items["params"], items["router"]
+            items = self._restore(step, {"params": abstract_params, "model_state": abstract_model_state})
+            return items["params"], items["model_state"]
         except Exception as error:  # each store raises its own kind over a file that has gone
             if (self._path(step) / MANIFEST).exists():
                 raise

@@ -26,6 +26,11 @@ def _paths(item: Path) -> list[list[str]]:
     return [[key["key"] for key in leaf["key_metadata"]] for leaf in tree]
 
 
+def item_of(name: str, checkpoint: Path) -> str:
+    """What a checkpoint calls an item: the model state was `router` when routers alone had any."""
+    return "router" if name == "model_state" and (checkpoint / "router").exists() else name
+
+
 # ---- weights -----------------------------------------------------------------------------------
 
 
@@ -54,8 +59,8 @@ def to_new_names(tree: Any, like: Any, names: Names, within: str = "") -> Any:
     return {name: to_new_names(tree[_old(name, names, within)], node, names, name) for name, node in like.items()}
 
 
-def router_state_of(old_params: Any) -> Any:
-    """The router state that stood among the weights."""
+def model_state_of(old_params: Any) -> Any:
+    """The router's bias that stood among the weights."""
     return {"moe_blocks": {"ffn": {"bias": old_params["moe_blocks"]["ffn"]["bias"]}}}
 
 

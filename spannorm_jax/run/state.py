@@ -8,15 +8,16 @@ import jax
 from jax import Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "router"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "model_state"], meta_fields=[])
 @dataclass
 class TrainState:
-    """All that a run is, besides its config: updates made (int32), weights, optimiser state, router state.
+    """All that a run is, besides its config: updates made (int32), weights, optimiser state, model state.
 
-    `router` is {} for all models but those that balance their experts by a bias.
+    `model_state` is what the model keeps besides weights (`ModelDef.model_state`), for the update that comes next; {}
+    for most models.
     """
 
     step: Array
     params: Any
     opt_state: Any
-    router: Any
+    model_state: Any

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, flatten
 from spannorm_jax.config_file import recorded_config
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, abstract_params, abstract_router, define
+from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params, define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
@@ -20,14 +20,14 @@ from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model with the weights and the router state after `step` updates, float32, sharded over `mesh`."""
+    """A run's model with the weights and the model state after `step` updates, float32, sharded over `mesh`."""
 
     config: Config
     model: ModelDef
     mesh: Mesh
     step: int
     params: Any
-    router: Any
+    model_state: Any
 
 
 @contextlib.contextmanager
@@ -51,10 +51,10 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
         def restore(config: Config, mesh: Mesh) -> Trained:
             _check_model(workdir, found, checkpoints.config(found), config)
             model = define(config.model, config.execution)
-            params, router = checkpoints.restore_model(
-                found, abstract_params(model, mesh), abstract_router(model, mesh)
+            params, model_state = checkpoints.restore_model(
+                found, abstract_params(model, mesh), abstract_model_state(model, mesh)
             )
-            return Trained(config, model, mesh, found, params, router)
+            return Trained(config, model, mesh, found, params, model_state)
 
         yield restore
 

@@ -25,7 +25,7 @@ def held_out(
     evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]],
     data: OpenData,
     params: Any,
-    router: Any,
+    model_state: Any,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity, bits per byte and accuracy over that part of the split.
 
@@ -43,7 +43,7 @@ def held_out(
             jax.make_array_from_callback(x.shape, sharding(mesh, ("batch", "time")), x.__getitem__)
             for x in (tokens, weights)
         )
-        sums = jax.device_get(evaluate(params, router, *arrays))
+        sums = jax.device_get(evaluate(params, model_state, *arrays))
         totals = {key: total + float(sums[key]) for key, total in totals.items()}
     loss = totals["nll"] / totals["count"]
     return {

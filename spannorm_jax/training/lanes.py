@@ -121,8 +121,8 @@ class LaneProgram:
     """The compiled functions of K lanes on a program's mesh; K is a multiple of its axis `lane`.
 
     stack(*states) -> state with a lane axis; train(state, tokens_KxBxT1, numbers) -> (state, metrics), which donates
-    the state; signal(params, router, tokens_KxBxT1) -> `signal.forward_signal` of each lane; take(state, lane) -> the
-    state of one lane, as a single run has it.
+    the state; signal(params, model_state, tokens_KxBxT1) -> `signal.forward_signal` of each lane; take(state, lane) ->
+    the state of one lane, as a single run has it.
     """
 
     def __init__(self, config: Config, model: ModelDef, program: Program, num_lanes: int):
@@ -146,7 +146,7 @@ class LaneProgram:
         )
         self.signal = jax.jit(
             jax.vmap(partial(forward_signal, model, config.training.num_microbatches), spmd_axis_name=LANE),
-            in_shardings=(in_lanes.params, in_lanes.router, self.batch_sharding),
+            in_shardings=(in_lanes.params, in_lanes.model_state, self.batch_sharding),
             out_shardings=replicated,
         )
         self.stack = jax.jit(lambda *states: jax.tree.map(lambda *xs: jnp.stack(xs), *states), out_shardings=in_lanes)
@@ -216,7 +216,7 @@ def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
         began = time.monotonic()
         step = program.train.lower(state, batches.abstract, numbers).compile()
         if session.config.metrics.signal_every:
-            signal = program.signal.lower(state.params, state.router, batches.abstract).compile()
+            signal = program.signal.lower(state.params, state.model_state, batches.abstract).compile()
         print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
         watchdog.alive("the step was compiled")
         pending: tuple[int, Any] | None = None  # the turn whose metrics are still to be read
@@ -226,7 +226,7 @@ def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
                     batch = next(batches)
                     seen = {}
                     if any(lane.takes_signal(turn) for lane in lanes):  # as in `loop.train`
-                        seen = jax.block_until_ready(signal(state.params, state.router, batch))
+                        seen = jax.block_until_ready(signal(state.params, state.model_state, batch))
                     state, metrics = step(state, batch, numbers)
                     metrics["signal"] |= seen
                 if pending:
@@ -265,7 +265,7 @@ def _read(lanes: Sequence[Lane], turn: int, metrics: Any, measures: dict[int, An
 def _measure(program: LaneProgram, session: Session, lane: Lane, state: TrainState, i: int) -> dict[str, float]:
     """The held-out loss of a lane, on its own data; `session` is the one whose program measures for all."""
     own = program.take(state, i)
-    return held_out(lane.config, session.mesh, session.program.evaluate, lane.session.data, own.params, own.router)
+    return held_out(lane.config, session.mesh, session.program.evaluate, lane.session.data, own.params, own.model_state)
 
 
 def _batches(program: LaneProgram, lanes: Sequence[Lane], turns: int) -> Batches:

@@ -72,7 +72,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
             began = time.monotonic()
             train_step = program.train.lower(state, batches.abstract, numbers).compile()
             if config.metrics.signal_every:
-                forward_signal = program.signal.lower(state.params, state.router, batches.abstract).compile()
+                forward_signal = program.signal.lower(state.params, state.model_state, batches.abstract).compile()
             distributed.print_once(f"compiled in {time.monotonic() - began:.1f} s")
             watchdog.alive("the step was compiled")
             # Gloo gives the processes 30 s to meet in a first collective: none may still be compiling then.
@@ -88,7 +88,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                             batch = next(batches)
                             if log.takes_signal(step):  # before the step, which donates the weights
                                 # Two programs at once may wait for ever, each for devices that the other holds.
-                                seen = jax.block_until_ready(forward_signal(state.params, state.router, batch))
+                                seen = jax.block_until_ready(forward_signal(state.params, state.model_state, batch))
                             state, metrics = train_step(state, batch, numbers)
                             if log.takes_signal(step):
                                 metrics["signal"] |= seen
@@ -97,7 +97,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                     watchdog.alive(f"step {step - 1}")
                     log.dispatched(step, metrics)
                     if record.measured_at(config, step):
-                        log.read_previous(partial(measure, state.params, state.router))
+                        log.read_previous(partial(measure, state.params, state.model_state))
                         watchdog.alive(f"the held-out loss of step {step}")
                     stopped_by = stop.at(step)
                     if stopped_by or record.saved_at(config, step):

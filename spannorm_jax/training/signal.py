@@ -34,14 +34,14 @@ def block_squares(model: ModelDef, tree: Any) -> Array:
 
 
 def forward_signal(
-    model: ModelDef, num_microbatches: int, params: Any, router: Any, tokens_BxT1: Array
+    model: ModelDef, num_microbatches: int, params: Any, model_state: Any, tokens_BxT1: Array
 ) -> dict[str, Array]:
     """Of each block, (L,): `weight_norm`; and of the first microbatch, which takes no more memory than a step's,
     `stream_rms` of what leaves the block (of two streams the first) and `attention_logit_max`.
 
     Logits are computed from queries and keys a second time, since the kernels that run do not return them.
     """
-    cfg, decoder = model.cfg, model.bind(params, router)
+    cfg, decoder = model.cfg, model.bind(params, model_state)
     B, T1 = tokens_BxT1.shape
     tokens = tokens_BxT1.reshape(B // num_microbatches, num_microbatches, T1)[:, 0, :-1]
     angles = rotary_angles(T1 - 1, cfg.width // cfg.num_heads, cfg.rope_theta)

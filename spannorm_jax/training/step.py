@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef, abstract_params, abstract_router
+from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.mesh import batch_shards, sharding
@@ -101,7 +101,7 @@ def gradients(
     config: Config,
     model: ModelDef,
     params: Any,
-    router: Any,
+    model_state: Any,
     tokens_BxT1: Array,
     num_chunks: int,
     numbers: Numbers,
@@ -113,7 +113,7 @@ def gradients(
     k = config.training.num_microbatches
 
     def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Any]]:
-        sums = loss_sums(model.bind(params, router), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
+        sums = loss_sums(model.bind(params, model_state), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
         total = sums["nll"] + numbers.z_loss * sums["z"]
         if "router" in sums:
             losses = router_losses(config.model.moe.balance, sums["router"], numbers)
@@ -167,13 +167,15 @@ def train_step(
     no line: it names what is not finite.
     """
     optim = config.optim
-    grads, sums = gradients(config, model, state.params, state.router, tokens_BxT1, num_chunks, numbers)
+    grads, sums = gradients(config, model, state.params, state.model_state, tokens_BxT1, num_chunks, numbers)
     with jax.named_scope("optimizer"):
         optimizer = make_optimizer(optim, model, numbers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        router = jax.tree.map(
-            lambda bias_LxE: balanced_bias(bias_LxE, sums["router"]["counts"], numbers.bias_rate), state.router
+        model_state = model.next_model_state(
+            state.model_state,
+            state.step + 2,
+            lambda bias_LxE: balanced_bias(bias_LxE, sums["router"]["counts"], numbers.bias_rate),
         )
     step = state.step + 1
     with jax.named_scope("metrics"):
@@ -194,7 +196,7 @@ def train_step(
             "signal": OrderedDict(update_norm=jnp.sqrt(block_squares(model, updates))),
             "diagnosis": {"other_grad_norm": other_grad_norm},
         }
-    return TrainState(step, params, opt_state, router), metrics
+    return TrainState(step, params, opt_state, model_state), metrics
 
 
 def router_metrics(stats: Stats) -> dict[str, Array]:
@@ -210,7 +212,7 @@ def router_metrics(stats: Stats) -> dict[str, Array]:
 
 def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: Array) -> TrainState:
     params = model.init(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model.init_router())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model.init_model_state())
 
 
 # ---- the jitted edge ----------------------------------------------------------------------------
@@ -221,8 +223,8 @@ class Program:
     """A model's compiled functions on a mesh, with the shardings that they share.
 
     init(seed) -> state; train(state, tokens_BxT1, numbers) -> (state, metrics), which donates the
-    state; signal(params, router, tokens_BxT1) -> `signal.forward_signal` of its first microbatch, and
-    evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, which donate nothing.
+    state; signal(params, model_state, tokens_BxT1) -> `signal.forward_signal` of its first microbatch, and
+    evaluate(params, model_state, tokens_BxT1, weights_BxT) -> loss sums, which donate nothing.
     """
 
     mesh: Mesh
@@ -246,7 +248,7 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
         cast(Any, replicated),
         params_shardings,
         optimizer_shardings(optimizer, params, params_shardings, replicated),
-        jax.tree.map(lambda x: x.sharding, abstract_router(model, mesh)),
+        jax.tree.map(lambda x: x.sharding, abstract_model_state(model, mesh)),
     )
     init = partial(init_state, model, optimizer)
     abstract_state = jax.tree.map(
@@ -270,7 +272,7 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
         ),
         signal=jax.jit(
             partial(forward_signal, model, config.training.num_microbatches),
-            in_shardings=(shardings.params, shardings.router, batch_sharding),
+            in_shardings=(shardings.params, shardings.model_state, batch_sharding),
             out_shardings=replicated,
         ),
         evaluate=make_evaluate(config, model, mesh),
@@ -278,17 +280,17 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
 
 
 def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """evaluate(params, router, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
+    """evaluate(params, model_state, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
 
     It donates nothing.
     """
     num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
-    abstract = abstract_params(model, mesh), abstract_router(model, mesh)
+    abstract = abstract_params(model, mesh), abstract_model_state(model, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     batch_sharding = sharding(mesh, ("batch", "time"))
 
-    def evaluate(params: Any, router: Any, tokens: Array, weights: Array) -> dict[str, Array]:
-        return loss_sums(model.bind(params, router), tokens, weights, num_chunks)
+    def evaluate(params: Any, model_state: Any, tokens: Array, weights: Array) -> dict[str, Array]:
+        return loss_sums(model.bind(params, model_state), tokens, weights, num_chunks)
 
     return jax.jit(
         evaluate,

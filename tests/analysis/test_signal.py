@@ -41,8 +41,8 @@ def tiny(placement, **changes):
         norm = spec.role == "norm"
         return (rng.uniform(0.5, 1.5, spec.shape) if norm else 0.4 * rng.standard_normal(spec.shape)).astype(np.float32)
 
-    router = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), model.router)
-    return Measured(config, model, model.map_weights(draw), router)
+    model_state = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), model.model_state)
+    return Measured(config, model, model.map_weights(draw), model_state)
 
 
 def tokens(rows=B, seed=1):
@@ -180,7 +180,7 @@ def test_the_rank_of_post_activations_is_that_of_the_hidden_units():
 
 def modules(what):
     """The blocks of a dense model, one module each."""
-    graph, state = nnx.split(what.model.bind(what.params, what.router).stacks[False])
+    graph, state = nnx.split(what.model.bind(what.params, what.model_state).stacks[False])
     return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(what.model.cfg.depth)]
 
 
@@ -306,8 +306,8 @@ def test_gradient_norms_of_the_stream(placement):
     np.testing.assert_allclose(got["stream_grad_norm"], norms / norms[-1], rtol=0.05)
 
 
-def nll(what, params, router=None):
-    decoder, row = what.model.bind(params, router), tokens()
+def nll(what, params, model_state=None):
+    decoder, row = what.model.bind(params, model_state), tokens()
     log_probs = jax.nn.log_softmax(decoder(row[:, :-1]))
     return -jnp.mean(jnp.take_along_axis(log_probs, row[:, 1:, None], axis=-1))
 
@@ -430,23 +430,23 @@ def test_dense_and_expert_blocks_in_one_model():
     assert [load is None for load in got["expert_load"]] == [True, True, False]
     assert sum(got["expert_load"][2]) == pytest.approx(1) and len(got["expert_load"][2]) == 4
     assert got["expert_load_max"][2] == pytest.approx(4 * max(got["expert_load"][2]), rel=1e-5)
-    assert got["loss"] == pytest.approx(float(nll(what, what.params, what.router)), rel=1e-5)
+    assert got["loss"] == pytest.approx(float(nll(what, what.params, what.model_state)), rel=1e-5)
     assert all(x is not None for x in got["skip_loss_change"] + got["affine_loss_change"] + got["stream_variance"])
     sites = got["weight_loss_grad_norm"]
     assert [x is None for x in sites["ffn_out"]] == [False, False, True]
     assert [x is None for x in sites["expert_out"]] == [True, True, False]
-    grads = jax.grad(lambda p: nll(what, p, what.router))(what.params)
+    grads = jax.grad(lambda p: nll(what, p, what.model_state))(what.params)
     want = np.linalg.norm(np.ravel(grads["moe_blocks"]["ffn"]["out"]))
     assert sites["expert_out"][2] == pytest.approx(want, rel=1e-4)
     # Post-activations of the expert block: hidden units of all experts side by side, by NumPy from the same argument.
-    decoder = what.model.bind(what.params, what.router)
+    decoder = what.model.bind(what.params, what.model_state)
     trace = measuring.blocks.traced(decoder, tokens()[:, :-1])
     before, _ = replaced.block_of(trace, 2)
     graph, state = nnx.split(decoder.stacks[True])
     block = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
     y = block.norms.after_attn(before + block.attn(before, rotary_angles(T, WIDTH // 2, 20.0)))
     w = reference.to_float64(jax.tree.map(lambda x: x[0], what.params["moe_blocks"]["ffn"]))
-    bias = np.asarray(what.router["moe_blocks"]["ffn"]["bias"], np.float64)[0]
+    bias = np.asarray(what.model_state["moe_blocks"]["ffn"]["bias"], np.float64)[0]
     ranks = []
     for row in np.asarray(y, np.float64):
         hidden = []

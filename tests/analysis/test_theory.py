@@ -38,13 +38,14 @@ def measured(cfg, draws=4, rows=4):
     def one(key):
         of_weights, of_tokens, of_gradient = jax.random.split(key, 3)
         tokens = jax.random.randint(of_tokens, (rows, T), 0, cfg.vocab_size)
-        params, router = model.init(of_weights), model.init_router()
+        params, model_state = model.init(of_weights), model.init_model_state()
         entered = jax.eval_shape(
-            lambda p: placement.enter(model.bind(p, router).embeddings(tokens), model.bind(p, router).ends), params
+            lambda p: placement.enter(model.bind(p, model_state).embeddings(tokens), model.bind(p, model_state).ends),
+            params,
         )
 
         def run(params, added):
-            decoder = model.bind(params, router)
+            decoder = model.bind(params, model_state)
 
             def step(block, stream, layer, added):
                 leaves, structure = jax.tree.flatten(stream)
@@ -96,6 +97,7 @@ CASES |= {
     "small": {"placement": "post", "init": "gpt2", "width": 256, "num_heads": 8},
     "tied": {"placement": "pre", "init": "gpt2", "tied_head": True, "ffn": "gelu", "width": 256, "num_heads": 8},
     "qk_norm": {"placement": "span", "qk_norm": True, "num_kv_heads": 3, "norm": "layernorm", "variance_budget": 9.0},
+    "warmup": {"placement": "peri", "branch_warmup_steps": 0.5, "ffn": "relu"},  # the third block comes in at 2/3
     "experts": {"placement": "post", "moe": MoEConfig(num_experts=4, expert_dim=256, num_shared=1), "ffn": "gelu"},
 }
 

@@ -43,10 +43,15 @@ CASES = [(p, v) for p in PLACEMENTS for v in EVERY]
 CASES += [(tuple(PLACEMENTS)[i % len(PLACEMENTS)], v) for i, v in enumerate(VARIANTS) if v not in EVERY]
 
 
-def router_state(model):
-    """Biases of a size that changes the selection."""
-    return jax.tree.map(
-        lambda x: (0.4 * np.random.default_rng(2).standard_normal(x.shape)).astype(np.float32), model.router
+UPDATE = 4  # with a warm-up of 2 the factors of three blocks are 1, 1, 2/3
+
+
+def state_of(model):
+    """Biases of a size that changes the selection, and a warm-up that is under way."""
+    return model.next_model_state(
+        model.init_model_state(),
+        UPDATE,
+        lambda bias: (0.4 * np.random.default_rng(2).standard_normal(bias.shape)).astype(np.float32),
     )
 
 
@@ -70,13 +75,22 @@ def make(placement, variant="plain", **changes):
     aux_loss = moe.aux_loss if moe.balance == "aux_loss" else 0.0
     router = reference.Router(moe.top_k, moe.scores, moe.renormalize, aux_loss, moe.router_z_loss)
     router = router if moe.num_experts else None
-    options = reference.Options(placement, cfg.norm, cfg.ffn, cfg.norm_eps, cfg.rope_theta, router)
+    warmup = (cfg.branch_warmup_steps, UPDATE) if cfg.branch_warmup_steps else None
+    options = reference.Options(placement, cfg.norm, cfg.ffn, cfg.norm_eps, cfg.rope_theta, router, warmup)
     return model, model.map_weights(draw), tokens, options
 
 
 @pytest.mark.parametrize(("placement", "variant"), CASES)
 def test_logits_loss_and_gradients_are_those_of_the_equations(placement, variant):
     check_against_the_reference(placement, variant)
+
+
+@pytest.mark.parametrize(
+    ("placement", "variant"), [("pre", "plain"), ("span", "moe_sigmoid"), ("peri", "plain"), ("siamese", "moe")]
+)
+def test_branches_that_come_in_while_the_model_trains(placement, variant):
+    """ProRes: min(1, t / (T l)) times what is added to the stream, in values and gradients."""
+    check_against_the_reference(placement, variant, branch_warmup_steps=2.0)
 
 
 @pytest.mark.parametrize("variant", ["mqa_qk_norm", "moe", "moe_sigmoid"])
@@ -88,27 +102,27 @@ def test_norms_inside_sub_layers(variant, monkeypatch):
     check_against_the_reference("pre_normed", variant)
 
 
-def check_against_the_reference(placement, variant):
+def check_against_the_reference(placement, variant, **changes):
     """Logits and loss against the float64 reference; the gradient, weight by weight, against its central differences.
 
     Directions are taken within one weight at a time, so that no large gradient hides the error of a small one.
     """
-    model, params, tokens, options = make(placement, variant)
-    router = router_state(model)
+    model, params, tokens, options = make(placement, variant, **changes)
+    model_state = state_of(model)
     exact = reference.to_float64(params)
 
     def with_router(weights):
-        if not router:
+        if "ffn" not in model_state.get("moe_blocks", {}):
             return weights
         blocks = weights["moe_blocks"]
-        ffn = blocks["ffn"] | reference.to_float64(router["moe_blocks"]["ffn"])
+        ffn = blocks["ffn"] | reference.to_float64(model_state["moe_blocks"]["ffn"])
         return weights | {"moe_blocks": blocks | {"ffn": ffn}}
 
     def all_of(params):
         config = Config(model=model.cfg)
-        grads, sums = gradients(config, model, params, router, tokens, 1, numbers_of(config))
+        grads, sums = gradients(config, model, params, model_state, tokens, 1, numbers_of(config))
         total = sums["nll"] + sum(sums.get("router_losses", {}).values())
-        return total / sums["count"], grads, model.bind(params, router)(tokens[:, :-1])
+        return total / sums["count"], grads, model.bind(params, model_state)(tokens[:, :-1])
 
     loss, grads, logits = jax.jit(all_of)(params)
     want = reference.logits(with_router(exact), tokens[:, :-1], options)

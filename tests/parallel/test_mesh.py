@@ -96,7 +96,7 @@ def start(program, params):
     """The state of a run that starts from these weights, on the program's mesh."""
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
     params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, program.abstract_state.params)
-    return TrainState(state.step, params, state.opt_state, state.router)
+    return TrainState(state.step, params, state.opt_state, state.model_state)
 
 
 def trajectory(config, layout, num_devices):
@@ -225,7 +225,7 @@ def test_evaluation_is_that_of_one_device(layout):
             program = make_program(config, model, mesh)
             args = (jax.device_put(x, program.batch_sharding) for x in (tokens, weights))
             state = start(program, drawn(model))
-            return jax.device_get(program.evaluate(state.params, state.router, *args))
+            return jax.device_get(program.evaluate(state.params, state.model_state, *args))
 
     one, eight = sums({"data": 1}, 1), sums(LAYOUTS[layout], 8)
     assert one["count"] == eight["count"] == 80

@@ -189,9 +189,9 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
     rng = np.random.default_rng(0)
     params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
     bias = rng.standard_normal((2, 4)).astype(np.float32)
-    router = {"moe_blocks": {"ffn": {"bias": bias}}} if balance == "bias" else {}
+    model_state = {"moe_blocks": {"ffn": {"bias": bias}}} if balance == "bias" else {}
     moments = make_optimizer(config.optim, model, numbers_of(config)).init(params)
-    now = TrainState(np.int32(7), params, moments, router)
+    now = TrainState(np.int32(7), params, moments, model_state)
     sides = {name.split("_")[1]: name for name in params[stack]["norms"]}
 
     def then(tree):
@@ -214,9 +214,9 @@ def test_a_checkpoint_with_the_names_of_then_is_read_under_those_of_now(tmp_path
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=SHARDING), now)
     reading = Checkpoints(tmp_path)
     same(reading.restore(7, abstract), now)
-    found, found_router = reading.restore_model(7, abstract.params, abstract.router)
+    found, found_state = reading.restore_model(7, abstract.params, abstract.model_state)
     same(found, params)
-    same(found_router, router)
+    same(found_state, model_state)
     reading.close()
 
 

@@ -25,7 +25,7 @@ SHIPPED = {
 }
 NUMBER = {
     "placement_init": 153,
-    "rivals": 306,
+    "rivals": 378,
     "depth_factor": 126,
     "depth": 108,
     "width": 105,

@@ -48,7 +48,7 @@ def start(program, params):
     """The state of a run that starts from these weights: no updates, moments of zero. (`init` takes compiling.)"""
     zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
     params = jax.tree.map(lambda x, a: jax.device_put(jnp.array(x), a.sharding), params, program.abstract_state.params)
-    return TrainState(zeros.step, params, zeros.opt_state, zeros.router)
+    return TrainState(zeros.step, params, zeros.opt_state, zeros.model_state)
 
 
 def assert_trees_close(got, want, tolerance):

@@ -73,6 +73,21 @@ def test_gradient_norms_are_those_of_the_gradients(full_batch):
         assert norm == pytest.approx(np.linalg.norm(part), rel=1e-6)
 
 
+def test_branches_come_in_update_by_update():
+    """ProRes: update t is made with min(1, t / (T l)), and a state holds the factors of the update that comes next."""
+    config = configure(model__placement="pre", model__branch_warmup_steps=2.0)
+    model, program = define(config.model, config.execution), program_of(config)
+    state = program.init(0)
+    for update in range(1, 5):
+        factors = np.minimum(1, update / np.array([2.0, 4.0], np.float32))
+        np.testing.assert_array_equal(state.model_state["blocks"]["warmup_factor"], factors)
+        plain, fixed = jax.device_get((state.params, {"blocks": {"warmup_factor": factors}}))
+        log_probs = jax.nn.log_softmax(model.bind(plain, fixed)(batch()[:, :-1]))
+        nll = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()[:, 1:, None], axis=-1))
+        state, metrics = program.train(state, batch(), numbers_of(config))
+        assert metrics["scalars"]["loss"] == pytest.approx(nll, rel=1e-6)
+
+
 # ---- loss ----------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +239,7 @@ def test_one_sequence_is_learnt_by_heart(placement):
     assert float(losses[0]) > 3
     assert float(losses[-1]) < 0.05
     assert float(metrics["scalars"]["accuracy"]) == 1
-    sums = program.evaluate(state.params, state.router, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
+    sums = program.evaluate(state.params, state.model_state, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
     assert float(sums["correct"]) == float(sums["count"]) == BATCH * SEQ_LEN
 
 

@@ -17,7 +17,7 @@ from spannorm_jax.model.layers import FeedForward, parts
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.router import Stats, route, router_stats
 from spannorm_jax.model.placement import inner_norms
-from spannorm_jax.model.weights import RouterState, gain, weight
+from spannorm_jax.model.weights import ModelState, gain, weight
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, partition_spec
 
 
@@ -33,7 +33,7 @@ class MoE(nnx.Module):
         self.cfg, self.execution = cfg, execution
         self.router = weight((D, E), ("embed", "choices"), "router", "router", fan_in=D, fan_out=E)
         if moe.balance == "bias":
-            self.bias = RouterState(jnp.zeros(E))
+            self.bias = ModelState(jnp.zeros(E))
         axes_in, axes_out = ("experts", "embed", "parts", "ffn"), ("experts", "ffn", "embed")
         self.in_ = weight((E, D, P, F), axes_in, "expert", "expert_in", fan_in=D, fan_out=P * F)
         self.out = weight((E, F, D), axes_out, "expert", "expert_out", fan_in=F, fan_out=D)

@@ -1,0 +1,70 @@
+"""What multiplies a block's branches on their way to the stream: constants of the model, and a warm-up in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from spannorm_jax.config import ModelConfig
+from spannorm_jax.model.parametrisation import forward
+from spannorm_jax.model.placement import PLACEMENTS
+
+
+def warmup_factor(cfg: ModelConfig, update: ArrayLike, layer: ArrayLike) -> Array:
+    """min(1, t / (T l)), t the update that is made, from 1, and l = layer + 1: shallow blocks come in first.
+
+    Source: ProRes (arXiv 2603.05369), its linear schedule, T = `branch_warmup_steps`.
+    """
+    return jnp.minimum(1.0, update / (cfg.branch_warmup_steps * (jnp.asarray(layer) + 1.0)))
+
+
+def multiplied_branches(
+    cfg: ModelConfig, factors: dict[str, float], warmup: Any, attn: Any, ffn: Any, norms: Any
+) -> tuple[Any, Any, Any]:
+    """A block's sub-layers and norms with what multiplies them: `factors` by branch (`attn`, `ffn`), constants of the
+    initialisation; and on each branch that is added to the stream `Forward.branch` and `warmup`, 1 or the block's
+    `warmup_factor`.
+
+    Which those are the placement says (`Placement.additions`): SpanNorm's attention is none, since it reaches the
+    stream through the feed-forward alone. A branch that ends in a norm is multiplied after it.
+    """
+    placement, constant = PLACEMENTS[cfg.placement], forward(cfg).branch
+
+    def added(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return _times(_times(layer, constant), warmup)
+
+    after_norm = {size for size in placement.additions.values() if size in placement.block_norms}
+    own = {branch for branch, size in placement.additions.items() if size not in after_norm}
+
+    def of_branch(name: str, layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        multiplied = _times(layer, factors.get(name, 1.0))
+        return added(multiplied) if name in own else multiplied
+
+    return (
+        of_branch("attn", attn),
+        of_branch("ffn", ffn),
+        _Multiplied(norms, {name: added(getattr(norms, name)) for name in after_norm}),
+    )
+
+
+def _times(layer: Callable[[Any], Any], factor: Any) -> Callable[[Any], Any]:
+    if isinstance(factor, float):
+        return layer if factor == 1 else lambda x: layer(x) * factor
+
+    def multiplied(x: Any) -> Any:
+        out = layer(x)
+        return out * factor.astype(out.dtype)  # a float32 factor would turn a bfloat16 stream into float32
+
+    return multiplied
+
+
+class _Multiplied:
+    """Norms, some of them replaced."""
+
+    def __init__(self, norms: Any, replaced: dict[str, Any]):
+        self._norms, self._replaced = norms, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return self._replaced.get(name) or getattr(self._norms, name)
