@@ -1,7 +1,6 @@
 """The platform that JAX runs on: chosen once, before anything asks JAX, with numbers that no environment changes."""
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -13,6 +12,7 @@ import jax
 
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
+from spannorm_jax.parallel.memory import keep_freed_memory
 from spannorm_jax.parallel.place import Flags
 from spannorm_jax.paths import cache_home
 
@@ -50,7 +50,7 @@ def start_jax(name: str, flags: Flags | None = None) -> None:
     Raises:
       UserError: the platform is absent here, or the other processes cannot be reached.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     fix_numerics()
     if not jax.config.values["jax_compilation_cache_dir"]:
         with contextlib.suppress(UserError):  # without a home there is no cache, and none is needed
@@ -86,21 +86,6 @@ def numerics_record() -> dict[str, Any]:
     """For starts.jsonl: what is fixed, and what the environment tells the compilers and libraries below JAX."""
     fixed = {name: value for name, value in NUMERICS.items() if name in jax.config.values}
     return {"fixed": fixed, "environment": {k: v for k, v in sorted(os.environ.items()) if _BELOW_JAX.match(k)}}
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees for the next one, where it would give it back to the kernel.
-
-    XLA allocates a step's temporaries anew each step, as one block; faulting in some hundred MB took 8% of a step's
-    time. The backend's threads must not exist yet: a thread that has an arena of its own keeps it, and an arena other
-    than the main one maps large blocks anew each time. Other C libraries lack `mallopt` or ignore it.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
-        libc.mallopt(mmap_threshold, 2**31 - 1)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(arena_max, 1)
 
 
 def _cpu_info(field: str) -> list[str]:

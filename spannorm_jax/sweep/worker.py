@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from spannorm_jax.parallel.memory import keep_freed_memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -33,6 +35,7 @@ class Job:
 
 
 def main(argv: list[str]) -> int:
+    keep_freed_memory()  # before the listener: its arena would be the backend's threads' too
     setup = json.loads(argv[0])
     if setup["cores"]:  # before JAX counts them for its threads
         os.sched_setaffinity(0, setup["cores"])

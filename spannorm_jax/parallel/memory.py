@@ -1,0 +1,19 @@
+"""What the C library does with memory that is freed; told before a process has a second thread."""
+
+import ctypes
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what a step frees for the next one, where it would give it back to the kernel.
+
+    XLA allocates a step's temporaries anew each step, as one block; faulting in some hundred MB took 8% of a step's
+    time, and a third of it where the step has one core. No other thread may exist yet, of the backend or of Python's:
+    a thread that has an arena of its own keeps it, later threads share it, and an arena other than the main one maps
+    large blocks anew each time. Other C libraries lack `mallopt` or ignore it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        libc.mallopt(mmap_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(arena_max, 1)
