@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -139,6 +141,42 @@ def test_a_run_that_is_claimed_is_left_alone(tiny, tmp_path):
         with pytest.raises(InUse, match="in use by process"):
             work(run, place, retry=False)
     assert place.state() == NEW
+
+
+STEPS = """
+import ctypes, json, os, resource, threading
+from spannorm_jax.sweep import worker
+
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
+faults = []
+
+def steps():
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(2**27)
+        ctypes.memset(block, 1, 2**27)
+        libc.free(block)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def hello(platform):
+    threads = [threading.Thread(target=steps) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    os.write(2, json.dumps(faults).encode())
+    os._exit(0)
+
+worker._hello = hello
+worker.main([json.dumps({"cores": [], "platform": "cpu", "out": "."})])
+"""
+
+
+def test_a_worker_keeps_the_block_that_a_step_frees():
+    """Whatever thread asks for it: 2^27 bytes are 32,768 pages, and were faulted in at each step."""
+    done = subprocess.run([sys.executable, "-c", STEPS], stdin=subprocess.PIPE, capture_output=True, text=True)
+    faults = json.loads(done.stderr)
+    assert len(faults) == 12 and sum(faults[1:]) < 2**15, faults
 
 
 def test_a_run_leaves_no_thread_and_no_handler_behind(tiny, tmp_path):
