@@ -197,11 +197,13 @@ def test_the_skip_path_is_the_papers_argument(ffn):
 
 
 def test_a_depth_factor_of_the_forward_pass_is_that_of_the_weights():
-    """The same function, so the same signal; weights that are larger by 1 / m have gradients smaller by m."""
+    """The same function, so the same signal; weights that are larger by 1 / m have gradients smaller by m, and what the
+    sub-layer itself returns is larger by 1 / m."""
     cfg = config(placement="span", init="scale", depth=4)
     in_weights, in_forward = (predict(dataclasses.replace(cfg, depth_factor=f), T) for f in ("weight", "multiplier"))
-    for name in ("stream_variance", "ffn_variance", "stream_grad_norm", "ffn_backward_gain", "skip_path"):
+    for name in ("stream_variance", "stream_grad_norm", "ffn_backward_gain", "skip_path"):
         np.testing.assert_allclose(getattr(in_forward, name), getattr(in_weights, name), rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(in_forward.ffn_variance, 4 * np.array(in_weights.ffn_variance), rtol=1e-5)
     ratio = np.array(in_forward.weight_grad_norm["ffn_out"]) / in_weights.weight_grad_norm["ffn_out"]
     np.testing.assert_allclose(ratio, 1 / 2, rtol=1e-5)  # sqrt(1 / 4)
 
