@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.data.open import OpenData, open_data
-from spannorm_jax.errors import UserError
+from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.kernels.attention import attention, attention_for
 from spannorm_jax.model.layers import Norm
+from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
@@ -48,7 +49,7 @@ from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.optimizer import make_optimizer
 from spannorm_jax.training.step import make_program
 
-PLACEMENTS = ("pre", "post", "span")
+MAIN = "pre,post,span"
 
 
 def main(argv: list[str]) -> int:
@@ -58,11 +59,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=user_path, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser.add_argument("--placements", default=MAIN, help=f"beside pre, or all (default {MAIN})")
     parser.add_argument(
         "--peer", metavar="PYTHON", help="also time the shape in PyTorch, in an interpreter that has it (GELU models)"
     )
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
+    names = tuple(PLACEMENTS) if args.placements == "all" else tuple(args.placements.split(","))
+    for name in names:
+        if name not in PLACEMENTS:
+            raise UserError(f"--placements {name!r} is no placement; {did_you_mean(name, PLACEMENTS)}")
     if args.peer and (config.model.ffn != "gelu" or config.model.moe.num_experts):
         raise UserError("--peer has dense models with GELU alone; write --config.model.ffn=gelu")
     warm_start_s = warm_start(
@@ -73,7 +79,7 @@ def main(argv: list[str]) -> int:
     data, config = open_data(config)
     with contextlib.ExitStack() as stack:
         peer = stack.enter_context(contextlib.closing(Peer(args.peer, config))) if args.peer else None
-        record = measure(config, data, args.rounds, args.steps, peer)
+        record = measure(config, data, names, args.rounds, args.steps, peer)
     record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
     print_table(record)
     write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
@@ -118,10 +124,12 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 # ---- the measurement ----------------------------------------------------------------------------
 
 
-def measure(config: Config, data: OpenData, rounds: int, steps: int, peer: "Peer | None" = None) -> dict[str, Any]:
+def measure(
+    config: Config, data: OpenData, names: Sequence[str], rounds: int, steps: int, peer: "Peer | None" = None
+) -> dict[str, Any]:
     """One record: `peak_flops_per_s`, `tokens_per_step`, `placements`, a dict of numbers for each, and the `peer`."""
     loader = train_loader(config, data)
-    variants = {placement: replace(config, model__placement=placement) for placement in PLACEMENTS}
+    variants = {placement: replace(config, model__placement=placement) for placement in dict.fromkeys(("pre", *names))}
     peak = matmul_peak(config.model.dtype) * jax.device_count()
     of_peer: list[float] = []
     placements = step_times(

@@ -243,3 +243,25 @@ def test_a_checkpoint_without_clipping_is_read_behind_it(tmp_path):
     reading.close()
     assert jax.tree.structure(read.opt_state) == jax.tree.structure(now)
     same((read.params, read.opt_state[1]), (params, drawn))
+
+
+def test_the_model_state_of_a_checkpoint_that_calls_it_router_is_read(tmp_path):
+    config = fill_sizes(replace(Config(), model__depth=2, model__width=16, model__vocab_size=8))
+    config = replace(config, model__moe__num_experts=4, model__moe__expert_dim=8, model__moe__balance="bias")
+    model = define(config.model, config.execution)
+    rng = np.random.default_rng(0)
+    params = model.map_weights(lambda spec: rng.standard_normal(spec.shape).astype(np.float32))
+    moments = make_optimizer(config.optim, model, numbers_of(config)).init(params)
+    bias = rng.standard_normal((2, 4)).astype(np.float32)
+    now = TrainState(np.int32(7), params, moments, {"moe_blocks": {"ffn": {"bias": bias}}})
+    saving = Checkpoints(tmp_path, CheckpointConfig())
+    saving.save(7, jax.device_put(now, SHARDING), {"step": 7})
+    saving.close()
+    (tmp_path / "7" / "model_state").rename(tmp_path / "7" / "router")
+    about = tmp_path / "7" / "_CHECKPOINT_METADATA"
+    about.write_text(about.read_text().replace('"model_state"', '"router"'))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=SHARDING), now)
+    reading = Checkpoints(tmp_path)
+    same(reading.restore(7, abstract), now)
+    same(reading.restore_model(7, abstract.params, abstract.model_state)[1], now.model_state)
+    reading.close()
