@@ -93,7 +93,7 @@ def sweep_placement_init(size: str) -> Iterable[Point]:
 
 
 def sweep_rivals(size: str) -> Iterable[Point]:
-    """Every placement with what it was published with, at two depths and three learning rates. 378 runs: 5.5 h, 804 h.
+    """Every placement with what it was published with, at two depths and three learning rates. 378 runs: 5.4 h, 804 h.
 
     Where the authors have no initialisation of their own it is plain. The three main ones are also trained with Muon.
     ProRes's last block has come in after half of the run; its authors' 1000 updates a block are for longer ones. In
