@@ -265,7 +265,9 @@ def _sections() -> Iterator[tuple[str, str]]:
     if INITIAL.exists():
         records = _done(INITIAL)
         yield "gradient", initial_table(records, "stream_grad_norm", 0, ".3g")
+        yield "skip", initial_table(records, "skip_path", 0, ".2g")
         yield "correlation", initial_table(records, "token_correlation", -1, ".3f")
+        yield "rank", initial_table(records, "effective_rank", -1, ".3g")
         yield "variance", initial_table(records, "stream_variance", -1, ".3g")
         yield "activations", activations_table(records, "stream_grad_norm", 0, ".3g")
         yield "collapse", activations_table(records, "token_correlation", -1, ".3f")

@@ -98,7 +98,7 @@ def test_every_case_is_measured_once_and_read_back(tmp_path, monkeypatch):
 
 def test_the_page_has_a_place_for_every_table():
     page = signal_records.PAGE.read_text(encoding="utf-8")
-    for mark in ("gradient", "correlation", "variance", "activations", "collapse", "widths", "trained"):
+    for mark in ("gradient", "skip", "correlation", "rank", "variance", "activations", "collapse", "widths", "trained"):
         assert len(re.findall(rf"<!-- {mark}: made by [^>]*-->\n.*?<!-- end -->", page, re.DOTALL)) == 1
 
 
