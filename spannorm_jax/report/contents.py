@@ -10,7 +10,7 @@ from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats
 from spannorm_jax.report.rows import STALL_MARGIN, Group, Row, differing_keys, fact
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Difference, Study, best_lr, differences, optimum, overall, sensitivities
+from spannorm_jax.report.study import Difference, Study, best_lr, differences, drifts, optimum, overall, sensitivities
 from spannorm_jax.report.tables import MORE_NUMBERS, NUMBERS, is_numeric, run_name, seeds_line, table_cells
 
 _DEFINITIONS = {
@@ -61,6 +61,17 @@ def contents(about: Study, said: Sequence[tuple[str, str]], root: Path, title: s
         "varied_place": about.varies("depth") or about.varies("width"),
         "differences": [_difference(about, own, shared) for own, shared in differences(about)],
         "learning_rates": _learning_rates(about),
+        "drifts": [
+            {
+                "method": d.method.label,
+                "axis": d.axis,
+                "fixed": f"{'depth' if d.axis == 'width' else 'width'} {d.fixed}",
+                "sizes": ", ".join(map(str, d.sizes)),
+                "factor": _bounds(d.factor, ".2f"),
+                "n": str(d.factor.n),
+            }
+            for d in drifts(about)
+        ],
         "overall": [
             {
                 "method": o.method.label,

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def tables(shown: dict[str, Any]) -> dict[str, str]:
-    """Name of a table -> Markdown, of what `contents` holds: `results`, `differences`, `learning_rates`, `overall`.
+    """Name of a table -> Markdown, of what `contents` holds: `results`, `differences`, `learning_rates`, `drifts`,
+    `overall`.
 
     A table without lines is left out.
     """
@@ -32,6 +33,13 @@ def tables(shown: dict[str, Any]) -> dict[str, str]:
             [r["method"], *(get(r) for get in place), r["best"], r["optimum"], r["sensitivity"]]
             for r in shown["learning_rates"]
         ],
+    )
+    made["drifts"] = (
+        [
+            *(("method", False), ("of", False), ("at", False), ("with an optimum at", False)),
+            *(("factor a doubling", True), ("seeds", True)),
+        ],
+        [[d[key] for key in ("method", "axis", "fixed", "sizes", "factor", "n")] for d in shown["drifts"]],
     )
     made["overall"] = (
         [

@@ -106,6 +106,37 @@ def lr_optimum(lrs: Sequence[float], losses_by_seed: Sequence[Sequence[float]]) 
     return Interval(math.exp(of_logs.mean), low, high, of_logs.n)
 
 
+def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[float | None]]) -> Interval | None:
+    """What the optimum is multiplied by where the size doubles: 2^s, s the slope of log(optimum) over log(size).
+
+    `optima_by_seed` has a sequence a seed, one number a size, None where a seed has no optimum. The slope is of least
+    squares, of each seed that has optima at two sizes or more, and the interval is Student's over seeds. Of one seed
+    it is that of the regression, with as many degrees of freedom as it has sizes beyond two.
+    """
+    slopes, of_one = [], None
+    for optima in optima_by_seed:
+        points = [(math.log2(size), math.log2(at)) for size, at in zip(sizes, optima, strict=True) if at is not None]
+        if len(points) > 1:
+            of_one = _slope(*map(np.array, zip(*points, strict=True)))
+            slopes.append(of_one.mean)
+    found = of_one if len(slopes) == 1 else t_interval(slopes)
+    if found is None:
+        return None
+    low, high = (None if bound is None else 2.0**bound for bound in (found.low, found.high))
+    return Interval(2.0**found.mean, low, high, len(slopes))
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> Interval:
+    """Of y over x by least squares, with its t interval; no bounds for two points."""
+    around, free = x - x.mean(), len(x) - 2
+    slope = float(around @ y / (around @ around))
+    if not free:
+        return Interval(slope, None, None, 2)
+    left = y - y.mean() - slope * around
+    half = float(stdtrit(free, (1 + CONFIDENCE) / 2)) * math.sqrt(left @ left / free / (around @ around))
+    return Interval(slope, slope - half, slope + half, len(x))
+
+
 # ---- one run's curve --------------------------------------------------------------------------
 
 

@@ -179,6 +179,44 @@ def optimum(about: Study, method: Method, place: Place) -> Interval | None:
     return stats.lr_optimum(lrs, list(_complete(about, method, place, lrs).values())) if len(lrs) > 2 else None
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed."""
+
+    method: Method
+    axis: str  # "depth" | "width"
+    fixed: int  # the other one
+    sizes: list[int]  # at which some seed has an optimum
+    factor: Interval
+
+
+def drifts(about: Study) -> list[Drift]:
+    """Of each method with optima at two sizes or more."""
+    found = []
+    for axis, other in (("width", "depth"), ("depth", "width")):
+        for fixed in sorted({getattr(place, other) for place in about.places}) if about.varies(axis) else []:
+            places = [place for place in about.places if getattr(place, other) == fixed]
+            for method in about.methods:
+                optima = [_optima(about, method, place) for place in places]
+                seeds = sorted(set().union(*optima))
+                sizes = [getattr(place, axis) for place in places]
+                factor = stats.factor_per_doubling(sizes, [[each.get(seed) for each in optima] for seed in seeds])
+                if factor is not None:
+                    used = [size for size, each in zip(sizes, optima, strict=True) if each]
+                    found.append(Drift(method, axis, fixed, used, factor))
+    return found
+
+
+def _optima(about: Study, method: Method, place: Place) -> dict[int, float]:
+    """seed -> its learning rate of least loss, of seeds that have it between two others."""
+    lrs = [lr for lr in about.lrs(method, place) if lr > 0]
+    found = {
+        seed: stats.parabola_minimum([math.log(lr) for lr in lrs], losses)
+        for seed, losses in _complete(about, method, place, lrs).items()
+    }
+    return {seed: math.exp(log) for seed, log in found.items() if log is not None}
+
+
 def sensitivities(about: Study) -> list[tuple[Method, Place, Interval]]:
     """LR sensitivity over the learning rates that all methods of a place share, if they are three or more."""
     found = []

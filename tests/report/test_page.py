@@ -100,6 +100,10 @@ def test_a_sweep_has_its_figures_and_tables(sweep):
     header, *rows = page.tables["learning_rates"]
     assert [row[:3] for row in rows[2::3]] == [["span / plain", d, "0.01"] for d in "36"]
     assert re.fullmatch(r"8\.91e-03 \[6\.70e-03, 1\.19e-02\]", rows[2][3]) and rows[2][4].startswith("0.067 [")
+    header, *rows = page.tables["drifts"]
+    # Seed by seed the rates and their losses are the same at both depths.
+    assert [row[:4] for row in rows] == [[f"{p} / plain", "depth", "width 64", "3, 6"] for p in ("pre", "post", "span")]
+    assert [row[4:] for row in rows] == [["1.00 [1.00, 1.00]", "3"]] * 3
     text = path.read_text(encoding="utf-8")
     assert "Loss against width: needs two widths." in text and "--baseline placement=pre,init=plain" in text
 
@@ -145,7 +149,7 @@ def test_the_tables_in_markdown_are_those_of_the_page(sweep):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
         written[title.lower().replace(" ", "_")] = [rows[0], *rows[2:]]  # without the line below the header
     assert written.keys() == page.tables.keys() - {"definitions"}
-    for name in ("results", "learning_rates", "overall"):
+    for name in ("results", "learning_rates", "drifts", "overall"):
         assert written[name][1:] == page.tables[name][1:]
     assert [row[:3] for row in written["differences"]] == [row[:3] for row in page.tables["differences"]]
 

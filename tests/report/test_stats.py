@@ -88,6 +88,26 @@ def test_the_optimum_is_the_geometric_mean_over_seeds_with_its_interval():
     assert stats.lr_optimum(lrs, []) is None
 
 
+def test_the_factor_per_doubling_is_the_slope_of_each_seed():
+    """Two seeds' slopes by linregress, and its interval for one; sizes without an optimum take no part."""
+    sizes = [32, 64, 128, 512]
+    optima = [[1e-2, 6e-3, 2e-3, None], [8e-3, None, 4e-3, 1e-3]]
+    fits = [
+        scipy.stats.linregress(*np.log2([(s, o) for s, o in zip(sizes, own, strict=True) if o]).T) for own in optima
+    ]
+    slopes = [fit.slope for fit in fits]
+    found = stats.factor_per_doubling(sizes, [*optima, [1e-2, None, None, None]])
+    low, high = scipy.stats.t.interval(0.95, 1, loc=np.mean(slopes), scale=scipy.stats.sem(slopes))
+    assert (found.mean, found.low, found.high) == pytest.approx((2 ** np.mean(slopes), 2**low, 2**high))
+    assert found.n == 2
+    one = stats.factor_per_doubling(sizes, optima[1:])
+    half = scipy.stats.t.ppf(0.975, 1) * fits[1].stderr
+    assert (one.mean, one.low, one.high) == pytest.approx(tuple(2 ** (slopes[1] + d) for d in (0, -half, half)))
+    two = stats.factor_per_doubling([32, 128], [[1e-2, 4e-2]])
+    assert (two.mean, two.low, two.high, two.n) == (pytest.approx(2.0), None, None, 1)
+    assert stats.factor_per_doubling(sizes, [[1e-2, None, None, None]]) is None
+
+
 def test_smoothing_keeps_lines_straight_and_ends_in_place():
     line = stats.smooth(np.arange(300.0), 0.02)
     assert line[:297] == pytest.approx(np.arange(297.0))
