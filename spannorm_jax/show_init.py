@@ -55,7 +55,10 @@ def main(argv: list[str]) -> int:
         f"\npredicted branch variance at unit-variance input: {', '.join(words)}"
         f"\nadded to the stream over its {residual_additions(cfg)} additions (sized by {', '.join(additions.values())})"
         f": {sum(np.sum(values) for values in predicted_additions(cfg, model.specs()).values()):.4f}"
+        + (f"\ntimes (t / (T l))^2 in block l, update t, up to 1: T = {T:g}" if (T := cfg.branch_warmup_steps) else "")
     )
+    for notice in notices(config):
+        print(notice)
     return 0
 
 
@@ -78,7 +81,6 @@ def _print_multipliers(config: Config) -> None:
         f"output logits x {of_model.logits:.6g}"
         + (f", embeddings' factor sqrt(width) x {of_model.embedding:.6g}" if cfg.tied_head else "")
     )
-    print(*notices(config), sep="\n", end="\n" if notices(config) else "")
 
 
 if __name__ == "__main__":

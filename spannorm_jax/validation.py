@@ -89,6 +89,12 @@ def notices(config: Config) -> list[str]:
     advice = PLACEMENTS[model.placement].not_with.get(model.init)
     if advice:
         said.append(f"model.placement={model.placement} with model.init={model.init}: {advice}")
+    last, steps = model.branch_warmup_steps * model.depth, num_steps(config)
+    if last > steps:
+        said.append(
+            f"model.branch_warmup_steps={model.branch_warmup_steps:g}: the last of {model.depth} blocks has come in at "
+            f"update {last:.0f}, and the run has {steps}; {steps / model.depth:.3g} or less lets all come in"
+        )
     if model.parametrisation in ("mup", "completep") and model.moe.num_experts:
         said.append(
             f"model.parametrisation={model.parametrisation} with experts: learning rates are reported not to transfer "

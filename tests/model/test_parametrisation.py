@@ -270,3 +270,10 @@ def test_an_initialisation_is_that_of_the_base_model_times_the_multiplier(init, 
     of_base = {spec.site: initial_size(base, spec) for spec in define(base).specs()}
     for spec in define(cfg).specs():
         assert initial_size(cfg, spec) == pytest.approx(of_base[spec.site] * multipliers(cfg, spec).init, rel=1e-12)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said():
+    config = configure(model__branch_warmup_steps=10.0)  # two blocks, 20 updates
+    assert not notices(config)
+    [said] = notices(replace(config, model__branch_warmup_steps=10.5))
+    assert said.endswith("has come in at update 21, and the run has 20; 10 or less lets all come in")
