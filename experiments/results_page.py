@@ -16,7 +16,7 @@ from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.page import print_svg, read_study
 from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Study
+from spannorm_jax.report.study import Method, Study, best_lr
 
 TEMPLATE = Path("experiments/results.md")
 NAMES = {
@@ -83,11 +83,15 @@ class Results:
         rows = [row for group in self.about.groups for row in group.rows]
         return rows if key in ("placement", "init") else sorted(rows, key=lambda row: getattr(row, key))
 
-    def difference(self, method: tuple[str, str], baseline: tuple[str, str], **fixed: Any) -> str:
-        """Of held-out nats per token, paired by seed, with its t interval and n."""
+    def difference(
+        self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
+    ) -> str:
+        """Of held-out nats per token, paired by seed, with its t interval and n; at `fixed`, or each at its own best
+        learning rate."""
         losses = []
         for placement, init in (method, baseline):
-            rows = self.rows(placement=placement, init=init, **fixed)
+            own = {"lr": best_lr(self.about, Method(placement, init, ()), self.about.places[0])} if own_best else fixed
+            rows = self.rows(placement=placement, init=init, **own)
             losses.append({row.seed: loss for row in rows if (loss := self.about.loss(row)) is not None})
         return _interval(stats.t_interval(stats.paired_differences(*losses)))
 
