@@ -1,6 +1,8 @@
 """Records of sweeps: what is kept, that it is the same again, that a sweep goes on from it, and the page made of it."""
 
 import hashlib
+import itertools
+import math
 import tarfile
 
 import pytest
@@ -91,12 +93,24 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                 for name, key, value in (("lr", "optim__lr", lr), ("depth", "model__depth", depth)):
                     folder = tmp_path / f"runs/{name}/{i}-{seed}-{j}"
                     write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
+    for i, (placement, lr, size) in enumerate(itertools.product(("pre", "span"), (1e-3, 1e-2, 1e-1), (32, 64))):
+        for name, key in (("width", "model__width"), ("depth_lr", "model__depth"), ("rivals", "model__depth")):
+            changes = {"optim__lr": lr, key: size}
+            write_run(tmp_path / f"runs/{name}/{i}", placement, bits=2.0 + abs(math.log10(lr) + 2), **changes)
+        place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "seed": i}
+        write_run(tmp_path / f"runs/depth_factor/{i}", placement, bits=2.0, **place)
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
+    assert "| span / scale | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
+    assert "| span / scale | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
+    assert "| span | scale | model.depth_factor=multiplier |" in page and page.count("125 steps each") == 1
     assert "| span / scale | pre / plain | 0.01 | 0.01 | +0.800 [+0.800, +0.800] | 2 of 2 |" in page
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
     assert "its seeds end at 2.60 and 2.61 bits per byte" in page
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {
         f"{name}.png"
-        for name in ("placement_init-differences", "lr-loss_by_lr", "depth-loss_by_depth", "depth-outcomes")
+        for name in (
+            *("placement_init-differences", "lr-loss_by_lr", "depth-loss_by_depth", "depth-outcomes"),
+            *("width-loss_by_lr", "depth_lr-loss_by_lr"),
+        )
     }
