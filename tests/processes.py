@@ -20,8 +20,9 @@ def xla_flags(devices: int) -> str:
 
 
 # Threads of XLA's pool, by the variable that it reads. A collective that waits holds one, and a device may wait in
-# several at once: with as many threads as devices, some devices had none left to meet them with.
-THREADS = {"NPROC": "64"}
+# several at once, as many as a step has gradients to sum: with 64 threads, one of eight devices had none left to meet
+# the others with, and all waited for ever (once in some runs).
+THREADS = {"NPROC": "256"}
 
 PAUSING = """
 import io, os, runpy, signal, sys
