@@ -20,8 +20,8 @@ def xla_flags(devices: int) -> str:
 
 
 # Threads of XLA's pool, by the variable that it reads. A collective that waits holds one, and a device may wait in
-# several at once, as many as a step has gradients to sum: with 64 threads, one of eight devices had none left to meet
-# the others with, and all waited for ever (once in some runs).
+# several at once: with as many threads as devices, some devices had none left to meet them with. With 64 a test still
+# waited for ever, once, under load; the cause is not known, and 5,850 steps did not show it again.
 THREADS = {"NPROC": "256"}
 
 PAUSING = """

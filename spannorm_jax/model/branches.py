@@ -13,9 +13,9 @@ from spannorm_jax.model.placement import PLACEMENTS
 
 
 def warmup_factor(cfg: ModelConfig, update: ArrayLike, layer: ArrayLike) -> Array:
-    """min(1, t / (T l)), t the update that is made, from 1, and l = layer + 1: shallow blocks come in first.
+    """min(1, t / (T l)), of update t, from 1, and block l = layer + 1: shallow blocks come in first.
 
-    Source: ProRes (arXiv 2603.05369), its linear schedule, T = `branch_warmup_steps`.
+    T is `branch_warmup_steps`. Source: ProRes (arXiv 2603.05369), its linear schedule.
     """
     return jnp.minimum(1.0, update / (cfg.branch_warmup_steps * (jnp.asarray(layer) + 1.0)))
 
@@ -23,12 +23,13 @@ def warmup_factor(cfg: ModelConfig, update: ArrayLike, layer: ArrayLike) -> Arra
 def multiplied_branches(
     cfg: ModelConfig, factors: dict[str, float], warmup: Any, attn: Any, ffn: Any, norms: Any
 ) -> tuple[Any, Any, Any]:
-    """A block's sub-layers and norms with what multiplies them: `factors` by branch (`attn`, `ffn`), constants of the
-    initialisation; and on each branch that is added to the stream `Forward.branch` and `warmup`, 1 or the block's
-    `warmup_factor`.
+    """A block's sub-layers and norms, with what multiplies them.
 
-    Which those are the placement says (`Placement.additions`): SpanNorm's attention is none, since it reaches the
-    stream through the feed-forward alone. A branch that ends in a norm is multiplied after it.
+    `factors` are constants of the initialisation, by branch (`attn`, `ffn`). Each branch that is
+    added to the stream is also multiplied by `Forward.branch` and by `warmup`, which is 1.0 or the
+    block's `warmup_factor`. `Placement.additions` says which branches are added. SpanNorm's
+    attention is not: it reaches the stream through the feed-forward alone. A branch that ends in a
+    norm is multiplied after the norm.
     """
     placement, constant = PLACEMENTS[cfg.placement], forward(cfg).branch
 

@@ -4,7 +4,7 @@ They are those that are stated on the page; tests/report/test_stats.py compares 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,13 +90,18 @@ def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
     return x[i] + (rise_left * right**2 - rise_right * left**2) / (2 * bend) if bend else x[i]
 
 
+def log_minima(lrs: Sequence[float], losses_by_seed: Iterable[Sequence[float]]) -> list[float | None]:
+    """Of each seed the log of its learning rate of least loss; None where an end of the range is best."""
+    logs = [math.log(lr) for lr in lrs]
+    return [parabola_minimum(logs, losses) for losses in losses_by_seed]
+
+
 def lr_optimum(lrs: Sequence[float], losses_by_seed: Sequence[Sequence[float]]) -> Interval | None:
     """The learning rate of least loss: the mean over seeds of each seed's parabola in log(lr), and its t interval.
 
     None if a seed has its least loss at an end of the range, or no seed has all of them.
     """
-    logs = [math.log(lr) for lr in lrs]
-    minima = [parabola_minimum(logs, losses) for losses in losses_by_seed]
+    minima = log_minima(lrs, losses_by_seed)
     if None in minima:
         return None
     of_logs = t_interval([m for m in minima if m is not None])
@@ -107,11 +112,12 @@ def lr_optimum(lrs: Sequence[float], losses_by_seed: Sequence[Sequence[float]]) 
 
 
 def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[float | None]]) -> Interval | None:
-    """What the optimum is multiplied by where the size doubles: 2^s, s the slope of log(optimum) over log(size).
+    """What the optimum is multiplied by where the size doubles: 2^s.
 
-    `optima_by_seed` has a sequence a seed, one number a size, None where a seed has no optimum. The slope is of least
-    squares, of each seed that has optima at two sizes or more, and the interval is Student's over seeds. Of one seed
-    it is that of the regression, with as many degrees of freedom as it has sizes beyond two.
+    s is the slope of log(optimum) over log(size), by least squares. `optima_by_seed` has a sequence
+    a seed, one number a size, None where a seed has no optimum. Each seed with optima at two sizes
+    or more has a slope, and the interval is Student's over seeds. With one seed it is that of the
+    regression, with as many degrees of freedom as the seed has sizes beyond two.
     """
     slopes, of_one = [], None
     for optima in optima_by_seed:

@@ -210,11 +210,9 @@ def drifts(about: Study) -> list[Drift]:
 def _optima(about: Study, method: Method, place: Place) -> dict[int, float]:
     """seed -> its learning rate of least loss, of seeds that have it between two others."""
     lrs = [lr for lr in about.lrs(method, place) if lr > 0]
-    found = {
-        seed: stats.parabola_minimum([math.log(lr) for lr in lrs], losses)
-        for seed, losses in _complete(about, method, place, lrs).items()
-    }
-    return {seed: math.exp(log) for seed, log in found.items() if log is not None}
+    by_seed = _complete(about, method, place, lrs)
+    minima = zip(by_seed, stats.log_minima(lrs, by_seed.values()), strict=True)
+    return {seed: math.exp(log) for seed, log in minima if log is not None}
 
 
 def sensitivities(about: Study) -> list[tuple[Method, Place, Interval]]:
