@@ -165,6 +165,13 @@ def sweep_lr(size: str) -> Iterable[Point]:
     return product(seeds(3), _recipe(size), arms, options({"optim.lr": RATES[size]}))
 
 
+def sweep_warmup(size: str) -> Iterable[Point]:
+    """Whether a longer warm-up lets a placement train at a rate at which it stalled. 36 runs: 22 min, 49 h."""
+    arms = arguments(placement=ARMS, init=("scale",))
+    numbers = options({"optim.lr": RATES[size][2:4], "optim.warmup_fraction": (0.1, 0.5)})
+    return product(seeds(3), _recipe(size), arms, numbers)
+
+
 def sweep_fixed_budget(size: str) -> Iterable[Point]:
     """Depth against width, with as many weights in the blocks (embeddings differ). 54 runs: 34 min, 79 h."""
     shapes = ((6, 128), (24, 64), (96, 32)) if size == "cpu" else ((3, 1536), (12, 768), (48, 384))

@@ -19,7 +19,7 @@ from spannorm_jax.sweep.expansion import expand, folder_name, identity
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
-        *("rivals", "depth_factor", "depth_lr"),
+        *("rivals", "depth_factor", "depth_lr", "warmup"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -31,6 +31,7 @@ NUMBER = {
     "width": 105,
     "depth_lr": 90,
     "lr": 90,
+    "warmup": 36,
     "fixed_budget": 54,
     "init_targets": 18,
 }

@@ -57,7 +57,7 @@ def files(folder):
             ("dense", name, "cpu")
             for name in (
                 *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "rivals"),
-                *("depth_factor", "depth_lr"),
+                *("depth_factor", "depth_lr", "warmup"),
             )
         ),
         *(("moe", name, "cpu") for name in ("experts", "demo")),
