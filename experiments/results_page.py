@@ -38,8 +38,8 @@ class Results:
     beside: str  # the same, as the page links to it
 
     def rows(self, **wanted: Any) -> list[Row]:
-        """The runs with these values of Row: placement, init, depth, lr, seed, ..."""
-        return [row for row in self.about.rows if all(getattr(row, key) == value for key, value in wanted.items())]
+        """The runs with these values, of Row (placement, init, depth, lr, seed, ...) or of the config (`optim.eps`)."""
+        return [row for row in self.about.rows if all(_value(row, key) == value for key, value in wanted.items())]
 
     @cached_property
     def seeds(self) -> int:
@@ -64,10 +64,10 @@ class Results:
         return f"{', '.join(first)} and {last}" if first else last
 
     def table(self, down: str, across: str, columns: dict[str, dict[str, Any]] | None = None, **fixed: Any) -> str:
-        """A line a value of `down`, a column a value of `across`, or one each of `columns`: name -> values of Row."""
-        values = list(dict.fromkeys(getattr(row, down) for row in self._ordered(down)))
+        """A line a value of `down`, a column a value of `across` or one each of `columns`: name -> values of `rows`."""
+        values = list(dict.fromkeys(_value(row, down) for row in self._ordered(down)))
         if columns is None:
-            found = dict.fromkeys(getattr(row, across) for row in self._ordered(across))
+            found = dict.fromkeys(_value(row, across) for row in self._ordered(across))
             columns = {_named(value): {across: value} for value in found}
         lines = [
             [_named(value), *(self.loss(**{down: value}, **c, **fixed) for c in columns.values())] for value in values
@@ -81,7 +81,7 @@ class Results:
     def _ordered(self, key: str) -> list[Row]:
         """Placements and initialisations in the order of the study, numbers by size."""
         rows = [row for group in self.about.groups for row in group.rows]
-        return rows if key in ("placement", "init") else sorted(rows, key=lambda row: getattr(row, key))
+        return rows if key in ("placement", "init") else sorted(rows, key=lambda row: _value(row, key))
 
     def difference(
         self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
@@ -108,6 +108,10 @@ class Results:
         file = f"{self.name}-{name}.png"
         (self.figures / file).write_bytes(vl_convert.svg_to_png(print_svg(figure), scale=1.5))
         return f"![{alternative}]({self.beside}/{file})"
+
+
+def _value(row: Row, key: str) -> Any:
+    return row.run.options[key] if "." in key else getattr(row, key)
 
 
 def _named(value: Any) -> str:

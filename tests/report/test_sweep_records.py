@@ -93,6 +93,10 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                 for name, key, value in (("lr", "optim__lr", lr), ("depth", "model__depth", depth)):
                     folder = tmp_path / f"runs/{name}/{i}-{seed}-{j}"
                     write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
+            for warmup in (0.1, 0.5) if init == "scale" else ():
+                changes = {"optim__lr": 0.01, "optim__warmup_fraction": warmup}
+                folder = tmp_path / f"runs/warmup/{i}-{seed}-{warmup}"
+                write_run(folder, placement, init, bits=end - warmup, seed=seed, **changes)
     for i, (placement, lr, size) in enumerate(itertools.product(("pre", "span"), (1e-3, 1e-2, 1e-1), (32, 64))):
         for name, key in (("width", "model__width"), ("depth_lr", "model__depth"), ("rivals", "model__depth")):
             changes = {"optim__lr": lr, key: size}
@@ -105,6 +109,7 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
     assert "| span | scale | model.depth_factor=multiplier |" in page and page.count("125 steps each") == 1
     assert "| span / scale | pre / plain | 0.01 | 0.01 | +0.800 [+0.800, +0.800] | 2 of 2 |" in page
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
+    assert "| not run | not run | 2.105 ± 0.007 | 1.705 ± 0.007 |" in page
     assert "its seeds end at 2.60 and 2.61 bits per byte" in page
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {
