@@ -29,7 +29,7 @@ for _name, _value in _usual.items():
 if not jax.config.jax_compilation_cache_dir:
     _cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spannorm_jax" / "xla-tests"
     jax.config.update("jax_compilation_cache_dir", str(_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 # Neither the tests' models nor their batches are large enough to pay for optimised code: a third of the compile time.
