@@ -60,6 +60,8 @@ class Results:
     def each(self, placement: str, init: str) -> str:
         """Losses of the seeds in their order: 2.66, 2.77 and 2.71."""
         rows = sorted(self.rows(placement=placement, init=init), key=lambda row: row.seed)
+        if not rows:
+            return "not run"
         *first, last = (f"{row.bits_per_byte:.2f}" if row.bits_per_byte else row.outcome.kind for row in rows)
         return f"{', '.join(first)} and {last}" if first else last
 
