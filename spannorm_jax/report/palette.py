@@ -42,7 +42,7 @@ _SHAPES = {
     "peri": "diamond",
     "hybrid": "triangle-right",
     "layerscale": "triangle-left",
-    "siamese": "stroke",
+    "siamese": "M-1,-0.7L-0.2,-0.7L-0.2,0.7L-1,0.7ZM0.2,-0.7L1,-0.7L1,0.7L0.2,0.7Z",  # a pair
     "deepnorm": "wedge",
     "olmo2": "arrow",
     "b2t": "M-1,-1L1,-1L-1,1L1,1Z",  # an hourglass
