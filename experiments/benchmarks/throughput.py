@@ -63,6 +63,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--peer", metavar="PYTHON", help="also time the shape in PyTorch, in an interpreter that has it (GELU models)"
     )
+    parser.add_argument(
+        "--only_steps", action="store_true", help="neither parts of a step, nor a warm start, nor other depths"
+    )
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
     names = tuple(PLACEMENTS) if args.placements == "all" else tuple(args.placements.split(","))
@@ -71,16 +74,21 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--placements {name!r} is no placement; {did_you_mean(name, PLACEMENTS)}")
     if args.peer and (config.model.ffn != "gelu" or config.model.moe.num_experts):
         raise UserError("--peer has dense models with GELU alone; write --config.model.ffn=gelu")
-    warm_start_s = warm_start(
-        [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in overrides)]
-    )  # before this process takes a GPU
+    more: dict[str, Any] = {}
+    if not args.only_steps:  # before this process takes a GPU
+        own = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in overrides)]
+        more["warm_start_s"] = warm_start(own)
     start_jax(config.platform)
     jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are to be a compiler's
     data, config = open_data(config)
     with contextlib.ExitStack() as stack:
         peer = stack.enter_context(contextlib.closing(Peer(args.peer, config))) if args.peer else None
         record = measure(config, data, names, args.rounds, args.steps, peer)
-    record |= {"warm_start_s": warm_start_s, "compile_s_by_depth": compile_by_depth(config)}
+    if not args.only_steps:
+        with jax.set_mesh(make_mesh(config.mesh)):
+            more["time_split_s"] = time_split(config, train_loader(config, data))
+        more["compile_s_by_depth"] = compile_by_depth(config)
+    record |= more
     print_table(record)
     write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
     return 0
@@ -135,8 +143,6 @@ def measure(
     placements = step_times(
         variants, loader, rounds, steps, lambda: of_peer.append(peer.seconds_a_step(steps)) if peer else None
     )
-    with jax.set_mesh(make_mesh(config.mesh)):
-        split = time_split(config, loader)
     for got in placements.values():
         ratio = median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
         got |= {
@@ -150,7 +156,6 @@ def measure(
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
         "attention": attention_for(config.execution, config.model, config.data.seq_len)[0],
         "placements": placements,
-        "time_split_s": split,
     }
     return record | {"peer": against(peer, of_peer[1:], record)} if peer else record
 
@@ -277,6 +282,8 @@ def print_table(record: dict[str, Any]) -> None:
     for name, ratio in record.get("peer", {}).get("our_rate_over_its", {}).items():
         interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio["low"] else ""
         print(f"{name}: {ratio['median']:.3f}{interval} times the rate of PyTorch {record['peer']['torch']}")
+    if "compile_s_by_depth" not in record:
+        return
     by_depth = record["compile_s_by_depth"]
     print(f"compile at 128 blocks / at 12: {by_depth['128'] / by_depth['12']:.2f}; ", end="")
     print(f"a warm command of one step: {record['warm_start_s']:.1f} s")

@@ -11,8 +11,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig
-from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.kernels.blocked_attention import SAVED, blocked_attention
+from spannorm_jax.model.kernels.probe import compile_problem
 from spannorm_jax.parallel.mesh import partition_spec
 
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
@@ -97,12 +98,7 @@ def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
     if jax.default_backend() != "gpu":
         return "there is no GPU"
     q, kv = (jax.ShapeDtypeStruct((1, T, heads, K), dtype) for heads in (H, G))
-    with jax.ensure_compile_time_eval():
-        try:
-            jax.jit(jax.grad(lambda *x: jnp.sum(_cudnn(*x).astype(jnp.float32)), (0, 1, 2))).lower(q, kv, kv).compile()
-        except Exception as error:  # whatever it is, it names a reason, and XLA's attention always runs
-            return one_line(error)[:200]
-    return ""
+    return compile_problem(_cudnn, q, kv, kv, gradients=3)
 
 
 def _splash_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import sequential_vmap
 
-from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.kernels.probe import compile_problem
 
 # ---- padded blocks in plain JAX ------------------------------------------------------------------
 #
@@ -129,14 +130,8 @@ def _tokamax_problem() -> str:
         return "there is no GPU"
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((512, 256), (2, 256, 512)))
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
-    try:
-        with jax.ensure_compile_time_eval():
-            jax.jit(jax.grad(lambda *args: jnp.sum(_tokamax(*args).astype(jnp.float32)), (0, 1))).lower(
-                x, w, sizes
-            ).compile()
-    except Exception as error:  # whatever fails while it is imported or compiled, padded blocks always run
-        return f"tokamax cannot run ({one_line(error)[:150]})"
-    return ""
+    why = compile_problem(_tokamax, x, w, sizes, gradients=2)
+    return f"tokamax cannot run ({why})" if why else ""
 
 
 def row_multiple(implementation: str) -> int:
