@@ -118,6 +118,12 @@ def sweep_depth_factor(size: str) -> Iterable[Point]:
     return product(seeds(3), _two_depths(size), arguments(placement=ARMS), choices)
 
 
+def sweep_exponent(size: str) -> Iterable[Point]:
+    """Whether ScaleInit's exponent matters at every learning rate. 90 runs: 55 min, 123 h."""
+    arms = product(arguments(placement=ARMS, init=("scale",)), options({"model.variance_exponent": (0.0, 1.0)}))
+    return product(seeds(3), _recipe(size), arms, options({"optim.lr": RATES[size]}))
+
+
 def sweep_depth(size: str) -> Iterable[Point]:
     """Six depths at one width, learning rate and number of tokens. 108 runs: 2.4 h, 203 h."""
     arms = arguments(depth=(6, 12, 24, 48, 96, 128), placement=ARMS, init=("plain", "scale"))
