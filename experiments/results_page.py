@@ -1,5 +1,6 @@
 """docs/results.md from run folders of sweeps: the words are experiments/results.md's, the numbers are of records."""
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.page import print_svg, read_study
 from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Study, best_lr
+from spannorm_jax.report.study import Method, Study
 
+Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
 NAMES = {
     **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
@@ -25,6 +27,7 @@ NAMES = {
     **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
     **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN"},
     **{"plain": "plain", "gpt2": "GPT-2", "scale": "ScaleInit"},
+    **{"xavier": "Xavier", "normal": "normal", "megatron": "Megatron", "muon": "Muon"},
 }
 
 
@@ -71,10 +74,29 @@ class Results:
         if columns is None:
             found = dict.fromkeys(_value(row, across) for row in self._ordered(across))
             columns = {_named(value): {across: value} for value in found}
-        lines = [
-            [_named(value), *(self.loss(**{down: value}, **c, **fixed) for c in columns.values())] for value in values
-        ]
-        return markdown.table([(name, False) for name in (down, *columns)], lines)
+        return self.grid(down, {_named(value): {down: value} for value in values}, columns, **fixed)
+
+    def grid(
+        self, head: str, lines: dict[str, Wanted], columns: dict[str, Wanted], own_best: bool = False, **fixed: Any
+    ) -> str:
+        """A line and a column for each name -> values of `rows`; `own_best`: at the best learning rate there."""
+
+        def cell(wanted: Wanted) -> str:
+            if not own_best:
+                return self.loss(**wanted)
+            lr = self.best_lr(**wanted)
+            return "not run" if lr is None else f"{self.loss(lr=lr, **wanted)} at {lr:g}"
+
+        cells = [[name, *(cell(line | column | fixed) for column in columns.values())] for name, line in lines.items()]
+        return markdown.table([(name, False) for name in (head, *columns)], cells)
+
+    def best_lr(self, **wanted: Any) -> float | None:
+        """Of the least mean over seeds, of capped losses; None if nothing was run."""
+        return min({row.lr for row in self.rows(**wanted)}, key=lambda lr: self._mean(lr=lr, **wanted), default=None)
+
+    def _mean(self, **wanted: Any) -> float:
+        losses = [loss for row in self.rows(**wanted) if (loss := self.about.capped(row)) is not None]
+        return statistics.fmean(losses) if losses else math.inf
 
     def arms(self) -> dict[str, dict[str, str]]:
         """Columns for `table`: one a method."""
@@ -90,12 +112,57 @@ class Results:
     ) -> str:
         """Of held-out nats per token, paired by seed, with its t interval and n; at `fixed`, or each at its own best
         learning rate."""
-        losses = []
-        for placement, init in (method, baseline):
-            own = {"lr": best_lr(self.about, Method(placement, init, ()), self.about.places[0])} if own_best else fixed
-            rows = self.rows(placement=placement, init=init, **own)
-            losses.append({row.seed: loss for row in rows if (loss := self.about.loss(row)) is not None})
+        both = [{"placement": placement, "init": init} | fixed for placement, init in (method, baseline)]
+        return self.between(*([wanted | {"lr": self.best_lr(**wanted)} for wanted in both] if own_best else both))
+
+    def between(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> str:
+        """As `difference`, of any values of `rows`."""
+        losses = [
+            {row.seed: loss for row in self.rows(**fixed | wanted) if (loss := self.about.loss(row)) is not None}
+            for wanted in (ours, theirs)
+        ]
         return _interval(stats.t_interval(stats.paired_differences(*losses)))
+
+    def recipes(self, **fixed: Any) -> dict[str, Wanted]:
+        """Placement, initialisation, optimiser and warm-up of branches, as they were run together, by name."""
+        found = {}
+        for row in self.rows(**fixed):
+            optimizer, warmup = _value(row, "optim.name"), _value(row, "model.branch_warmup_steps")
+            name = f"{_named(row.placement)}, {_named(row.init)}" + ", ProRes" * bool(warmup)
+            name += "" if optimizer == "adamw" else f", {_named(optimizer)}"
+            own = {"placement": row.placement, "init": row.init, "optim.name": optimizer}
+            found[name] = own | {"model.branch_warmup_steps": warmup} | fixed
+        return found
+
+    def by_rate(self, shared: float, baseline: str, **fixed: Any) -> str:
+        """Recipes by their losses at their own best learning rate, less the `baseline`'s, and at a `shared` rate."""
+        recipes, rates = self.recipes(**fixed), sorted({row.lr for row in self.rows(**fixed)})
+        best = {name: wanted | {"lr": self.best_lr(**wanted)} for name, wanted in recipes.items()}
+        order = sorted(recipes, key=lambda name: self._mean(**best[name]))
+        lines = [
+            [
+                name,
+                self.loss(**best[name]),
+                f"{best[name]['lr']:g}" + " (an end of the grid)" * (best[name]["lr"] in (rates[0], rates[-1])),
+                "" if name == baseline else self.between(best[name], best[baseline]),
+                self.loss(lr=shared, **recipes[name]),
+            ]
+            for name in order
+        ]
+        heads = ("recipe", "at its own best rate", "which is", f"less {baseline}, nats", f"at {shared:g}")
+        return markdown.table([(head, False) for head in heads], lines)
+
+    def again(self, other: "Results") -> str:
+        """What the runs that `other` has too, of another machine, reach there less here, where both trained."""
+        there = {row.run.folder.name: row for row in other.about.rows}
+        pairs = [(row, there[name]) for row in self.about.rows if (name := row.run.folder.name) in there]
+        both = [pair for pair in pairs if all(row.outcome.kind == "trained" for row in pair)]
+        differences = [self.about.loss(a) - self.about.loss(b) for a, b in both]
+        same = sum(a.outcome.kind == b.outcome.kind for a, b in pairs)
+        return (
+            f"{same} of {len(pairs)} end alike, and the {len(both)} that trained in both differ by "
+            f"{statistics.fmean(differences):+.3f} ± {statistics.stdev(differences):.3f} nats".replace("-", "−")
+        )
 
     def report(self, name: str) -> str:
         """A table of the sweep's report, by its name in `report.markdown`."""

@@ -96,7 +96,8 @@ def main(argv: list[str]) -> int:
             f"compiled in {together.compile_s:.1f} s, a single run in {alone.compile_s:.1f} s",
             flush=True,
         )
-    write_record(args.json, "experiments.benchmarks.lanes", argv, data, config, record)
+        # What is measured is kept if a later K does not fit, or takes too long to compile.
+        write_record(args.json, "experiments.benchmarks.lanes", argv, data, config, record)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -47,7 +48,7 @@ def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
 def matmul_peak(dtype: str) -> float:
     """FLOP/s of a large square matmul in the compute dtype, on one device: the best of several."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)  # a GPU is faster on equal numbers than on a model's
     fn = jax.jit(jnp.matmul)
     jax.block_until_ready(fn(a, a))
     best = min(seconds(lambda: fn(a, a), repeats=3) for _ in range(3))
@@ -99,7 +100,9 @@ def step_times(
         for name, config in variants.items():
             model = define(config.model, config.execution)
             program = make_program(config, model, mesh)
-            state = program.init(config.seed)
+            began = time.perf_counter()
+            state = jax.block_until_ready(program.init(config.seed))
+            drawn_s = time.perf_counter() - began
             tokens = jax.device_put(loader.rows(1), program.batch_sharding)
             numbers = on_devices(numbers_of(config), mesh)
             began = time.perf_counter()
@@ -115,6 +118,8 @@ def step_times(
                 "page_faults": [],
                 "system_s": [],
             }
+            # On a GPU this takes minutes, in which nothing else is heard.
+            print(f"{name}: drawn in {drawn_s:.1f} s, compiled in {measured[name]['compile_s']:.1f} s", file=sys.stderr)
             state, _ = compiled(state, tokens, numbers)  # the first call allocates
             running[name] = [compiled, state, tokens, numbers]
         for counted in (False, *[True] * rounds):
