@@ -3,15 +3,20 @@
 cuDNN's needs a GPU; splash attention is interpreted here.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from spannorm_jax.config import ExecutionConfig, MeshConfig, ModelConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.kernels.attention import attention, attention_for, keep_attention
+from spannorm_jax.model.kernels.probe import compile_problem
 from spannorm_jax.parallel.mesh import make_mesh
 
 B, H, G, K = 2, 4, 2, 8
@@ -124,6 +129,26 @@ def test_auto_is_blocked_on_a_cpu_and_names_are_taken_or_refused():
         named("cudnn")
     with pytest.raises(UserError, match="divisible by 128, not 100"):
         named("splash", seq_len=100)
+
+
+def test_a_kernel_that_asks_where_it_is_can_be_tried_within_a_trace():
+    """As Pallas kernels do: what has no inputs must not be evaluated at once, where its axis is not bound."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    def kernel(x):
+        return x * jax.lax.axis_index("i")
+
+    found = []
+
+    @jax.jit
+    def step(x):
+        found.append(compile_problem(kernel, jax.ShapeDtypeStruct((4, 3), jnp.float32), gradients=1))
+        found.append(compile_problem(kernel, jax.ShapeDtypeStruct((3, 3), jnp.float32), gradients=1))
+        return x + 1
+
+    assert step(1.0) == 2.0
+    assert found[0] == "" and "divisible" in found[1]
 
 
 def count(jaxpr, name):

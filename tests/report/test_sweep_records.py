@@ -10,6 +10,7 @@ from run_folders import write_run
 
 from experiments import results_page, sweep_records
 from spannorm_jax.errors import UserError
+from spannorm_jax.report.page import read_study
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.sweep.records import NEW, TRAINED, Place
 
@@ -84,6 +85,48 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
     ]
 
 
+def results(tmp_path, name, runs):
+    for i, (placement, init, changes) in enumerate(runs):
+        write_run(tmp_path / name / f"run{i}", placement, init, **changes)
+    return results_page.Results(name, read_study([tmp_path / name])[0], tmp_path, "")
+
+
+def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
+    """SpanNorm is best at 1e-2, PreNorm at the highest rate, and with Muon at the lowest."""
+    bits = {
+        ("span", "adamw"): {1e-3: 2.4, 1e-2: 2.0, 1e-1: 2.6},
+        ("pre", "adamw"): {1e-3: 2.5, 1e-2: 2.3, 1e-1: 2.2},
+        ("pre", "muon"): {1e-3: 2.6, 1e-2: 2.7, 1e-1: 2.8},
+    }
+    runs = [
+        (placement, "plain", {"bits": b + 0.01 * seed, "optim__lr": lr, "optim__name": optimizer, "seed": seed})
+        for (placement, optimizer), by_lr in bits.items()
+        for lr, b in by_lr.items()
+        for seed in range(2)
+    ]
+    found = results(tmp_path, "rivals", runs)
+    table = found.by_rate(0.01, "SpanNorm, plain", depth=found.about.rows[0].depth).splitlines()
+    ends = " (an end of the grid)"
+    assert table[2:] == [
+        "| SpanNorm, plain | 2.005 ± 0.007 | 0.01 |  | 2.005 ± 0.007 |",
+        f"| PreNorm, plain | 2.205 ± 0.007 | 0.1{ends} | +0.200 [+0.200, +0.200], n 2 | 2.305 ± 0.007 |",
+        f"| PreNorm, plain, Muon | 2.605 ± 0.007 | 0.001{ends} | +0.600 [+0.600, +0.600], n 2 | 2.705 ± 0.007 |",
+    ]
+    pre = {"placement": "pre", "optim.name": "adamw"}
+    grid = found.grid("recipe", {"pre": pre, "post": {"placement": "post"}}, {"all": {}}, own_best=True)
+    assert grid.splitlines()[2:] == ["| pre | 2.205 ± 0.007 at 0.1 |", "| post | not run |"]
+    assert found.between({"lr": 0.1}, {"lr": 0.001}, **pre) == "−0.300 [−0.300, −0.300], n 2"
+
+
+def test_runs_of_two_machines_are_compared_by_name(tmp_path):
+    here = results(tmp_path, "here", [("pre", "plain", {"bits": bits}) for bits in (2.0, 2.1, 2.2)])
+    stalled = {"losses": [5.0] * 20, "bits": 5.0}
+    again = results(tmp_path, "again", [("pre", "plain", {"bits": 2.0}), ("pre", "plain", {"bits": 2.3}),
+                                        ("pre", "plain", stalled), ("post", "plain", {"bits": 2.0})])  # fmt: skip
+    text = "2 of 3 end alike, and the 2 that trained in both differ by +0.100 ± 0.141 nats"
+    assert again.again(here) == text
+
+
 def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
     for i, (placement, init) in enumerate((p, i) for p in ("pre", "post", "span") for i in ("plain", "gpt2", "scale")):
         for seed in range(2):
@@ -99,15 +142,16 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                 write_run(folder, placement, init, bits=end - warmup, seed=seed, **changes)
     for i, (placement, lr, size) in enumerate(itertools.product(("pre", "span"), (1e-3, 1e-2, 1e-1), (32, 64))):
         for name, key in (("width", "model__width"), ("depth_lr", "model__depth"), ("rivals", "model__depth")):
-            changes = {"optim__lr": lr, key: size}
+            changes = {"optim__lr": lr, key: {32: 24, 64: 96}[size] if name == "rivals" else size}
             write_run(tmp_path / f"runs/{name}/{i}", placement, bits=2.0 + abs(math.log10(lr) + 2), **changes)
-        place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "seed": i}
+        place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "model__depth": 24, "seed": i}
         write_run(tmp_path / f"runs/depth_factor/{i}", placement, bits=2.0, **place)
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
     assert "| span / scale | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
     assert "| span / scale | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
-    assert "| span | scale | model.depth_factor=multiplier |" in page and page.count("125 steps each") == 1
-    assert "| span / scale | pre / plain | 0.01 | 0.01 | +0.800 [+0.800, +0.800] | 2 of 2 |" in page
+    assert "| SpanNorm, standard | 2.000 at 0.01 | 2.000 at 0.01 | not run |" in page
+    assert "| weight, p = 0 | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
+    assert page.count("| SpanNorm, ScaleInit | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
     assert "| not run | not run | 2.105 ± 0.007 | 1.705 ± 0.007 |" in page
     assert "its seeds end at 2.60 and 2.61 bits per byte" in page
