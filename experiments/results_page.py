@@ -159,10 +159,12 @@ class Results:
         both = [pair for pair in pairs if all(row.outcome.kind == "trained" for row in pair)]
         differences = [self.about.loss(a) - self.about.loss(b) for a, b in both]
         same = sum(a.outcome.kind == b.outcome.kind for a, b in pairs)
-        return (
-            f"{same} of {len(pairs)} end alike, and the {len(both)} that trained in both differ by "
-            f"{statistics.fmean(differences):+.3f} ± {statistics.stdev(differences):.3f} nats".replace("-", "−")
-        )
+        alike = f"{same} of {len(pairs)} end alike"
+        if len(differences) < 2:
+            return alike
+        mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+        text = f"{alike}, and the {len(both)} that trained in both differ by {mean:+.3f} ± {spread:.3f} nats"
+        return text.replace("-", "−")
 
     def report(self, name: str) -> str:
         """A table of the sweep's report, by its name in `report.markdown`."""
