@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import vl_convert
 from spannorm_jax.report import markdown, stats
 from spannorm_jax.report.contents import contents
 from spannorm_jax.report.figures import FIGURES
-from spannorm_jax.report.page import print_svg, read_study
-from spannorm_jax.report.rows import Row
+from spannorm_jax.report.folders import Run, find_runs
+from spannorm_jax.report.page import print_svg
+from spannorm_jax.report.rows import Row, summarise
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Study
+from spannorm_jax.report.study import Method, Study, study
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
@@ -200,6 +201,20 @@ def _interval(found: Interval | None) -> str:
     return f"{found.mean:+.3f}{bounds}, n {found.n}".replace("-", "−")
 
 
+def read(folder: Path) -> Study:
+    """The runs below a folder. Those of a CPU and of a GPU are of one method, whose compute dtype follows the device.
+
+    Raises:
+      UserError: it holds no run.
+    """
+    runs = find_runs([folder], lambda _: None)
+    return study([summarise(replace(run, config=run.config | {"model": _undecided(run)})) for run in runs])
+
+
+def _undecided(run: Run) -> dict[str, Any]:
+    return run.config["model"] | {"dtype": "auto"}
+
+
 def write_page(runs: Path, page: Path, figures: Path) -> Path:
     """Renders the template. `runs` holds a folder of run folders for each sweep that has records.
 
@@ -207,9 +222,7 @@ def write_page(runs: Path, page: Path, figures: Path) -> Path:
       UserError: a folder holds no run.
     """
     beside = "../" * len(page.parent.parts) + figures.as_posix()
-    sweeps = {
-        folder.name: Results(folder.name, read_study([folder])[0], figures, beside) for folder in sorted(runs.iterdir())
-    }
+    sweeps = {folder.name: Results(folder.name, read(folder), figures, beside) for folder in sorted(runs.iterdir())}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page.write_text(template.render(sweeps=sweeps) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ from run_folders import write_run
 
 from experiments import results_page, sweep_records
 from spannorm_jax.errors import UserError
-from spannorm_jax.report.page import read_study
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.sweep.records import NEW, TRAINED, Place
 
@@ -88,7 +87,7 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
 def results(tmp_path, name, runs):
     for i, (placement, init, changes) in enumerate(runs):
         write_run(tmp_path / name / f"run{i}", placement, init, **changes)
-    return results_page.Results(name, read_study([tmp_path / name])[0], tmp_path, "")
+    return results_page.Results(name, results_page.read(tmp_path / name), tmp_path, "")
 
 
 def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
@@ -116,6 +115,12 @@ def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
     grid = found.grid("recipe", {"pre": pre, "post": {"placement": "post"}}, {"all": {}}, own_best=True)
     assert grid.splitlines()[2:] == ["| pre | 2.205 ± 0.007 at 0.1 |", "| post | not run |"]
     assert found.between({"lr": 0.1}, {"lr": 0.001}, **pre) == "−0.300 [−0.300, −0.300], n 2"
+
+
+def test_what_the_device_chose_makes_no_other_method(tmp_path):
+    dtypes = ("float32", "bfloat16")
+    runs = [("pre", "plain", {"bits": 2.0, "model__dtype": dtype, "seed": i}) for i, dtype in enumerate(dtypes)]
+    assert [len(seeds) for seeds in results(tmp_path, "both", runs).about.cells.values()] == [2]
 
 
 def test_runs_of_two_machines_are_compared_by_name(tmp_path):
