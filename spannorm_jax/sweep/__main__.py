@@ -1,7 +1,7 @@
 """Sweeps: python -m spannorm_jax.sweep NAMES VERB [--size cpu|gpu] [--out runs/sweeps] [--config.a.b=c]
 
 NAMES are sweeps of a config file (`sweep_NAME` in configs/*.py), and several with commas between are multiplied:
-lr,seed. An override is one of every run. VERB is one of
+demo,seed. An override is one of every run. VERB is one of
 
   list    a line a run: index, folder, argument and overrides
   cost    FLOPs, hours at this machine's measured rate, disk

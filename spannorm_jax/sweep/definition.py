@@ -73,7 +73,7 @@ def where(keep: Callable[[dict[str, str]], bool], points: Iterable[Point]) -> It
 
 
 def sweep_seed(size: str) -> Iterable[Point]:
-    """Three seeds, to multiply other sweeps by: `lr,seed`."""
+    """Three seeds, to multiply other sweeps by: `demo,seed`."""
     return seeds(3)
 
 

@@ -19,7 +19,7 @@ from spannorm_jax.sweep.expansion import expand, folder_name, identity
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
-        *("rivals", "depth_factor", "depth_lr", "warmup"),
+        *("rivals", "depth_factor", "depth_lr", "exponent", "warmup"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -28,8 +28,9 @@ NUMBER = {
     "rivals": 378,
     "depth_factor": 126,
     "depth": 108,
-    "width": 105,
-    "depth_lr": 90,
+    "width": 315,
+    "depth_lr": 270,
+    "exponent": 90,
     "lr": 90,
     "warmup": 36,
     "fixed_budget": 54,
@@ -119,7 +120,7 @@ def test_sweeps_share_their_runs():
 
 
 def test_names_multiply():
-    alone, both = shipped("width", "cpu", "dense").runs, expand("width,seed", "cpu").runs
+    alone, both = expand("demo", "cpu").runs, expand("demo,seed", "cpu").runs
     assert len(both) == 3 * len(alone) and {run.name for run in alone} < {run.name for run in both}
     assert len(expand("placement_init,lr", "cpu").runs) == NUMBER["lr"]  # joined along what both set
     smaller = expand("demo", "cpu", overrides=[("training.steps", "12")])
