@@ -31,11 +31,16 @@ class Rule:
     choices: tuple[str, ...] = ()  # (): any text, or what the code that knows the names says (`config_file.py`)
     names_file: bool = False  # it becomes the name of a folder of token stores
     runtime: bool = False  # may change when a run is continued: it touches no number beyond float rounding
+    inits: tuple[str, ...] = ()  # initialisations that read it; (): all
+    before: Any = None  # what was done before the option came; None: the default
 
 
 def option(default: Any, **rule: Any) -> Any:
     """A field of a config's dataclass, with its `Rule`."""
     return field(default=default, metadata={"rule": Rule(**rule)})
+
+
+SCALEINIT = ("scale", "shrink")  # initialisations that read ScaleInit's options
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,13 @@ class ModelConfig:
     placement: str = "span"  # a key of model.placement.PLACEMENTS
     init: str = "scale"  # a key of model.initialisation.INITS, or published: that of the placement's authors
     # ScaleInit's c: branch variance summed over the stream's additions
-    variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32")
+    variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32", inits=SCALEINIT)
     # ScaleInit's p: the budget is variance_budget x depth^-p
-    variance_exponent: float = option(0.0, least=-4.0, most=4.0)
+    variance_exponent: float = option(1.0, least=-4.0, most=4.0, inits=SCALEINIT, before=0.0)
     # ScaleInit's factor: in the weight that a branch starts with, or a constant times the branch, which training keeps
     depth_factor: str = option("weight", choices=("weight", "multiplier"))
-    init_targets: tuple[str, ...] = ()  # weights ScaleInit damps with depth; (): the placement's branches
+    # weights ScaleInit damps with depth; (): the placement's branches
+    init_targets: tuple[str, ...] = option((), inits=SCALEINIT)
     # of placement mix: the part of the blocks, from the first, that are PostNorm's
     mix_share: float = option(0.25, least=0.0, most=1.0)
     # ProRes's T: what block l (from 1) adds is multiplied by min(1, t / (T l)) in update t; 0: by nothing
@@ -276,8 +282,8 @@ def kind_name(kind: Any) -> str:
 def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: bool = False) -> Any:
     """Builds the dataclass `cls` from a nested mapping that has exactly its keys.
 
-    A run that was made before an option existed lacks its key (`of_older_run`): the default stands for it, since a
-    new option's default is always what was done before.
+    A run that was made before an option existed lacks its key (`of_older_run`): what was done then stands for it: the
+    default, or the former one.
 
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type.
@@ -291,6 +297,8 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: b
         path = prefix + name
         if name not in values:
             if of_older_run:
+                if path in former_defaults():
+                    made[name] = former_defaults()[path]
                 continue
             raise UserError(f"config key {path} is missing; a config must hold every key")
         value = values[name]
@@ -358,12 +366,24 @@ def is_runtime(key: str) -> bool:
     return key in rules() and rules()[key].runtime
 
 
+@functools.cache
+def former_defaults() -> dict[str, Any]:
+    """Dotted keys to what was done before the option came, of those whose default is another now."""
+    return {key: rule.before for key, rule in rules().items() if rule.before is not None}
+
+
+@functools.cache
+def unread(init: str) -> frozenset[str]:
+    """Dotted keys of the options that an initialisation does not read: with it they say nothing of a run."""
+    return frozenset(key for key, rule in rules().items() if rule.inits and init not in rule.inits)
+
+
 def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every difference that continuing a run does not allow."""
-    before, after = flatten(old), flatten(new)
+    was, now = flatten(old), flatten(new)
     same_data = old.data.fingerprint == new.data.fingerprint != ""
 
     def may_change(key: str) -> bool:
-        return is_runtime(key) or (same_data and key in NAMES_OF_DATA)
+        return is_runtime(key) or key in unread(new.model.init) or (same_data and key in NAMES_OF_DATA)
 
-    return [(k, before[k], after[k]) for k in before if before[k] != after[k] and not may_change(k)]
+    return [(k, was[k], now[k]) for k in was if was[k] != now[k] and not may_change(k)]

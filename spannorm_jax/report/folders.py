@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spannorm_jax.config import Config, flatten, is_runtime
+from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.errors import UserError, one_line
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
@@ -24,7 +24,8 @@ _TYPES: dict[str, Any] = {
     "model.width": int,
     "optim.lr": (int, float),
 }  # of options that figures have axes for
-_DEFAULTS = {key: value for key, value in flatten(Config()).items() if not is_runtime(key)}
+_DEFAULTS = flatten(Config())
+_BEFORE = {key: value for key, value in (_DEFAULTS | former_defaults()).items() if not is_runtime(key)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +61,14 @@ class Run:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The recorded options, and for those that are younger than the run what stood for them: their default."""
-        return _DEFAULTS | self.recorded
+        """The recorded options, and what stood for those that are younger than the run. Those unread have defaults."""
+        return _BEFORE | self.recorded | {key: _DEFAULTS[key] for key in unread(self.recorded["model.init"])}
 
     @cached_property
     def of_another_version(self) -> tuple[list[str], list[str]]:
         """Options that the run's config lacks, and options in it that this version does not know."""
         known = set(flatten(Config()))
-        return [k for k in _DEFAULTS if k not in self.recorded], [k for k in self.recorded if k not in known]
+        return [k for k in _BEFORE if k not in self.recorded], [k for k in self.recorded if k not in known]
 
     @property
     def placement(self) -> str:

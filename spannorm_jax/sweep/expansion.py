@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.config import Config, flatten, is_runtime
+from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.config_file import authors_errors, load, run_file
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.sweep.definition import Point, product
@@ -143,12 +143,17 @@ def _why_empty(
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The options that say what a run is: those that differ from their defaults, less the runtime ones.
+    """The options that say what a run is: those that differ from what was done before they came.
 
-    An option's default is what was done before the option came. So a new option changes no identity.
+    So neither a new option nor a new default changes an identity. Runtime options are not in it, nor those that the
+    run's initialisation does not read.
     """
-    default = flatten(Config())
-    return {key: value for key, value in flatten(config).items() if value != default[key] and not is_runtime(key)}
+    then, left_out = flatten(Config()) | former_defaults(), unread(config.model.init)
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if value != then[key] and key not in left_out and not is_runtime(key)
+    }
 
 
 def folder_name(config: Config) -> str:
