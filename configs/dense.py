@@ -126,7 +126,7 @@ def sweep_exponent(size: str) -> Iterable[Point]:
 
 
 def sweep_depth(size: str) -> Iterable[Point]:
-    """Six depths at one width, learning rate and number of tokens, ScaleInit with two exponents. 162 runs: 3.6 h, 304 h."""
+    """Six depths at one width, rate and number of tokens, ScaleInit with two exponents. 162 runs: 3.6 h, 304 h."""
     inits = chain(fixed("init=plain"), *(fixed("init=scale", {"model.variance_exponent": p}) for p in (0.0, 1.0)))
     arms = product(arguments(depth=(6, 12, 24, 48, 96, 128), placement=ARMS), inits)
     if size == "cpu":

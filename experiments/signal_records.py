@@ -43,6 +43,7 @@ KEPT = (  # of a measurement
     *("skip_path", "stream_loss_grad_norm", "attn_forward_variance", "ffn_forward_variance", "attn_backward_gain"),
     *("ffn_backward_gain", "block_backward_gain", "angular_distance", "ffn_effective_rank"),
 )
+_MODEL = ("placement", "init", "variance_exponent", "ffn", "depth", "width")  # kept of its config
 DRAWN = ("stream_grad_norm", "token_correlation")
 _VERBS = ("initial", "trained", "page")
 
@@ -68,7 +69,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
-    model = {key: record["config"]["model"][key] for key in ("placement", "init", "ffn", "depth", "width")}
+    model = {key: record["config"]["model"][key] for key in _MODEL}
     kept = {key: _rounded(record[key]) for key in KEPT if key in record}
     return kept | {"config": {"model": model, "seed": record["config"]["seed"]}}
 

@@ -188,7 +188,7 @@ def test_a_linear_residual_network_in_closed_form(monkeypatch):
 @pytest.mark.parametrize("ffn", FFNS)
 def test_the_skip_path_is_the_papers_argument(ffn):
     """SpanNorm with branches of unit variance: one norm a block on the skip path, 2^(-1/2) each. PreNorm: none."""
-    cfg = config(placement="span", init="scale", depth=8, variance_budget=8.0, ffn=ffn)
+    cfg = config(placement="span", init="scale", depth=8, variance_budget=64.0, ffn=ffn)
     got = predict(cfg, T)
     np.testing.assert_allclose(got.ffn_variance, 1, rtol=1e-5)
     np.testing.assert_allclose(got.skip_path, 2.0 ** (-np.arange(7, -1, -1) / 2), rtol=1e-5)
@@ -203,9 +203,9 @@ def test_a_depth_factor_of_the_forward_pass_is_that_of_the_weights():
     in_weights, in_forward = (predict(dataclasses.replace(cfg, depth_factor=f), T) for f in ("weight", "multiplier"))
     for name in ("stream_variance", "stream_grad_norm", "ffn_backward_gain", "skip_path"):
         np.testing.assert_allclose(getattr(in_forward, name), getattr(in_weights, name), rtol=1e-5, err_msg=name)
-    np.testing.assert_allclose(in_forward.ffn_variance, 4 * np.array(in_weights.ffn_variance), rtol=1e-5)
+    np.testing.assert_allclose(in_forward.ffn_variance, 16 * np.array(in_weights.ffn_variance), rtol=1e-5)
     ratio = np.array(in_forward.weight_grad_norm["ffn_out"]) / in_weights.weight_grad_norm["ffn_out"]
-    np.testing.assert_allclose(ratio, 1 / 2, rtol=1e-5)  # sqrt(1 / 4)
+    np.testing.assert_allclose(ratio, 1 / 4, rtol=1e-5)  # sqrt(1 / 4 / 4)
 
 
 def test_branches_without_gain_change_nothing(monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import reference
 from flax import nnx
 
-from spannorm_jax.config import ModelConfig, MoEConfig
+from spannorm_jax.config import ModelConfig, MoEConfig, unread
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
@@ -278,17 +278,18 @@ def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
     assert branch_variance(cfg)["ffn"] == pytest.approx(cfg.ffn_dim * stds["ffn_out"] ** 2 * second, rel=1e-9)
 
 
-@pytest.mark.parametrize("budget", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(("budget", "exponent"), [(0.1, 0.5), (1.0, 1.0), (3.0, 0.0)])
 @pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
 @pytest.mark.parametrize("depth", [1, 12, 100])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_scale_spends_the_budget_over_the_streams_additions(placement, depth, ffn, budget):
-    """SpanNorm's stream is added to by F alone, once a block; that of the others by A and F."""
-    cfg = config(placement=placement, depth=depth, ffn=ffn, variance_budget=budget, init="scale")
+def test_scale_spends_the_budget_over_the_streams_additions(placement, depth, ffn, budget, exponent):
+    """SpanNorm's stream is added to by F alone, once a block; that of the others by A and F. In all c L^-p."""
+    changes = {"variance_budget": budget, "variance_exponent": exponent}
+    cfg = config(placement=placement, depth=depth, ffn=ffn, init="scale", **changes)
     added = {branch: sum(v) / depth for branch, v in predicted_additions(cfg, define(cfg).specs()).items()}
     number = 1 if placement in ("span", "span_raw") else 2
     assert residual_additions(cfg) == number * depth
-    assert list(added.values()) == pytest.approx([budget / depth / number] * number)
+    assert list(added.values()) == pytest.approx([budget / depth**exponent / depth / number] * number)
     if number == 1:
         assert branch_variance(cfg)["attn"] == pytest.approx(1)  # off the stream: not damped
 
@@ -300,7 +301,7 @@ def test_a_branch_that_ends_in_a_gain_is_damped_there_and_not_in_its_weights(pla
     assert sizes(scale)["attn_out"] == sizes(plain)["attn_out"]
     names = set(PLACEMENTS[placement].additions.values())
     own = 1.0 if placement == "peri" else 0.1
-    assert {sizes(scale)[name] for name in names} == {0.25}  # sqrt(1 / 16)
+    assert [sizes(scale)[name] for name in names] == pytest.approx([(1 / 8 / 16) ** 0.5] * 2)
     assert {sizes(plain)[name] for name in names} == {own}
     # Who names weights to damp has said what to damp: the gains stay.
     assert {sizes(dataclasses.replace(scale, init_targets=("ffn_out",)))[name] for name in names} == {own}
@@ -316,7 +317,7 @@ def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
     tokens = np.arange(N)[:, None]
     stream, _ = run_recording(model, params, tokens)
     added = sum(np.sum(v) for v in predicted_additions(cfg, model.specs()).values())
-    assert added == pytest.approx(1.0 if init == "scale" else 2 * depth)
+    assert added == pytest.approx(1 / depth if init == "scale" else 2 * depth)
     # Cross terms of a branch meet a stream of variance up to 1 + added; a normed branch has its variance exactly.
     error = math.hypot(cross_error(N, D, added * (1 + added)), math.sqrt(2 / (N * D)), added * 0.02)
     assert FIVE * error < 0.25 * (1 + added)
@@ -328,8 +329,8 @@ def test_init_targets_take_the_factor_and_no_other_weight_does(target):
     base = sizes(config(placement="pre", init="scale", init_targets=("v", "attn_out", "ffn_in", "ffn_out")))
     one = sizes(config(placement="pre", init="scale", init_targets=(target,), variance_budget=3.0))
     for site in ("v", "attn_out", "ffn_in", "ffn_out"):
-        # sqrt(c / 2L): budget 3 against 1 for the target, none against sqrt(1 / 16) for the others.
-        assert one[site] / base[site] == pytest.approx(math.sqrt(3) if site == target else 4.0)
+        # sqrt(c / (L 2L)): budget 3 against 1 for the target, none against sqrt(1 / 128) for the others.
+        assert one[site] / base[site] == pytest.approx(math.sqrt(3 if site == target else 128))
     for site in ("embed", "q", "k", "head"):
         assert one[site] == base[site]
 
@@ -374,9 +375,10 @@ def cross_error(N, D, additions_variance):
 
 @pytest.mark.parametrize(("depth", "budget"), [(4, 1.0), (16, 3.0)])
 def test_prenorm_with_scale_ends_at_one_plus_the_budget(depth, budget):
-    """Each of the 2L branches adds its variance: 1 + c for sequences of one token, at any depth."""
+    """Each of the 2L branches adds its variance: with p = 0, 1 + c for sequences of one token, at any depth."""
     N = D = 128
-    cfg = config(placement="pre", init="scale", width=D, depth=depth, vocab_size=N, variance_budget=budget)
+    changes = {"variance_budget": budget, "variance_exponent": 0.0}
+    cfg = config(placement="pre", init="scale", width=D, depth=depth, vocab_size=N, **changes)
     finals = []
     for seed in range(2):
         model, params = draw(cfg, seed)
@@ -394,7 +396,7 @@ def test_prenorm_with_scale_ends_at_one_plus_the_budget(depth, budget):
 
 def test_prenorm_with_scale_stays_within_the_budget_over_a_sequence():
     """Later positions average values of several tokens, which lowers attention's share: between 1 + c/2 and 1 + c."""
-    cfg = config(placement="pre", init="scale", width=128, depth=8, vocab_size=128)
+    cfg = config(placement="pre", init="scale", width=128, depth=8, vocab_size=128, variance_exponent=0.0)
     model, params = draw(cfg)
     tokens = np.random.default_rng(0).permutation(128)[None]
     stream, _ = run_recording(model, params, tokens)
@@ -421,10 +423,11 @@ def test_skip_path_gain(placement, init, depth, budget):
     """A norm after the sum divides the skip by the sum's root mean square; the product over the norms on the skip path.
 
     SpanNorm has one such norm a block, gain (1 + Var F)^(-L/2), PostNorm two, [(1 + Var A)(1 + Var F)]^(-L/2). With
-    scale both stay near exp(-c/2) at any depth; with plain init they fall exponentially.
+    scale and p = 0 both stay near exp(-c/2) at any depth; with plain init they fall exponentially.
     """
     N = D = 128
-    cfg = config(placement=placement, init=init, width=D, depth=depth, vocab_size=N, variance_budget=budget)
+    changes = {"variance_budget": budget, "variance_exponent": 0.0}
+    cfg = config(placement=placement, init=init, width=D, depth=depth, vocab_size=N, **changes)
     model, params = draw(cfg)
     # The first block's skip is the embeddings in PostNorm: their variance is 1 within sqrt(2 / ND).
     _, mean_squares = run_recording(model, params, np.arange(N)[:, None])
@@ -479,13 +482,13 @@ def test_deepnorms_two_constants_balance_each_other():
 # ---- ScaleInit's other choices ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["pre", "span"])
-def test_the_budget_may_fall_with_depth(placement):
-    """c L^-p: with p = 1 a stream four times as deep is added a quarter as much in all."""
-    for depth in (4, 16):
-        cfg = config(placement=placement, init="scale", depth=depth, variance_exponent=1.0, variance_budget=2.0)
-        total = sum(np.sum(v) for v in predicted_additions(cfg, define(cfg).specs()).values())
-        assert total == pytest.approx(2.0 / depth)
+@pytest.mark.parametrize("init", INITS)
+def test_an_initialisation_reads_the_options_that_count_as_its_own(init):
+    """An option that it reads changes a weight's size; one that counts as unread changes none."""
+    usual = config(placement="pre", init=init)
+    for name, value in (("variance_budget", 2.0), ("variance_exponent", 0.5), ("init_targets", ("ffn_out",))):
+        changed = sizes(dataclasses.replace(usual, **{name: value})) != sizes(usual)
+        assert changed == (f"model.{name}" not in unread(init)), name
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "span"])
@@ -503,7 +506,7 @@ def test_a_multiplier_is_the_weights_factor_moved_into_the_forward_pass(placemen
     # A factor in another place rounds otherwise: the largest difference seen is 1e-6 of the largest logit.
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-5 * np.abs(logits[0]).max())
     factor = sizes(weight)["ffn_out"] / sizes(multiplier)["ffn_out"]
-    assert factor == pytest.approx((len(PLACEMENTS[placement].additions) * 3) ** -0.5)
+    assert factor == pytest.approx((len(PLACEMENTS[placement].additions) * 3 * 3) ** -0.5)
     assert branch_variance(weight) == pytest.approx(branch_variance(multiplier))
 
 
@@ -516,4 +519,4 @@ def test_shrink_damps_all_matrices_of_a_block_as_much_as_scale_damps_some(placem
         assert found["embed"] == 1.0
     assert products[0] == pytest.approx(products[1])
     cfg = config(placement=placement, init="shrink", depth=12)
-    assert sizes(cfg)["q"] * 8 == pytest.approx((12 * damped) ** (-0.5 * damped / 6))
+    assert sizes(cfg)["q"] * 8 == pytest.approx((12 * 12 * damped) ** (-0.5 * damped / 6))

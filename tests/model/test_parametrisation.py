@@ -179,8 +179,8 @@ def test_multipliers_of_the_forward_pass_could_stand_in_the_weights(placement, c
     )
 
 
-@pytest.mark.parametrize("init", ["gpt2", "scale"])
-def test_depth_is_counted_once(init):
+@pytest.mark.parametrize(("init", "power"), [("gpt2", 0.5), ("scale", 1.0)])
+def test_depth_is_counted_once(init, power):
     """Under completep an initialisation's factor of depth is the base's, and the multiplier does the rest; under mup,
     which says nothing of depth, it is the model's own."""
     deep = model_config(init=init, parametrisation="completep", depth=32)
@@ -191,7 +191,7 @@ def test_depth_is_counted_once(init):
     np.testing.assert_allclose(added[0], np.tile(added[1] / 32**2, 32), rtol=1e-12)
     mup = [dataclasses.replace(cfg, parametrisation="mup") for cfg in (deep, shallow)]
     out = [initial_size(cfg, {s.site: s for s in define(cfg).specs()}["ffn_out"]) for cfg in mup]
-    assert out[0] == pytest.approx(out[1] / 32**0.5)
+    assert out[0] == pytest.approx(out[1] / 32**power)
 
 
 @pytest.mark.parametrize("name", PARAMETRISATIONS)

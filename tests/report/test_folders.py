@@ -83,16 +83,17 @@ def test_any_file_but_the_config_may_be_damaged(tmp_path, name):
 
 def test_a_run_of_an_older_version_has_what_it_did_by_default(tmp_path, capsys):
     old = write_run(tmp_path / "old", seed=0)
-    write_run(tmp_path / "new", seed=1)
+    write_run(tmp_path / "new", seed=1, model__variance_exponent=0.0)  # its default has changed since it came
     config = json.loads((old / "config.json").read_text())
-    del config["optim"]["name"], config["execution"]
+    del config["optim"]["name"], config["model"]["variance_exponent"], config["execution"]
     config["model"]["attention"] = "auto"  # where it stood then
     (old / "config.json").write_text(json.dumps(config))
     rows = rows_of(tmp_path)
     assert [len(group.rows) for group in over_seeds(rows)] == [2]
     said = notices(rows)
     assert [kind for kind, _ in said] == ["note", "note"]
-    assert "optim.name" in said[0][1] and "1 of 2 runs are older" in said[0][1] and "model.attention" in said[1][1]
+    assert "optim.name" in said[0][1] and "1 of 2 runs are older" in said[0][1]
+    assert "model.variance_exponent" in said[0][1] and "model.attention" in said[1][1]
     # A younger option that was changed is a difference.
     write_run(tmp_path / "other", seed=2, optim__name="lion")
     assert len(over_seeds(rows_of(tmp_path))) == 2

@@ -1,5 +1,6 @@
 """A run's folder: lines that a crash has left, and configs of older versions."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
-from spannorm_jax.run.folder import CONFIG, keep_lines_until, read_config
+from spannorm_jax.resolution import fill_sizes
+from spannorm_jax.run.folder import CONFIG, keep_lines_until, open_run, read_config
 
 
 def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
@@ -33,7 +35,7 @@ def test_options_are_found_where_they_stood_when_the_run_was_made(tmp_path):
     values["model"] |= {"attention": "xla", "remat": "block", "scan_unroll": 2}
     values["model"]["moe"] |= {"grouped_matmul": "ragged_dot", "expert_parallel": "ring", "capacity": 2.5}
     values["training"]["max_logits_mib"] = 17
-    del values["optim"]["name"]  # an option that is younger than the run
+    del values["optim"]["name"], values["model"]["variance_exponent"]  # options that are younger than the run
     (tmp_path / CONFIG).write_text(json.dumps(values))
     want = replace(
         Config(),
@@ -47,6 +49,19 @@ def test_options_are_found_where_they_stood_when_the_run_was_made(tmp_path):
     )
     found = read_config(tmp_path)
     assert (found.execution, found.training, found.optim) == (want.execution, want.training, want.optim)
+    assert found.model.variance_exponent == 0.0  # what was done before it came: its default has changed since
+
+
+def test_what_the_initialisation_does_not_read_may_differ_where_a_run_goes_on(tmp_path):
+    """A run without ScaleInit goes on whatever default its options have now; one with it keeps its own."""
+    resolved = fill_sizes(replace(Config(), model__vocab_size=256))
+    for init, fits in (("plain", True), ("scale", False)):
+        was, now = (replace(resolved, model__init=init, model__variance_exponent=p) for p in (0.0, 1.0))
+        with open_run(tmp_path / init, was):
+            pass
+        refusal = pytest.raises(UserError, match=r"model.variance_exponent=0.0, not 1.0")
+        with contextlib.nullcontext() if fits else refusal, open_run(tmp_path / init, now):
+            pass
 
 
 @pytest.mark.parametrize(
