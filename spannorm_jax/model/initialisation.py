@@ -9,12 +9,12 @@ here with its free choices as config keys):
   base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input;
          the activation's second moment comes from Gauss-Hermite quadrature.
   depth  what sets the size of each branch that the stream is added (`Placement.additions`) is multiplied by
-         sqrt(c / n): c = `variance_budget`, n = the number of residual additions the stream passes. SpanNorm's stream
-         is added to once a block (n = L), by the feed-forward; PreNorm's and PostNorm's twice (n = 2L). Where a
-         branch ends in a norm, or in a gain of its own, its weights do not set its size: that gain starts at
-         sqrt(c / n). `init_targets` names weights instead. With `variance_exponent` p the budget itself falls with
-         depth, c L^-p. With `depth_factor=multiplier` the factor stands in the forward pass, a constant times the
-         branch, and not in the weight that starts it: Adam's steps do not grow a weight back past it.
+         sqrt(c L^-p / n): c = `variance_budget`, p = `variance_exponent`, n = the number of residual additions the
+         stream passes. SpanNorm's stream is added to once a block (n = L), by the feed-forward; PreNorm's and
+         PostNorm's twice (n = 2L). Where a branch ends in a norm, or in a gain of its own, its weights do not set its
+         size: that gain starts at sqrt(c L^-p / n). `init_targets` names weights instead. With
+         `depth_factor=multiplier` the factor stands in the forward pass, a constant times the branch, and not in the
+         weight that starts it: Adam's steps do not grow a weight back past it.
 A Mixture of Experts is a feed-forward branch like any other: expert_out and shared_out have the gain that makes the
 weighted sum of a token's experts, which are independent, a branch of unit variance, and they are damped where ffn_out
 is. So a block with experts adds to the stream what a dense one adds, under either router.
@@ -150,7 +150,7 @@ def subln(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 
 
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
-    """ScaleInit: unit-variance branches, and what sets a branch's size times sqrt(variance_budget / n)."""
+    """ScaleInit: unit-variance branches, and what sets the size of an addition times `depth_factor`."""
     damped = spec.site in damped_sites(cfg)
     if spec.start is not None:
         return depth_factor(cfg) if damped else spec.start
