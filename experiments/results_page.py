@@ -45,6 +45,10 @@ class Results:
         """The runs with these values, of Row (placement, init, depth, lr, seed, ...) or of the config (`optim.eps`)."""
         return [row for row in self.about.rows if all(_value(row, key) == value for key, value in wanted.items())]
 
+    def where(self, **wanted: Any) -> "Results":
+        """The same, of the runs with these values alone."""
+        return replace(self, about=study(self.rows(**wanted)))
+
     @cached_property
     def seeds(self) -> int:
         return len({row.seed for row in self.about.rows})

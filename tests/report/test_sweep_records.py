@@ -141,6 +141,9 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                 for name, key, value in (("lr", "optim__lr", lr), ("depth", "model__depth", depth)):
                     folder = tmp_path / f"runs/{name}/{i}-{seed}-{j}"
                     write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
+                if init == "scale":
+                    former = {"model__depth": depth, "model__variance_exponent": 0.0}
+                    write_run(tmp_path / f"runs/depth/{i}-{seed}-{j}-0", placement, init, bits=3.25, seed=seed, **former)
             for warmup in (0.1, 0.5) if init == "scale" else ():
                 changes = {"optim__lr": 0.01, "optim__warmup_fraction": warmup}
                 folder = tmp_path / f"runs/warmup/{i}-{seed}-{warmup}"
@@ -150,6 +153,7 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
             changes = {"optim__lr": lr, key: {32: 24, 64: 96}[size] if name == "rivals" else size}
             write_run(tmp_path / f"runs/{name}/{i}", placement, bits=2.0 + abs(math.log10(lr) + 2), **changes)
         place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "model__depth": 24, "seed": i}
+        place |= {"model__variance_exponent": 0.0}
         write_run(tmp_path / f"runs/depth_factor/{i}", placement, bits=2.0, **place)
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
     assert "| span / scale | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
@@ -158,6 +162,7 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
     assert "| weight, p = 0 | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
     assert page.count("| SpanNorm, ScaleInit | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
+    assert "| 12 | 3.250 ± 0.000 | 3.250 ± 0.000 | 3.250 ± 0.000 |" in page
     assert "| not run | not run | 2.105 ± 0.007 | 1.705 ± 0.007 |" in page
     assert "its seeds end at 2.60 and 2.61 bits per byte" in page
     drawn = {path.name for path in tmp_path.glob("*.png")}
