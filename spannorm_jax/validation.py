@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules
+from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules, unread
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS
 from spannorm_jax.model.placement import PLACEMENTS
@@ -89,6 +89,10 @@ def notices(config: Config) -> list[str]:
     advice = PLACEMENTS[model.placement].not_with.get(model.init)
     if advice:
         said.append(f"model.placement={model.placement} with model.init={model.init}: {advice}")
+    values, default = flatten(config), flatten(Config())
+    for key in sorted(unread(model.init)):
+        if values[key] != default[key]:
+            said.append(f"{key}={values[key]!r} does nothing with model.init={model.init}, which does not read it")
     last, steps = model.branch_warmup_steps * model.depth, num_steps(config)
     if last > steps:
         said.append(

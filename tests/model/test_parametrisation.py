@@ -277,3 +277,11 @@ def test_a_warm_up_that_outlasts_the_run_is_said():
     assert not notices(config)
     [said] = notices(replace(config, model__branch_warmup_steps=10.5))
     assert said.endswith("has come in at update 21, and the run has 20; 10 or less lets all come in")
+
+
+def test_an_option_that_the_initialisation_does_not_read_is_said():
+    config = replace(Config(), model__variance_exponent=0.5, model__init_targets=("ffn_out",))
+    assert not notices(config)  # ScaleInit reads both
+    said = notices(replace(config, model__init="plain"))
+    assert [line.split("=")[0] for line in said] == ["model.init_targets", "model.variance_exponent"]
+    assert "0.5 does nothing with model.init=plain" in said[1]

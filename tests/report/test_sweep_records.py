@@ -143,7 +143,9 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                     write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
                 if init == "scale":
                     former = {"model__depth": depth, "model__variance_exponent": 0.0}
-                    write_run(tmp_path / f"runs/depth/{i}-{seed}-{j}-0", placement, init, bits=3.25, seed=seed, **former)
+                    write_run(
+                        tmp_path / f"runs/depth/{i}-{seed}-{j}-0", placement, init, bits=3.25, seed=seed, **former
+                    )
             for warmup in (0.1, 0.5) if init == "scale" else ():
                 changes = {"optim__lr": 0.01, "optim__warmup_fraction": warmup}
                 folder = tmp_path / f"runs/warmup/{i}-{seed}-{warmup}"
