@@ -366,4 +366,4 @@ def test_branch_variance_is_the_predicted_one(moe, init):
     # Weights are few: over seeds the mean of four blocks was seen to vary by 3%; another formula is off by a factor.
     assert np.mean(found) == pytest.approx(want, rel=0.1)
     if init == "scale":
-        assert want == pytest.approx(1 / 4, rel=0.01)  # budget 1 over 4 additions
+        assert want == pytest.approx(1 / 4 / 4, rel=0.01)  # budget 1 / depth over 4 additions
