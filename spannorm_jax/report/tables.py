@@ -175,7 +175,7 @@ def _of_options(rows: Sequence[Row], groups: Sequence[Group]) -> tuple[list[str]
     if lacking:
         keys = list(dict.fromkeys(key for lacks in lacking for key in lacks))
         notes.append(
-            f"{len(lacking)} of {len(runs)} runs are older than some options, whose defaults are what they did: "
+            f"{len(lacking)} of {len(runs)} runs are older than some options, and did what was usual before: "
             f"{_listed(keys)}."
         )
     strange = [unknown for run in runs if (unknown := run.of_another_version[1])]
