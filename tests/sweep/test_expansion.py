@@ -19,7 +19,7 @@ from spannorm_jax.sweep.expansion import expand, folder_name, identity
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
-        *("rivals", "depth_factor", "depth_lr", "exponent", "warmup"),
+        *("rivals", "depth_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -31,6 +31,7 @@ NUMBER = {
     "width": 315,
     "depth_lr": 270,
     "exponent": 90,
+    "fresh_seeds": 21,
     "lr": 90,
     "warmup": 36,
     "fixed_budget": 54,
