@@ -146,6 +146,10 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
                     write_run(
                         tmp_path / f"runs/depth/{i}-{seed}-{j}-0", placement, init, bits=3.25, seed=seed, **former
                     )
+            for exponent in (0.0, 1.0) if init == "scale" else ():
+                changes = {"optim__lr": 0.003, "model__variance_exponent": exponent, "seed": 3 + seed}
+                folder = tmp_path / f"runs/fresh_seeds/{i}-{seed}-{exponent}"
+                write_run(folder, placement, init, bits=end - exponent, **changes)
             for warmup in (0.1, 0.5) if init == "scale" else ():
                 changes = {"optim__lr": 0.01, "optim__warmup_fraction": warmup}
                 folder = tmp_path / f"runs/warmup/{i}-{seed}-{warmup}"
@@ -164,6 +168,7 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
     assert "| weight, p = 0 | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
     assert page.count("| SpanNorm, ScaleInit | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
+    assert "| SpanNorm | 2.805 ± 0.007 | 1.805 ± 0.007 | not run |" in page
     assert "| 12 | 3.250 ± 0.000 | 3.250 ± 0.000 | 3.250 ± 0.000 |" in page
     assert "| not run | not run | 2.105 ± 0.007 | 1.705 ± 0.007 |" in page
     assert "its seeds end at 2.60 and 2.61 bits per byte" in page
