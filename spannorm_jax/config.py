@@ -282,7 +282,7 @@ def kind_name(kind: Any) -> str:
 def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: bool = False) -> Any:
     """Builds the dataclass `cls` from a nested mapping that has exactly its keys.
 
-    A run that was made before an option existed lacks its key (`of_older_run`): what was done then stands for it: the
+    A run that was made before an option existed lacks its key (`of_older_run`). What was done then stands for it: the
     default, or the former one.
 
     Raises:

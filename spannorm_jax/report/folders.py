@@ -61,7 +61,10 @@ class Run:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The recorded options, and what stood for those that are younger than the run. Those unread have defaults."""
+        """The recorded options, and for those that are younger than the run what was done before they came.
+
+        An option that the run's initialisation does not read has its default.
+        """
         return _BEFORE | self.recorded | {key: _DEFAULTS[key] for key in unread(self.recorded["model.init"])}
 
     @cached_property
