@@ -19,7 +19,7 @@ from spannorm_jax.sweep.expansion import expand, folder_name, identity
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
-        *("rivals", "depth_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
+        *("rivals", "depth_factor", "branch_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -27,6 +27,7 @@ NUMBER = {
     "placement_init": 153,
     "rivals": 378,
     "depth_factor": 126,
+    "branch_factor": 216,
     "depth": 162,
     "width": 315,
     "depth_lr": 270,
