@@ -11,11 +11,11 @@ from spannorm_jax.errors import UserError, one_line, visible
 from spannorm_jax.paths import user_path
 
 
-def baseline_of(text: str) -> dict[str, str]:
+def keys_of(text: str, flag: str) -> dict[str, str]:
     """`placement=pre,init=plain` as a dictionary; a value may hold commas. Raises UserError for another form."""
     parts = [part.partition("=") for part in re.split(r",(?=[\w.]+=)", text)]
     if not all(key and equals and value for key, equals, value in parts):
-        raise UserError(f"--baseline {one_line(text)!r} is not of the form placement=pre,init=plain")
+        raise UserError(f"{flag} {one_line(text)!r} is not of the form placement=pre,init=plain")
     return {key: value for key, _, value in parts}
 
 
@@ -30,16 +30,22 @@ def main(argv: list[str]) -> int:
         help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
         "initialisation (default: placement=pre,init=plain, or else the first method)",
     )
+    parser.add_argument(
+        "--confirm",
+        metavar="KEY=VALUE,...",
+        help="methods whose comparison with the baseline was named before the runs; the others are exploratory",
+    )
     parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     args = parser.parse_args(argv)
     if args.out is None and len(args.roots) > 1 and not args.table:
         raise UserError("several folders have no one place for their report; say --out FOLDER")
-    baseline = baseline_of(args.baseline) if args.baseline is not None else None
+    baseline = None if args.baseline is None else keys_of(args.baseline, "--baseline")
+    confirmed = None if args.confirm is None else keys_of(args.confirm, "--confirm")
 
     from spannorm_jax.report import page  # and with it the libraries of tables and figures
     from spannorm_jax.report.tables import text_table
 
-    about, said = page.read_study(args.roots, baseline)
+    about, said = page.read_study(args.roots, baseline, confirmed)
     written = None
     if not args.table:
         out = args.out or args.roots[0] / "report"

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from spannorm_jax.report import curves
+from spannorm_jax.report import curves, frames
 from spannorm_jax.report.looks import (
     Figure,
     Views,
@@ -35,10 +35,8 @@ def loss(about: Study) -> Figure | None:
     table, panels = with_panels(curves.loss_curves(about), about)
     if table.is_empty():
         return None
-    found = sorted({round(e, 3) for row in about.rows if (e := row.run.unigram_entropy) is not None})
-    levels = pl.DataFrame({"level": found}, schema={"level": pl.Float64})
-    levels = levels.with_columns(pl.format("unigram entropy {}", "level").alias("name"))
-    domain = _domain(table, found)
+    levels = frames.levels_table(about)
+    domain = _domain(table, levels["level"].to_list())
     lrs = sorted(table["lr"].unique())
     known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
     first = _loss_view(about, panels, domain, lrs)
@@ -47,7 +45,8 @@ def loss(about: Study) -> Figure | None:
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
         f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
         "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram "
-        "entropy. Curves may leave the top of the figure."
+        "entropy of the training data, and what n-grams counted on it and gzip reach on the held-out text. Curves may "
+        "leave the top of the figure."
     )
     if len(lrs) > 1:
         caption += " In print each method has its best learning rate, that of the least mean loss over seeds."

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.rows import Group, Row
 from spannorm_jax.report.stats import smooth
-from spannorm_jax.report.study import Place, Study, best_lr, method_of
+from spannorm_jax.report.study import Place, Study, method_of
 
 SMOOTHING = 0.02  # of the logged steps: the width of the running mean
 _POINTS = (40, 300)  # the fewest and the most that a curve is drawn with

@@ -65,7 +65,7 @@ def loss_by(about: Study, axis: str) -> Figure | None:
     near = _near(best["loss"].to_list())
     table = table.with_columns(kind=pl.lit("setting"))
     if axis == "lr":
-        optima = frames.optima_table(about).join(best, on=place, maintain_order="left")
+        optima = frames.optima_table(about).drop_nulls("lr").join(best, on=place, maintain_order="left")
         table = pl.concat([table, optima.with_columns(kind=pl.lit("optimum"))], how="diagonal")
     table, panels = with_panels(table, about, without=[axis])
     scales: dict[str, dict[str, Any]] = {
@@ -138,8 +138,9 @@ def lr_optimum(about: Study) -> Figure | None:
     axis = alt.Axis(values=_ticks(lrs), format="~g")
     caption = (
         "Of each seed the minimum of the parabola in log learning rate through the best one and its two neighbours; "
-        "the point is the mean over seeds of its logarithm, the bar its 95% t interval (one seed: no bar). A method "
-        "has no point where a seed is best at an end of the range: the optimum is not enclosed there."
+        "the point is the mean over seeds of its logarithm, the bar its 95% t interval (one seed: no bar). A bar "
+        "without a point: a neighbour of the best rate failed, and the optimum lies somewhere within. A method is "
+        "left out where a seed is best at an end of the range: the optimum is not enclosed there."
     )
     encoding = {"title": "learning rate of least loss", "scale": scale, "axis": axis}
     return _by_place(about, table, "lr_optimum", "Best learning rate", "lr", encoding, ".2~e", caption)
@@ -246,7 +247,8 @@ def differences(about: Study) -> Figure | None:
     views: Views = {(view,): within(domain) for view, domain in domains.items()}
     caption = (
         "Method less its baseline, below zero the method is better: the mean over the seeds that both finished, seed "
-        f"by seed, and its 95% t interval. Baseline: {about.baseline_text}. "
+        "by seed, and its 95% interval with the error pooled over all methods that trained with every seed, or of its "
+        f"own seeds where one did not. Baseline: {about.baseline_text}. "
     )
     if several:
         caption += f"Filled: {frames.OWN}; hollow: {frames.SHARED}."
@@ -293,8 +295,8 @@ def outcomes(about: Study) -> Figure | None:
     unit = view.get("spec", view)
     unit["width"], unit["height"] = len(values) * (48 if several else 40), max(len(rows) * 28, 96)
     caption = (
-        "Colour and letter: the gravest outcome over the seeds (diverged, then stalled, unfinished, trained), and how "
-        "many of them had it. A dash is a combination that was not run, which counts as unfinished."
+        "Colour: the gravest outcome over the seeds (diverged, then collapsed, plateau, unfinished, trained). Letters: "
+        "how many of them had each. A dash is a combination that was not run, which counts as unfinished."
     )
     data = {"main": table.with_columns(panel=pl.col("method"))}
     return Figure("outcomes", name, caption, data, {}, {(): view})

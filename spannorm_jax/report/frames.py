@@ -7,12 +7,14 @@ from typing import Any
 import polars as pl
 
 from spannorm_jax.report import stats
+from spannorm_jax.report.comparisons import at_own_rates, at_shared_rates
 from spannorm_jax.report.palette import OUTCOME_ORDER
+from spannorm_jax.report.rates import best_lr, optimum, sensitivities
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Place, Study, best_lr, differences, method_of, optimum, sensitivities
+from spannorm_jax.report.study import Method, Place, Study, method_of
 
 _CROWD = 9  # methods in one panel
-_GRAVEST = ("diverged", "stalled", "unfinished", "trained")
+_GRAVEST = ("diverged", "collapsed", "plateau", "unfinished", "trained")
 
 
 def panel(about: Study, method: Method, place: Place, without: Sequence[str] = ()) -> str:
@@ -79,6 +81,22 @@ def runs_table(about: Study) -> pl.DataFrame:
     return pl.DataFrame(lines, infer_schema_length=None)
 
 
+FLOOR_NAMES = {"trigram": "3-gram", "fourgram": "4-gram", "gzip": "gzip"}
+
+
+def levels_table(about: Study) -> pl.DataFrame:
+    """What losses are to be read against: the training data's unigram entropy, and floors of the held-out text."""
+    found = {("unigram entropy", round(e, 3)) for row in about.rows if (e := row.run.unigram_entropy) is not None}
+    found |= {
+        (shown, round(row.floors[name], 3))
+        for row in about.rows
+        for name, shown in FLOOR_NAMES.items()
+        if name in row.floors
+    }
+    lines = [{"level": level, "name": f"{name} {level}"} for name, level in sorted(found, key=lambda pair: pair[1])]
+    return pl.DataFrame(lines, schema={"level": pl.Float64, "name": pl.String})
+
+
 _CELL = ("placement", "init", "other", "depth", "width", "lr")
 
 
@@ -109,10 +127,17 @@ def _interval(method: Method, place: Place, found: Interval, column: str) -> dic
 
 
 def optima_table(about: Study) -> pl.DataFrame:
-    """Of each method and place the learning rate of least loss with its interval, where the sweep encloses it."""
-    pairs = [(method, place) for place in about.places for method in about.methods]
-    found = [(method, place, optimum(about, method, place)) for method, place in pairs]
-    lines = [_interval(method, place, best, "lr") for method, place, best in found if best is not None]
+    """Of each method and place the learning rate of least loss with its interval, where the sweep encloses it.
+
+    `lr` is null where a neighbour of the best rate failed: it then lies somewhere between `low` and `high`.
+    """
+    lines = []
+    for place in about.places:
+        for method in about.methods:
+            found = optimum(about, method, place)
+            if found is not None and found.kind != "end":
+                numbers = {"lr": found.at, "low": found.low, "high": found.high, "seeds": found.n}
+                lines.append(_names(method, place) | {"method": method.label} | numbers)
     return pl.DataFrame(lines, schema=_INTERVAL | {"lr": pl.Float64})
 
 
@@ -125,25 +150,28 @@ OWN, SHARED = "each at its own best learning rate", "both at the baseline's best
 
 
 def differences_table(about: Study) -> pl.DataFrame:
-    """Of each method and place its difference from the baseline, of both comparisons where the learning rate varies."""
+    """Of each method and place its difference from the baseline, of both comparisons where the learning rate varies.
+
+    Its bounds are those of the pooled error, or where there is none those of its own seeds.
+    """
     lines = []
-    for own, shared in differences(about):
-        for kind, found in ((OWN, own), (SHARED, shared if about.varies("lr") else None)):
-            if found is not None and found.interval is not None:
-                line = _interval(found.method, found.place, found.interval, "difference")
-                panel = ", ".join(_place_words(about, found.place))
-                lines.append(line | {"baseline": found.partner.label, "comparison": kind, "panel": panel})
-    return pl.DataFrame(
-        lines,
-        schema=_INTERVAL
-        | {"difference": pl.Float64, "baseline": pl.String, "comparison": pl.String, "panel": pl.String},
-    )
+    for kind, compared in ((OWN, at_own_rates), (SHARED, at_shared_rates)):
+        for d in compared(about).found if kind == OWN or about.varies("lr") else ():
+            if d.interval is not None:
+                line = _interval(d.method, d.place, d.pooled or d.interval, "difference")
+                panel = ", ".join(_place_words(about, d.place))
+                named = {"baseline": d.partner.label, "comparison": kind, "panel": panel}
+                lines.append(line | named | {"error": "pooled" if d.pooled else "its own seeds'"})
+    order = {m.label: i for i, m in enumerate(about.methods)}
+    lines.sort(key=lambda line: (line["depth"], line["width"], order[str(line["method"])]))
+    texts = ("baseline", "comparison", "panel", "error")
+    return pl.DataFrame(lines, schema=_INTERVAL | {"difference": pl.Float64} | dict.fromkeys(texts, pl.String))
 
 
 def outcomes_table(about: Study) -> pl.DataFrame:
     """One line for each method, place and learning rate of the study, whether it was run or not.
 
-    `outcome` is the gravest over seeds, `text` its letter and, of several seeds, how many had it.
+    `outcome` is the gravest over seeds, `text` the letters of all, and how many had each where they differ.
     """
     lrs = sorted({lr for _, _, lr in about.cells})
     lines = []
@@ -152,7 +180,7 @@ def outcomes_table(about: Study) -> pl.DataFrame:
             for lr in lrs:
                 kinds = [row.outcome.kind for row in about.cells.get((method, place, lr), {}).values()]
                 worst = next((kind for kind in _GRAVEST if kind in kinds), "unfinished")
-                count = f" {kinds.count(worst)}/{len(kinds)}" if len(kinds) > 1 else ""
+                counts = [f"{n}{kind[0].upper()}" for kind in _GRAVEST if (n := kinds.count(kind))]
                 seen = ", ".join(f"{n} {kind}" for kind in OUTCOME_ORDER if (n := kinds.count(kind)))
                 lines.append(
                     _names(method, place)
@@ -161,7 +189,7 @@ def outcomes_table(about: Study) -> pl.DataFrame:
                         "method": method.label,
                         "place": about.place_text(place),
                         "outcome": worst,
-                        "text": worst[0].upper() + count if kinds else "–",
+                        "text": " ".join(counts) or "–",
                         "seen": seen or "not run",
                     }
                 )

@@ -25,6 +25,7 @@ import vl_convert
 
 from spannorm_jax.errors import UserError, visible
 from spannorm_jax.report import curves, frames, markdown
+from spannorm_jax.report.comparisons import replicate_notices
 from spannorm_jax.report.contents import contents
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
@@ -39,7 +40,11 @@ _DIGITS = 5  # of a number in the page's figures
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, title: str = TITLE, baseline: Mapping[str, str] | None = None
+    folders: Sequence[Path],
+    out: Path,
+    title: str = TITLE,
+    baseline: Mapping[str, str] | None = None,
+    confirmed: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
@@ -50,21 +55,25 @@ def write_report(
       baseline: config keys to values, what each method is compared with: {"placement": "pre"} compares
         each with PreNorm at its own initialisation. None: PreNorm with plain initialisation, else
         the first method.
+      confirmed: config keys to values of the methods whose comparison was named before the runs. None: no such.
 
     Raises:
       UserError: there is nothing to report, no run has the baseline, or `out` cannot be written.
     """
-    about, said = read_study(folders, baseline)
+    about, said = read_study(folders, baseline, confirmed)
     return write_files(about, said, folders, out, title)
 
 
 def read_study(
-    folders: Sequence[Path], baseline: Mapping[str, str] | None = None
+    folders: Sequence[Path],
+    baseline: Mapping[str, str] | None = None,
+    confirmed: Mapping[str, str] | None = None,
 ) -> tuple[Study, list[tuple[str, str]]]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
     rows = [summarise(run) for run in find_runs(folders, passed_over.append)]
-    return study(rows, baseline), notices(rows, passed_over)
+    about = study(rows, baseline, confirmed)
+    return about, [*notices(rows, passed_over), *replicate_notices(about)]
 
 
 def write_files(about: Study, said: Sequence[tuple[str, str]], folders: Sequence[Path], out: Path, title: str) -> Path:

@@ -12,7 +12,7 @@ PLACEMENT_ORDER = (  # then by alphabet
     *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
 )
 INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink")
-OUTCOME_ORDER = ("trained", "stalled", "diverged", "unfinished")
+OUTCOME_ORDER = ("trained", "plateau", "collapsed", "diverged", "unfinished")
 
 _COLOURS = {
     "pre": "#1459b0",
@@ -58,8 +58,11 @@ _DASHES = {  # on, off, in pixels
     **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink": (5, 5)},
 }
 _MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
-OUTCOME_COLOURS = {"trained": "#7fb8dc", "stalled": "#f0c808", "diverged": "#b5361c", "unfinished": "#d9dde2"}
-OUTCOME_INK = {"trained": "#10222e", "stalled": "#10222e", "diverged": "#ffffff", "unfinished": "#10222e"}
+OUTCOME_COLOURS = {
+    **{"trained": "#7fb8dc", "plateau": "#f0c808", "collapsed": "#e07a1f", "diverged": "#8f1d0c"},
+    "unfinished": "#d9dde2",
+}
+OUTCOME_INK = dict.fromkeys(OUTCOME_ORDER, "#10222e") | {"diverged": "#ffffff"}
 INK, GREY, RULE = "#1f2328", "#59636e", "#e3e7eb"
 
 

@@ -22,9 +22,12 @@ COMPARED_KEYS = ("model.placement", "model.init", "seed")
 # What a figure has an axis for: a sweep goes over them, with every method alike.
 AXES = ("model.depth", "model.width", "optim.lr")
 _NOT_RECORDED = "not recorded"
-# A finished run has stalled unless its train loss is this far below the unigram entropy.
-STALL_MARGIN = 0.05  # at least, as a fraction of the entropy
+# How a finished run has ended, by its own curve: see `outcome`.
+LEARNT = 0.05  # below the unigram entropy, as a fraction of it: what a run that trains has learnt at least
+KEPT = 0.5  # of what it had learnt at its best: what it still has at its end
+FINISHED = ("trained", "plateau", "collapsed")
 FINAL_FRACTION = 0.1  # of the steps taken, over which the train loss is averaged
+SHORTEST_MEAN = 20  # logged steps, over which the least mean of a curve is taken at least
 WARMUP_STEPS = 5  # left out of tokens/s: they hold compilation
 
 
@@ -33,7 +36,7 @@ WARMUP_STEPS = 5  # left out of tokens/s: they hold compilation
 
 @dataclass(frozen=True)
 class Outcome:
-    kind: str  # diverged | unfinished | stalled | trained
+    kind: str  # trained | plateau | collapsed | diverged | unfinished
     step: int  # where it diverged, or the last step logged
     steps: int  # asked for
 
@@ -59,12 +62,21 @@ class Row:
     train_loss: float | None  # nats/token, mean over the last 10% of steps; None when diverged
     held_out_loss: float | None  # nats/token, of the evaluation that counts; None when diverged
     bits_per_byte: float | None  # of the same
+    floors: dict[str, float]  # nats/token on the same predictions, by name (`data.floors`); {} where not recorded
     loss_at_init: float | None  # nats/token, that of step 1: the weights before their first update
     tokens_per_s: float | None  # median over the steps after the first 5
     spikes: int | None
     clipped_share: float | None  # of the logged steps, those whose gradient was scaled down
     grad_norm_p999: float | None  # 99.9th percentile over the logged steps
     run: Run = field(repr=False)
+
+    @property
+    def over_fourgram(self) -> float | None:
+        """Bits per byte above what counts of four tokens reach on the same predictions: below zero is better."""
+        floor = self.floors.get("fourgram")
+        if floor is None or self.bits_per_byte is None or not self.held_out_loss:
+            return None
+        return self.bits_per_byte * (1 - floor / self.held_out_loss)
 
 
 def train_loss(run: Run) -> float | None:
@@ -90,9 +102,14 @@ def outcome(run: Run) -> Outcome:
 
     diverged    a loss or gradient became non-finite.
     unfinished  neither diverged nor done: still running, or stopped.
-    stalled     done, but its train loss is not at least 5% (`STALL_MARGIN`) below the unigram
-                entropy of the training data: it has learnt little more than token frequencies.
-    trained     done, and not stalled (or the entropy was not recorded).
+    Done, with `learnt` the unigram entropy of the training data less a mean of the train loss:
+    trained     at the end it has learnt 5% of the entropy (`LEARNT`), and half of what it had
+                learnt at its best (`KEPT`); or the entropy was not recorded.
+    collapsed   else, if at its best it had learnt 5%: it has lost it.
+    plateau     else: it never learnt more than token frequencies.
+
+    The end is the last 10% of the steps, and the best the least mean of as many in a row, of 20 at
+    least: fewer would call the noise of the batches a best.
     """
     last = run.last_step
     if run.diverged is not None:
@@ -102,9 +119,20 @@ def outcome(run: Run) -> Outcome:
         return Outcome("diverged", last, run.steps)
     if run.done is None:
         return Outcome("unfinished", last, run.steps)
-    loss, entropy = train_loss(run), run.unigram_entropy
-    stalled = loss is not None and entropy is not None and loss > (1 - STALL_MARGIN) * entropy
-    return Outcome("stalled" if stalled else "trained", last, run.steps)
+    return Outcome(_how_it_trained(run), last, run.steps)
+
+
+def _how_it_trained(run: Run) -> str:
+    end, entropy = train_loss(run), run.unigram_entropy
+    if end is None or entropy is None:
+        return "trained"
+    losses = run.metrics.loss[np.isfinite(run.metrics.loss)]
+    several = min(len(losses), max(SHORTEST_MEAN, round(FINAL_FRACTION * len(losses))))
+    best = min(end, float(np.convolve(losses, np.full(several, 1 / several), "valid").min()))
+    learnt, had_learnt = entropy - end, entropy - best
+    if learnt >= LEARNT * entropy and learnt >= KEPT * had_learnt:
+        return "trained"
+    return "collapsed" if had_learnt >= LEARNT * entropy else "plateau"
 
 
 def _last_held_out(run: Run) -> dict[str, Any]:
@@ -134,6 +162,7 @@ def summarise(run: Run) -> Row:
         train_loss=None if diverged else train_loss(run),
         held_out_loss=None if diverged else finite(evaluation.get("loss")),
         bits_per_byte=finite(evaluation.get("bits_per_byte")),
+        floors=_floors(evaluation),
         loss_at_init=finite(float(metrics.loss[0])) if run.last_step and metrics.step[0] == 1 else None,
         tokens_per_s=statistics.median(speeds.tolist()) if len(speeds) else None,
         spikes=spikes(metrics.loss[np.isfinite(metrics.loss)], max(1, options.get("metrics.log_every") or 1)),
@@ -141,6 +170,12 @@ def summarise(run: Run) -> Row:
         grad_norm_p999=float(np.quantile(norms, GRAD_NORM_QUANTILE)) if len(norms) else None,
         run=run,
     )
+
+
+def _floors(evaluation: dict[str, Any]) -> dict[str, float]:
+    floors = evaluation.get("floors")
+    found = {name: finite(value) for name, value in floors.items()} if isinstance(floors, dict) else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def fact(run: Run, key: str) -> str:
@@ -187,7 +222,7 @@ class Group:
     @property
     def counted(self) -> tuple[Row, ...]:
         """The rows that means are taken over: finished ones, else unfinished, else diverged."""
-        for kinds in (("trained", "stalled"), ("unfinished",), ("diverged",)):
+        for kinds in (FINISHED, ("unfinished",), ("diverged",)):
             rows = tuple(r for r in self.rows if r.outcome.kind in kinds)
             if rows:
                 return rows
@@ -208,7 +243,7 @@ class Group:
         kinds: dict[str, list[int]] = {}
         for row in self.rows:
             kinds.setdefault(row.outcome.kind, []).append(row.outcome.step)
-        if set(kinds) <= {"trained", "stalled"} and len(kinds) == 1:
+        if len(kinds) == 1 and set(kinds) <= set(FINISHED):
             return next(iter(kinds))
         parts = []
         for kind, steps in kinds.items():

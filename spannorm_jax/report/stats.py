@@ -4,16 +4,17 @@ They are those that are stated on the page; tests/report/test_stats.py compares 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import median_filter
-from scipy.special import stdtrit
+from scipy.stats import linregress, median_abs_deviation, t
 
 CONFIDENCE = 0.95
 SPIKE_WINDOW = 201  # steps, centred
-SPIKE_HEIGHT = 0.1  # nats/token above the median
+SPIKE_HEIGHT = 0.1  # nats/token above the median, at least
+SPIKE_NOISE = 5  # of the noise's standard deviations above it, at least
 GRAD_NORM_QUANTILE = 0.999
 BOOTSTRAP_SETTINGS = 6  # fewer settings are no sample to draw from
 _DRAWS = 10_000
@@ -37,13 +38,64 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     mean = math.fsum(values) / n
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return _around(mean, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, n)
+
+
+def _around(mean: float, error: float, df: int, n: int) -> Interval:
+    """Student's interval of a mean whose standard error has so many degrees of freedom."""
+    half = float(t.ppf((1 + CONFIDENCE) / 2, df)) * error
     return Interval(mean, mean - half, mean + half, n)
 
 
 def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
     """ours - theirs of each seed that both have, by seed."""
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The spread of one loss about its arm and its seed, estimated from all arms together."""
+
+    deviation: float  # standard deviation
+    df: int  # degrees of freedom
+
+    def of_mean(self, mean: float, n: int) -> tuple[Interval, float]:
+        """Interval of the mean of n paired differences, and the probability of such a mean where there is none.
+
+        A difference has twice the variance of a loss.
+        """
+        error = self.deviation * math.sqrt(2 / n)
+        p = 2 * float(t.sf(abs(mean) / error, self.df)) if error else float(mean == 0)
+        return _around(mean, error, self.df, n), p
+
+
+def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
+    """What is left of loss = arm + seed by least squares, over arms of seed -> loss; None if nothing is free.
+
+    Three seeds give an arm's own difference two degrees of freedom, and its spread may come out at a
+    tenth or at thrice the truth. Arms of one study share data and order, and so their spread.
+    """
+    arms = [arm for arm in losses if len(arm) > 1]
+    seeds = sorted(set().union(*arms))
+    y = np.array([loss for arm in arms for _, loss in sorted(arm.items())], np.float64)
+    design = np.zeros((len(y), len(arms) + len(seeds)))
+    of_row = [(i, len(arms) + seeds.index(seed)) for i, arm in enumerate(arms) for seed in sorted(arm)]
+    for row, columns in enumerate(of_row):
+        design[row, columns] = 1
+    if not len(y):
+        return None
+    fitted, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df, left = len(y) - int(rank), y - design @ fitted
+    return Pooled(math.sqrt(float(left @ left) / df), df) if df else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values, which bound the chance of one false claim among all of them."""
+    adjusted, highest, n = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (n - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:
@@ -90,57 +142,109 @@ def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
     return x[i] + (rise_left * right**2 - rise_right * left**2) / (2 * bend) if bend else x[i]
 
 
-def log_minima(lrs: Sequence[float], losses_by_seed: Iterable[Sequence[float]]) -> list[float | None]:
-    """Of each seed the log of its learning rate of least loss; None where an end of the range is best."""
-    logs = [math.log(lr) for lr in lrs]
-    return [parabola_minimum(logs, losses) for losses in losses_by_seed]
+@dataclass(frozen=True)
+class Optimum:
+    """The learning rate of least loss: an estimate, or only the rates between which it lies.
 
-
-def lr_optimum(lrs: Sequence[float], losses_by_seed: Sequence[Sequence[float]]) -> Interval | None:
-    """The learning rate of least loss: the mean over seeds of each seed's parabola in log(lr), and its t interval.
-
-    None if a seed has its least loss at an end of the range, or no seed has all of them.
+    Attributes:
+      kind: `inside`, both neighbours of the best rate trained; `cliff`, one of them did not, and a
+        parabola through it would say where the grid is and not where the optimum is; `end`, the best
+        rate is an end of the range.
+      at: the estimate; None but `inside`.
+      low, high: `inside`, its 95% interval (None of one seed); else the neighbours of the best rates,
+        None beyond an end.
+      n: seeds.
     """
-    minima = log_minima(lrs, losses_by_seed)
-    if None in minima:
-        return None
-    of_logs = t_interval([m for m in minima if m is not None])
-    if of_logs is None:
-        return None
-    low, high = (None if bound is None else math.exp(bound) for bound in (of_logs.low, of_logs.high))
-    return Interval(math.exp(of_logs.mean), low, high, of_logs.n)
+
+    kind: str
+    at: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def between(self) -> tuple[float | None, float | None]:
+        """The rates between which it lies, which are one where it is estimated."""
+        return (self.low, self.high) if self.at is None else (self.at, self.at)
 
 
-def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[float | None]]) -> Interval | None:
-    """What the optimum is multiplied by where the size doubles: 2^s.
+def optimum_of_seed(lrs: Sequence[float], losses: Sequence[float], trained: Sequence[bool]) -> Optimum:
+    """That of one seed: the minimum of the parabola in log(lr) through the best rate and its neighbours.
 
-    s is the slope of log(optimum) over log(size), by least squares. `optima_by_seed` has a sequence
-    a seed, one number a size, None where a seed has no optimum. Each seed with optima at two sizes
-    or more has a slope, and the interval is Student's over seeds. With one seed it is that of the
-    regression, with as many degrees of freedom as the seed has sizes beyond two.
+    Args:
+      lrs: ascending, above 0.
+      losses: capped losses.
+      trained: whether all seeds trained at each rate.
     """
-    slopes, of_one = [], None
+    i = int(np.argmin(losses))
+    below, above = lrs[i - 1] if i else None, lrs[i + 1] if i + 1 < len(lrs) else None
+    if below is None or above is None:
+        return Optimum("end", None, below, above, 1)
+    at = parabola_minimum([math.log(lr) for lr in lrs], losses) if all(trained[i - 1 : i + 2]) else None
+    if at is None:
+        return Optimum("cliff", None, below, above, 1)
+    return Optimum("inside", math.exp(at), None, None, 1)
+
+
+def lr_optimum(each: Sequence[Optimum]) -> Optimum | None:
+    """That of all seeds: the geometric mean of theirs with its t interval, or all rates between which one lies."""
+    if not each:
+        return None
+    of_logs = t_interval([math.log(found.at) for found in each if found.at is not None])
+    if of_logs is not None and of_logs.n == len(each):
+        low, high = (None if bound is None else math.exp(bound) for bound in (of_logs.low, of_logs.high))
+        return Optimum("inside", math.exp(of_logs.mean), low, high, len(each))
+    kind = "end" if any(found.kind == "end" for found in each) else "cliff"
+    lows, highs = zip(*(found.between for found in each), strict=True)
+    return Optimum(kind, None, None if None in lows else min(lows), None if None in highs else max(highs), len(each))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the optimum is multiplied by where a size doubles.
+
+    Attributes:
+      mean: the estimate; None where an optimum lies at a cliff, and the bounds are all that is known.
+      low, high: the 95% interval over seeds (None of one seed), or the least and greatest factor that
+        the optima's bounds allow.
+      n: seeds.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[Optimum | None]]) -> Factor | None:
+    """2^s, with s the slope of log(optimum) over log(size) by least squares; None without two sizes that have one.
+
+    `optima_by_seed` has a sequence a seed, one optimum a size; None, or one at an end of the range,
+    takes no part. Each seed with optima at two sizes or more has a slope, and the interval is
+    Student's over seeds.
+    """
+    slopes: list[tuple[float, float]] = []
     for optima in optima_by_seed:
-        points = [(math.log2(size), math.log2(at)) for size, at in zip(sizes, optima, strict=True) if at is not None]
-        if len(points) > 1:
-            of_one = _slope(*map(np.array, zip(*points, strict=True)))
-            slopes.append(of_one.mean)
-    found = of_one if len(slopes) == 1 else t_interval(slopes)
-    if found is None:
+        pairs = zip(sizes, optima, strict=True)
+        known = [(math.log2(size), found) for size, found in pairs if found is not None and found.kind != "end"]
+        if len(known) > 1:
+            low, high = np.log2(np.array([found.between for _, found in known], np.float64)).T
+            slopes.append(_slopes(np.array([size for size, _ in known]), low, high))
+    if not slopes:
         return None
+    if any(low < high for low, high in slopes):
+        return Factor(None, 2.0 ** min(low for low, _ in slopes), 2.0 ** max(high for _, high in slopes), len(slopes))
+    found = t_interval([slope for slope, _ in slopes])
+    assert found is not None
     low, high = (None if bound is None else 2.0**bound for bound in (found.low, found.high))
-    return Interval(2.0**found.mean, low, high, len(slopes))
+    return Factor(2.0**found.mean, low, high, found.n)
 
 
-def _slope(x: np.ndarray, y: np.ndarray) -> Interval:
-    """Of y over x by least squares, with its t interval; no bounds for two points."""
-    around, free = x - x.mean(), len(x) - 2
-    slope = float(around @ y / (around @ around))
-    if not free:
-        return Interval(slope, None, None, 2)
-    left = y - y.mean() - slope * around
-    half = float(stdtrit(free, (1 + CONFIDENCE) / 2)) * math.sqrt(left @ left / free / (around @ around))
-    return Interval(slope, slope - half, slope + half, len(x))
+def _slopes(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """Least and greatest slope of points between `low` and `high`: a slope is a sum of y times (x - its mean)."""
+    right = x > x.mean()
+    least, most = np.where(right, low, high), np.where(right, high, low)
+    return linregress(x, least).slope, linregress(x, most).slope
 
 
 # ---- one run's curve --------------------------------------------------------------------------
@@ -161,16 +265,19 @@ def smooth(values: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def spikes(loss: np.ndarray, steps_a_line: int = 1) -> int | None:
-    """Logged steps whose loss is more than 0.1 above the running median of 201 steps around them.
+    """Logged steps whose loss is far above the running median of 201 steps around them.
 
-    The first 100 steps, where the loss falls fast and the window is not whole, are no spikes; at the
-    end the window is filled by reflection. None for a run of no more steps.
+    Far is more than 0.1 nats and more than 5 standard deviations of the run's own noise, which is
+    1.48 times the median absolute deviation from that median. The first 100 steps, where the loss
+    falls fast and the window is not whole, are no spikes; at the end the window is filled by
+    reflection. None for a run of no more steps.
     """
     half = SPIKE_WINDOW // 2 // steps_a_line
     if half < 1 or len(loss) <= half:
         return None
-    median = median_filter(loss, size=2 * half + 1, mode="reflect")
-    return int((loss - median > SPIKE_HEIGHT)[half:].sum())
+    above = (loss - median_filter(loss, size=2 * half + 1, mode="reflect"))[half:]
+    noise = float(median_abs_deviation(above, scale="normal"))
+    return int((above > max(SPIKE_HEIGHT, SPIKE_NOISE * noise)).sum())
 
 
 def share_below(values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Rows -> what they say of each other: each method's learning rates, differences from a baseline, stability.
+"""Rows -> methods, depths and widths, and cells that hold the runs of each by seed.
 
 A method is what sets runs apart beside depth, width, learning rate and seed: placement, initialisation and any other
 config key that differs. A cell is a method at a depth, a width and a learning rate. All differences are taken seed by
@@ -12,11 +12,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.report import stats
-from spannorm_jax.report.rows import AXES, Group, Row, over_seeds
-from spannorm_jax.report.stats import Interval
+from spannorm_jax.report.rows import AXES, FINISHED, Group, Row, over_seeds
 
-FINISHED = ("trained", "stalled")
+_FEWEST_TO_SPLIT = 6  # seeds of every setting, from which on some choose learning rates and others are reported
 
 
 class Method(NamedTuple):
@@ -46,6 +44,7 @@ class Study:
     methods: list[Method]
     measure: str  # "held-out" | "training": whose loss is compared
     baseline: dict[str, str]  # what a method's keys are replaced by to find the method that it is compared with
+    confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
     cells: dict[tuple[Method, Place, float], dict[int, Row]]  # seed -> row
 
     def loss(self, row: Row) -> float | None:
@@ -65,9 +64,37 @@ class Study:
         loss = self.loss(row)
         return None if loss is None else min(loss, start)
 
+    def by_seed(
+        self, cell: tuple[Method, Place, float], number: Callable[[Row], float | None], seeds: frozenset[int]
+    ) -> dict[int, float]:
+        """seed -> number, of the runs of `seeds` that have it."""
+        found = {seed: number(row) for seed, row in self.cells.get(cell, {}).items() if seed in seeds}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     def partner(self, method: Method) -> Method:
         others = tuple((key, self.baseline.get(key, value)) for key, value in method.others)
         return Method(self.baseline.get("placement", method.placement), self.baseline.get("init", method.init), others)
+
+    def confirms(self, method: Method) -> bool:
+        """Whether the method's comparison with its baseline was named before the runs."""
+        own = _keys(method)
+        return bool(self.confirmed) and all(own.get(key) == value for key, value in self.confirmed.items())
+
+    @cached_property
+    def choosing(self) -> frozenset[int]:
+        """The seeds that learning rates are chosen on: half of those that every setting has, if they are enough."""
+        shared = sorted(frozenset.intersection(*(frozenset(seeds) for seeds in self.cells.values())))
+        chosen = shared[: len(shared) // 2] if len(shared) >= _FEWEST_TO_SPLIT and self.varies("lr") else self.seeds
+        return frozenset(chosen)
+
+    @cached_property
+    def reported(self) -> frozenset[int]:
+        """The seeds whose losses are compared: those that chose no learning rate, or all."""
+        return self.seeds - self.choosing or self.seeds
+
+    @cached_property
+    def seeds(self) -> frozenset[int]:
+        return frozenset(row.seed for row in self.rows)
 
     @property
     def baseline_text(self) -> str:
@@ -106,8 +133,14 @@ def method_of(group: Group) -> Method:
     return Method(group.placement, group.init, plain)
 
 
-def study(rows: Sequence[Row], baseline: Mapping[str, str] | None = None) -> Study:
-    """Raises UserError if `baseline` names what no run has."""
+def _keys(method: Method) -> dict[str, str]:
+    return {"placement": method.placement, "init": method.init, **dict(method.others)}
+
+
+def study(
+    rows: Sequence[Row], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
+) -> Study:
+    """Raises UserError if `baseline` or `confirmed` names what no run has."""
     groups = over_seeds(rows)
     methods = list(dict.fromkeys(map(method_of, groups)))
     cells: dict[tuple[Method, Place, float], dict[int, Row]] = {}
@@ -123,6 +156,7 @@ def study(rows: Sequence[Row], baseline: Mapping[str, str] | None = None) -> Stu
         methods=methods,
         measure="held-out" if held_out else "training",
         baseline=_baseline(methods, baseline),
+        confirmed=_checked("--confirm", methods, confirmed or {}),
         cells=cells,
     )
 
@@ -131,183 +165,18 @@ def _baseline(methods: Sequence[Method], asked: Mapping[str, str] | None) -> dic
     if not asked:
         first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
         return {"placement": first.placement, "init": first.init}
-    values: dict[str, set[str]] = {"placement": {m.placement for m in methods}, "init": {m.init for m in methods}}
+    return _checked("--baseline", methods, asked)
+
+
+def _checked(flag: str, methods: Sequence[Method], asked: Mapping[str, str]) -> dict[str, str]:
+    """Keys and values of methods, as they were asked for. Raises UserError if no run has one of them."""
+    values: dict[str, set[str]] = {}
     for method in methods:
-        for key, value in method.others:
+        for key, value in _keys(method).items():
             values.setdefault(key, set()).add(value)
     for key, value in asked.items():
         if key not in values:
-            raise UserError(f"--baseline names {one_line(key)}, which tells no runs apart; {did_you_mean(key, values)}")
+            raise UserError(f"{flag} names {one_line(key)}, which tells no runs apart; {did_you_mean(key, values)}")
         if value not in values[key]:
-            raise UserError(
-                f"--baseline {one_line(f'{key}={value}')}: no run has it; {did_you_mean(value, values[key])}"
-            )
+            raise UserError(f"{flag} {one_line(f'{key}={value}')}: no run has it; {did_you_mean(value, values[key])}")
     return dict(asked)
-
-
-# ---- learning rates ---------------------------------------------------------------------------
-
-
-def _by_seed(
-    about: Study, cell: tuple[Method, Place, float], number: Callable[[Row], float | None]
-) -> dict[int, float]:
-    """seed -> number, of the runs that have it."""
-    found = {seed: number(row) for seed, row in about.cells.get(cell, {}).items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def best_lr(about: Study, method: Method, place: Place) -> float | None:
-    """The learning rate with the least mean capped loss over seeds; None if none has any."""
-    means = {}
-    for lr in about.lrs(method, place):
-        losses = _by_seed(about, (method, place, lr), about.capped)
-        if losses:
-            means[lr] = sum(losses.values()) / len(losses)
-    return min(means, key=lambda lr: means[lr], default=None)
-
-
-def _complete(about: Study, method: Method, place: Place, lrs: Sequence[float]) -> dict[int, list[float]]:
-    """seed -> its capped losses at `lrs`, of the seeds that have all of them."""
-    each = [_by_seed(about, (method, place, lr), about.capped) for lr in lrs]
-    seeds = set.intersection(*(set(losses) for losses in each)) if each else set()
-    return {seed: [losses[seed] for losses in each] for seed in sorted(seeds)}
-
-
-def optimum(about: Study, method: Method, place: Place) -> Interval | None:
-    """The learning rate of least loss, between those that were run, with its interval over seeds."""
-    lrs = [lr for lr in about.lrs(method, place) if lr > 0]
-    return stats.lr_optimum(lrs, list(_complete(about, method, place, lrs).values())) if len(lrs) > 2 else None
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed."""
-
-    method: Method
-    axis: str  # "depth" | "width"
-    fixed: int  # the other one
-    sizes: list[int]  # at which some seed has an optimum
-    factor: Interval
-
-
-def drifts(about: Study) -> list[Drift]:
-    """Of each method with optima at two sizes or more."""
-    found = []
-    for axis, other in (("width", "depth"), ("depth", "width")):
-        for fixed in sorted({getattr(place, other) for place in about.places}) if about.varies(axis) else []:
-            places = [place for place in about.places if getattr(place, other) == fixed]
-            for method in about.methods:
-                optima = [_optima(about, method, place) for place in places]
-                seeds = sorted(set().union(*optima))
-                sizes = [getattr(place, axis) for place in places]
-                factor = stats.factor_per_doubling(sizes, [[each.get(seed) for each in optima] for seed in seeds])
-                if factor is not None:
-                    used = [size for size, each in zip(sizes, optima, strict=True) if each]
-                    found.append(Drift(method, axis, fixed, used, factor))
-    return found
-
-
-def _optima(about: Study, method: Method, place: Place) -> dict[int, float]:
-    """seed -> its learning rate of least loss, of seeds that have it between two others."""
-    lrs = [lr for lr in about.lrs(method, place) if lr > 0]
-    by_seed = _complete(about, method, place, lrs)
-    minima = zip(by_seed, stats.log_minima(lrs, by_seed.values()), strict=True)
-    return {seed: math.exp(log) for seed, log in minima if log is not None}
-
-
-def sensitivities(about: Study) -> list[tuple[Method, Place, Interval]]:
-    """LR sensitivity over the learning rates that all methods of a place share, if they are three or more."""
-    found = []
-    for place in about.places:
-        here = [m for m in about.methods if about.lrs(m, place)]
-        shared = sorted(set.intersection(*(set(about.lrs(m, place)) for m in here)))
-        for method in here if len(shared) > 2 else []:
-            values = [
-                stats.lr_sensitivity(losses, start)
-                for seed, losses in _complete(about, method, place, shared).items()
-                if (start := _loss_at_init(about, method, place, shared, seed)) is not None
-            ]
-            interval = stats.t_interval(values)
-            if interval is not None:
-                found.append((method, place, interval))
-    return found
-
-
-def _loss_at_init(about: Study, method: Method, place: Place, lrs: Sequence[float], seed: int) -> float | None:
-    """The first loss does not depend on the learning rate, so any of them has it."""
-    starts = (about.cells[method, place, lr][seed].loss_at_init for lr in lrs)
-    return next((start for start in starts if start is not None), None)
-
-
-# ---- against the baseline ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A method less its baseline at a place, in the loss that is compared, over seeds that both finished."""
-
-    method: Method
-    partner: Method
-    place: Place
-    lr: float
-    partner_lr: float
-    interval: Interval | None
-    pairs: int  # seeds that either has
-
-
-def _difference(about: Study, method: Method, place: Place, lr: float, partner_lr: float) -> Difference:
-    ours, theirs = (method, place, lr), (about.partner(method), place, partner_lr)
-    found = stats.paired_differences(_by_seed(about, ours, about.loss), _by_seed(about, theirs, about.loss))
-    pairs = len(about.cells.get(ours, {}).keys() | about.cells.get(theirs, {}).keys())
-    return Difference(method, theirs[0], place, lr, partner_lr, stats.t_interval(found), pairs)
-
-
-def differences(about: Study) -> list[tuple[Difference, Difference | None]]:
-    """(each at its own best learning rate, both at the baseline's best), for each method and place.
-
-    The second is None where the method was not run at the baseline's best learning rate.
-    """
-    found = []
-    for place in about.places:
-        for method in about.methods:
-            partner = about.partner(method)
-            own, shared = best_lr(about, method, place), best_lr(about, partner, place)
-            if method == partner or own is None or shared is None:
-                continue
-            at_shared = None
-            if (method, place, shared) in about.cells:
-                at_shared = _difference(about, method, place, shared, shared)
-            found.append((_difference(about, method, place, own, shared), at_shared))
-    return found
-
-
-@dataclass(frozen=True)
-class Overall:
-    """A method less its baseline over all depths, widths and learning rates that both were run at, capped losses."""
-
-    method: Method
-    partner: Method
-    interval: Interval
-    settings: int
-    lower: int  # settings in which the method's mean is the lower
-
-
-def overall(about: Study) -> list[Overall]:
-    """For methods with enough settings in common with their baseline."""
-    found = []
-    for method in about.methods:
-        partner = about.partner(method)
-        if method == partner:
-            continue
-        each = []
-        for m, place, lr in sorted(about.cells, key=lambda cell: cell[1:]):
-            if m == method:
-                ours = _by_seed(about, (method, place, lr), about.capped)
-                theirs = _by_seed(about, (partner, place, lr), about.capped)
-                each.append([d for d in stats.paired_differences(ours, theirs) if math.isfinite(d)])
-        each = [d for d in each if d]
-        interval = stats.bootstrap(each)
-        if interval is not None:
-            lower = sum(sum(d) < 0 for d in each)
-            found.append(Overall(method, partner, interval, len(each), lower))
-    return found

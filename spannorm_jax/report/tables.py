@@ -17,6 +17,7 @@ NUMBERS: dict[str, tuple[_Number, str]] = {  # of the text table too
 }
 MORE_NUMBERS: dict[str, tuple[_Number, str]] = {  # of the page's alone
     "held-out loss": (lambda row: row.held_out_loss, ".3f"),
+    "over 4-gram": (lambda row: row.over_fourgram, "+.3f"),
     "spikes": (lambda row: row.spikes, ".0f"),
     "clipped": (lambda row: row.clipped_share, ".0%"),
     "gradient p99.9": (lambda row: row.grad_norm_p999, ".2f"),
@@ -34,6 +35,11 @@ def table_cells(
     groups: Sequence[Group], missing: str, numbers: dict[str, tuple[_Number, str]]
 ) -> tuple[list[str], list[list[str]]]:
     """Header and each group's cells. `seeds` and `also differs` stand only where needed."""
+    numbers = {
+        name: column
+        for name, column in numbers.items()
+        if name != "over 4-gram" or any(row.floors for group in groups for row in group.rows)
+    }
     several = any(len(group.rows) > 1 for group in groups)
     varied = any(group.variant for group in groups)
     header = ["placement", "init"]
@@ -115,7 +121,8 @@ def notices(rows: Sequence[Row], passed_over: Sequence[str] = ()) -> list[tuple[
     unknown = sum(run.unigram_entropy is None for run in runs)
     if unknown:
         notes.append(
-            f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: whether they stalled is unknown."
+            f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: whether they learnt more than that is "
+            "unknown."
         )
     evaluated = [(row, evaluation) for row in rows if (evaluation := held_out(row.run)) is not None]
     for key in ("split", "tokens"):

@@ -63,9 +63,9 @@ def write_run(
     return folder
 
 
-def write_eval(folder, step, bits, split="validation"):
+def write_eval(folder, step, bits, split="validation", **more):
     """An evaluation whose loss is one nat a token per bit a byte: a test then has one number to follow."""
-    line = {"step": step, "loss": bits, "bits_per_byte": bits, "split": split, "tokens": 99}
+    line = {"step": step, "loss": bits, "bits_per_byte": bits, "split": split, "tokens": 99} | more
     with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -7,14 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from processes import LIMIT_S
 from run_folders import ENTROPY, STEPS, rows_of, summary, write_eval, write_lr_sweep, write_run
 
 from spannorm_jax.errors import UserError
-from spannorm_jax.report.__main__ import baseline_of, main
+from spannorm_jax.report.__main__ import keys_of, main
 from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import STALL_MARGIN, Outcome, outcome, over_seeds, train_loss
+from spannorm_jax.report.rows import LEARNT, Outcome, outcome, over_seeds, train_loss
 from spannorm_jax.report.tables import notices, text_table
 
 
@@ -86,9 +87,9 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
         "outcome",
     ]
     assert table[2].split() == ["pre", "scale", "5.000", "-", "100", "unfinished", "(step", "7", "of", "20)"]
-    assert table[3].split() == ["post", "plain", "3.900", "-", "107", "stalled"]
+    assert table[3].split() == ["post", "plain", "3.900", "-", "107", "plateau"]
     assert table[4].split() == ["span", "scale", "3.150", "2.500", "107", "trained"]
-    assert {line.index(word) for line, word in zip(table[2:5], ("unf", "sta", "tra"), strict=True)} == {
+    assert {line.index(word) for line, word in zip(table[2:5], ("unf", "plat", "tra"), strict=True)} == {
         table[0].index("outcome")
     }
     assert "one seed (0)" in table[5]
@@ -97,16 +98,38 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
 # ---- how a run ended --------------------------------------------------------------------------
 
 
-def test_stalled_is_less_than_the_margin_below_the_unigram_entropy(tmp_path):
-    bound = (1 - STALL_MARGIN) * ENTROPY
+def test_a_plateau_is_less_than_the_margin_below_the_unigram_entropy(tmp_path):
+    bound = (1 - LEARNT) * ENTROPY
     assert bound == pytest.approx(3.8)
     at = read_run(write_run(tmp_path / "at", losses=[bound] * STEPS))
     above = read_run(write_run(tmp_path / "above", losses=[bound + 1e-6] * STEPS))
-    assert (outcome(at).kind, outcome(above).kind) == ("trained", "stalled")
+    assert (outcome(at).kind, outcome(above).kind) == ("trained", "plateau")
     assert "5%" in outcome.__doc__ and "unigram" in outcome.__doc__
 
 
-def test_without_an_entropy_nothing_is_called_stalled_and_the_report_says_so(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (3.9, "collapsed"),  # it was 1.0 below the entropy, and ends above the margin of 0.2
+        (3.6, "collapsed"),  # below the margin, with less than half of what it had learnt
+        (3.4, "trained"),
+    ],
+)
+def test_a_run_that_loses_what_it_had_learnt_has_collapsed(tmp_path, end, kind):
+    """100 steps fall to 3.0, and 100 end higher; a plateau has no such past, however noisy its batches are."""
+    losses = [*np.linspace(5.0, 3.0, 80), *[3.0] * 40, *[end] * 80]
+    run = read_run(write_run(tmp_path / "run", losses=losses, training__steps=200))
+    assert outcome(run).kind == kind
+
+
+def test_noise_of_batches_is_no_collapse(tmp_path):
+    """Means of 20 steps of this noise spread by 0.045: the least of 180 lies about 0.12 below the entropy."""
+    noise = np.random.default_rng(0).normal(0, 0.2, 200)
+    run = read_run(write_run(tmp_path / "run", losses=(ENTROPY + noise).tolist(), training__steps=200))
+    assert outcome(run).kind == "plateau"
+
+
+def test_without_an_entropy_nothing_is_called_a_plateau_and_the_report_says_so(tmp_path):
     assert summary(write_run(tmp_path / "run", losses=[9.0] * STEPS, entropy=None)).outcome.kind == "trained"
     assert any("Unigram entropy not recorded" in text for text in texts(tmp_path, "note"))
 
@@ -176,7 +199,7 @@ def test_seeds_become_mean_and_sample_deviation(tmp_path):
     assert spread.deviation == pytest.approx(((1.5**2 + 0.5**2 + 2.0**2) / 2) ** 0.5)
     table = text_table(rows)
     assert "2.500 ± 1.803" in table and "2.100 ± 0.173" in table and "3 seeds (0, 1, 2)" in table
-    assert group.ending == "2 trained, 1 stalled"  # a mean is over all that finished
+    assert group.ending == "2 trained, 1 plateau"  # a mean is over all that finished
 
 
 def test_means_leave_out_seeds_that_did_not_finish_and_say_so(tmp_path):
@@ -277,6 +300,7 @@ def test_bad_folders_are_named_in_one_line(tmp_path, spoil, says):
         (["--baseline", "placement="], "is not of the form"),
         (["--baseline", "placment=pre"], "placment, which tells no runs apart; did you mean 'placement'?"),
         (["--baseline", "placement=post"], "placement=post: no run has it; valid ones are span"),
+        (["--confirm", "placement=pre"], "--confirm placement=pre: no run has it; valid ones are span"),
         (["{root}"], "several folders have no one place for their report; say --out FOLDER"),
         (["{root}/missing", "--out", "{root}/out"], "missing is not a folder"),
     ],
@@ -291,8 +315,8 @@ def test_bad_arguments_are_one_line(tmp_path, arguments, says):
 
 
 def test_a_baseline_is_config_keys_and_a_value_may_hold_commas():
-    assert baseline_of("placement=pre,init=plain") == {"placement": "pre", "init": "plain"}
-    assert baseline_of("model.init_targets=attn_out,ffn_out,init=scale") == {
+    assert keys_of("placement=pre,init=plain", "--baseline") == {"placement": "pre", "init": "plain"}
+    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale", "--confirm") == {
         "model.init_targets": "attn_out,ffn_out",
         "init": "scale",
     }
