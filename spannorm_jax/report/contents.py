@@ -27,8 +27,8 @@ _DEFINITIONS = {
     "step, or else what training measured at its last step.",
     "held-out bits/byte": "The same in bits per byte of text, which compares across tokenizers.",
     "over 4-gram": "Held-out bits/byte less those of a 4-gram (Witten-Bell, counted on the training split) on the same "
-    "predictions, its contexts within the same windows. Above zero a model has learnt less than such counts hold, and a "
-    "comparison says who learns short contexts first.",
+    "predictions, its contexts within the same windows. Above zero a model has learnt less than such counts hold, and "
+    "a comparison says who learns short contexts first.",
     "tokens/s": "Training tokens per second over all devices: the median over the steps after the first 5, which hold "
     "compilation.",
     "spikes": f"Logged steps whose loss is more than {stats.SPIKE_HEIGHT} nats/token and more than "

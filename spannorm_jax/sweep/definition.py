@@ -15,6 +15,25 @@ Point = tuple[str, dict[str, str]]
 SIZES = ("cpu", "gpu")
 
 
+Sweep = Callable[[str], Iterable[Point]]
+
+
+def compares(method: str, baseline: str) -> Callable[[Sweep], Sweep]:
+    """Names the comparison that a sweep is run for, before it is run: `sweep NAME report` calls it confirmatory.
+
+    Both are config keys with values, as the report's --confirm and --baseline have them:
+
+        @compares("placement=span", baseline="placement=pre")
+        def sweep_lr(size: str) -> Iterable[Point]: ...
+    """
+
+    def named(sweep: Sweep) -> Sweep:
+        vars(sweep)["compares"] = method, baseline
+        return sweep
+
+    return named
+
+
 def arguments(**values: Iterable[Any]) -> Iterator[Point]:
     """Each combination of values of a config file's arguments."""
     for chosen in itertools.product(*values.values()):

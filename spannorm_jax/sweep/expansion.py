@@ -42,6 +42,7 @@ class Sweep:
     file: str
     overrides: tuple[tuple[str, str], ...]
     runs: tuple[Run, ...]
+    compares: tuple[str, str] | None = None  # methods and their baseline, where the sweep names them (`definition`)
 
     @property
     def title(self) -> str:
@@ -80,7 +81,8 @@ def expand(names: str, size: str, file: str | None = None, overrides: Sequence[t
                 f"sweep {names}: runs {other.index} ({shown(other)}) and {run.index} ({shown(run)}) are the same run, "
                 f"{run.name}; leave one out, or leave out the --config.KEY that makes them so"
             )
-    return Sweep(names, size, file, tuple(overrides), runs)
+    named = [vars(found[name])["compares"] for name in wanted if "compares" in vars(found[name])]
+    return Sweep(names, size, file, tuple(overrides), runs, named[0] if len(named) == 1 else None)
 
 
 def shown(run: Run) -> str:

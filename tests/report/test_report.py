@@ -17,6 +17,8 @@ from spannorm_jax.report.__main__ import keys_of, main
 from spannorm_jax.report.folders import find_runs, read_run
 from spannorm_jax.report.rows import LEARNT, Outcome, outcome, over_seeds, train_loss
 from spannorm_jax.report.tables import notices, text_table
+from spannorm_jax.sweep.expansion import expand
+from spannorm_jax.sweep.reports import write_report
 
 
 def texts(root, kind):
@@ -340,3 +342,22 @@ def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_librar
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "missing" in done.stderr
+
+
+def test_a_sweeps_report_tells_the_comparison_that_the_sweep_names_from_the_others(tmp_path):
+    """`branch_factor` is run for SpanNorm less PreNorm; PostNorm less PreNorm is a look at the same runs."""
+    sweep = expand("branch_factor", "cpu")
+    write = {"pre": 2.0, "post": 2.2, "span": 1.9}
+    for run in sweep.runs:
+        if run.config.optim.lr == 3e-3 and run.config.model.depth_factor == "weight" and run.config.seed < 2:
+            placement, noise = run.config.model.placement, 0.01 * (run.config.seed + 1)
+            if run.config.model.variance_exponent == 1:
+                end = write[placement] + noise * (1 + (placement == "post"))
+                write_run(tmp_path / run.name, placement, losses=[5.0, *[end] * 19], bits=end, seed=run.config.seed)
+    assert write_report(sweep, tmp_path, table_only=False) == 0
+    text = (tmp_path / "reports" / "branch_factor-cpu" / "tables.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if "pre / scale |" in line]
+    assert [row[:3] for row in rows] == [
+        ["| post / scale", "pre / scale", "exploratory"],
+        ["| span / scale", "pre / scale", "confirmatory"],
+    ]
