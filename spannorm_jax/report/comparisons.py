@@ -16,8 +16,8 @@ class Difference:
 
     Attributes:
       interval: that of the arm's own differences; None without a seed that both finished.
-      pooled: that with the error pooled over the arms of the place; None where an arm did not train
-        with every seed, whose losses spread otherwise.
+      pooled: that with the error pooled over the arms of the place and the initialisation; None where
+        an arm did not train with every seed, whose losses spread otherwise.
       p: Holm's p-value of it, among the comparisons of one kind that were named before the runs, or
         among the others.
       pairs: seeds that either has.
@@ -46,10 +46,10 @@ def _difference(about: Study, ours: Arm, theirs: Arm) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """The differences of one kind, and the error of a loss at each place that they were judged with."""
+    """The differences of one kind, and the errors of a loss that they were judged with, by `_family`."""
 
     found: list[Difference]
-    errors: dict[Place, Pooled]
+    errors: dict[tuple[Place, str], Pooled]
 
 
 def at_own_rates(about: Study) -> Compared:
@@ -77,16 +77,27 @@ def _compared(about: Study, shared: bool) -> Compared:
     return Compared(_judged(about, found, errors), errors)
 
 
-def _errors(about: Study, found: Sequence[Difference]) -> dict[Place, Pooled]:
-    """The spread of a loss at each place, pooled over the arms of these differences that trained with every seed."""
-    arms = {arm for d in found for arm in ((d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr))}
+def _family(d: Difference) -> tuple[Place, str]:
+    """What the error of a difference is pooled over: arms of one place and initialisation, and their baselines.
+
+    An initialisation with which some arms hardly train spreads losses more than one with which all do.
+    """
+    return d.place, d.method.init
+
+
+def _errors(about: Study, found: Sequence[Difference]) -> dict[tuple[Place, str], Pooled]:
+    """The spread of a loss in each family, pooled over its arms that trained with every seed."""
     made = {}
-    for place in about.places:
-        here = [arm for arm in sorted(arms) if arm[1] == place and _trains(about, arm)]
-        error = stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in here])
+    for family in dict.fromkeys(map(_family, found)):
+        arms = {arm for d in found if _family(d) == family for arm in _arms(d) if _trains(about, arm)}
+        error = stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in sorted(arms)])
         if error is not None:
-            made[place] = error
+            made[family] = error
     return made
+
+
+def _arms(d: Difference) -> tuple[Arm, Arm]:
+    return (d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr)
 
 
 def _trains(about: Study, arm: Arm) -> bool:
@@ -94,14 +105,14 @@ def _trains(about: Study, arm: Arm) -> bool:
     return bool(rows) and all(row.outcome.kind == "trained" for row in rows)
 
 
-def _judged(about: Study, found: Sequence[Difference], errors: dict[Place, Pooled]) -> list[Difference]:
+def _judged(about: Study, found: Sequence[Difference], errors: dict[tuple[Place, str], Pooled]) -> list[Difference]:
     """The same with the pooled error's intervals and p-values."""
     made, families = list(found), dict[bool, list[tuple[int, float]]]()
     for i, d in enumerate(found):
-        both = (d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr)
-        if d.interval is None or d.place not in errors or not all(_trains(about, arm) for arm in both):
+        error = errors.get(_family(d))
+        if d.interval is None or error is None or not all(_trains(about, arm) for arm in _arms(d)):
             continue
-        interval, p = errors[d.place].of_mean(d.interval.mean, d.interval.n)
+        interval, p = error.of_mean(d.interval.mean, d.interval.n)
         made[i] = replace(d, pooled=interval)
         families.setdefault(about.confirms(d.method), []).append((i, p))
     for family in families.values():

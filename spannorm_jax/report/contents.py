@@ -150,15 +150,15 @@ def _judgement(found: Difference) -> list[str]:
 
 
 def _errors(about: Study) -> list[str]:
-    """What the intervals of differences rest on, a sentence a comparison and place."""
+    """What the intervals of differences rest on, a line a comparison, place and initialisation."""
     lines = []
     kinds: list[tuple[str, Compared]] = [("each at its own best rate", at_own_rates(about))]
     if about.varies("lr"):
         kinds.append(("both at the baseline’s best", at_shared_rates(about)))
     for kind, compared in kinds:
-        for place, error in compared.errors.items():
-            where = f" ({about.place_text(place)})" if about.place_text(place) else ""
-            lines.append(f"{kind}{where}: {error.deviation:.4f} nats/token, {error.df} degrees of freedom")
+        for (place, init), error in compared.errors.items():
+            where = ", ".join(text for text in (about.place_text(place), init) if text)
+            lines.append(f"{kind}, {where}: {error.deviation:.4f} nats/token, {error.df} degrees of freedom")
     return lines
 
 
