@@ -218,10 +218,11 @@ def _overall(about: Study) -> Table:
 def _bounds(found: Interval | None, form: str) -> str:
     if found is None:
         return "–"
-    mean = format(found.mean, form)
-    if found.low is None or found.high is None:
-        return mean
-    return f"{mean} [{format(found.low, form)}, {format(found.high, form)}]"
+    mean, *bounds = (
+        "" if number is None else format(abs(number), form) if number >= 0 else f"−{format(-number, form)}"
+        for number in (found.mean, found.low, found.high)
+    )
+    return f"{mean} [{', '.join(bounds)}]" if all(bounds) else mean
 
 
 def _optimum(found: Optimum | None) -> str:

@@ -32,12 +32,15 @@ def _complete(about: Study, method: Method, place: Place, lrs: Sequence[float]) 
 
 
 def _optima(about: Study, method: Method, place: Place) -> dict[int, Optimum]:
-    """seed -> its learning rate of least loss, of the seeds that were run at all of three or more."""
+    """seed -> its learning rate of least loss, of the seeds that were run at all of three or more.
+
+    A method that trains at no rate with every seed has none.
+    """
     lrs = [lr for lr in about.lrs(method, place) if lr > 0]
     if len(lrs) < 3:
         return {}
     trained = [all(row.outcome.kind == "trained" for row in about.cells[method, place, lr].values()) for lr in lrs]
-    by_seed = _complete(about, method, place, lrs)
+    by_seed = _complete(about, method, place, lrs) if any(trained) else {}
     return {seed: stats.optimum_of_seed(lrs, losses, trained) for seed, losses in by_seed.items()}
 
 

@@ -135,6 +135,13 @@ def test_the_optimum_lies_between_and_not_at_an_end(sweep):
     assert optimum(two, method(two, "pre"), PLACE) is None
 
 
+def test_a_method_that_trains_nowhere_has_no_optimum(tmp_path):
+    write_arms(tmp_path, {"post": [3.9, 3.95]}, lrs=(1e-3, 1e-2, 1e-1))
+    about = study(rows_of(tmp_path))
+    assert {row.outcome.kind for row in about.rows} == {"plateau"}
+    assert optimum(about, method(about, "post"), PLACE) is None
+
+
 def test_a_best_rate_at_an_end_of_its_grid_is_told(sweep):
     pre = method(sweep, "pre")
     assert [at_an_end(sweep, pre, PLACE, lr) for lr in (1e-3, 1e-2, 1e-1)] == [True, False, True]
