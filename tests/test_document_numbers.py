@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from test_documents import DOCUMENTS, ROOT
 
-from experiments import results_page, sweep_records
+from experiments import results_page, signal_records, sweep_records
 from experiments.results_page import Results
 
 TEMPLATE, MADE = ROOT / results_page.TEMPLATE, ROOT / "docs/results.md"
@@ -102,10 +102,23 @@ def wrong(text, parent=ROOT):
     """What is wrong with a document: (block, number, value)."""
     for block, comment, known in checked(text, parent):
         scope = {name: record(path) for name, path in known.items() if re.search(rf"\b{name}\b", comment or "")}
-        found = values(eval(f"[{comment}]", vars(statistics) | scope)) if comment else []
+        found = values(eval(f"[{comment}]", SCOPE | scope)) if comment else []
         for shown, value in itertools.zip_longest(numbers(block), found):
             if shown is None or value is None or not agree(shown, value):
                 yield block.splitlines()[0], shown, value
+
+
+def pick(records, **wanted):
+    """Those with these values, of their own or of their config."""
+
+    def of(record):
+        config = record.get("config", {})
+        return record | config | config.get("model", {})
+
+    return [record for record in records if wanted.items() <= of(record).items()]
+
+
+SCOPE = vars(statistics) | {"pick": pick, **{name: getattr(signal_records, name) for name in ("Values", "Case", "formed")}}
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
