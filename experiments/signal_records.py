@@ -36,6 +36,7 @@ BESIDE = (*MAIN, "b2t")  # columns of the activations
 COLLAPSING = (("post", "swiglu"), ("post", "relu"), ("span", "relu"))
 WIDTHS, WIDTH_SEEDS = (128, 256, 512), 6
 ARMS = (("post", "plain"), ("post", "scale"), ("span", "plain"), ("span", "scale"), ("pre", "plain"))
+PRODUCTS = ("stream_grad_norm", "skip_path")  # of a factor a block: their mean over seeds is the geometric one
 STEPS = (5, 10, 20, 40, 80, 250)
 KEPT = (  # of a measurement
     *("time", "command", "git_commit", "versions", "device", "data", "settings", "step", "loss", "entry_variance"),
@@ -171,6 +172,7 @@ class Values:
     """A number of each record, by model."""
 
     def __init__(self, records: list[dict[str, Any]], key: str, block: int):
+        self.mean = statistics.geometric_mean if key in PRODUCTS else statistics.fmean
         self.of: dict[tuple[Case, str], list[float]] = {}
         for record in records:
             self.of.setdefault(_name(record)[:2], []).append(record[key][block])
@@ -180,8 +182,12 @@ class Values:
 
     def cell(self, case: Case, form: str) -> str:
         """Predicted / measured, the mean over seeds; a dash for what there is no record of."""
-        both = (self.of.get((case, kind)) for kind in ("predicted", "measured"))
-        return " / ".join(format(statistics.fmean(values), form) if values else "–" for values in both)
+        both = (self.value(case, kind) for kind in ("predicted", "measured"))
+        return " / ".join("–" if value is None else format(value, form) for value in both)
+
+    def value(self, case: Case, kind: str = "measured") -> float | None:
+        values = self.of.get((case, kind))
+        return self.mean(values) if values else None
 
     def ratios(self, case: Case) -> list[float]:
         """Measured over predicted, a seed each."""
@@ -245,13 +251,13 @@ def trained_table(records: list[dict[str, Any]]) -> str:
         middle = len(record["stream_variance"]) // 2
         values = [record["loss"], record["ffn_forward_variance"][middle], record["ffn_backward_gain"][middle]]
         values += [record["token_correlation"][middle]]
-        formed = "" if placement == "pre" else f"{_formed(record, placement):.2g}"
+        formed = "" if placement == "pre" else f"{formed(record, placement):.2g}"
         cells = [f"`{placement}`", f"`{init}`", str(record["step"]), *(f"{value:.3g}" for value in values), formed]
         lines.append([*cells, f"{record['stream_loss_grad_norm'][0]:.2g}"])
     return _table(header, lines)
 
 
-def _formed(record: dict[str, Any], placement: str) -> float:
+def formed(record: dict[str, Any], placement: str) -> float:
     """The root of the product over all blocks but the last, as `stream_grad_norm` has it."""
     energy = 1.0
     keys = ("attn_forward_variance", "attn_backward_gain", "ffn_forward_variance", "ffn_backward_gain")

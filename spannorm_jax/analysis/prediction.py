@@ -48,7 +48,7 @@ class Prediction:
       token_correlation: mean over pairs of tokens of the cosine of their vectors.
       effective_rank: exp of the entropy of the normalised eigenvalues of the tokens' covariance (Roy & Vetterli 2007).
       stream_grad_norm: norm of the gradient of the stream that ENTERS a block, over the last block's.
-      skip_path: the same if branches passed no gradient: sums, factors and norms alone, the papers' argument.
+      skip_path: the same if branches passed no gradient: sums, factors and norms alone.
       weight_grad_norm: site -> norm of a weight's gradient for an output gradient of norm 1, of experts all together;
         None where a block lacks the weight.
       notes: what this prediction leaves out that may show.

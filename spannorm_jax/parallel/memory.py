@@ -6,8 +6,8 @@ import ctypes
 def keep_freed_memory() -> None:
     """Makes glibc keep what a step frees for the next one, where it would give it back to the kernel.
 
-    XLA allocates a step's temporaries anew each step, as one block; faulting in some hundred MB took 8% of a step's
-    time, and a third of it where the step has one core. No other thread may exist yet, of the backend or of Python's:
+    XLA allocates a step's temporaries anew each step, as one block of some hundred MB, whose pages the kernel
+    would fill with zeros anew each time. No other thread may exist yet, of the backend or of Python's:
     a thread that has an arena of its own keeps it, later threads share it, and an arena other than the main one maps
     large blocks anew each time. Other C libraries lack `mallopt` or ignore it.
     """

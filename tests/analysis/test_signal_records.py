@@ -39,10 +39,11 @@ def test_the_formula_is_the_product_over_all_blocks_but_the_last(placement, ener
 
 
 def test_a_cell_is_predicted_over_the_mean_of_the_seeds():
+    """The geometric one of a gradient, which may differ from seed to seed by a factor; others may be negative."""
     records = [
-        predicted("pre", stream_grad_norm=[9.0, 1.0]),
-        record("pre", stream_grad_norm=[8.0, 1.0]),
-        record("pre", seed=1, stream_grad_norm=[10.0, 1.0]),
+        predicted("pre", stream_grad_norm=[9.0, 1.0], token_correlation=[0.1]),
+        record("pre", stream_grad_norm=[4.0, 1.0], token_correlation=[-0.1]),
+        record("pre", seed=1, stream_grad_norm=[16.0, 1.0], token_correlation=[0.3]),
         predicted("pre", depth=48, stream_grad_norm=[12.0, 1.0]),
         predicted("pre", depth=64, stream_grad_norm=[7.0, 1.0]),
         predicted("pre", ffn="relu", stream_grad_norm=[7.0, 1.0]),
@@ -51,8 +52,9 @@ def test_a_cell_is_predicted_over_the_mean_of_the_seeds():
     assert signal_records.initial_table(records, "stream_grad_norm", 0, ".1f").splitlines() == [
         "| placement | init | 12 blocks | 48 blocks |",
         "| --- | --- | --- | --- |",
-        "| `pre` | `plain` | 9.0 / 9.0 | 12.0 / – |",
+        "| `pre` | `plain` | 9.0 / 8.0 | 12.0 / – |",
     ]
+    assert "| 0.1 / 0.1 |" in signal_records.initial_table(records[:3], "token_correlation", 0, ".1f")
 
 
 def test_activations_stand_under_each_other_and_widths_beside():
@@ -65,7 +67,7 @@ def test_activations_stand_under_each_other_and_widths_beside():
     assert signal_records.activations_table(records, "stream_grad_norm", 0, ".1f").splitlines() == [
         "| ffn | blocks | init | `pre` | `post` | `span` | `b2t` |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| swiglu | 64 | `plain` |  | 10.0 / 12.5 |  |  |",
+        "| swiglu | 64 | `plain` |  | 10.0 / 10.0 |  |  |",
         "| relu | 64 | `plain` |  |  | 2.0 / – |  |",
     ]
     # 5 / 10 and 20 / 10, whose geometric mean is 1.
@@ -96,10 +98,13 @@ def test_every_case_is_measured_once_and_read_back(tmp_path, monkeypatch):
     assert path.read_text() == first
 
 
-def test_the_page_has_a_place_for_every_table():
+def test_the_page_has_every_table_as_the_records_make_it():
     page = signal_records.PAGE.read_text(encoding="utf-8")
-    for mark in ("gradient", "skip", "correlation", "rank", "variance", "activations", "collapse", "widths", "trained"):
-        assert len(re.findall(rf"<!-- {mark}: made by [^>]*-->\n.*?<!-- end -->", page, re.DOTALL)) == 1
+    found = re.findall(r"<!-- (\w+): made by [^>]*-->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL)
+    assert found == list(signal_records._sections())
+    assert [mark for mark, _ in found] == (
+        ["gradient", "skip", "correlation", "rank", "variance", "activations", "collapse", "widths", "trained"]
+    )
 
 
 def test_a_page_without_a_place_is_one_line(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from spannorm_jax.sweep import __main__ as command
 from spannorm_jax.sweep import cost, expansion
 from spannorm_jax.sweep.expansion import expand, folder_name, identity
 
+SWEEPS = (Path(__file__).parents[2] / "docs/sweeps.md").read_text(encoding="utf-8")
 SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
@@ -114,6 +116,16 @@ def test_every_shipped_sweep_expands_and_tells_its_cost(file, name, size):
     number, unit = re.search(r"time   (\S+) (h|min) ", said).groups()
     seconds = float(number) * (3600 if unit == "h" else 60)
     assert seconds == pytest.approx(flops / 1e12, rel=0.01, abs=60)  # of three digits, to the minute
+    if name != "seed":
+        took = re.search(r"time   (.*) at", cost.report(sweep, rate={"cpu": 7e10, "gpu": 4e14}[size]))[1]
+        number, told, hours = re.search(
+            r"(\d+) runs: ([\d.]+ \w+), (\d+) h\.", expansion.sweeps_of(f"configs/{file}.py")[name].__doc__
+        ).groups()
+        if size == "cpu":
+            assert f"| {number} | {told} |" == f"| {NUMBER[name]} | {took} |"
+            assert re.search(rf"^\| `{name}` \|.*\| {number} \| {told} \|$", SWEEPS, re.MULTILINE)
+        else:
+            assert float(hours) == pytest.approx(float(took.removesuffix(" h")), abs=0.55)  # rounded twice
 
 
 def test_all_sweeps_of_the_config_files_are_shipped_ones():

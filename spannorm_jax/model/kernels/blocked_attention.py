@@ -7,8 +7,7 @@ of each query's logits. Arrays are (B, G, R, T, K) inside: R = H / G query heads
 rows are the positions of all R. Logits of backward are transposed, (keys, queries), because two of its three large
 matmuls then read them as they lie.
 
-With XLA's attention in its place a step of configs/throughput.py takes 1.17 times as long on two CPU cores (95%: 1.10
-to 1.33), by `experiments.benchmarks.kernels` (experiments/results/throughput/cpu-kernels.json).
+docs/speed.md says what it gains.
 """
 
 from collections.abc import Callable
