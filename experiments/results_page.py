@@ -1,7 +1,9 @@
 """docs/results.md from run folders of sweeps: the words are experiments/results.md's, the numbers are of records."""
 
+import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,17 +13,20 @@ from typing import Any
 import jinja2
 import vl_convert
 
+from spannorm_jax.errors import UserError
 from spannorm_jax.report import markdown, stats
-from spannorm_jax.report.contents import contents
+from spannorm_jax.report.contents import contents, interval_text
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import Run, find_runs
 from spannorm_jax.report.page import print_svg
-from spannorm_jax.report.rows import Row, summarise
+from spannorm_jax.report.rows import FINISHED, Row, summarise
 from spannorm_jax.report.stats import Interval
 from spannorm_jax.report.study import Method, Study, study
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
+FLOORS = Path("experiments/results/floors.json")
+FAILED = ("plateau", "collapsed", "diverged")
 NAMES = {
     **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
     **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
@@ -49,6 +54,25 @@ class Results:
         """The same, of the runs with these values alone."""
         return replace(self, about=study(self.rows(**wanted)))
 
+    @property
+    def least(self) -> float:
+        """The least loss of any run."""
+        return min((row.bits_per_byte for row in self.about.rows if row.bits_per_byte), default=math.inf)
+
+    @property
+    def placements(self) -> list[str]:
+        return list(dict.fromkeys(method.placement for method in self.about.methods))
+
+    @property
+    def failing(self) -> set[tuple[str, str]]:
+        """Placement and initialisation of the runs that did not train."""
+        return {(row.placement, row.init) for row in self.about.rows if row.outcome.kind in FAILED}
+
+    def mean(self, placement: str, init: str) -> float:
+        """Mean loss over all runs of both; infinity without any."""
+        bits = [row.bits_per_byte for row in self.rows(placement=placement, init=init) if row.bits_per_byte]
+        return statistics.fmean(bits) if bits else math.inf
+
     @cached_property
     def seeds(self) -> int:
         return len({row.seed for row in self.about.rows})
@@ -58,12 +82,25 @@ class Results:
         rows = self.rows(**wanted)
         if not rows:
             return "not run"
-        bits = [row.bits_per_byte for row in rows if row.outcome.kind in ("trained", "stalled") and row.bits_per_byte]
+        bits = [row.bits_per_byte for row in rows if row.outcome.kind in FINISHED and row.bits_per_byte]
         text = f"{statistics.fmean(bits):.3f}" if bits else "–"
         text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-        kinds = [row.outcome.kind for row in rows]
-        bad = [f"{n} of {len(rows)} {kind}" for kind in ("stalled", "diverged") if (n := kinds.count(kind))]
+        ends = self.ends(**wanted)
+        bad = [f"{n} of {len(rows)} {kind}" for kind in FAILED if (n := ends[kind])]
         return f"{text} ({', '.join(bad)})" if bad else text
+
+    def ends(self, **wanted: Any) -> Counter[str]:
+        """Outcome -> how many of the runs with these values ended so."""
+        return Counter(row.outcome.kind for row in self.rows(**wanted))
+
+    def trains(self, **wanted: Any) -> bool:
+        """Whether there are such runs, and all of them trained."""
+        return set(self.ends(**wanted)) == {"trained"}
+
+    def fails(self, **wanted: Any) -> bool:
+        """Whether there are such runs, and none of them trained."""
+        ends = self.ends(**wanted)
+        return bool(ends) and not ends["trained"]
 
     def each(self, placement: str, init: str) -> str:
         """Losses of the seeds in their order: 2.66, 2.77 and 2.71."""
@@ -115,18 +152,63 @@ class Results:
     def difference(
         self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
     ) -> str:
-        """Of held-out nats per token, paired by seed, with its t interval and n; at `fixed`, or each at its own best
-        learning rate."""
+        """`between` two methods, at `fixed` or each at its own best learning rate."""
+        return _told(*self.gap(method, baseline, own_best, **fixed))
+
+    def gap(
+        self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
+    ) -> tuple[Interval | None, bool]:
+        """`judged` of two methods."""
         both = [{"placement": placement, "init": init} | fixed for placement, init in (method, baseline)]
-        return self.between(*([wanted | {"lr": self.best_lr(**wanted)} for wanted in both] if own_best else both))
+        return self.judged(*(self.at_best(*both) if own_best else both))
+
+    def at_best(self, *each: Wanted, **fixed: Any) -> list[Wanted]:
+        """The same kinds of runs, each at its own best learning rate."""
+        return [wanted | {"lr": self.best_lr(**wanted | fixed)} for wanted in each]
 
     def between(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> str:
-        """As `difference`, of any values of `rows`."""
-        losses = [
-            {row.seed: loss for row in self.rows(**fixed | wanted) if (loss := self.about.loss(row)) is not None}
-            for wanted in (ours, theirs)
+        """The difference of two kinds of runs with its interval and n, of any values of `rows`."""
+        return _told(*self.judged(ours, theirs, **fixed))
+
+    def judged(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> tuple[Interval | None, bool]:
+        """The mean of ours less theirs by seed, held-out nats per token, and whether its error is pooled.
+
+        It is pooled as in a report, over the arms of these depths, widths, initialisations and rates that
+        trained with every seed, where both of these did.
+        """
+        rows = [self.rows(**fixed | wanted) for wanted in (ours, theirs)]
+        losses = [{row.seed: loss for row in side if (loss := self.about.loss(row)) is not None} for side in rows]
+        found = stats.t_interval(stats.paired_differences(*losses))
+        alike = {(row.depth, row.width, row.init, row.lr) for side in rows for row in side}
+        arms = [
+            {seed: loss for seed, row in cell.items() if (loss := self.about.loss(row)) is not None}
+            for (method, place, lr), cell in self.about.cells.items()
+            if (*place, method.init, lr) in alike and all(row.outcome.kind == "trained" for row in cell.values())
         ]
-        return _interval(stats.t_interval(stats.paired_differences(*losses)))
+        error = stats.pooled(arms)
+        if found is None or error is None or any(row.outcome.kind != "trained" for side in rows for row in side):
+            return found, False
+        return error.of_mean(found.mean, found.n)[0], True
+
+    def gap_of(self, placement: str, init: str, theirs: Wanted, **fixed: Any) -> Interval | None:
+        """`judged` of a placement with AdamW and of others, each at its own best learning rate."""
+        ours = {"placement": placement, "init": init, "optim.name": "adamw"}
+        return self.judged(*self.at_best(ours, theirs, **fixed), **fixed)[0]
+
+    def less_best(self, placement: str, init: str, theirs: Wanted, **fixed: Any) -> str:
+        """The same in words."""
+        ours = {"placement": placement, "init": init, "optim.name": "adamw"}
+        return self.between(*self.at_best(ours, theirs, **fixed), **fixed)
+
+    def ahead(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> bool:
+        """Whether the interval of ours less theirs lies below zero."""
+        found, _ = self.judged(ours, theirs, **fixed)
+        return found is not None and found.high is not None and found.high < 0
+
+    def alike(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> bool:
+        """Whether the interval of ours less theirs holds zero."""
+        found, _ = self.judged(ours, theirs, **fixed)
+        return found is not None and found.low is not None and found.high is not None and found.low <= 0 <= found.high
 
     def recipes(self, **fixed: Any) -> dict[str, Wanted]:
         """Placement, initialisation, optimiser and warm-up of branches, as they were run together, by name."""
@@ -198,11 +280,22 @@ def _method(method: Method) -> str:
     return f"{_named(method.placement)}, {_named(method.init)}"
 
 
-def _interval(found: Interval | None) -> str:
+def _told(found: Interval | None, pooled: bool) -> str:
     if found is None:
         return "–"
-    bounds = "" if found.low is None else f" [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"{found.mean:+.3f}{bounds}, n {found.n}".replace("-", "−")
+    of_its_own = "" if pooled or found.low is None else ", own spread"
+    return f"{interval_text(found)}, n {found.n}{of_its_own}"
+
+
+def claim(holds: bool, what: str) -> str:
+    """Nothing, where what a template says of its records holds.
+
+    Raises:
+      UserError: it does not, so that no page says it.
+    """
+    if not holds:
+        raise UserError(f"{TEMPLATE} says what its records do not: {what}; mend the words")
+    return ""
 
 
 def read(folder: Path) -> Study:
@@ -223,11 +316,12 @@ def write_page(runs: Path, page: Path, figures: Path) -> Path:
     """Renders the template. `runs` holds a folder of run folders for each sweep that has records.
 
     Raises:
-      UserError: a folder holds no run.
+      UserError: a folder holds no run, or a sentence does not hold of the records (`claim`).
     """
     beside = "../" * len(page.parent.parts) + figures.as_posix()
     sweeps = {folder.name: Results(folder.name, read(folder), figures, beside) for folder in sorted(runs.iterdir())}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    page.write_text(template.render(sweeps=sweeps) + "\n", encoding="utf-8")
+    floors = json.loads(FLOORS.read_text(encoding="utf-8"))
+    page.write_text(template.render(sweeps=sweeps, floors=floors, claim=claim) + "\n", encoding="utf-8")
     return page

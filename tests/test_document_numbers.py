@@ -118,7 +118,10 @@ def pick(records, **wanted):
     return [record for record in records if wanted.items() <= of(record).items()]
 
 
-SCOPE = vars(statistics) | {"pick": pick, **{name: getattr(signal_records, name) for name in ("Values", "Case", "formed")}}
+SCOPE = vars(statistics) | {
+    "pick": pick,
+    **{name: getattr(signal_records, name) for name in ("Values", "Case", "formed")},
+}
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))

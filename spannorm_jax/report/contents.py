@@ -93,7 +93,8 @@ def _number(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _interval(found: Interval | None) -> str:
+def interval_text(found: Interval | None) -> str:
+    """A difference with its interval: `−0.089 [−0.113, −0.066]`."""
     return "–" if found is None else f"{_number(found.mean)} {_within(found)}".strip()
 
 
@@ -142,7 +143,7 @@ def _judgement(found: Difference) -> list[str]:
     """Difference, interval of its own seeds, n, p."""
     alone, p = found.interval, found.p
     return [
-        _interval(found.pooled or alone),
+        interval_text(found.pooled or alone),
         "–" if alone is None else _within(alone),
         f"{alone.n if alone else 0} of {found.pairs}",
         "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
@@ -209,7 +210,7 @@ def _drifts(about: Study) -> Table:
 def _overall(about: Study) -> Table:
     numbers = ("difference", "settings", "pairs", "settings in which it is lower")
     lines = [
-        [o.method.label, o.partner.label, _interval(o.interval), str(o.settings), str(o.interval.n), str(o.lower)]
+        [o.method.label, o.partner.label, interval_text(o.interval), str(o.settings), str(o.interval.n), str(o.lower)]
         for o in overall(about)
     ]
     return [("method", False), ("baseline", False), *((name, True) for name in numbers)], lines
