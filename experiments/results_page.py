@@ -64,9 +64,9 @@ class Results:
         return list(dict.fromkeys(method.placement for method in self.about.methods))
 
     @property
-    def failing(self) -> set[tuple[str, str]]:
-        """Placement and initialisation of the runs that did not train."""
-        return {(row.placement, row.init) for row in self.about.rows if row.outcome.kind in FAILED}
+    def failing(self) -> list[tuple[str, str]]:
+        """Placement and initialisation of the runs that did not train, each once, by alphabet."""
+        return sorted({(row.placement, row.init) for row in self.about.rows if row.outcome.kind in FAILED})
 
     def mean(self, placement: str, init: str) -> float:
         """Mean loss over all runs of both; infinity without any."""
