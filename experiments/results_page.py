@@ -152,31 +152,25 @@ class Results:
     def difference(
         self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
     ) -> str:
-        """`between` two methods, at `fixed` or each at its own best learning rate."""
-        return _told(*self.gap(method, baseline, own_best, **fixed))
+        """`between` two methods."""
+        both = [{"placement": placement, "init": init} for placement, init in (method, baseline)]
+        return self.between(*both, own_best, **fixed)
 
-    def gap(
-        self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
-    ) -> tuple[Interval | None, bool]:
-        """`judged` of two methods."""
-        both = [{"placement": placement, "init": init} | fixed for placement, init in (method, baseline)]
-        return self.judged(*(self.at_best(*both) if own_best else both))
-
-    def at_best(self, *each: Wanted, **fixed: Any) -> list[Wanted]:
-        """The same kinds of runs, each at its own best learning rate."""
-        return [wanted | {"lr": self.best_lr(**wanted | fixed)} for wanted in each]
-
-    def between(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> str:
+    def between(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> str:
         """The difference of two kinds of runs with its interval and n, of any values of `rows`."""
-        return _told(*self.judged(ours, theirs, **fixed))
+        return _told(*self.judged(ours, theirs, own_best, **fixed))
 
-    def judged(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> tuple[Interval | None, bool]:
+    def judged(
+        self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any
+    ) -> tuple[Interval | None, bool]:
         """The mean of ours less theirs by seed, held-out nats per token, and whether its error is pooled.
 
-        It is pooled as in a report, over the arms of these depths, widths, initialisations and rates that
-        trained with every seed, where both of these did.
+        `own_best`: each at its own best learning rate. The error is pooled as in a report, over the arms
+        of these depths, widths, initialisations and rates that trained with every seed, where both of
+        these did.
         """
-        rows = [self.rows(**fixed | wanted) for wanted in (ours, theirs)]
+        both = [fixed | wanted for wanted in (ours, theirs)]
+        rows = [self.rows(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
         losses = [{row.seed: loss for row in side if (loss := self.about.loss(row)) is not None} for side in rows]
         found = stats.t_interval(stats.paired_differences(*losses))
         alike = {(row.depth, row.width, row.init, row.lr) for side in rows for row in side}
@@ -190,25 +184,20 @@ class Results:
             return found, False
         return error.of_mean(found.mean, found.n)[0], True
 
-    def gap_of(self, placement: str, init: str, theirs: Wanted, **fixed: Any) -> Interval | None:
-        """`judged` of a placement with AdamW and of others, each at its own best learning rate."""
-        ours = {"placement": placement, "init": init, "optim.name": "adamw"}
-        return self.judged(*self.at_best(ours, theirs, **fixed), **fixed)[0]
-
-    def less_best(self, placement: str, init: str, theirs: Wanted, **fixed: Any) -> str:
-        """The same in words."""
-        ours = {"placement": placement, "init": init, "optim.name": "adamw"}
-        return self.between(*self.at_best(ours, theirs, **fixed), **fixed)
-
-    def ahead(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> bool:
+    def ahead(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> bool:
         """Whether the interval of ours less theirs lies below zero."""
-        found, _ = self.judged(ours, theirs, **fixed)
+        found, _ = self.judged(ours, theirs, own_best, **fixed)
         return found is not None and found.high is not None and found.high < 0
 
-    def alike(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> bool:
+    def alike(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> bool:
         """Whether the interval of ours less theirs holds zero."""
-        found, _ = self.judged(ours, theirs, **fixed)
+        found, _ = self.judged(ours, theirs, own_best, **fixed)
         return found is not None and found.low is not None and found.high is not None and found.low <= 0 <= found.high
+
+    def mean_between(self, ours: Wanted, theirs: Wanted, **fixed: Any) -> float:
+        """The mean of ours less theirs by seed; not a number without a seed that both have."""
+        found, _ = self.judged(ours, theirs, **fixed)
+        return math.nan if found is None else found.mean
 
     def recipes(self, **fixed: Any) -> dict[str, Wanted]:
         """Placement, initialisation, optimiser and warm-up of branches, as they were run together, by name."""

@@ -5,7 +5,9 @@ import itertools
 import math
 import tarfile
 
+import numpy as np
 import pytest
+import scipy.stats
 from run_folders import write_run
 
 from experiments import results_page, sweep_records
@@ -78,9 +80,9 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
         "| placement | plain | ScaleInit |",
         "| --- | --- | --- |",
         "| PreNorm | 2.100 ± 0.100 | not run |",
-        "| SpanNorm | not run | 1.600 ± 0.100 (1 of 3 stalled) |",
+        "| SpanNorm | not run | 1.600 ± 0.100 (1 of 3 plateau) |",
         "",
-        "−0.500 [−0.500, −0.500], n 3",
+        "−0.500 [−0.500, −0.500], n 3, own spread",
     ]
 
 
@@ -115,6 +117,40 @@ def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
     grid = found.grid("recipe", {"pre": pre, "post": {"placement": "post"}}, {"all": {}}, own_best=True)
     assert grid.splitlines()[2:] == ["| pre | 2.205 ± 0.007 at 0.1 |", "| post | not run |"]
     assert found.between({"lr": 0.1}, {"lr": 0.001}, **pre) == "−0.300 [−0.300, −0.300], n 2"
+    assert found.ahead(pre | {"lr": 0.1}, pre | {"lr": 0.001}) and not found.alike(
+        pre | {"lr": 0.1}, pre | {"lr": 0.001}
+    )
+
+
+def test_differences_of_the_page_have_the_error_of_all_arms_that_trained(tmp_path):
+    """Against two-way analysis by hand; a HybridNorm with a seed on a plateau, and other rates, take no part."""
+    ends = {"pre": [2.00, 2.10, 2.05], "span": [1.90, 1.98, 1.99], "peri": [2.02, 2.09, 2.10]}
+    runs = [(name, "plain", {"bits": b, "seed": i}) for name, each in ends.items() for i, b in enumerate(each)]
+    runs += [("hybrid", "plain", {"bits": 3.0 * i, "seed": i, "losses": [5.0] * 20}) for i in range(3)]
+    runs += [("pre", "plain", {"bits": 4.0 * i, "seed": i, "optim__lr": 0.1}) for i in range(3)]
+    found = results(tmp_path, "both", runs)
+    table = np.array(list(ends.values()))
+    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    half = scipy.stats.t.ppf(0.975, 4) * math.sqrt((left**2).sum() / 4 * 2 / 3)
+    interval, pooled = found.judged({"placement": "span"}, {"placement": "pre"}, lr=0.003)
+    mean = (table[1] - table[0]).mean()
+    assert pooled and (interval.low, interval.high) == pytest.approx((mean - half, mean + half))
+    assert found.between({"placement": "hybrid"}, {"placement": "pre"}, lr=0.003).endswith("n 3, own spread")
+    assert found.failing == [("hybrid", "plain")] and found.fails(placement="hybrid")
+    assert found.trains(placement="span") and not found.trains(placement="olmo2") and not found.fails(placement="olmo2")
+
+
+def test_a_page_whose_sentence_does_not_hold_is_refused(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs/lr/a", "post", "gpt2", bits=2.0)
+    template, page = tmp_path / "template.md", tmp_path / "results.md"
+    template.write_text('{{ claim(sweeps.lr.fails(placement="post"), "PostNorm trains with no seed") }}PostNorm fails.')
+    monkeypatch.setattr(results_page, "TEMPLATE", template)
+    with pytest.raises(UserError, match="says what its records do not: PostNorm trains with no seed; mend the words"):
+        results_page.write_page(tmp_path / "runs", page, tmp_path)
+    assert not page.exists()
+    write_run(tmp_path / "runs/lr/b", "pre", "gpt2", bits=2.0)
+    template.write_text('{{ claim(sweeps.lr.trains(placement="post"), "") }}PostNorm trains.')
+    assert results_page.write_page(tmp_path / "runs", page, tmp_path).read_text() == "PostNorm trains.\n"
 
 
 def test_what_the_device_chose_makes_no_other_method(tmp_path):
@@ -125,14 +161,14 @@ def test_what_the_device_chose_makes_no_other_method(tmp_path):
 
 def test_runs_of_two_machines_are_compared_by_name(tmp_path):
     here = results(tmp_path, "here", [("pre", "plain", {"bits": bits}) for bits in (2.0, 2.1, 2.2)])
-    stalled = {"losses": [5.0] * 20, "bits": 5.0}
+    plateau = {"losses": [5.0] * 20, "bits": 5.0}
     again = results(tmp_path, "again", [("pre", "plain", {"bits": 2.0}), ("pre", "plain", {"bits": 2.3}),
-                                        ("pre", "plain", stalled), ("post", "plain", {"bits": 2.0})])  # fmt: skip
+                                        ("pre", "plain", plateau), ("post", "plain", {"bits": 2.0})])  # fmt: skip
     text = "2 of 3 end alike, and the 2 that trained in both differ by +0.100 ± 0.141 nats"
     assert again.again(here) == text
 
 
-def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
+def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path, monkeypatch):
     for i, (placement, init) in enumerate((p, i) for p in ("pre", "post", "span") for i in ("plain", "gpt2", "scale")):
         for seed in range(2):
             end = 2.0 + 0.1 * i + 0.01 * seed
@@ -161,6 +197,9 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path):
         place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "model__depth": 24, "seed": i}
         place |= {"model__variance_exponent": 0.0}
         write_run(tmp_path / f"runs/depth_factor/{i}", placement, bits=2.0, **place)
+    with pytest.raises(UserError, match="says what its records do not"):  # of these PostNorm trains everywhere
+        results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path)
+    monkeypatch.setattr(results_page, "claim", lambda holds, what: "")
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
     assert "| span / scale | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
     assert "| span / scale | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
