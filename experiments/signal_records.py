@@ -251,8 +251,8 @@ def trained_table(records: list[dict[str, Any]]) -> str:
         middle = len(record["stream_variance"]) // 2
         values = [record["loss"], record["ffn_forward_variance"][middle], record["ffn_backward_gain"][middle]]
         values += [record["token_correlation"][middle]]
-        formed = "" if placement == "pre" else f"{formed(record, placement):.2g}"
-        cells = [f"`{placement}`", f"`{init}`", str(record["step"]), *(f"{value:.3g}" for value in values), formed]
+        formula = "" if placement == "pre" else f"{formed(record, placement):.2g}"
+        cells = [f"`{placement}`", f"`{init}`", str(record["step"]), *(f"{value:.3g}" for value in values), formula]
         lines.append([*cells, f"{record['stream_loss_grad_norm'][0]:.2g}"])
     return _table(header, lines)
 

@@ -1,13 +1,13 @@
 """The numbers of documents against the records that they name.
 
-A paragraph names a record if it links to a file or folder below experiments/results, and a table if the paragraph before
-it does and ends in a colon. Such a block, and any other that wants to be checked, ends in a comment
+A paragraph names a record if it links to a file or folder below experiments/results; a table does if the paragraph
+before it does and ends in a colon. Such a block, and any other that wants to be compared, ends in a comment
 
     <!-- numbers: cpu.config.model.depth, cpu.peak_flops_per_s / 1e9 -->
 
-which says in Python, number by number, what the record has; a template writes {# numbers: ... #}. A record has the name
-of its file: an object of JSON, a list of them, or the `Results` of run folders. A string stands for the numbers in it.
-The document's digits are those of the rounded value. Numbers in `code` and in words are not looked at.
+that says in Python, number by number, what the record has; a template writes {# numbers: ... #}. A record has the name
+of its file: an object or a list of them from JSON, `Results` of run folders. A string stands for the numbers in it.
+The document's digits are those of the rounded value. Numbers in words and in `code` are not looked at.
 """
 
 import functools
@@ -24,13 +24,10 @@ from test_documents import DOCUMENTS, ROOT
 from experiments import results_page, signal_records, sweep_records
 from experiments.results_page import Results
 
-TEMPLATE, MADE = ROOT / results_page.TEMPLATE, ROOT / "docs/results.md"
-WRITTEN = [path for path in DOCUMENTS if path != MADE]
-RECORDS = ROOT / "experiments/results"
-
+RECORDS, PAGE = ROOT / "experiments/results", ROOT / "docs/results.md"
 COMMENT = re.compile(r"(?:<!--|\{#) numbers: (.*?)(?:-->|#\})", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-FILLED_IN = re.compile(r"<!-- \w+: made by .*?<!-- end -->|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
+MADE = re.compile(r"<!-- \w+: made by .*?<!-- end -->|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
 UNREAD = re.compile(r"`[^`]*`|\]\([^)]*\)")
 NUMBER = re.compile(r"(?<![\w.])(?<![A-Za-z]-)[+−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w*\d)")
 
@@ -42,70 +39,26 @@ class Record(dict):
 
 
 @functools.cache
-def unpacked(archive):
-    folder = tempfile.TemporaryDirectory(prefix="records-")  # lives as long as the cache
-    sweep_records.unpack(archive, Path(folder.name))
-    return folder
+def scratch():
+    return tempfile.TemporaryDirectory(prefix="records-")  # of this process, which removes it at its end
 
 
 @functools.cache
 def record(path):
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
-    if path.suffix == ".jsonl":
-        return [json.loads(line, object_hook=Record) for line in path.read_text(encoding="utf-8").splitlines()]
-    folder = path if path.is_dir() else Path(unpacked(path).name)
-    return Results(path.name, results_page.read(folder), folder, "")
+    if path.suffix in (".json", ".jsonl"):
+        text = path.read_text(encoding="utf-8")
+        found = [
+            json.loads(part, object_hook=Record) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])
+        ]
+        return found if path.suffix == ".jsonl" else found[0]
+    folder = path if path.is_dir() else Path(scratch().name) / name_of(path)
+    if folder != path:
+        sweep_records.unpack(path, folder)
+    return Results(name_of(path), results_page.read(folder), folder, "")
 
 
-def named(block, parent):
-    """The records that a block links to, by name."""
-    paths = [(parent / link).resolve() for link in LINK.findall(block)]
-    found = [path for path in paths if path.is_relative_to(RECORDS) and path.suffix not in (".md", ".png")]
-    return {re.sub(r"\W", "_", path.name.partition(".")[0]): path for path in found if path.exists()}
-
-
-def checked(text, parent):
-    """(block, comment or None, records named so far) of each block that has a comment or needs one."""
-    known, introduced = {}, False
-    for block in re.split(r"\n\s*\n", FILLED_IN.sub("", text)):
-        if block.startswith("    "):  # a command, which may stand between a paragraph and its table
-            continue
-        comment = COMMENT.search(block)
-        block = COMMENT.sub("", block).strip()
-        links = named(block, parent)
-        known |= links
-        needs = introduced if block.startswith("|") else bool(links)
-        introduced = needs and block.endswith(":")
-        if comment or (needs and numbers(block)):
-            yield block, comment and comment[1], known
-
-
-def numbers(text):
-    found = NUMBER.findall(UNREAD.sub("", text))
-    return [number.replace(",", "").replace("−", "-") for number in found]
-
-
-def values(found):
-    """Flat."""
-    if isinstance(found, str):
-        return [float(number) for number in numbers(found)]
-    return [found] if isinstance(found, int | float) else list(itertools.chain.from_iterable(map(values, found)))
-
-
-def agree(shown, value):
-    form = f".{len(shown.partition('e')[0].partition('.')[2])}{'e' if 'e' in shown else 'f'}"
-    return float(shown) == float(format(value, form))
-
-
-def wrong(text, parent=ROOT):
-    """What is wrong with a document: (block, number, value)."""
-    for block, comment, known in checked(text, parent):
-        scope = {name: record(path) for name, path in known.items() if re.search(rf"\b{name}\b", comment or "")}
-        found = values(eval(f"[{comment}]", SCOPE | scope)) if comment else []
-        for shown, value in itertools.zip_longest(numbers(block), found):
-            if shown is None or value is None or not agree(shown, value):
-                yield block.splitlines()[0], shown, value
+def name_of(path):
+    return re.sub(r"\W", "_", path.name.partition(".")[0])
 
 
 def pick(records, **wanted):
@@ -120,10 +73,93 @@ def pick(records, **wanted):
 
 SCOPE = vars(statistics) | {
     "pick": pick,
-    **{name: getattr(signal_records, name) for name in ("Values", "Case", "formed")},
+    "Values": signal_records.Values,
+    "Case": signal_records.Case,
+    "formed": signal_records.formed,
 }
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_number_beside_a_record_is_the_records(path):
+def blocks(text, folder):
+    """(block, its comment or None, records named so far: name -> path) of each that has a comment or needs one."""
+    known, introduced = {}, False
+    for block in re.split(r"\n\s*\n", MADE.sub("", text)):
+        if block.startswith("    "):  # a command, which may stand between a paragraph and its table
+            continue
+        comment, block = COMMENT.search(block), COMMENT.sub("", block).strip()
+        paths = [(folder / link).resolve() for link in LINK.findall(block)]
+        own = [path for path in paths if path.is_relative_to(RECORDS) and path.suffix not in (".md", ".png")]
+        known |= {name_of(path): path for path in own if path.exists()}
+        needs = introduced if block.startswith("|") else bool(own)
+        introduced = needs and block.endswith(":")
+        if comment or (needs and numbers(block)):
+            yield block, comment and comment[1], known
+
+
+def numbers(text):
+    return [number.replace(",", "").replace("−", "-") for number in NUMBER.findall(UNREAD.sub("", text))]
+
+
+def values(found):
+    if isinstance(found, str):
+        return [float(number) for number in numbers(found)]
+    return [found] if isinstance(found, int | float) else list(itertools.chain.from_iterable(map(values, found)))
+
+
+def agree(shown, value):
+    """Whether the value, rounded to the digits that are shown, is what is shown."""
+    digits = len(shown.partition("e")[0].partition(".")[2])
+    return float(shown) == float(format(value, f".{digits}{'e' if 'e' in shown else 'f'}"))
+
+
+def wrong(text, folder):
+    """(first line of the block, number in the document, value in the record) of what disagrees or is without a peer."""
+    for block, comment, known in blocks(text, folder):
+        scope = {name: record(path) for name, path in known.items() if re.search(rf"\b{name}\b", comment or "")}
+        found = values(eval(f"[{comment}]", SCOPE | scope)) if comment else []
+        for shown, value in itertools.zip_longest(numbers(block), found):
+            if shown is None or value is None or not agree(shown, value):
+                yield block.splitlines()[0], shown, value
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != PAGE], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_numbers_beside_a_record_are_the_records(path):
     assert list(wrong(path.read_text(encoding="utf-8"), path.parent)) == []
+
+
+LINKED = "[record](../experiments/results/throughput/cpu.json)"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Of 12 blocks.", []),
+        (f"Of 12 blocks ({LINKED}).", [("12", None)]),
+        (f"Of 12 blocks ({LINKED}).\n<!-- numbers: cpu.config.model.depth -->", []),
+        (f"Of 13 blocks ({LINKED}).\n<!-- numbers: cpu.config.model.depth -->", [("13", 12)]),
+        (f"Of 12 blocks and 3 ({LINKED}).\n<!-- numbers: cpu.config.model.depth -->", [("3", None)]),
+        (f"Of blocks ({LINKED}).\n<!-- numbers: cpu.config.model.depth -->", [(None, 12)]),
+        (f"So ({LINKED}):\n\n    command 3\n\n| `4` | 12 |", [("12", None)]),
+        (f"So ({LINKED}).\n\n| 12 |", []),
+        ("| 1,024 | −3.0e-3 | 2.50 |\n<!-- numbers: 1024.4, '-0.003', [2.497] -->", []),
+        ("| 1,024 | 3e-3 | 2.50 |\n<!-- numbers: 1024.6, 0.0036, 2.506 -->", [("1024", 1024.6), ("3e-3", 0.0036),
+            ("2.50", 2.506)]),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_wrong_or_not_compared_is_told(text, found):
+    assert [pair[1:] for pair in wrong(text, ROOT / "docs")] == found
+
+
+@pytest.mark.process  # every archive is read
+def test_the_page_of_results_is_what_its_template_makes_of_the_records(tmp_path, monkeypatch):
+    def figure(self, name, alternative):  # is not drawn: its bytes are those of fonts
+        return f"![{alternative}]({self.beside}/{self.name}-{name}.png)"
+
+    template = (ROOT / results_page.TEMPLATE).read_text(encoding="utf-8")
+    assert list(wrong(template, ROOT / "docs")) == []
+    for path in (RECORDS / "sweeps").glob("*.tar.xz"):
+        record(path)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Results, "figure", figure)
+    made = results_page.write_page(Path(scratch().name), tmp_path / "results.md", Path("experiments/results/sweeps"))
+    text = re.sub(r"\]\((?:\.\./)+", "](../", made.read_text(encoding="utf-8"))
+    assert text == PAGE.read_text(encoding="utf-8")
