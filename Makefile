@@ -29,9 +29,9 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What each tier holds, and the seconds of CPU time that it took once the tests' compiled programs were cached:
-#   test-quick    the model, the train step, bad input (220)
-#   test          everything within the tests' own process, and short commands (1060)
+# What each tier holds:
+#   test-quick    the model, the train step, bad input
+#   test          everything within the tests' own process, and short commands
 #   test-process  runs of whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
 #   test-slow     test-process, the whole fault campaign, and the commands of experiments/launch/README.md
 test: lint

@@ -21,8 +21,8 @@ token), with the router of DeepSeek-V3. It has never been trained here. What a s
         --config.training.num_microbatches=32
 
 machine                   mesh (from -1)     state    at least  planned by XLA for a CPU    received   at peak FLOP/s
-v5p-64: 32 chips, 95 GB   fsdp 8, expert 4   7.5 GB   14.8 GB   54.2 GB (57%)                 614 GB   4.7 s
-8 x H200, 141 GB          fsdp 2, expert 4  30.0 GB   52.2 GB   90.9 GB (64%)               1,949 GB   8.8 s
+v5p-64: 32 chips, 95 GB   fsdp 8, expert 4   7.5 GB   14.8 GB   46.2 GB (49%)                 614 GB   4.7 s
+8 x H200, 141 GB          fsdp 2, expert 4  30.0 GB   52.2 GB   82.9 GB (59%)               1,949 GB   8.8 s
 
 per device: what lies between steps, with gradients and kept activations, with all temporaries, bytes from others.
 """

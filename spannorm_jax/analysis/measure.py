@@ -186,7 +186,7 @@ def effective_rank(grams_BxNxN: np.ndarray) -> float:
     """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows."""
     ranks = []
     for gram in grams_BxNxN:
-        # On the host: XLA's solver also makes the eigenvectors, which takes ten times as long.
+        # On the host: XLA's solver also makes the eigenvectors, which takes much longer.
         values = np.maximum(scipy.linalg.eigvalsh(gram.astype(np.float64), driver="evd"), 0)
         shares = values[values > 0] / np.sum(values)
         ranks.append(math.exp(-np.sum(shares * np.log(shares))))
