@@ -166,6 +166,18 @@ def shrink(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     return _unit_variance(cfg, spec) * (depth_factor(cfg) ** (damped / 6) if spec.site in matrices else 1.0)
 
 
+def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """A control for ScaleInit, its end at c = 0: what sets the size of each branch that is added starts at zero.
+
+    That is an output projection, or the gain that a branch ends in: a zero weight before a norm would
+    never move. Of SpanNorm it is the feed-forward's alone, as in ScaleInit.
+    """
+    sites = PLACEMENTS[cfg.placement].additions.values()
+    if spec.site in {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}:
+        return 0.0
+    return _unit_variance(cfg, spec) if spec.start is None else spec.start
+
+
 def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
     """The std that gives each branch unit output variance at unit-variance input."""
     size = spec.fan_in**-0.5
@@ -196,7 +208,7 @@ Init = Callable[[ModelConfig, "WeightSpec"], Size]
 INITS: dict[str, Init] = {
     **{"plain": plain, "gpt2": gpt2, "scale": scale},
     **{"normal": normal, "xavier": xavier, "megatron": megatron, "deepnorm": deepnorm, "subln": subln},
-    "shrink": shrink,
+    **{"shrink": shrink, "zero_out": zero_out},
 }
 PUBLISHED = "published"  # in a config: what the placement was published with
 

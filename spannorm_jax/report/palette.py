@@ -11,7 +11,7 @@ PLACEMENT_ORDER = (  # then by alphabet
     *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"),
     *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
 )
-INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink")
+INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink", "zero_out")
 OUTCOME_ORDER = ("trained", "plateau", "collapsed", "diverged", "unfinished")
 
 _COLOURS = {
@@ -56,6 +56,7 @@ _SHAPES = {
 _DASHES = {  # on, off, in pixels
     **{"plain": (2, 2), "gpt2": (7, 3), "scale": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
     **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink": (5, 5)},
+    "zero_out": (3, 5),
 }
 _MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
 OUTCOME_COLOURS = {

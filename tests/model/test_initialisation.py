@@ -22,6 +22,7 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
     hidden_second_moment,
+    initial_size,
     plain,
     predicted_additions,
     predicted_branch_variance,
@@ -111,6 +112,9 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
         sites.add(spec.site)
         if spec.role == "norm":
             np.testing.assert_array_equal(values, np.float32(1))
+            return
+        if stds[spec.site] == 0:
+            np.testing.assert_array_equal(values, 0)
             return
         for block in values if spec.axes[0] == "layers" else [values]:
             n = block.size
@@ -322,6 +326,27 @@ def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
     error = math.hypot(cross_error(N, D, added * (1 + added)), math.sqrt(2 / (N * D)), added * 0.02)
     assert FIVE * error < 0.25 * (1 + added)
     assert abs(np.mean(stream**2) - (1 + added)) < FIVE * error
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_with_zero_outputs_a_block_adds_nothing_and_every_branch_can_move(placement, experts):
+    """Nothing is added, and what is zero has a gradient: a zero weight before a norm would have none."""
+    moe = MoEConfig(num_experts=experts, expert_dim=8 if experts else 0)
+    cfg = config(placement=placement, init="zero_out", depth=2, width=16, vocab_size=8, moe=moe)
+    model, params = draw(cfg)
+    assert all(np.all(added == 0) for added in predicted_additions(cfg, model.specs()).values())
+    zeros = {
+        spec.site
+        for spec in model.specs()
+        if initial_size(cfg, spec) is not None and np.all(initial_size(cfg, spec) == 0)
+    }
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    gradients = jax.jit(jax.grad(lambda p: jnp.sum(model.bind(p)(tokens)[..., 0] ** 2)))(params)
+    moved = {}
+    model.map_weights(lambda spec, g: moved.setdefault(spec.site, float(jnp.abs(g).max())), gradients)
+    assert zeros and all(moved[site] > 0 for site in zeros)
+    assert ("attn_out" in zeros) == (placement not in ("span", "span_raw", "peri", "olmo2", "layerscale", "rezero"))
 
 
 @pytest.mark.parametrize("target", ["v", "attn_out", "ffn_in", "ffn_out"])
