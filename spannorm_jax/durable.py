@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,19 +62,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Appends a JSON line, after dropping a last one that a crash cut short. Writers wait for one another."""
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        end = file.read().rfind(b"\n") + 1
+    """Appends a JSON line, after dropping a last one that a crash cut short. Writers wait for one another.
+
+    A line that cannot be written leaves the file as it was, and none where there was none.
+    """
+    line = to_json(value).encode() + b"\n"
+    while True:
+        with open(path, "a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(file.fileno()).st_nlink:  # the writer that was waited for has failed, and removed it
+                    continue
+                _append(file, line)
+                return
+            except OSError:
+                if path.is_file() and not os.fstat(file.fileno()).st_size:
+                    path.unlink()
+                raise
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    file.seek(0)
+    end = file.read().rfind(b"\n") + 1
+    file.truncate(end)
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
         file.truncate(end)
-        try:
-            file.write(to_json(value).encode() + b"\n")
-            file.flush()
-        except OSError:
-            file.truncate(end)
-            raise
-        os.fsync(file.fileno())
+        raise
+    os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
@@ -102,8 +120,10 @@ class InUse(UserError):
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[Callable[[], bool]]:
     """Holds a lock on the file `path`, which names its holder. The kernel releases it when the process dies.
+
+    Yields a function that tells whether the file there is still the one that is held.
 
     Raises:
       InUse: another process holds it, and it is not waited for; the line names that process and its host.
@@ -119,7 +139,14 @@ def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             raise UserError(f"{what} cannot be locked ({error.strerror}); use a file system that has flock") from error
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
-        yield
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except OSError:
+                return False
+
+        yield is_there
 
 
 def _holder(file: BinaryIO) -> str:

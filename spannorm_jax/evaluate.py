@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest, or last good one)")
     parser.add_argument(
         "--out", metavar="FILE", help="file that the result is appended to, or none (default: eval.jsonl)"
     )
@@ -37,10 +37,14 @@ def main(argv: list[str]) -> int:
         out = None if args.out == "none" else user_path(args.out, "--out")
     processes = flags_of(args)
     # JAX comes with these: a command that is mistyped does without.
-    from spannorm_jax.inference.evaluation import evaluate
+    from spannorm_jax.inference.evaluation import NotRecorded, evaluate
     from spannorm_jax.parallel.distributed import is_first
 
-    result = evaluate(config, args.workdir, args.step, processes, out)
+    unrecorded = None
+    try:
+        result = evaluate(config, args.workdir, args.step, processes, out)
+    except NotRecorded as error:
+        result, unrecorded = error.result, error
     code = 0 if math.isfinite(result["loss"]) else DIVERGED_EXIT
     if not is_first():
         return code
@@ -54,6 +58,8 @@ def main(argv: list[str]) -> int:
         )
     if code:
         print(f"the held-out loss of step {result['step']} is not finite; its record holds null", file=sys.stderr)
+    if unrecorded:
+        raise unrecorded
     return code
 
 

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.sample", description=__doc__)
     parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder")
     parser.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch (default: '')")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest, or last good one)")
     parser.add_argument("--max_tokens", type=int, default=usual.max_tokens, help="new tokens a prompt, at most")
     parser.add_argument("--temperature", type=float, default=usual.temperature, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=usual.top_k, help="draw from the likeliest k; 0: from all")

@@ -1,5 +1,6 @@
 """The launch scripts, with stand-ins for srun, scontrol and gcloud that write down what they are asked for."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from processes import LIMIT_S
 
+from spannorm_jax.config import Config, to_dict
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import place
 from spannorm_jax.parallel.place import Flags, find_place
@@ -89,8 +91,11 @@ def test_what_is_missing_is_submitted_as_one_array(run, tmp_path, monkeypatch, c
     """The script that sbatch is given does the runs with the arguments that it is given."""
     sweep = expand("demo", "cpu", overrides=[("training.steps", "12")])
     for i, name in ((1, "DONE"), (2, "DIVERGED")):
-        (tmp_path / "out" / sweep.runs[i].name).mkdir(parents=True)
-        (tmp_path / "out" / sweep.runs[i].name / name).write_text("{}")
+        folder = tmp_path / "out" / sweep.runs[i].name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(to_dict(Config())))
+        (folder / name).write_text('{"step": 12}')
+        (folder / "eval.jsonl").write_text('{"step": 12}\n')
     failed = Place(tmp_path / "out", sweep.runs[4].name)
     with failed.claim():
         failed.fail("no reason")

@@ -1,6 +1,5 @@
 """Held-out loss of a run's checkpoint, from its folder alone."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,17 @@ from spannorm_jax.training.step import make_evaluate
 
 
 def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out: Path | None) -> dict[str, Any]:
-    """Evaluates a checkpoint (default: the newest), appends a line to `out` if there is one, and returns that line.
+    """Evaluates a checkpoint (default: that of `open_trained`), appends a line to `out` if given, and returns it.
 
-    A run's eval.jsonl that cannot be written is said on stderr; another `out` is refused before
-    the work. Of several processes (`flags`) each reads its own rows, and process 0 appends.
+    An `out` that is not the run's own eval.jsonl is refused before the work where it cannot be
+    written. Of several processes (`flags`) each reads its own rows, and process 0 appends.
 
     `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
     (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
 
     Raises:
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`
-        cannot be written.
+        cannot be written; NotRecorded if that shows after the work, which has its result then.
     """
     start_jax(config.platform, flags)
     distributed.check_devices()
@@ -51,18 +50,28 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
             loss_sums = make_evaluate(config, trained.model, mesh)
             result = held_out(config, mesh, loss_sums, data, trained.params, trained.model_state)
     line: dict[str, Any] = {"step": trained.step, **result}
-    line |= {"split": config.data.eval_split, "fingerprint": config.data.fingerprint, "mesh": dict(mesh.shape)}
+    line |= run_folder.what_is_evaluated(config, trained.step) | {"mesh": dict(mesh.shape)}
     if data.eval_overlap:
         line["eval_overlap"] = data.eval_overlap
-    if out is not None and distributed.is_first():
-        try:
-            append_line(out, line)
-        except OSError as error:
-            print(
-                f"not recorded: {out} cannot be written ({error.strerror}); --out FILE records it elsewhere",
-                file=sys.stderr,
-            )
+    if out is not None:
+        distributed.from_first(lambda: _append(out, line))
     return line
+
+
+class NotRecorded(UserError):
+    """An evaluation has its `result`, and its file cannot be written."""
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
+
+
+def _append(out: Path, line: dict[str, Any]) -> None:
+    try:
+        append_line(out, line)
+    except OSError as error:
+        why = f"{out} cannot be written ({error.strerror})"
+        raise NotRecorded(f"not recorded: {why}; --out FILE records it elsewhere", line) from error
 
 
 def _check_writable(out: Path) -> None:

@@ -88,12 +88,15 @@ def train_loss(run: Run) -> float | None:
 def held_out(run: Run) -> dict[str, Any] | None:
     """The evaluation that counts: newest of the highest step, on the config's held-out split.
 
-    Other splits count only when that one was never evaluated, the training split never.
+    Of a run that is done it is one of its last step: an earlier one is no result. Other splits count
+    only when that one was never evaluated, the training split never.
     """
     options = run.options
-    lines = [e for e in run.evals if e.get("split") in (None, options.get("data.eval_split"))]
+    last = None if run.done is None else run.done.get("step", run.steps)
+    evals = [e for e in run.evals if last in (None, e["step"])]
+    lines = [e for e in evals if e.get("split") in (None, options.get("data.eval_split"))]
     if not lines:
-        lines = [e for e in run.evals if e.get("split") != options.get("data.train_split")]
+        lines = [e for e in evals if e.get("split") != options.get("data.train_split")]
     return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
 
 

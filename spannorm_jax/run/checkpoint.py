@@ -3,7 +3,8 @@
 A checkpoint has items: params, opt_state, model_state (if the model has any) and meta (step and resolved config).
 They are separate so that evaluation does not read the optimiser's. Saves are asynchronous: Orbax writes to a temporary
 folder and renames it when everything is on disk; just before, `array_store.py` asks each item for its arrays and
-`manifest.py` lists the hash of each file. Only checkpoints that are whole and match their manifest are ever read.
+`manifest.py` lists the hash of each file. Only checkpoints that are whole, match their manifest, and are by their meta
+that step of that run are ever read: a folder's name says nothing.
 
 Readers and a trainer at work share a folder. A reader holds the checkpoint it reads by a shared lock on its manifest,
 and the trainer keeps what is held; the trainer locks what it removes, and a reader passes it over.
@@ -16,7 +17,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +28,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from spannorm_jax.config import CheckpointConfig
+from spannorm_jax.config import CheckpointConfig, Config, changed_keys
+from spannorm_jax.config_file import recorded_config
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.array_store import incomplete, join_parts
@@ -43,6 +47,8 @@ def _says_more(record: logging.LogRecord) -> bool:
     return record.levelno == logging.WARNING and not _SAID_OTHERWISE.match(record.getMessage())
 
 
+_LOOKS, _LOOK_S = 50, 0.1  # of a reader, while a trainer removes all that it finds
+
 logging.getLogger("absl").setLevel(logging.WARNING)
 logging.getLogger("absl").addFilter(_says_more)
 
@@ -50,16 +56,29 @@ logging.getLogger("absl").addFilter(_says_more)
 class Checkpoints:
     """The checkpoints of one run. `close` must be called, also after an error: it waits for the last save."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig | None = None):
-        """Opens the folder for training with `config`, or read-only without one."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig | None = None,
+        run: Config | None = None,
+        check_own: Callable[[], None] = lambda: None,
+    ):
+        """Opens the folder for training with `config`, or read-only without one.
+
+        Args:
+          run: the config of the run that the checkpoints must be of; None: whatever run.
+          check_own: raises, on every process, if the run's folder is no longer its own. It is called around each save.
+        """
+        self.folder, self.check_own = folder, check_own
+        self._run = run
+        self._kept = _KeepHeld(folder, config) if config else None
         self._saving: int | None = None
         self._held: IO[bytes] | None = None
-        if config is None:
+        if self._kept is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepHeld(folder, config),
+                preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 # Orbax calls this when all files are written, just before it renames the temporary folder.
@@ -87,7 +106,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts a save; returns once the state may be donated. An error of the save before is raised here."""
-        self._manager.wait_until_finished()
+        self.wait()
+        self._trim()
         self._saving = step
         trees = {"params": state.params, "opt_state": state.opt_state, "model_state": state.model_state}
         args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if tree}
@@ -144,15 +164,10 @@ class Checkpoints:
                 "train with a larger checkpoint.keep_last"
             ) from error
 
-    def config(self, step: int) -> dict[str, Any] | None:
-        """The config that a checkpoint was saved with, as a dictionary; None if it does not say."""
-        path = self._path(step) / "meta" / "metadata"
-        return json.loads(path.read_text(encoding="utf-8")).get("config") if path.is_file() else None
-
-    def newest_sound(self) -> tuple[int | None, list[str]]:
-        """The newest step whose files are as they were saved, and what is wrong with each newer one."""
+    def newest_sound(self, before: int | None = None) -> tuple[int | None, list[str]]:
+        """The newest step (below `before`) that is sound and the run's, and what is wrong with each newer one."""
         faults: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed([s for s in self.steps() if before is None or s < before]):
             found = self._fault(step)
             if found is None:
                 return step, faults
@@ -196,44 +211,76 @@ class Checkpoints:
                     "from spannorm_jax.run.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
                     f"{str(self._path(step))!r}"
                 )
-        return found
+        return found or self._foreign(step)
 
-    def find(self, step: int | None) -> tuple[int, list[str]]:
-        """The step asked for, or the newest sound one, and what is wrong with each newer one.
+    def _foreign(self, step: int) -> str | None:
+        """What the meta of a sound checkpoint says against its being that step of this run."""
+        path = self._path(step)
+        if not (path / "meta" / "metadata").is_file():  # it says nothing
+            return None
+        meta = json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
+        if meta.get("step", step) != step:
+            return f"{path} is the checkpoint of step {meta['step']} under another name"
+        if self._run is None or "config" not in meta:
+            return None
+        try:
+            changed = changed_keys(recorded_config(meta["config"]), self._run)
+        except UserError as error:
+            return f"{path} was saved with a config that this version does not know ({error})"
+        for key, then, now in changed:
+            if key != "model.dtype":  # which the machine may have chosen
+                return f"{path} is of another run: it was saved with {key}={then!r}, and this run has {now!r}"
+        return None
+
+    def find(self, step: int | None, at_most: int | None = None) -> tuple[int, list[str]]:
+        """The step asked for, or the newest sound one (no later than `at_most`), and what is wrong with each newer one.
 
         It is held until `close`: a trainer at work leaves it where it is.
 
         Raises:
-          UserError: there is no such checkpoint, or it is not as it was saved.
+          UserError: there is no such checkpoint, or it is not as it was saved, or not this run's.
         """
-        found, faults = distributed.from_first(lambda: self._find(step))
+        found, faults = distributed.from_first(lambda: self._find(step, at_most))
         return found, faults
 
-    def _find(self, wanted: int | None) -> tuple[int, list[str]]:
-        steps = self.steps()
+    def _find(self, wanted: int | None, at_most: int | None) -> tuple[int, list[str]]:
+        for _ in range(_LOOKS):
+            steps = [step for step in self.steps() if at_most is None or step <= at_most]
+            found, faults, gone = self._look(wanted, steps)
+            if found is not None:
+                return found, faults
+            if wanted is not None or not gone:
+                break
+            time.sleep(_LOOK_S)  # a trainer is removing some, and newer ones come
+            self._manager.reload()
+        if wanted is None:
+            if gone:
+                raise UserError(f"{self._path(gone[0])} is being removed by a trainer; repeat the command")
+            raise UserError(f"{faults[0]}, and no older checkpoint is sound; put the files back from a copy")
+        if gone:
+            raise UserError(f"{self._path(wanted)} is being removed by a trainer; choose another --step")
+        others = ", ".join(str(s) for s in steps if s != wanted) or "none"
+        raise UserError(f"{faults[0]}; put the file back from a copy, or choose another --step (there: {others})")
+
+    def _look(self, wanted: int | None, steps: list[int]) -> tuple[int | None, list[str], list[int]]:
+        """The step to read if there is one, what is wrong with newer ones, and those that a trainer is removing."""
         if not steps:
-            raise UserError(f"{self.folder} holds no committed checkpoint yet; train longer first")
+            raise UserError(f"{self.folder} holds no committed checkpoint to read; train longer first")
         if wanted is not None and wanted not in steps:
             raise UserError(
                 f"{self.folder} holds no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}"
             )
         faults: list[str] = []
+        gone: list[int] = []
         for step in [wanted] if wanted is not None else steps[::-1]:
-            if not self._hold(step):
-                continue
-            found = self._fault(step)
+            found = self._fault(step) if self._hold(step) else ""
             if found is None:
-                return step, faults
-            faults.append(found)
-        if not faults:  # all were being removed: newer ones have come
-            self._manager.reload()
-            if wanted is None and self.steps() != steps:
-                return self._find(None)
-            raise UserError(f"{self._path(wanted or steps[-1])} is being removed by a trainer; choose another --step")
-        if wanted is None:
-            raise UserError(f"{faults[0]}, and no older checkpoint is sound; put the files back from a copy")
-        others = ", ".join(str(s) for s in steps if s != wanted) or "none"
-        raise UserError(f"{faults[0]}; put the file back from a copy, or choose another --step (there: {others})")
+                return step, faults, gone
+            if found and self._path(step).exists():
+                faults.append(found)
+            else:
+                gone.append(step)
+        return None, faults, gone
 
     def _hold(self, step: int) -> bool:
         """Keeps a trainer from removing a checkpoint; False if it has gone, or a trainer is removing it."""
@@ -254,31 +301,62 @@ class Checkpoints:
             self._held = None
 
     def wait(self) -> None:
-        """Returns when every save is committed."""
-        self._manager.wait_until_finished()
+        """Returns when every save is committed, in a folder that is still the run's own."""
+        self._in_own(self._manager.wait_until_finished)
+        self.check_own()
+
+    def finish(self, step: int) -> None:
+        """Waits for the save of the last step, reads it, and leaves what the config asks to keep.
+
+        Raises:
+          UserError: it is not as it was saved, or the folder is not the run's own any more.
+        """
+        self.wait()
+        found = distributed.from_first(lambda: self._fault(step))
+        if found:
+            raise UserError(f"{found}; repeat the command, which goes on from the last sound checkpoint")
+        self._trim()
+
+    def _trim(self) -> None:
+        """Removes what `keep_last` does not ask for: a later step has used the newest checkpoint, or none will."""
+        assert self._kept is not None
+        for step in self._kept.spare(self.steps(), self._kept.last):
+            self._in_own(partial(self._manager.delete, step))
+
+    def _in_own(self, act: Callable[[], None]) -> None:
+        """Acts on the folder. What fails because it was removed says so."""
+        try:
+            act()
+        except Exception:
+            self.check_own()
+            raise
 
     def close(self) -> None:
         self._release()
-        self._manager.close()
+        self._in_own(self._manager.close)
 
 
 class _KeepHeld(policies.PreservationPolicy):
-    """Orbax's choice of what to keep, and what a reader holds. What goes is locked until the next choice."""
+    """Keeps what the config says and what a reader holds. What goes is locked until the next choice.
+
+    The weights of the newest checkpoint may be bad, as only the next step tells; the one before it is good. So two are
+    kept at least, until the next save begins.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
-        kept = [policies.LatestN(config.keep_last)]
-        if config.keep_every:
-            kept.append(policies.EveryNSteps(config.keep_every))
-        self._usual = policies.AnyPreservationPolicy(kept)
+        self.last, self._every = config.keep_last, config.keep_every
         self._folder = folder
         self._locks = contextlib.ExitStack()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        spare = self.spare([info.step for info in checkpoints], max(2, self.last))
+        return [info.step not in spare for info in checkpoints]
+
+    def spare(self, steps: Sequence[int], last: int) -> list[int]:
+        """Those that nobody needs, with the `last` newest kept. They are locked until the next choice."""
         self._locks.close()  # of the choice before, whose removals are done
-        usual = self._usual.should_preserve(checkpoints, context=context)
-        spare = [info.step for info, keep in zip(checkpoints, usual, strict=True) if not keep]
-        held = distributed.from_first(lambda: [step for step in spare if not self._claim(step)])
-        return [keep or info.step in held for info, keep in zip(checkpoints, usual, strict=True)]
+        spare = [s for s in sorted(steps)[:-last] if not self._every or s % self._every]
+        return distributed.from_first(lambda: [step for step in spare if self._claim(step)])
 
     def _claim(self, step: int) -> bool:
         """Locks out readers; False if one holds the checkpoint."""

@@ -17,8 +17,11 @@ damaged/       checkpoints whose files had changed, moved out of the way
 
 import contextlib
 import json
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from spannorm_jax.config import Config, changed_keys, replace, to_dict
 from spannorm_jax.config_file import recorded_config
@@ -31,6 +34,7 @@ CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", 
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
 TOKENIZER, WANDB = "tokenizer.json", "wandb.json"
 DONE, DIVERGED, LOCK, DAMAGED = "DONE", "DIVERGED", "LOCK", "damaged"
+_REMOVAL_S = 0.5  # that removing a run's folder may take: whoever does begins with what lies in it
 _FIRST_FILES = (LOCK, CONFIG + ".tmp")  # all that a start which was killed at once leaves
 
 
@@ -94,9 +98,15 @@ def data_opened_as(workdir: Path, config: Config) -> str:
     return old.full_name if names.goes_on(config.data, old) else config.data.full_name
 
 
+class NotItsOwn(UserError):
+    """The folder of a run at work was removed, or another stands in its place."""
+
+
 @contextlib.contextmanager
-def open_run(workdir: Path, config: Config) -> Iterator[None]:
+def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
     """Makes the folder a run of `config`, or checks that it is one already, and keeps other trainers out of it.
+
+    Yields a function that raises NotItsOwn once the folder is no longer the one that was opened.
 
     Raises:
       UserError: the folder holds something else, a run with another config, or a trainer at work. Nothing is changed
@@ -106,24 +116,55 @@ def open_run(workdir: Path, config: Config) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(workdir / LOCK, f"--workdir {workdir}"))
+            holds_lock = stack.enter_context(exclusive(workdir / LOCK, f"--workdir {workdir}"))
             _check_fits(workdir, config)  # another trainer may have been first
             write_json(workdir / CONFIG, to_dict(config))
         except (OSError, ValueError) as error:  # ValueError: a path that no system has
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot write in --workdir {workdir}: {reason}; give another folder") from error
+
+        def is_own() -> bool:
+            return holds_lock() and (workdir / CONFIG).is_file()
+
+        def check_own() -> None:
+            if not is_own():
+                raise NotItsOwn(
+                    f"--workdir {workdir} was removed or replaced while the run was at work ({LOCK} or {CONFIG} is not "
+                    "its own any more); nothing more is written there; put the folder back and repeat the command to "
+                    "go on, or repeat it to begin anew"
+                )
+
         try:
-            yield
+            yield check_own
         except UserError:
             raise
         except Exception as error:
             why = unwritable(error)
             if why is None:
+                time.sleep(_REMOVAL_S)
+                check_own()
                 raise
             raise UserError(
                 f"cannot write in --workdir {workdir}: {why}; mend that and repeat the command, which goes on from "
                 "the last sound checkpoint"
             ) from error
+        finally:
+            if not is_own():
+                time.sleep(_REMOVAL_S)
+                _remove_remade(workdir)
+
+
+def _remove_remade(workdir: Path) -> None:
+    """Removes a folder that holds one checkpoint and nothing else: what a save has made while the run was removed.
+
+    Orbax makes all folders above its own, and `rm -r` fails where one is not empty any more. What is left would keep
+    the same command from beginning anew.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if [path.name for path in workdir.iterdir()] != [CHECKPOINTS]:
+            return
+        if len({path.name.partition(".")[0] for path in (workdir / CHECKPOINTS).iterdir()}) <= 1:
+            shutil.rmtree(workdir)
 
 
 def _check_fits(workdir: Path, config: Config) -> None:
@@ -138,6 +179,46 @@ def _check_fits(workdir: Path, config: Config) -> None:
             )
     elif workdir.exists() and (not workdir.is_dir() or any(p.name not in _FIRST_FILES for p in workdir.iterdir())):
         raise UserError(f"{workdir} exists and is not a run; give a new or empty folder as --workdir")
+
+
+# ---- what came of a run ---------------------------------------------------------------------------
+
+
+def read_mark(path: Path) -> dict[str, Any] | None:
+    """What DONE or DIVERGED says: None if the file is not there, nothing if it cannot be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def what_is_evaluated(config: Config, step: int) -> dict[str, Any]:
+    """What a line of eval.jsonl says of its evaluation, besides the result: two that say the same measured the same."""
+    return {
+        "step": step,
+        "split": config.data.eval_split,
+        "fingerprint": config.data.fingerprint,
+        "asked_tokens": config.eval.tokens,
+    }
+
+
+def is_evaluated(workdir: Path, config: Config, step: int) -> bool:
+    """Whether eval.jsonl holds the evaluation of a step that `config` asks for."""
+    asked = what_is_evaluated(config, step)
+    try:
+        lines = (workdir / EVAL).read_bytes().splitlines()
+    except OSError:
+        return False
+    for text in lines:
+        with contextlib.suppress(ValueError):  # half a line, which a crash leaves
+            line = json.loads(text)
+            # A line from before a key came agrees with whatever is asked.
+            if isinstance(line, dict) and "step" in line and all(line.get(k, v) == v for k, v in asked.items()):
+                return True
+    return False
 
 
 def keep_lines_until(path: Path, last_step: int) -> None:

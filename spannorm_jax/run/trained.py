@@ -9,13 +9,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config, flatten
-from spannorm_jax.config_file import recorded_config
+from spannorm_jax.config import Config
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params, define
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
+from spannorm_jax.run.folder import CHECKPOINTS, DIVERGED, read_config, read_mark
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,27 @@ class Trained:
 
 @contextlib.contextmanager
 def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, Mesh], Trained]]:
-    """Finds a checkpoint (None: the newest sound one) and yields a function that restores it.
+    """Finds a checkpoint and yields a function that restores it.
 
-    The checkpoint is held until the end of the context: a trainer at work does not remove it. Newer
-    ones that are damaged are named on stderr, with what is done instead (`doing`, as in
-    "evaluating"). The function takes the run's resolved config and a mesh that divides its weights;
+    Without a step it is the newest sound one, or where the run diverged the last good one, which is
+    said. The checkpoint is held until the end of the context: a trainer at work does not remove it.
+    Newer ones that are damaged or not the run's are named on stderr, with what is done instead
+    (`doing`, as in "evaluating"). The function takes the run's resolved config and a mesh that divides its weights;
     it reads what the model needs and nothing else. Every process calls both.
 
     Raises:
-      UserError: there is no such sound checkpoint, it is of another model than the config, or it was
-        removed where no lock could hold it.
+      UserError: there is no such sound checkpoint of this run, or it was removed where no lock could
+        hold it.
     """
-    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
-        found, faults = checkpoints.find(step)
+    good = distributed.from_first(lambda: _last_good(workdir)) if step is None else None
+    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS, run=read_config(workdir))) as checkpoints:
+        found, faults = checkpoints.find(step, good)
+        if good is not None:
+            distributed.print_once(f"{workdir} diverged: {doing} step {found}, its last good checkpoint", sys.stderr)
         for fault in faults:  # stdout may be one JSON line
             distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
         def restore(config: Config, mesh: Mesh) -> Trained:
-            _check_model(workdir, found, checkpoints.config(found), config)
             model = define(config.model, config.execution)
             params, model_state = checkpoints.restore_model(
                 found, abstract_params(model, mesh), abstract_model_state(model, mesh)
@@ -59,14 +61,17 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
         yield restore
 
 
-def _check_model(workdir: Path, step: int, saved: dict[str, Any] | None, config: Config) -> None:
-    """Raises UserError if the config that a checkpoint was saved with has another model than the folder's."""
-    if saved is None:
-        return
-    then, now = flatten(recorded_config(saved)), flatten(config)
-    for key in now:
-        if key.startswith("model.") and key != "model.dtype" and then[key] != now[key]:
-            raise UserError(
-                f"{workdir / CHECKPOINTS / str(step)} is of another architecture: it was saved with {key}={then[key]}, "
-                f"and {workdir / CONFIG} says {now[key]}; put the file or the checkpoint back that belongs to it"
-            )
+def _last_good(workdir: Path) -> int | None:
+    """The last good checkpoint of a run that diverged; None if it did not, or was not asked for one then.
+
+    Raises:
+      UserError: it diverged before there was one.
+    """
+    mark = read_mark(workdir / DIVERGED) or {}
+    good = mark.get("last_good_checkpoint")
+    if good is None and "last_good_checkpoint" in mark:
+        raise UserError(
+            f"{workdir} diverged at step {mark.get('step')}, before it had a good checkpoint; --step N takes one all "
+            f"the same, as far as there are any in {CHECKPOINTS}/"
+        )
+    return good

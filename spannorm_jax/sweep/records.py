@@ -21,7 +21,17 @@ from typing import Any
 from spannorm_jax.config import Config, flatten
 from spannorm_jax.durable import exclusive, write_json
 from spannorm_jax.errors import UserError
-from spannorm_jax.run.folder import CHECKPOINTS, CONFIG, DIVERGED, DONE, EVAL, LOCK, METRICS
+from spannorm_jax.run.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    DIVERGED,
+    DONE,
+    LOCK,
+    METRICS,
+    is_evaluated,
+    read_config,
+    read_mark,
+)
 from spannorm_jax.sweep.expansion import Run, identity
 
 NEW, RUNNING, STOPPED, FAILED = "new", "running", "stopped", "failed"
@@ -56,12 +66,23 @@ class Place:
 
     def trained(self) -> bool:
         """Whether training has ended by itself: at its last step, or diverged."""
-        return (self.workdir / DONE).exists() or (self.workdir / DIVERGED).exists()
+        marks = (self.workdir / DONE).exists() or (self.workdir / DIVERGED).exists()
+        return marks and (self.workdir / CONFIG).exists()
 
-    def to_evaluate(self) -> bool:
-        """Whether a checkpoint of the trained run waits for its evaluation. A run may diverge before its first one."""
-        checkpoints = self.workdir / CHECKPOINTS
-        return not (self.workdir / EVAL).exists() and checkpoints.is_dir() and any(checkpoints.iterdir())
+    def to_evaluate(self) -> int | None:
+        """The step of a trained run that waits for its evaluation: its last, or the last good one where it diverged.
+
+        None: it is evaluated on what its config asks for, or it diverged before its first good
+        checkpoint, or is a record without checkpoints.
+        """
+        diverged, config = read_mark(self.workdir / DIVERGED), read_config(self.workdir)
+        if diverged is None:
+            step = (read_mark(self.workdir / DONE) or {}).get("step", config.training.steps)
+        else:
+            step = diverged.get("last_good_checkpoint")
+            if not any((self.workdir / CHECKPOINTS).glob("*")):
+                step = None
+        return None if step is None or is_evaluated(self.workdir, config, step) else step
 
     def state(self) -> str:
         """One of STATES, for whoever does not work on the run."""
@@ -70,8 +91,9 @@ class Place:
 
     def state_at_rest(self) -> str:
         """One of STATES but RUNNING: what there is to go on from, for the process that has claimed the run."""
-        if self.trained() and not self.to_evaluate():
-            return GONE_OFF if (self.workdir / DIVERGED).exists() else TRAINED
+        with contextlib.suppress(UserError):  # a config that cannot be read, which whoever goes on says
+            if self.trained() and self.to_evaluate() is None:
+                return GONE_OFF if (self.workdir / DIVERGED).exists() else TRAINED
         if (self.notes / _FAILED).exists():
             return FAILED
         return STOPPED if (self.workdir / CONFIG).exists() else NEW

@@ -119,8 +119,8 @@ def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> boo
     trained = distributed.from_first(place.trained)
     if not trained and train.main([*_argv(run, place), *processes]) == STOPPED_EXIT:
         return False
-    if distributed.from_first(place.to_evaluate):
-        evaluate.main(["--workdir", str(place.workdir), *processes])
+    if (step := distributed.from_first(place.to_evaluate)) is not None:
+        evaluate.main(["--workdir", str(place.workdir), f"--step={step}", *processes])
     return True
 
 

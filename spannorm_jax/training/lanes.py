@@ -6,9 +6,10 @@ stand at the same step: each turn takes every lane one step further from where i
 the arrays, and what is computed for it is dropped.
 """
 
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config
-from spannorm_jax.errors import DIVERGED_EXIT, UserError
+from spannorm_jax.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError, one_line
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.liveness import Stop, Watchdog, stop_signals
 from spannorm_jax.parallel.mesh import LANE, partition_spec
 from spannorm_jax.run import folder as run_folder
-from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training import record
 from spannorm_jax.training.batches import Batches, Index
@@ -48,14 +48,13 @@ class Lane:
       code: its exit code once it has ended, as `loop.train` returns it; None while it is at work.
     """
 
-    def __init__(self, session: Session, lanes: int):
+    def __init__(self, session: Session, check_own: Callable[[], None], lanes: int):
         """Opens the run's checkpoints. `start` must follow, and `close`, also after an error."""
         self.session, self.config = session, session.config
         self.first = 1
         self.code: int | None = None
         self._lanes, self._open = lanes, ExitStack()
-        folder = session.workdir / run_folder.CHECKPOINTS
-        self._checkpoints = self._open.enter_context(closing(Checkpoints(folder, self.config.checkpoint)))
+        self._checkpoints = self._open.enter_context(closing(record.open_checkpoints(session, check_own)))
 
     @property
     def steps(self) -> int:
@@ -86,29 +85,45 @@ class Lane:
         try:
             self._log.read_previous(measure)
         except Diverged as diverged:
-            self._progress.end_line()
-            self._checkpoints.wait()
-            record.record_divergence(self.session.workdir, diverged, self._checkpoints.steps())
-            self.close()
-            self.code = DIVERGED_EXIT
+            with self._own_folder():
+                self._progress.end_line()
+                record.record_divergence(self.session.workdir, diverged, self._checkpoints)
+                self.close()
+                self.code = DIVERGED_EXIT
 
     def save(self, turn: int, state: TrainState) -> None:
-        record.save(self.config, self._checkpoints, self._writer, self.first + turn, state)
+        with self._own_folder():
+            record.save(self.config, self._checkpoints, self._writer, self.first + turn, state)
 
     def end(self, turn: int, stopped_by: str) -> None:
         """Ends the run, whose save has been started, if it has taken its last step or a signal stops all."""
         step = self.first + turn
         if step < self.steps and not stopped_by:
             return
-        self._progress.end_line()
-        self._checkpoints.wait()
-        self.close()
-        if step == self.steps:
-            record.record_end(self.session)
-            self.code = 0
-        else:
-            print(f"stopped by {stopped_by}, {self.session.workdir} saved at step {step}; the same command goes on")
-            self.code = self.session.flags.stop_code
+        with self._own_folder():
+            self._progress.end_line()
+            if step == self.steps:
+                self._checkpoints.finish(step)
+                self.close()
+                record.record_end(self.session, self._checkpoints)
+                self.code = 0
+            else:
+                self._checkpoints.wait()
+                self.close()
+                print(f"stopped by {stopped_by}, {self.session.workdir} saved at step {step}; the same command goes on")
+                self.code = self.session.flags.stop_code
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """A lane whose folder was removed ends, as it would alone; the others go on."""
+        try:
+            yield
+        except run_folder.NotItsOwn as error:
+            self._progress.end_line()
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            self.code = USER_ERROR_EXIT
+            with suppress(run_folder.NotItsOwn):  # said already
+                self.close()
 
     def close(self) -> None:
         self._open.close()
@@ -177,23 +192,27 @@ def train_lanes(runs: Sequence[tuple[Config, Path, Flags]]) -> list[int]:
     check_lanes({workdir.name: config for config, workdir, _ in runs})
     sessions = [record.open_session(*run, lanes=len(runs)) for run in runs]
     with ExitStack() as opened:
-        for session in sessions:
-            record.open_folder(opened, session)
+        checks = [record.open_folder(opened, session)[0] for session in sessions]
         stop = opened.enter_context(stop_signals())
-        left = [session for session in sessions if not (session.workdir / run_folder.DONE).exists()]
+        left = [
+            (session, check_own)
+            for session, check_own in zip(sessions, checks, strict=True)
+            if not (session.workdir / run_folder.DONE).exists()
+        ]
         codes = {lane.session.workdir: lane.code for lane in _train(left, stop)} if left else {}
         return [codes.get(session.workdir) or 0 for session in sessions]
 
 
-def _train(sessions: Sequence[Session], stop: Stop) -> list[Lane]:
-    """Trains all of them to their ends."""
-    session, mesh = sessions[0], sessions[0].mesh
+def _train(sessions: Sequence[tuple[Session, Callable[[], None]]], stop: Stop) -> list[Lane]:
+    """Trains all of them to their ends. Beside each is what tells whether its folder is still its own."""
+    session = sessions[0][0]
+    mesh = session.mesh
     print(f"{len(sessions)} lanes of one program; what they share is said of the first, {session.workdir}")
     record.announce(session, record.start_of(session, len(sessions)))
     with ExitStack() as running:
         running.enter_context(jax.set_mesh(mesh))
         watchdog = running.enter_context(closing(Watchdog(session.config.training.watchdog_minutes)))
-        lanes = [running.enter_context(closing(Lane(each, len(sessions)))) for each in sessions]
+        lanes = [running.enter_context(closing(Lane(*each, len(sessions)))) for each in sessions]
 
         # ---- states: each lane's own, then all of them with a lane axis
         longest = max(lanes, key=lambda lane: lane.steps)  # whose progress is shown

@@ -13,7 +13,6 @@ from spannorm_jax.parallel import distributed, place
 from spannorm_jax.parallel.liveness import Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
-from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.training import record
 from spannorm_jax.training.batches import batches_of
@@ -44,7 +43,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
     check_agreement(config)
     first_process = distributed.is_first()
     with ExitStack() as opened:
-        wandb = distributed.run_on_all(lambda: record.open_folder(opened, session))
+        check_own, wandb = distributed.run_on_all(lambda: record.open_folder(opened, session))
         stop = opened.enter_context(stop_signals())
         if distributed.from_first((workdir / run_folder.DONE).exists):
             distributed.print_once(f"{workdir} is done already (step {steps})")
@@ -56,8 +55,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
         with ExitStack() as running:
             running.enter_context(jax.set_mesh(session.mesh))
             watchdog = running.enter_context(closing(Watchdog(config.training.watchdog_minutes)))
-            folder = workdir / run_folder.CHECKPOINTS
-            checkpoints = running.enter_context(closing(Checkpoints(folder, config.checkpoint)))
+            checkpoints = running.enter_context(closing(record.open_checkpoints(session, check_own)))
             running.enter_context(in_step())  # where a process that is lost meanwhile is told apart
 
             # ---- state: the newest sound checkpoint, or a new one
@@ -110,11 +108,10 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
                             f"stopped by {stopped_by}, saved at step {step}; the same command goes on"
                         )
                         return flags.stop_code
-                checkpoints.wait()
+                checkpoints.finish(steps)
             except Diverged as diverged:
                 progress.end_line()
-                checkpoints.wait()
-                record.record_divergence(workdir, diverged, checkpoints.steps())
+                record.record_divergence(workdir, diverged, checkpoints)
                 return DIVERGED_EXIT
-        record.record_end(session)
+        record.record_end(session, checkpoints)
         return 0

@@ -3,6 +3,7 @@
 The loop calls these for its one run, and the loop of lanes for each of its own.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ def open_session(config: Config, workdir: Path, flags: Flags, lanes: int = 1) ->
     return distributed.run_on_all(lambda: match_machine(config, workdir, flags, lanes))
 
 
-def open_folder(stack: ExitStack, session: Session) -> Any:
-    """Opens the run's folder on process 0, and returns wandb there if it is asked for.
+def open_folder(stack: ExitStack, session: Session) -> tuple[Callable[[], None], Any]:
+    """Opens the run's folder on process 0.
+
+    Returns a function that raises NotItsOwn, on every process, once it is no longer the run's own; and, on process 0,
+    wandb if it is asked for.
 
     Raises:
       UserError: process 0 cannot open the folder, or another process does not see it.
@@ -49,13 +53,19 @@ def open_folder(stack: ExitStack, session: Session) -> Any:
     config, workdir = session.config, session.workdir
     if distributed.is_first():
         wandb = wandb_log.load(config)
-        stack.enter_context(run_folder.open_run(workdir, config))
+        check_own = stack.enter_context(run_folder.open_run(workdir, config))
         if session.data.tokenizer.source:
             write_text(workdir / run_folder.TOKENIZER, session.data.tokenizer.source)
-        return wandb
+        return lambda: distributed.from_first(check_own), wandb
     if not (workdir / run_folder.CONFIG).exists():
         raise UserError(f"--workdir {workdir} is not shared: process 0 has opened it, and it is not here; share it")
-    return None
+    return lambda: distributed.from_first(lambda: None), None
+
+
+def open_checkpoints(session: Session, check_own: Callable[[], None]) -> Checkpoints:
+    """The checkpoints of the run, to be closed."""
+    folder, config = session.workdir / run_folder.CHECKPOINTS, session.config
+    return Checkpoints(folder, config.checkpoint, config, check_own)
 
 
 def start_of(session: Session, lanes: int = 1) -> dict[str, Any]:
@@ -144,22 +154,24 @@ def save(
 # ---- the end ----------------------------------------------------------------------------------
 
 
-def record_end(session: Session) -> None:
-    """Marks the run as done, once its last checkpoint is committed."""
+def record_end(session: Session, checkpoints: Checkpoints) -> None:
+    """Marks the run as done, once `checkpoints.finish` has read its last one and all is closed."""
+    checkpoints.check_own()
     if distributed.is_first():
         write_json(session.workdir / run_folder.DONE, {"step": session.config.training.steps})
     distributed.print_once(f"done: {session.workdir}")
 
 
-def record_divergence(workdir: Path, diverged: Diverged, kept: list[int]) -> None:
-    """Writes DIVERGED, and says which of the `kept` checkpoints is good.
+def record_divergence(workdir: Path, diverged: Diverged, checkpoints: Checkpoints) -> None:
+    """Writes DIVERGED, and says which checkpoint is good.
 
     A step's numbers are of the weights before it: those that this step met are not good.
     """
     met = diverged.record["step"] - 1
-    good = max((saved for saved in kept if saved < met), default=None)
+    checkpoints.wait()
+    good, _ = distributed.from_first(lambda: checkpoints.newest_sound(before=met))
     last = f"the last good checkpoint is step {good}" if good else "there is no good checkpoint"
-    if met in kept:
+    if met in checkpoints.steps():
         last += f" (that of step {met} holds the weights with which this happened)"
     if distributed.is_first():
         write_json(workdir / run_folder.DIVERGED, diverged.record | {"last_good_checkpoint": good})

@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_is_one_line(command, options, says):
     assert all(part in line for part in says), line
 
 
-def test_a_checkpoint_that_is_not_there_or_of_another_architecture(command, workdir):
+def test_a_checkpoint_that_is_not_there_or_of_another_run(command, workdir):
     line = command(signal, "--workdir", workdir, "--step", 4, code=2)
     assert "no checkpoint of step 4" in line and "5" in line
     line = command(signal, "--workdir", workdir, "--config.model.depth=3", code=2)
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_not_there_or_of_another_architecture(command, work
     write_json(workdir / CONFIG, to_dict(config))
     for module in (signal, evaluate):
         line = command(module, "--workdir", workdir, code=2)
-        assert all(part in line for part in ("another architecture", "model.depth=2", "says 3")), line
+        assert all(part in line for part in ("of another run", "model.depth=2", "has 3")), line
 
 
 def test_files_that_are_no_records(command, tmp_path):

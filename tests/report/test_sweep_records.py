@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import scipy.stats
-from run_folders import write_run
+from run_folders import write_eval, write_run
 
 from experiments import results_page, sweep_records
 from spannorm_jax.errors import UserError
@@ -39,7 +39,9 @@ def test_what_has_ended_is_kept_without_checkpoints_and_the_same_again(out, tmp_
         sweep_records.keep("init_targets", tmp_path / "nothing", tmp_path / "kept") == 1
     )  # what was kept before stays
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
-    (out / names[1] / "DONE").write_text("{}")
+    (out / names[1] / "DONE").write_text('{"step": 20}')
+    assert sweep_records.keep("init_targets", out, tmp_path / "kept") == 1  # it is not evaluated
+    write_eval(out / names[1], 20, 2.0)
     assert sweep_records.keep("init_targets", out, tmp_path / "kept") == 2
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 import tensorstore as ts
 
-from spannorm_jax.config import CheckpointConfig, Config, replace
+from spannorm_jax.config import CheckpointConfig, Config, replace, to_dict
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.resolution import fill_sizes
@@ -135,10 +135,25 @@ def test_a_reader_keeps_its_checkpoint_from_a_trainer(tmp_path):
     for step in (2, 3):
         saving.save(step, state(step), {"step": step})
         saving.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]  # 3 may be bad, and 2 is good
     same(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
     reading.close()
     saving.save(4, state(4), {"step": 4})
+    saving.finish(4)
+    saving.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["4"]
+
+
+def test_what_the_newest_has_not_proved_is_kept_with_keep_last_1_and_no_more(tmp_path):
+    """The weights of the newest may be bad, as only the step after it tells."""
+    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
+    for step in (1, 2, 3, 4):
+        saving.save(step, state(step), {"step": step})
+        assert len([p for p in tmp_path.iterdir() if (p / "manifest.json").exists()]) <= 2
+        saving.wait()
+        assert saving.steps() == list(range(max(1, step - 1), step + 1))
+        assert saving.newest_sound(before=step) == (step - 1 or None, [])
+    saving.finish(4)
     saving.close()
     assert [p.name for p in tmp_path.iterdir()] == ["4"]
 
@@ -151,6 +166,95 @@ def test_a_reader_passes_over_what_a_trainer_is_removing(tmp_path):
         assert reading.find(None) == (1, [])
         with pytest.raises(UserError, match="2 is being removed by a trainer; choose another --step"):
             reading.find(2)
+    reading.close()
+
+
+def test_a_reader_takes_the_newest_again_where_a_trainer_is_removing_all_that_it_found(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    reading = Checkpoints(tmp_path)
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            save(tmp_path, 2)
+
+    with open(tmp_path / "1" / "manifest.json", "r+b") as trainer:
+        fcntl.flock(trainer, fcntl.LOCK_EX)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.time, "sleep", wait)
+            assert reading.find(None) == (2, []) and len(waits) == 2
+        with open(tmp_path / "2" / "manifest.json", "r+b") as too:
+            fcntl.flock(too, fcntl.LOCK_EX)
+            monkeypatch.setattr(checkpoint.time, "sleep", waits.append)
+            with pytest.raises(UserError, match="being removed by a trainer; repeat the command"):
+                reading.find(None)
+    reading.close()
+
+
+# ---- what a folder's name says, and what its meta does ---------------------------------------------------
+
+RUN = fill_sizes(replace(Config(), model__vocab_size=256, data__fingerprint="f00d"))
+NOT_ITS_OWN = {
+    "another seed": ({"seed": 1}, "is of another run: it was saved with seed=1, and this run has 0"),
+    "other data": ({"data__fingerprint": "beef"}, "data.fingerprint='beef', and this run has 'f00d'"),
+    "another rate": ({"optim__lr": 0.5}, "optim.lr=0.5"),
+    "another name": ({}, "is the checkpoint of step 2 under another name"),
+    "a newer version": ({"model__norm": "novel"}, "that this version does not know"),
+}
+
+
+def with_meta(folder, name, changes, step=2):
+    """A sound checkpoint of step 1, and one of `step` as step `name` whose config has changes."""
+    folder.mkdir()
+    saving = Checkpoints(folder, CheckpointConfig(keep_last=5))
+    saving.save(1, state(1), {"step": 1, "config": to_dict(RUN)})
+    saving.save(step, state(step), {"step": step, "config": to_dict(replace(RUN, **changes))})
+    saving.close()
+    (folder / str(step)).rename(folder / str(name))
+
+
+@pytest.mark.parametrize("what", list(NOT_ITS_OWN))
+def test_a_checkpoint_that_does_not_belong_is_passed_over_refused_by_name_and_moved_by_the_trainer(tmp_path, what):
+    changes, says = NOT_ITS_OWN[what]
+    name, folder = 3 if what == "another name" else 2, tmp_path / "checkpoints"
+    with_meta(folder, name, changes)
+    reading = Checkpoints(folder, run=RUN)
+    found, [fault] = reading.find(None)
+    assert found == 1 and says in fault and str(folder / str(name)) in fault
+    with pytest.raises(UserError, match=r"choose another --step \(there: 1") as refused:
+        reading.find(name)
+    assert says in str(refused.value)
+    reading.close()
+    training = Checkpoints(folder, CheckpointConfig(), RUN)
+    assert training.resume(tmp_path / "damaged") == (1, [fault])
+    training.close()
+    assert [p.name for p in folder.iterdir()] == ["1"] and (tmp_path / "damaged" / str(name) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dtype": "bfloat16"},
+        {"eval__tokens": 7, "mesh__tensor": 2, "checkpoint__every_steps": 3, "data__cache_dir": "/elsewhere"},
+        {"data__full_name": "python_source/stdlib_00000000/1.0.0"},  # of the same tokens
+    ],
+)
+def test_what_may_change_when_a_run_goes_on_makes_no_other_run(tmp_path, changes):
+    with_meta(tmp_path / "checkpoints", 2, changes)
+    reading = Checkpoints(tmp_path / "checkpoints", run=RUN)
+    assert reading.find(None) == (2, [])
+    reading.close()
+
+
+def test_options_that_are_younger_than_a_checkpoint_make_it_no_other_run(tmp_path):
+    saved = to_dict(RUN)
+    del saved["model"]["variance_exponent"], saved["optim"]["name"]
+    saving = Checkpoints(tmp_path, CheckpointConfig())
+    saving.save(1, state(1), {"step": 1, "config": saved})
+    saving.close()
+    reading = Checkpoints(tmp_path, run=replace(RUN, model__variance_exponent=0.0))  # what was done before it came
+    assert reading.find(None) == (1, [])
     reading.close()
 
 

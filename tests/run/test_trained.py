@@ -4,13 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace
+from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, to_dict
+from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.resolution import fill_sizes
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.run.folder import CHECKPOINTS
+from spannorm_jax.run.folder import CHECKPOINTS, DIVERGED
+from spannorm_jax.run.folder import CONFIG as CONFIG_FILE
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.run.trained import open_trained
 
@@ -22,6 +24,7 @@ CONFIG = fill_sizes(
 @pytest.fixture
 def workdir(tmp_path):
     """A run's folder with checkpoints of steps 1 and 2, whose optimiser is none that this code knows."""
+    write_json(tmp_path / CONFIG_FILE, to_dict(CONFIG))
     saving = Checkpoints(tmp_path / CHECKPOINTS, CheckpointConfig())
     for step in (1, 2):
         params = jax.jit(define(CONFIG.model).init)(jax.random.key(step))
@@ -52,12 +55,28 @@ def test_a_damaged_one_is_passed_over_aloud_and_refused_by_name(workdir, capsys)
         pass
 
 
+@pytest.mark.parametrize(("good", "takes"), [(1, 1), (2, 2), (None, None)])
+def test_of_a_run_that_diverged_the_last_good_one_is_taken_aloud(workdir, capsys, good, takes):
+    write_json(workdir / DIVERGED, {"step": 3, "where": "the loss", "loss": "nan", "last_good_checkpoint": good})
+    mesh = make_mesh(MeshConfig())
+    if takes is None:
+        with pytest.raises(UserError, match="diverged at step 3, before it had a good checkpoint; --step N"):
+            open_trained(workdir, None, "reading").__enter__()
+    else:
+        with open_trained(workdir, None, "reading") as restore:
+            assert restore(CONFIG, mesh).step == takes
+        assert capsys.readouterr().err == f"{workdir} diverged: reading step {takes}, its last good checkpoint\n"
+    with open_trained(workdir, 2, "reading") as restore:  # the one that is asked for
+        assert restore(CONFIG, mesh).step == 2
+    assert capsys.readouterr() == ("", "")
+
+
 def test_it_is_held_until_the_end(workdir):
     """A trainer that keeps one checkpoint, at work beside a reader of an older one."""
     state = TrainState(np.int32(3), {"w": np.zeros(3)}, {"mu": np.zeros(3)}, {})
     with open_trained(workdir, 1, "reading"):
         saving = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig(keep_last=1))
         saving.save(3, state, {})
-        saving.wait()
+        saving.finish(3)
         assert saving.steps() == [1, 3]
         saving.close()

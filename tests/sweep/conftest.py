@@ -21,7 +21,7 @@ def sweep_lr(size):
 def sweep_mixed(size):
     return chain(
         fixed("", {"data.train_split": "nothing"}),
-        fixed("", {"optim.lr": 1e30, "checkpoint.every_steps": 1}),
+        fixed("", {"optim.lr": 1e30, "optim.warmup_fraction": 1.0, "checkpoint.every_steps": 1}),
         fixed(),
     )
 

@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from spannorm_jax import evaluate
 from spannorm_jax.durable import InUse
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.sweep import __main__ as command
@@ -43,6 +44,10 @@ def start(monkeypatch, home):
 
 def run_all(sweep, out):
     return [work(run, Place(out, run.name), retry=False) for run in sweep.runs]
+
+
+def evaluated_at(place):
+    return [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()]
 
 
 def files(folder):
@@ -107,8 +112,8 @@ def test_a_failure_and_a_divergence_are_ends_and_the_others_go_on(tiny, tmp_path
     assert files(tmp_path) == before
     # Of the diverged run the last good checkpoint is evaluated.
     place = Place(tmp_path, sweep.runs[1].name)
-    at = json.loads((place.workdir / "DIVERGED").read_text())["step"] - 1
-    assert [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()] == [at]
+    good = json.loads((place.workdir / "DIVERGED").read_text())["last_good_checkpoint"]
+    assert good and evaluated_at(place) == [good]
 
     capsys.readouterr()
     where = ["--config", tiny, "--out", str(tmp_path)]
@@ -131,6 +136,34 @@ def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
     assert place.state() == STOPPED
     assert work(run, place, retry=False) == (TRAINED, "") and (place.workdir / "eval.jsonl").exists()
     assert (place.workdir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(tiny, tmp_path):
+    """By hand another step, or other tokens, is evaluated; a crash leaves no line, or half of one."""
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    assert work(run, place, retry=False) == (TRAINED, "")
+    evaluations = place.workdir / "eval.jsonl"
+    own = evaluations.read_text()
+    others = [
+        "",
+        "{",
+        "[]\n",
+        own[:-9],
+        own.replace("validation", "train"),
+        own.replace('"fingerprint": "', '"fingerprint": "0'),
+    ]
+    for text in others:
+        evaluations.write_text(text)
+        assert place.state() == STOPPED and place.to_evaluate() == 6
+    evaluations.unlink()
+    for other in ("--step=4", "--config.eval.tokens=128"):
+        assert evaluate.main(["--workdir", str(place.workdir), other]) == 0
+        assert place.state() == STOPPED and place.to_evaluate() == 6
+    assert work(run, place, retry=False) == (TRAINED, "")
+    assert evaluated_at(place) == [4, 6, 6] and evaluations.read_text().endswith(own)
+    (place.workdir / "config.json").unlink()  # without it there is no run
+    assert not place.trained() and place.state() == NEW
 
 
 def test_a_run_that_is_claimed_is_left_alone(tiny, tmp_path):
