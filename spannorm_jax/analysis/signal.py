@@ -3,6 +3,7 @@
 python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x [--step N] [--json] [--out FILE]
 """
 
+import math
 from typing import Any
 
 from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
@@ -87,15 +88,19 @@ def table(record: dict[str, Any]) -> str:
         f"{model['placement']} / {model['init']}: {depth} blocks, width {model['width']}, step {record['step']}, "
         f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
     ]
-    lines += [
-        f"{name} {record[name]:.4f}" for name in ("loss", "useful_share", "update_logits_change") if name in record
-    ]
+    whole = ("loss", "useful_share", "update_logits_change")
+    lines += [f"{name} {_shown(record[name], '.4f')}" for name in whole if name in record]
     if columns:
         lines += ["", "block" + "".join(f"{title:>13}" for title in columns.values())]
     for layer in shown if columns else ():
         values = (record[key][layer] for key in columns)
-        lines.append(f"{layer + 1:>5}" + "".join(f"{'-' if v is None else format(v, '.4g'):>13}" for v in values))
+        lines.append(f"{layer + 1:>5}" + "".join(f"{_shown(value, '.4g'):>13}" for value in values))
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A number, or a dash for what there is none of."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 if __name__ == "__main__":
