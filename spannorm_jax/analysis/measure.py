@@ -193,8 +193,11 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
 
 
 def effective_rank(grams_BxNxN: np.ndarray) -> float:
-    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows; NaN of what is not finite, or zero."""
-    if not (np.isfinite(grams_BxNxN).all() and grams_BxNxN.any(axis=(1, 2)).all()):  # the solver raises, no shares
+    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows.
+
+    NaN where there are no shares: of what is not finite, and of zeros.
+    """
+    if not (np.isfinite(grams_BxNxN).all() and grams_BxNxN.any(axis=(1, 2)).all()):
         return math.nan
     ranks = []
     for gram in grams_BxNxN:
