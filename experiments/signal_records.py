@@ -23,6 +23,7 @@ from spannorm_jax.analysis.figures import read_lines
 from spannorm_jax.analysis.groups import Settings
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, resolve_without_data
+from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
@@ -55,7 +56,7 @@ _VERBS = ("initial", "trained", "page")
 def _append(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(to_json(record) + "\n")
 
 
 def _done(path: Path) -> list[dict[str, Any]]:

@@ -139,8 +139,11 @@ def run_file(path: str) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def authors_errors(path: str) -> Iterator[None]:
-    """Around code of a config file: its author is the user, and mends what fails there by its line and message."""
+def authors_errors(path: str, what: str = "", function: types.FunctionType | None = None) -> Iterator[None]:
+    """Around code of a config file: its author is the user, and mends what fails there by its line and message.
+
+    `what` begins the message. What no line of the author raises is told by the line of the `function` that led to it.
+    """
     folder = os.path.dirname(os.path.join(os.getcwd(), path))  # as frames name it
     try:
         with _as_package(folder):
@@ -148,13 +151,32 @@ def authors_errors(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        where = _place(error, path, folder)
-        raise UserError(f"config file {where}: {type(error).__name__}: {one_line(error)}") from error
+        where = _place(error, path, folder, function)
+        raise UserError(
+            f"config file {where}: {what}{type(error).__name__}: {one_line(error)}{_neighbour(error, folder)}"
+        ) from error
+
+
+def _neighbour(error: Exception, folder: str) -> str:
+    """What to write for a module that stands beside the config file, where an absolute import does not find it."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not any(os.path.exists(os.path.join(folder, found)) for found in (name + ".py", name) if name):
+        return ""
+    return f"; it stands beside the config file: write from .{name} import ..., or from . import {name}"
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """File and argument of `FILE.py[:arg]`. A file that is there is meant, whatever colons its name holds."""
+    ends = [i for i, sign in enumerate(spec) if sign == ":"] + [len(spec)]
+    end = next((i for i in ends if os.path.isfile(spec[:i])), None)
+    if end is None:
+        end = next((i for i in ends if spec[:i].endswith(".py")), ends[0])
+    return spec[:end], spec[end + 1 :]
 
 
 def read_config_file(spec: str) -> ConfigDict:
     """What `get_config(arg)` of `FILE.py[:arg]` returns. Raises UserError."""
-    path, _, arg = spec.partition(":")
+    path, arg = split_spec(spec)
     module = run_file(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} defines no get_config(arg)")
@@ -183,14 +205,17 @@ def _as_package(folder: str) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _place(error: Exception, path: str, folder: str) -> str:
+def _place(error: Exception, path: str, folder: str, function: types.FunctionType | None) -> str:
     """The file and line at which a config file failed, or a file that it imports from its folder."""
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    frames: list[tuple[str, int | None]] = []
+    if function:
+        frames.append((function.__code__.co_filename, function.__code__.co_firstlineno))
+    frames += [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         frames.append((error.filename or "", error.lineno))
     within = [(os.path.basename(file), line) for file, line in frames if os.path.dirname(file) == folder]
     name, line = within[-1] if within else (os.path.basename(path), None)
-    return f"{os.path.join(os.path.dirname(path), name)} line {line or '?'}"
+    return os.path.join(os.path.dirname(path), name) + (f" line {line}" if line else "")
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:

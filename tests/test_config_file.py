@@ -1,5 +1,6 @@
 """A config file and what it imports from its folder, wherever it lies and whoever reads it."""
 
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import spannorm_jax
-from spannorm_jax.config_file import load, read_config_file
+from spannorm_jax.config_file import load, read_config_file, split_spec
 from spannorm_jax.errors import UserError
 
 CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
@@ -79,6 +80,38 @@ def test_a_failure_beside_a_config_file_names_its_file_and_line(tmp_path, monkey
         read_config_file(path)
     assert str(refusal.value).startswith(f"config file {path.removesuffix('mine.py')}{says}: ")
     assert not [name for name in sys.modules if "mine" in name or name.startswith("_config_folder")]
+
+
+def test_a_neighbour_that_is_imported_by_its_bare_name_is_told_how(tmp_path):
+    folder = folder_of(tmp_path / "x", "width = 3\n", "import common\n")
+    with pytest.raises(UserError, match=r"mine\.py line 1: ModuleNotFoundError.*write from \.common import"):
+        read_config_file(str(folder / "mine.py"))
+    (folder / "mine.py").write_text("import uncommon\n")
+    with pytest.raises(UserError, match=r"No module named 'uncommon'$"):
+        read_config_file(str(folder / "mine.py"))
+
+
+@pytest.mark.parametrize("name", ["random.py", "json.py", "jax.py"])
+def test_a_config_file_may_have_the_name_of_a_module(tmp_path, name):
+    """From its own folder too, which Python would search first."""
+    folder = folder_of(tmp_path / "x", "def depth():\n    return 3\n")
+    (folder / "mine.py").rename(folder / name)
+    argv = [sys.executable, "-m", "spannorm_jax.analysis.theory", "--config", name, "--tokens", "4"]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and ": 3 blocks" in done.stdout, done.stderr
+
+
+def test_colons_in_a_folder_and_in_an_argument_are_told_apart(tmp_path, monkeypatch):
+    folder = folder_of(
+        tmp_path / "a:b.py:c", "def depth():\n    return 3\n", IMPORTS + GETS.replace("depth()", "len(arg)")
+    )
+    for typed in (str(folder / "mine.py"), "mine.py"):
+        monkeypatch.chdir(folder)
+        assert read_config_file(f"{typed}:x:y=z").model.depth == 5
+        assert split_spec(typed) == (typed, "") and split_spec(f"{typed}:x") == (typed, "x")
+    assert split_spec("none/a:b.py:tiny,x=1:2") == ("none/a:b.py", "tiny,x=1:2")
+    with pytest.raises(UserError, match="config file 'none' does not exist"):
+        load("none:tiny")
 
 
 @pytest.mark.parametrize(("placement", "init"), [("pre", "gpt2"), ("span", "scale"), ("span_raw", "scale")])

@@ -21,7 +21,7 @@ def draw(records: list[dict[str, Any]], out: Path) -> list[Path]:
     """Writes a figure for each quantity that a record has, as SVG and PNG; returns the SVGs' paths.
 
     Raises:
-      UserError: `out` cannot be written.
+      UserError: `out` cannot be written, or no record has a number to draw.
     """
     written = []
     try:
@@ -37,6 +37,8 @@ def draw(records: list[dict[str, Any]], out: Path) -> list[Path]:
             written.append(path)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; choose another") from error
+    if not written:
+        raise UserError("there is nothing to draw: no record holds a finite number of a block")
     return written
 
 

@@ -188,6 +188,8 @@ def token_correlation(covariance_TxT: ndarray) -> float:
 
 def effective_rank(covariance_TxT: ndarray) -> float:
     """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007), of the uncentred covariance of tokens."""
+    if not np.isfinite(covariance_TxT).all():  # the solver would raise
+        return math.nan
     eigenvalues = np.maximum(np.linalg.eigvalsh(covariance_TxT), 0)
     share = eigenvalues / max(eigenvalues.sum(), np.finfo(float).tiny)
     share = share[share > 0]

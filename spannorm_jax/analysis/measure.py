@@ -131,7 +131,17 @@ def _rows(store: TokenStore, T: int, rows: int, flag: str) -> np.ndarray:
 def measure(
     what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
 ) -> dict[str, Any]:
-    """The numbers of the groups that are asked for, as plain Python; call it under a mesh of one device or none."""
+    """The numbers of the groups that are asked for, as plain Python; call it under a mesh of one device or none.
+
+    Of weights that are not finite, or whose stream is not, they are NaN.
+    """
+    with np.errstate(all="ignore"):
+        return _measured(what, tokens_BxT1, fit_tokens, settings)
+
+
+def _measured(
+    what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
+) -> dict[str, Any]:
     tokens = jnp.asarray(tokens_BxT1)
     found: dict[str, Any] = {}
     if "forward" in settings.only:
@@ -183,7 +193,12 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
 
 
 def effective_rank(grams_BxNxN: np.ndarray) -> float:
-    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows."""
+    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows.
+
+    NaN where there are no shares: of what is not finite, and of zeros.
+    """
+    if not (np.isfinite(grams_BxNxN).all() and grams_BxNxN.any(axis=(1, 2)).all()):
+        return math.nan
     ranks = []
     for gram in grams_BxNxN:
         # On the host: XLA's solver also makes the eigenvectors, which takes much longer.
@@ -263,6 +278,7 @@ def _replaced(
         fitted_on = trace(what.params, what.model_state, jnp.asarray(fit_tokens))
         mapped = [replaced.replacement(fitted_on, replaced.block_of(before, layer)[0], layer) for layer in chosen]
         found["affine_loss_change"] = change(mapped)
-        useful = [cost > replaced.USEFUL * whole for cost in found["affine_loss_change"] if cost is not None]
+        costs = np.array([cost for cost in found["affine_loss_change"] if cost is not None])
+        useful = np.where(np.isfinite(costs), costs > replaced.USEFUL * whole, math.nan)
         found["useful_share"] = float(np.mean(useful))
     return found

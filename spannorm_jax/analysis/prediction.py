@@ -258,14 +258,5 @@ def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> li
 
 
 def as_dict(cfg: ModelConfig, tokens: int, prediction: Prediction) -> dict[str, Any]:
-    """For a line of JSON: NaN is None."""
     about = {key: getattr(cfg, key) for key in ("placement", "init", "ffn", "depth", "width")} | {"tokens": tokens}
-    return _finite(about | dataclasses.asdict(prediction))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return about | dataclasses.asdict(prediction)

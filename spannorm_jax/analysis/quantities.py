@@ -1,4 +1,6 @@
-"""What figures draw of the records of the signal."""
+"""What figures draw of the records of the signal, and how tables write its numbers."""
+
+import math
 
 # Key of a list over blocks -> title of its axis, and whether the axis is logarithmic.
 QUANTITIES = {
@@ -25,3 +27,8 @@ QUANTITIES = {
     "expert_load_max": ("largest load over the mean", False),
     "router_entropy": ("entropy of the router (nats)", False),
 }
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number in a table, or a dash where there is none, or none that is finite."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)

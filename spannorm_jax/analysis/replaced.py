@@ -57,7 +57,9 @@ def with_constant(x_NxF: np.ndarray) -> np.ndarray:
 
 
 def affine_map(before_NxF: np.ndarray, after_NxF: np.ndarray) -> np.ndarray:
-    """(F + 1, F): least squares of the least norm; the last row is the constant."""
+    """(F + 1, F): least squares of the least norm; the last row is the constant. NaN for what is not finite."""
+    if not (np.isfinite(before_NxF).all() and np.isfinite(after_NxF).all()):  # the solver would raise
+        return np.full((before_NxF.shape[1] + 1, after_NxF.shape[1]), np.nan)
     # Streams that are equal, as span_raw's, make columns that are equal: QR with pivoting leaves them out.
     return scipy.linalg.lstsq(with_constant(before_NxF), after_NxF, cond=1e-10, lapack_driver="gelsy")[0]
 

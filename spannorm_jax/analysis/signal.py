@@ -6,6 +6,7 @@ python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x
 from typing import Any
 
 from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
+from spannorm_jax.analysis.quantities import shown
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
@@ -25,7 +26,7 @@ _COLUMNS = {  # of the table
     "skip_loss_change": "skipped",
     "affine_loss_change": "affine",
 }
-_SHOWN = 24  # blocks of the table
+_MOST = 24  # blocks of the table
 
 
 def main(argv: list[str]) -> int:
@@ -82,19 +83,18 @@ def table(record: dict[str, Any]) -> str:
     model = record["config"]["model"]
     columns = {key: title for key, title in _COLUMNS.items() if key in record}
     depth = model["depth"]
-    shown = sorted({round(i * (depth - 1) / (_SHOWN - 1)) for i in range(_SHOWN)})
+    layers = sorted({round(i * (depth - 1) / (_MOST - 1)) for i in range(_MOST)})
     lines = [
         f"{model['placement']} / {model['init']}: {depth} blocks, width {model['width']}, step {record['step']}, "
         f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
     ]
-    lines += [
-        f"{name} {record[name]:.4f}" for name in ("loss", "useful_share", "update_logits_change") if name in record
-    ]
+    whole = ("loss", "useful_share", "update_logits_change")
+    lines += [f"{name} {shown(record[name], '.4f')}" for name in whole if name in record]
     if columns:
         lines += ["", "block" + "".join(f"{title:>13}" for title in columns.values())]
-    for layer in shown if columns else ():
+    for layer in layers if columns else ():
         values = (record[key][layer] for key in columns)
-        lines.append(f"{layer + 1:>5}" + "".join(f"{'-' if v is None else format(v, '.4g'):>13}" for v in values))
+        lines.append(f"{layer + 1:>5}" + "".join(f"{shown(value, '.4g'):>13}" for value in values))
     return "\n".join(lines)
 
 

@@ -18,13 +18,15 @@ A run that diverged is a result. One that failed is tried again with --retry.
 
 import argparse
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config_file import split_overrides
-from spannorm_jax.errors import UserError, did_you_mean
+from spannorm_jax.durable import InUse
+from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.sweep.definition import SIZES
@@ -78,6 +80,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value} must be above 0")
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {args.out}: {there} is not a folder; give another")
     if args.verb == "run" and args.index is None:
         raise UserError("run needs the index of a run; list shows them")
     return args, overrides
@@ -140,7 +145,7 @@ def _how_far(run: Run, place: Place, state: str) -> str:
 
 
 def _run(sweep: Sweep, args: argparse.Namespace) -> int:
-    """Run I in this process: 0 if it has ended, 2 if it fails or has failed, 75 if a signal stops it."""
+    """Run I in this process: 0 if it has ended, 2 if it fails or has failed, 75 if a signal stops it or it is taken."""
     if not 0 <= args.index < len(sweep.runs):
         raise UserError(f"sweep {sweep.title} has no run {args.index}; its runs are 0 to {len(sweep.runs) - 1}")
     if args.of not in (None, sweep.hash):
@@ -151,7 +156,11 @@ def _run(sweep: Sweep, args: argparse.Namespace) -> int:
     run = sweep.runs[args.index]
     start_jax(run.config.platform, flags_of(args))
     place = Place(args.out, run.name)
-    state, reason = work(run, place, retry=args.retry, processes=_flags_again(args))
+    try:
+        state, reason = work(run, place, retry=args.retry, processes=_flags_again(args))
+    except InUse as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return STOPPED_EXIT
     if state == FAILED:
         raise UserError(f"run {run.index} ({run.name}) has failed: {reason}; --retry tries it again")
     print(f"run {run.index} ({run.name}): {state}")

@@ -3,13 +3,14 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
-from spannorm_jax.config_file import authors_errors, load, run_file
+from spannorm_jax.config_file import authors_errors, load, run_file, split_spec
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.sweep.definition import Point, product
 
@@ -68,10 +69,10 @@ def expand(names: str, size: str, file: str | None = None, overrides: Sequence[t
     """
     wanted = names.split(",")
     file, found = _find(wanted, file)
-    with authors_errors(file):
-        points = product(*(found[name](size) for name in wanted))
+    of_each = {name: _points(file, name, found[name], size) for name in wanted}
+    points = product(*(of_each[name] for name in wanted))
     if not points:
-        raise UserError(f"sweep {names} has no run: {_why_empty(wanted, found, size, file)}")
+        raise UserError(f"sweep {names} has no run: {_why_empty(of_each, size)}")
     runs = tuple(_run(i, file, point, overrides) for i, point in enumerate(points))
     first_with: dict[str, Run] = {}
     for run in runs:
@@ -87,8 +88,20 @@ def expand(names: str, size: str, file: str | None = None, overrides: Sequence[t
 
 def shown(run: Run) -> str:
     """A run as it was written: argument, then overrides."""
-    argument = run.spec.partition(":")[2] or "(no argument)"
+    argument = split_spec(run.spec)[1] or "(no argument)"
     return " ".join([argument, *(f"{key}={text}" for key, text in run.overrides)])
+
+
+def _points(file: str, name: str, function: types.FunctionType, size: str) -> list[Point]:
+    """The points of one sweep. Raises UserError for what fails in its function, and for what is no point."""
+    with authors_errors(file, f"sweep {name}: ", function):
+        points = list(function(size))
+        for point in points:
+            match point:
+                case (str(), dict(values)) if all(isinstance(text, str) for item in values.items() for text in item):
+                    continue
+            raise TypeError(f"{point!r} is no point, which is (argument, {{key: text}}); `fixed` makes one of numbers")
+    return points
 
 
 def _run(index: int, file: str, point: Point, overrides: Sequence[tuple[str, str]]) -> Run:
@@ -105,13 +118,13 @@ def _run(index: int, file: str, point: Point, overrides: Sequence[tuple[str, str
 # ---- names ----------------------------------------------------------------------------------------
 
 
-def sweeps_of(file: str) -> dict[str, Callable[[str], Iterable[Point]]]:
+def sweeps_of(file: str) -> dict[str, types.FunctionType]:
     """The sweeps that a config file defines or imports, by name."""
     functions = inspect.getmembers(run_file(file), inspect.isfunction)
     return {name.removeprefix(_PREFIX): function for name, function in functions if name.startswith(_PREFIX)}
 
 
-def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, Callable[[str], Iterable[Point]]]]:
+def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, types.FunctionType]]:
     """The config file that defines all of the sweeps `wanted`, and those that it has."""
     files = [file] if file else [str(path) for path in sorted(CONFIGS.glob("*.py"))]
     if not files:
@@ -130,15 +143,11 @@ def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, Calla
     return able[0], found[able[0]]
 
 
-def _why_empty(
-    wanted: Sequence[str], found: Mapping[str, Callable[[str], Iterable[Point]]], size: str, file: str
-) -> str:
-    with authors_errors(file):
-        lengths = {name: len(list(found[name](size))) for name in wanted}
-    for name, length in lengths.items():
-        if not length:
+def _why_empty(of_each: Mapping[str, Sequence[Point]], size: str) -> str:
+    for name, points in of_each.items():
+        if not points:
             return f"{name} yields no point in size {size}"
-    return f"no points of {' and '.join(wanted)} agree on what both set; leave one of them out"
+    return f"no points of {' and '.join(of_each)} agree on what both set; leave one of them out"
 
 
 # ---- identity -------------------------------------------------------------------------------------

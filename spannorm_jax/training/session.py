@@ -52,9 +52,9 @@ def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -
     training = config.training
     microbatch = training.batch_size // training.num_microbatches
     check_divisible(config, dict(mesh.shape), "training.batch_size / num_microbatches", microbatch)
+    check_predicts_text(config, data)  # though only evaluation may ask for it, once the run is trained
     if config.eval.every_steps:
         check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
-        check_predicts_text(config, data)
     model = define(config.model, config.execution)
     return Session(
         config=config,

@@ -1,6 +1,7 @@
 """The command lines: a record of a model at initialisation and of a checkpoint, its figures, and what is refused."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
 from spannorm_jax.analysis.groups import GROUPS, Settings
 from spannorm_jax.analysis.measure import probe_tokens
+from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.command import run_command
 from spannorm_jax.config import CheckpointConfig, to_dict
 from spannorm_jax.config_file import load, resolve_without_data
@@ -38,18 +40,23 @@ def command(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    """A run's folder with one checkpoint, of step 5."""
-    config = resolve_without_data(load(SPEC), platform="cpu")
-    folder = tmp_path / "run"
+def run_of(folder, spec=SPEC, factor=1.0):
+    """A run's folder with one checkpoint, of step 5: initial weights times a factor."""
+    config = resolve_without_data(load(spec), platform="cpu")
     folder.mkdir()
     write_json(folder / CONFIG, to_dict(config))
     saving = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
-    params = jax.jit(define(config.model).init)(jax.random.key(3))
-    saving.save(5, TrainState(np.int32(5), params, {}, {}), {"step": 5, "config": to_dict(config)})
+    model = define(config.model)
+    params = jax.tree.map(lambda x: factor * x, jax.jit(model.init)(jax.random.key(3)))
+    state = TrainState(np.int32(5), params, {}, model.init_model_state())
+    saving.save(5, state, {"step": 5, "config": to_dict(config)})
     saving.close()
     return folder
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return run_of(tmp_path / "run")
 
 
 def test_a_record_of_a_checkpoint_and_its_figures(command, workdir, tmp_path):
@@ -74,6 +81,32 @@ def test_a_record_of_a_checkpoint_and_its_figures(command, workdir, tmp_path):
     assert (tmp_path / "figures" / "stream_variance.png").stat().st_size > 1000
     svg = (tmp_path / "figures" / "stream_variance.svg").read_text()
     assert all(word in svg for word in ("span", "measured", "predicted"))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("factor", [math.nan, 1e20, 0.0])
+@pytest.mark.parametrize("spec", [SPEC, "configs/moe.py:depth=2,width=16,placement=pre"])
+def test_of_weights_that_are_not_finite_each_number_is_null(command, tmp_path, spec, factor):
+    """So are those of weights whose stream is too large, or nothing at all. Every group, the table and the figures."""
+    run, out = run_of(tmp_path / "run", spec, factor), tmp_path / "signal.json"
+    table = command(signal, "--workdir", run, "--tokens", 16, "--fit_tokens", 64, "--out", out)
+    assert "nan" not in table and "inf" not in table
+    record = json.loads(out.read_text(), parse_constant=pytest.fail)
+    whole = [record[key] for key in ("loss", "useful_share", "entry_variance", "update_logits_change")]
+    of_blocks = {key: record[key] for key in QUANTITIES if key in record and key != "skip_path"}
+    counted = ("expert_load", "expert_load_max", "router_entropy")  # a router chooses some expert all the same
+    if math.isnan(factor):
+        assert whole == [None] * 4
+        assert {value for key, row in of_blocks.items() if key not in counted for value in row} == {None}
+    else:
+        assert record["loss"] is not None and record["effective_rank"] == [None, None]
+    assert str(tmp_path / "figures" / "skip_path.svg") in command(figures, out, "--out", tmp_path / "figures")
+
+
+def test_records_without_a_number_of_blocks_make_no_figures(command, tmp_path):
+    prediction = {"placement": "span", "init": "plain", "ffn": "swiglu", "depth": 2, "width": 16, "tokens": 16}
+    (tmp_path / "x.json").write_text(json.dumps(prediction | {"stream_variance": [None, None]}))
+    assert "nothing to draw" in command(figures, tmp_path / "x.json", "--out", tmp_path, code=2)
 
 
 def test_a_table_of_a_model_at_initialisation(command):

@@ -303,6 +303,19 @@ def test_a_table_has_a_row_for_every_block(capsys):
     assert "by the skip path alone" in out and "is small" not in out
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_too_large_to_predict_is_null_in_json_and_a_dash_in_a_table(capsys):
+    """ReZero has no norm in the stream: with branches of variance 3e38 it leaves float64."""
+    argv = ["--config", "configs/dense.py:depth=4,width=16,placement=rezero,init=scale", "--tokens=2"]
+    argv += ["--config.model.variance_budget=3e38", "--config.model.variance_exponent=-4"]
+    assert theory.main([*argv, "--json"]) == 0
+    got = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert got["effective_rank"][-1] is got["stream_grad_norm"][0] is None
+    assert theory.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "nan" not in out and "inf" not in out and "gradient of the stream, first block over last: -;" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

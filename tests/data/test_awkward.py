@@ -94,8 +94,12 @@ def read(data_dir):
 
 
 def test_an_evaluation_of_nothing_but_ends_is_one_line(argv, refuse, tmp_path, capsys):
+    """Before training, which would end with it; and of a run that is to be evaluated on less than it was."""
     prepare_nested(tmp_path / "tfds", beside=(), documents=("x",) * 40)
-    assert train.main(argv(f"--config.data.data_dir={tmp_path / 'tfds'}", "--config.data.seq_len=1")) == 0
+    more = [f"--config.data.data_dir={tmp_path / 'tfds'}", "--config.data.seq_len=1"]
+    line = refuse(train, argv(*more, "--config.eval.tokens=1"))
+    assert "eval.tokens=1" in line and "only ends of documents" in line and not (tmp_path / "run").exists()
+    assert train.main(argv(*more)) == 0
     capsys.readouterr()
     line = refuse(evaluate, ["--workdir", str(tmp_path / "run"), "--config.eval.tokens=1"])
     assert "eval.tokens=1" in line and "only ends of documents" in line

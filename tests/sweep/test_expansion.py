@@ -200,6 +200,45 @@ def test_mistakes_of_a_sweeps_author_are_one_line(tiny, name, says):
     assert all(word in str(refused.value) for word in says)
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return None", "line 4: sweep mine: TypeError"),
+        ("return lambda: 0", "line 4: sweep mine: TypeError"),
+        ("return 1 / 0", "line 5: sweep mine: ZeroDivisionError"),
+        ("yield 3", "line 4: sweep mine: TypeError: 3 is no point"),
+        ("yield 'tiny', {'optim.lr': 0.1}", "line 4: sweep mine: TypeError: ('tiny', {'optim.lr': 0.1}) is no point"),
+        ("return zipped(fixed(), [])", "line 4: sweep mine: ValueError"),
+        ("return where(lambda values: values['sede'], fixed())", "line 5: sweep mine: KeyError: 'sede'"),
+        ("return helper()", "common.py line 2: sweep mine: NameError"),
+    ],
+)
+def test_what_fails_in_a_sweeps_function_is_told_by_file_line_and_name(tmp_path, monkeypatch, body, says):
+    imports = "from spannorm_jax.sweep.definition import fixed, where, zipped\nfrom .common import helper\n\n"
+    (tmp_path / "x.py").write_text(f"{imports}def sweep_mine(size):\n    {body}\n")
+    (tmp_path / "common.py").write_text("def helper():\n    return missing\n")
+    monkeypatch.chdir(tmp_path)
+    for file in ("x.py", str(tmp_path / "x.py")):
+        with pytest.raises(UserError) as refused:
+            expand("mine", "cpu", file)
+        where = file.removesuffix("x.py") + ("" if says.startswith("common") else "x.py ")
+        assert str(refused.value).startswith(f"config file {where}{says}"), refused.value
+
+
+@pytest.mark.parametrize("verb", ["list", "cost", "local", "run", "slurm", "status", "table", "report"])
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_folder_of_runs_that_is_a_file_is_refused_by_every_verb(tiny, tmp_path, verb, below):
+    (tmp_path / "file").write_text("")
+    index = ["0"] if verb == "run" else []
+    with pytest.raises(UserError, match=f"--out {tmp_path}/file{below}: .*/file is not a folder; give another"):
+        command.main(["lr", verb, *index, "--config", tiny, "--out", f"{tmp_path}/file{below}"])
+
+
+def test_a_folder_of_runs_that_is_not_there_holds_new_ones(tiny, tmp_path, capsys):
+    assert command.main(["lr", "status", "--config", tiny, "--out", str(tmp_path / "none" / "yet")]) == 0
+    assert capsys.readouterr().out.endswith("3 runs: 3 new\n")
+
+
 def test_list_says_what_each_run_is(tiny, capsys):
     assert command.main(["lr", "list", "--config", tiny]) == 0
     lines = capsys.readouterr().out.splitlines()
