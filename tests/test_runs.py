@@ -255,6 +255,8 @@ def test_evaluation_measures_the_checkpoint_it_names(env, unbroken):
     # One byte a token but for the ends of documents, which carry nats and no bytes.
     bits = newest["loss"] * newest["tokens"] / np.log(2)
     assert newest["bits_per_byte"] == pytest.approx(bits / newest["bytes"], rel=1e-12)
+    # Floors are of the same predictions: a unigram is worse than a 3-gram, and all are above zero.
+    assert 0 < newest["floors"]["fourgram"] < newest["floors"]["trigram"] < newest["floors"]["unigram"]
     assert newest["tokens"] - 5 <= newest["bytes"] <= newest["tokens"]
     lines = [json.loads(line) for line in (unbroken / "eval.jsonl").read_text().splitlines()]
     assert lines[-2:] == [newest, older]

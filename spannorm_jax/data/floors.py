@@ -20,6 +20,7 @@ from spannorm_jax.durable import write_json
 
 ORDERS = {"unigram": 1, "trigram": 3, "fourgram": 4}
 COUNTED = 1 << 24  # training tokens that are counted at most, from the front: sorting them takes seconds
+MOST_SCORED = 1 << 23  # predictions beyond which an evaluation does without: scoring a million takes a second
 _ROWS = 256  # windows that are scored at a time
 
 

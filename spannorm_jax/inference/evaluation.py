@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
+from spannorm_jax.data.floors import MOST_SCORED, floors
 from spannorm_jax.data.loader import check_held_out
 from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line
@@ -31,6 +32,7 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
 
     `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
     (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
+    `floors` are losses in nats per token that need no network, on the same predictions (`data.floors`).
 
     Raises:
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`
@@ -53,6 +55,8 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
     line |= run_folder.what_is_evaluated(config, trained.step) | {"mesh": dict(mesh.shape)}
     if data.eval_overlap:
         line["eval_overlap"] = data.eval_overlap
+    if distributed.is_first() and result["tokens"] <= MOST_SCORED:
+        line["floors"] = floors(data.train, data.eval, data.tokenizer, config.data.seq_len, config.eval.tokens)
     if out is not None:
         distributed.from_first(lambda: _append(out, line))
     return line
