@@ -161,6 +161,6 @@ def record_divergence(workdir: Path, diverged: Diverged, kept: list[int]) -> Non
     last = f"the last good checkpoint is step {good}" if good else "there is no good checkpoint"
     if met in kept:
         last += f" (that of step {met} holds the weights with which this happened)"
+    distributed.print_once(f"stopped: {diverged}; {last}")  # first: there may be no room for the file
     if distributed.is_first():
         write_json(workdir / run_folder.DIVERGED, diverged.record | {"last_good_checkpoint": good})
-    distributed.print_once(f"stopped: {diverged}; {last}")
