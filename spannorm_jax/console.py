@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -64,6 +65,7 @@ def guard_output(lasting: bool) -> None:
 
     Streams that were replaced already, as tests do, stay as they are.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, a page an array, why a save has failed
     for descriptor in (0, 1, 2):
         _fill(descriptor)
     if sys.stdout is sys.__stdout__:

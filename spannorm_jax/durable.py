@@ -115,6 +115,11 @@ def unwritable(error: BaseException | None) -> str | None:
     return None
 
 
+def disk_at_fault(error: BaseException) -> bool:
+    """Whether the disk takes no file at all (full, read-only, ...): no fault of what asked, nor recorded there."""
+    return unwritable(error) not in (None, _UNWRITABLE[errno.EACCES][0])
+
+
 class InUse(UserError):
     """Another process holds a lock."""
 

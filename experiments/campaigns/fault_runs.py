@@ -24,6 +24,15 @@ TINY = (
     "--config.eval.tokens=2000",
 )
 LIMIT_S = 300  # for one process; none may hang
+# A file system of a size in a name space of its own: $1 size, $2 where, $3 what keeps it, then a command. That is run,
+# with its exit code in $2.code, and again with more room.
+TMPFS = """
+mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
+point="$2" kept="$3"; shift 3
+"$@"; echo $? > "$point.code"
+mount -o remount,size=64m "$point"
+"$@" && cp -r "$point" "$kept"
+"""
 
 
 class Campaign:
@@ -91,6 +100,22 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
         out, _ = process.communicate()
         return -99, out + f"\nhung: killed after {LIMIT_S} s"
     return process.returncode, out
+
+
+def filling(c: Campaign, size: str, kept: Path, command: Callable[[Path], list[str]]) -> tuple[int, int, str] | None:
+    """A command in a folder that fills up, and again once it has room: both exit codes, and what both have printed.
+
+    What the second one leaves is copied to `kept`. None, which is said, where no file system can be mounted.
+    """
+    point = Path(f"{kept}.tmpfs")
+    point.mkdir()
+    own_space = ["unshare", *([] if os.getuid() == 0 else ["-r"]), "-m"]
+    code, out = c.run([*own_space, "sh", "-c", TMPFS, "sh", size, str(point), str(kept), *command(point)])
+    first = Path(f"{point}.code")
+    if code == 99 or not first.exists():
+        c.show("skipped: a full tmpfs, which cannot be mounted here")
+        return None
+    return int(first.read_text(encoding="utf-8")), code, out
 
 
 def until(process: subprocess.Popen, text: str) -> str:

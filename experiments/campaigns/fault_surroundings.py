@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, ended, metrics, refused, until
+from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, ended, filling, metrics, refused, until
 
 NAMES = ("seed[0]", "team [ml]/run", "[!a]", "a*", "a?", "{a,b}", "$HOME", "a b", " lead", "a%20b", "a#b", "a:b")
 NAMES += ("a'b", 'a"b', "-dash", "é", "e\u0301", "日本", "\U0001f9ea", "line\nend", "tab\tx", "esc\x1b[31m")
@@ -15,6 +15,16 @@ REFUSED_NAMES = ("gs://bucket/x", "s3://b", "file:///x", "a\\b", "~nobody_of_tha
 # Locales that every machine has; each is set as LC_ALL, and Python's own help against the first is switched off.
 LOCALES = {"C": {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "POSIX": {}, "C.UTF-8": {}, "xx_XX.nonsense": {}}
 REDIRECTIONS = (">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", ">/dev/full 2>/dev/full", "| head -1", "2>&1 | :")
+TWO = f"""
+from spannorm_jax.config_file import read_config_file
+from spannorm_jax.sweep.definition import options
+
+def get_config(arg=None):
+    return read_config_file({TINY[0].removeprefix("--config=")!r})
+
+def sweep_two(size):
+    return options({{"seed": (0, 1)}})
+"""
 SWITCHES = {
     "JAX_ENABLE_X64": "1",
     "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
@@ -160,4 +170,27 @@ def foreign_configs(c: Campaign) -> None:
     c.check_finishes("a dense run from before experts", workdir)
 
 
-PARTS = (folder_names, locales, outputs, live_folder, switches, nobody_at_home, foreign_configs)
+def full_under_a_runner(c: Campaign) -> None:
+    """The disk of a sweep's folder fills up: at the first files of a run, and at one of its checkpoints."""
+    file = c.folder / "two.py"
+    file.write_text(TWO, encoding="utf-8")
+    more = (*TINY[1:], "--config.checkpoint.keep_last=100")
+    for size, when in (("4k", "the first files"), ("1m", "a checkpoint")):
+        for verb in (("local",), ("run", "0")):
+            kept = c.folder / f"kept {size} {verb[0]}"
+            sweep = ("two", *verb, "--config", file, *more, "--out")
+            seen = filling(c, size, kept, lambda point, sweep=sweep: c.command("sweep", *sweep, point))
+            if seen is None:
+                return
+            first, code, out = seen
+            errors = [line for line in out.splitlines() if line.startswith("error:")]
+            named = len(errors) == 1 and str(kept) in errors[0] and "the disk is full" in errors[0]
+            ok = first == 2 and named and (size != "4k" or "Traceback" not in out)
+            c.check(f"sweep {verb[0]}: a disk that is full at {when}", "one line, exit code 2", ok, out)
+            done = code == 0 and all(metrics(run) == c.expected for run in kept.glob("*seed0*"))
+            failed = list(kept.glob(".sweep/*/FAILED")) if code == 0 else ["never ended"]
+            expected = "goes on, nothing recorded as failed; metrics bitwise as unbroken"
+            c.check(f"sweep {verb[0]}: room again after {when}", expected, done and not failed)
+
+
+PARTS = (folder_names, locales, outputs, live_folder, switches, nobody_at_home, foreign_configs, full_under_a_runner)

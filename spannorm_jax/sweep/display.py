@@ -40,6 +40,13 @@ class Display:
         why = f": {reason} (see {Place(self._out, run.name).log})" if state == FAILED else ""
         self._say(f"[{run.index}] {run.name}: {state}{why}  {self._so_far()}")
 
+    def ending(self, runs: Sequence[Run], what_kills: str) -> None:
+        named = ", ".join(f"[{run.index}]" for run in runs)
+        self._say(f"ends when the runs at work have saved their step: {named}; {what_kills} kills them")
+
+    def killed(self) -> None:
+        self._say("killed: they go on from their newest checkpoints")
+
     def show(self, at_work: Sequence[Run]) -> None:
         """Redraws the line of what is at work, on a terminal."""
         if not self._terminal:

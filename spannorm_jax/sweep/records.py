@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, flatten
-from spannorm_jax.durable import exclusive, write_json
+from spannorm_jax.durable import exclusive, unwritable, write_json
 from spannorm_jax.errors import UserError
 from spannorm_jax.run.folder import (
     CHECKPOINTS,
@@ -121,11 +121,9 @@ class Place:
           UserError: the folder cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            try:
+            with self.writing():
                 self.notes.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive(self.notes / LOCK, f"run {self.name}", wait))
-            except OSError as error:
-                raise UserError(f"cannot write in --out {self.out}: {error.strerror}; give another folder") from error
             yield
 
     def failure(self) -> str:
@@ -138,19 +136,34 @@ class Place:
             return "for a reason that cannot be read any more"
 
     def fail(self, reason: str) -> None:
-        write_json(self.notes / _FAILED, {"reason": reason, "log": str(self.log)})
+        """Records a failure. Raises UserError with its reason if it cannot be written."""
+        with self.writing(f"run {self.name} has failed ({reason}), which cannot be recorded: "):
+            write_json(self.notes / _FAILED, {"reason": reason, "log": str(self.log)})
 
     def forgive(self) -> None:
-        (self.notes / _FAILED).unlink(missing_ok=True)
+        with self.writing():
+            (self.notes / _FAILED).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def writing(self, before: str = "") -> Iterator[None]:
+        """Around what is written beside a run. Raises UserError if it cannot be; the line begins with `before`."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{before}cannot write in --out {self.out}: {unwritable(error) or error.strerror}; mend that and "
+                "repeat the command, which goes on from here, or give another folder"
+            ) from error
 
     @contextlib.contextmanager
     def printing(self) -> Iterator[None]:
         """Everything that this process prints, also below Python, is appended to the run's log."""
-        self.notes.mkdir(parents=True, exist_ok=True)
+        with self.writing():
+            self.notes.mkdir(parents=True, exist_ok=True)
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         sys.stdout.flush()
         sys.stderr.flush()
         usual = [os.dup(1), os.dup(2)]
-        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         os.close(log)
@@ -182,7 +195,8 @@ def _is_locked(path: Path) -> bool:
 def write_asked(place: Place, run: Run) -> None:
     """Records what a claimed run was asked as: a later start tells by it what has changed."""
     values = {"spec": run.spec, "overrides": dict(run.overrides), "identity": identity(run.config)}
-    write_json(place.notes / _ASKED, values)
+    with place.writing():
+        write_json(place.notes / _ASKED, values)
 
 
 Asked = dict[tuple[str, frozenset[tuple[str, str]]], list[tuple[str, dict[str, Any]]]]

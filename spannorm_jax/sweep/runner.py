@@ -239,11 +239,11 @@ class Runner:
             self.todo.extendleft((run,) for run in reversed(worker.group))
             self.display.alone(worker.group, _how_it_ended(code))
         for run in worker.group if len(worker.group) == 1 else ():
+            self.display.ended(run, FAILED, _how_it_ended(code))
             place = Place(self.out, run.name)
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already
                 if place.state_at_rest() not in ENDED:
                     place.fail(_how_it_ended(code))
-            self.display.ended(run, FAILED, _how_it_ended(code))
         if self.todo or self.busy:
             self.start(worker.share)
 
@@ -263,14 +263,18 @@ class Runner:
         return bool(self.todo or self.busy) or any(worker.group for worker in self.workers)
 
     def end(self) -> None:
-        """Ends all workers: each saves what it is at, and a second signal kills it."""
+        """Ends all workers: each saves what it is at, and one signal more, after the first that asked, kills it."""
+        asked, killed = min(self.signals, 1), False
+        at_work = [run for worker in self.workers for run in worker.group]
         for worker in self.workers:
             worker.end()
-        killed = False
+        if at_work:
+            self.display.ending(at_work, "a second signal" if asked else "a signal")
         for worker in self.workers:
             while worker.process.poll() is None:
-                if self.signals > 1 and not killed:
+                if self.signals > asked and not killed:
                     killed = True
+                    self.display.killed()
                     for other in self.workers:
                         other.process.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):

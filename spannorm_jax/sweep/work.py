@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spannorm_jax import evaluate, train
-from spannorm_jax.durable import InUse
+from spannorm_jax.durable import InUse, disk_at_fault
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
+from spannorm_jax.run.folder import EVAL
 from spannorm_jax.sweep.expansion import Run
 from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, STOPPED, STOPPED_EXIT, Place, write_asked
 
@@ -28,7 +29,8 @@ def work(run: Run, place: Place, *, retry: bool, wait: bool = False, processes: 
       processes: flags of `command.add_flags`, as for `spannorm_jax.train`.
 
     Raises:
-      InUse: another runner is at work on the run.
+      InUse: another process is at work on the run.
+      UserError: the disk is full, or the like: no failure of the run, which goes on once that is mended.
     """
     with contextlib.ExitStack() as held:
         distributed.from_first(lambda: held.enter_context(place.claim(wait)))
@@ -44,6 +46,9 @@ def work_in_lanes(runs: Sequence[Run], out: Path, *, retry: bool) -> list[tuple[
     A run that another runner is at work on is left out: its state is RUNNING. What is printed goes to
     the runs' logs; of what they do together, to the first one's. If they cannot be trained together,
     each is trained alone, so that only the one at fault fails.
+
+    Raises:
+      UserError: as for `work`.
     """
     ends: dict[str, tuple[str, str]] = {}
     places = {run.name: Place(out, run.name) for run in runs}
@@ -65,7 +70,10 @@ def work_in_lanes(runs: Sequence[Run], out: Path, *, retry: bool) -> list[tuple[
         for run in left:
             if run.name not in ends:
                 with places[run.name].printing():
-                    ends[run.name] = _go_on(run, places[run.name], ())
+                    try:
+                        ends[run.name] = _go_on(run, places[run.name], ())
+                    except InUse as error:
+                        ends[run.name] = RUNNING, str(error)
     return [ends[run.name] for run in runs]
 
 
@@ -83,6 +91,8 @@ def _stopped_in_lanes(runs: Sequence[Run], places: dict[str, Place]) -> bool:
             codes = train_lanes([(config, workdir, flags) for config, workdir, flags, _ in commands])
             return STOPPED_EXIT in codes
         except Exception as error:
+            if disk_at_fault(error):
+                raise
             if not isinstance(error, UserError):
                 traceback.print_exc()
             print(f"these {len(runs)} runs cannot be trained as lanes, and are trained alone: {one_line(error)}")
@@ -95,13 +105,18 @@ def _go_on(run: Run, place: Place, processes: Sequence[str]) -> tuple[str, str]:
         if not _train_and_evaluate(run, place, processes):
             return STOPPED, ""
     except Exception as error:
+        if isinstance(error, InUse) or disk_at_fault(error):
+            raise
         if not isinstance(error, UserError):
             traceback.print_exc()
         reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         if distributed.is_first():
             place.fail(reason)
         return FAILED, reason
-    return distributed.from_first(place.state_at_rest), ""
+    state = distributed.from_first(place.state_at_rest)
+    if state not in ENDED:
+        raise UserError(f"{place.workdir / EVAL} cannot be written; mend that and repeat the command, which goes on")
+    return state, ""
 
 
 def _begin(run: Run, place: Place, retry: bool) -> str:

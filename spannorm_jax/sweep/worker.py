@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from spannorm_jax.console import guard_output
+from spannorm_jax.errors import UserError
 from spannorm_jax.parallel.memory import keep_freed_memory
 
 
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> int:
         os.sched_setaffinity(0, setup["cores"])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    guard_output(lasting=True)  # a log that cannot be written ends no run
     jobs: queue.Queue[list[dict[str, Any]] | None] = queue.Queue()
     working, ended = threading.Event(), threading.Event()
     threading.Thread(target=_listen, args=(jobs, working, ended), daemon=True, name="listener").start()
@@ -49,7 +52,10 @@ def main(argv: list[str]) -> int:
         working.set()
         if ended.is_set():  # before this job was taken, or the listener has seen that it was
             break
-        answer = _do([Job(**each) for each in job], Path(setup["out"]))
+        try:
+            answer = _do([Job(**each) for each in job], Path(setup["out"]))
+        except UserError as error:
+            answer = {"error": str(error)}
         working.clear()
         _answer(answers, **answer)
     return 0
@@ -67,7 +73,6 @@ def _listen(jobs: "queue.Queue[list[dict[str, Any]] | None]", working: threading
 
 def _hello(platform: str) -> dict[str, Any]:
     """What this process has: the number and platform of its devices, or why there are none."""
-    from spannorm_jax.errors import UserError
     from spannorm_jax.parallel.place import Flags
     from spannorm_jax.parallel.platform import start_jax
 
@@ -81,23 +86,20 @@ def _hello(platform: str) -> dict[str, Any]:
 
 
 def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
+    """How each of the runs has ended. Raises UserError for what is no end of a run: the runner says it and ends."""
     from spannorm_jax.config_file import load
     from spannorm_jax.durable import InUse
-    from spannorm_jax.errors import UserError
     from spannorm_jax.sweep.expansion import Run, folder_name
-    from spannorm_jax.sweep.records import RUNNING, Place
+    from spannorm_jax.sweep.records import FAILED, RUNNING, Place
     from spannorm_jax.sweep.work import work, work_in_lanes
 
     runs = []
     for job in jobs:
         overrides = tuple((key, text) for key, text in job.overrides)
-        try:
-            config = load(job.spec, overrides)
-            run = Run(job.index, job.spec, overrides, config, folder_name(config))
-            if run.name != job.name:
-                raise UserError(f"{job.spec} has changed since the runner read it; start the runner again")
-        except UserError as error:
-            return {"error": str(error)}
+        config = load(job.spec, overrides)
+        run = Run(job.index, job.spec, overrides, config, folder_name(config))
+        if run.name != job.name:
+            raise UserError(f"{job.spec} has changed since the runner read it; start the runner again")
         runs.append(run)
     if len(runs) > 1:
         return {"ends": work_in_lanes(runs, out, retry=jobs[0].retry)}
@@ -105,8 +107,8 @@ def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
     with place.printing():
         try:
             end = work(runs[0], place, retry=jobs[0].retry, wait=jobs[0].wait)
-        except InUse as error:
-            end = RUNNING, str(error)
+        except InUse as error:  # by a trainer, no runner, if it was waited for
+            end = FAILED if jobs[0].wait else RUNNING, str(error)
     return {"ends": [end]}
 
 

@@ -173,6 +173,6 @@ def record_divergence(workdir: Path, diverged: Diverged, checkpoints: Checkpoint
     last = f"the last good checkpoint is step {good}" if good else "there is no good checkpoint"
     if met in checkpoints.steps():
         last += f" (that of step {met} holds the weights with which this happened)"
+    distributed.print_once(f"stopped: {diverged}; {last}")  # first: there may be no room for the file
     if distributed.is_first():
         write_json(workdir / run_folder.DIVERGED, diverged.record | {"last_good_checkpoint": good})
-    distributed.print_once(f"stopped: {diverged}; {last}")

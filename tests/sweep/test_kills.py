@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import sys
 import pytest
 from processes import LIMIT_S, paused, pausing, xla_flags
 
+from spannorm_jax.durable import exclusive
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import TRAINED, Place
+from spannorm_jax.sweep.records import NEW, STOPPED, STOPPED_EXIT, TRAINED, Place
 
 pytestmark = pytest.mark.process
 
@@ -56,11 +58,11 @@ def env(home):
 def sweep(env, tiny, tmp_path):
     """sweep(arguments) starts a runner of three runs."""
 
-    def start(*arguments, names="lr", pause_at=None):
+    def start(*arguments, names="lr", pause_at=None, under=()):
         module = "spannorm_jax.sweep"
         begin = pausing(pause_at, module) if pause_at else [sys.executable, "-m", module]
         where = ["--config", tiny, "--out", str(tmp_path), *(f"--config.{key}={text}" for key, text in OVERRIDES)]
-        command = [*begin, names, *arguments, *where]
+        command = [*under, *begin, names, *arguments, *where]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -137,10 +139,40 @@ def test_a_runner_that_is_interrupted_saves_what_it_is_at(sweep, places, worker_
     runner.send_signal(signal.SIGINT)
     let_go()
     out, _ = finish(runner, code=130)
-    assert out.endswith("the same command goes on from here\n")
+    assert "saved their step: [0]; a second signal kills them\nstopped; the same command goes on from here\n" in out
     finish(sweep("local"))
     assert_whole(places)
     assert len(first_steps(places[0])) <= 2
+
+
+def test_a_runner_says_that_it_waits_and_that_a_second_signal_has_killed(sweep, places, worker_at_step_9):
+    runner = sweep("local")
+    worker_at_step_9()
+    runner.send_signal(signal.SIGTERM)
+    for line in runner.stdout:
+        if "a second signal kills them" in line:
+            break
+    runner.send_signal(signal.SIGTERM)
+    out, _ = finish(runner, code=130)
+    assert out.startswith("killed: ") and out.endswith("the same command goes on from here\n")
+    finish(sweep("local"))
+    assert_whole(places)
+
+
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_a_runner_that_has_no_room_says_so_and_goes_on_when_there_is(sweep, places, tmp_path, limit):
+    """At its first file, and at a checkpoint: one line each for the runner and for a task of an array."""
+    finish(sweep("run", "0"))  # which leaves the caches full
+    shutil.rmtree(places[0].workdir)
+    shutil.rmtree(places[0].notes)
+    for arguments in (["local"], ["run", "0"]):
+        _, err = finish(sweep(*arguments, under=["prlimit", f"--fsize={limit}"]), code=2)
+        [line] = [line for line in err.splitlines() if line.startswith("error:")]
+        assert str(tmp_path) in line and "a file has reached the size limit" in line and "goes on" in line
+        assert limit or "Traceback" not in err  # threads of Orbax may print one when a save fails
+    assert [place.state() for place in places] == [STOPPED if limit else NEW, NEW, NEW]
+    finish(sweep("local"))
+    assert_whole(places)
 
 
 def test_a_worker_that_is_killed_fails_its_run_alone(sweep, places, worker_at_step_9):
@@ -166,7 +198,7 @@ def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, plac
     other = sweep("local", pause_at=f"[0] {places[0].name}: started  (waits")
     paused(other)  # it has nothing else left
     assert_whole(places[1:])
-    _, err = finish(sweep("run", "0"), code=2)
+    _, err = finish(sweep("run", "0"), code=STOPPED_EXIT)
     assert f"run {places[0].name} is in use by process {worker} " in err and err.count("\n") == 1
     killed.kill()
     killed.wait(timeout=LIMIT_S)
@@ -177,6 +209,15 @@ def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, plac
     assert f"[0] {places[0].name}: at work in another runner" in out and "3 runs: 3 done" in out
     assert_whole(places)
     assert [len(first_steps(place)) for place in places] == [2, 1, 1]
+
+
+def test_a_run_that_a_trainer_is_at_is_left_to_the_end_and_not_waited_for(sweep, places):
+    places[0].workdir.mkdir()
+    with exclusive(places[0].workdir / "LOCK", "the run"):
+        out, _ = finish(sweep("local"), code=1)
+    assert f"is in use by process {os.getpid()}" in out and out.endswith("3 runs: 2 done, 1 new\n")
+    finish(sweep("local"))
+    assert_whole(places)
 
 
 def test_another_process_finds_the_programs_of_a_sweep_in_the_cache(sweep, places, home):

@@ -1,7 +1,9 @@
 """What one process does with runs, one after another: each as if alone, and a program compiled once a shape."""
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +13,23 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from spannorm_jax import evaluate
-from spannorm_jax.durable import InUse
+from spannorm_jax import durable, evaluate
+from spannorm_jax.durable import InUse, exclusive
+from spannorm_jax.errors import UserError
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.sweep import __main__ as command
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import FAILED, GONE_OFF, NEW, RUNNING, STOPPED, TRAINED, Place, write_asked
+from spannorm_jax.sweep.records import (
+    FAILED,
+    GONE_OFF,
+    NEW,
+    RUNNING,
+    STOPPED,
+    STOPPED_EXIT,
+    TRAINED,
+    Place,
+    write_asked,
+)
 from spannorm_jax.sweep.work import work
 
 SMALLEST = {
@@ -174,6 +187,77 @@ def test_a_run_that_is_claimed_is_left_alone(tiny, tmp_path):
         with pytest.raises(InUse, match="in use by process"):
             work(run, place, retry=False)
     assert place.state() == NEW
+
+
+def test_a_run_that_a_trainer_is_at_is_left_alone_and_not_failed(tiny, tmp_path, capsys):
+    """`run` says that a scheduler may start it again; a runner says at its end that the run was taken."""
+    sweep = expand("lr", "cpu", tiny)
+    place, where = Place(tmp_path, sweep.runs[0].name), ["--config", tiny, "--out", str(tmp_path)]
+    place.workdir.mkdir()
+    with exclusive(place.workdir / "LOCK", "the run"):
+        assert command.main(["lr", "run", "0", *where]) == STOPPED_EXIT
+        assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    with place.claim():
+        assert command.main(["lr", "run", "0", *where]) == STOPPED_EXIT
+    assert place.state() == NEW
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """full(*names): from now on files of these names cannot be written, as on a disk that is full."""
+    usual = durable.write_text
+
+    def fill(*names):
+        def write(path, text):
+            if path.name in names:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            usual(path, text)
+
+        monkeypatch.setattr(durable, "write_text", write)
+
+    return fill
+
+
+@pytest.mark.parametrize("name", ["asked.json", "config.json", "DONE"])
+def test_a_full_disk_is_no_failure_of_a_run(tiny, tmp_path, full, name):
+    """It is said, wherever it is met, and the same command goes on once there is room."""
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    full(name, "FAILED")
+    with pytest.raises(UserError, match=f"cannot write in --.* {tmp_path}.* mend that|{tmp_path}.*No space left"):
+        work(run, place, retry=False)
+    assert place.state() in (NEW, STOPPED)
+    full()
+    assert work(run, place, retry=False) == (TRAINED, "")
+
+
+def test_a_divergence_that_cannot_be_recorded_is_said_and_met_again(tiny, tmp_path, full, capsys):
+    run = expand("mixed", "cpu", tiny).runs[1]
+    place = Place(tmp_path, run.name)
+    full("DIVERGED")
+    with pytest.raises(UserError, match=r"cannot write in --workdir .*: the disk is full"):
+        work(run, place, retry=False)
+    assert "stopped: " in capsys.readouterr().out and place.state() == STOPPED
+    full()
+    assert work(run, place, retry=False) == (GONE_OFF, "")
+
+
+def test_a_failure_that_cannot_be_recorded_is_said_with_its_reason(tiny, tmp_path, full):
+    run = expand("mixed", "cpu", tiny).runs[0]
+    full("FAILED")
+    with pytest.raises(UserError, match=r"has failed \(.*nothing.*\).* cannot write in --out .*: the disk is full"):
+        work(run, Place(tmp_path, run.name), retry=False)
+
+
+def test_an_evaluation_that_is_not_recorded_is_no_reason_to_start_again_for_ever(tiny, tmp_path, monkeypatch):
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "main", lambda argv: 0)
+        with pytest.raises(UserError, match=r"eval\.jsonl cannot be written"):
+            work(run, place, retry=False)
+    assert place.state() == STOPPED
+    assert work(run, place, retry=False) == (TRAINED, "")
 
 
 STEPS = """
