@@ -144,6 +144,13 @@ def notices(rows: Sequence[Row], passed_over: Sequence[str] = ()) -> list[tuple[
         for row, evaluation in evaluated
         if evaluation["step"] != row.run.last_step
     ]
+    early = [
+        f"{run_name(row)} ({max(e['step'] for e in row.run.evals)} of {row.run.last_step})"
+        for row in rows
+        if row.run.done is not None and row.run.evals and held_out(row.run) is None
+    ]
+    if early:
+        notes.append(f"No evaluation of the last step, so no held-out numbers: {_listed(early, '; ')}.")
     if old:
         notes.append(f"Held-out numbers are those of step ..., not of the run's last: {_listed(old, '; ')}.")
     for name, values in {

@@ -265,7 +265,13 @@ def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_run(tmp_path / "a")
     write_eval(write_run(tmp_path / "b"), 10, 2.0)
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
-    assert any("not of the run's last: span / scale, seed 0 (10 of 20)" in text for text in texts(tmp_path, "note"))
+    notes = texts(tmp_path, "note")
+    assert any(
+        "No evaluation of the last step, so no held-out numbers: span / scale, seed 0 (10 of 20)" in n for n in notes
+    )
+    assert summary(tmp_path / "b").held_out_loss is None
+    write_eval(write_run(tmp_path / "c", losses=[4.0] * 15, done=False), 10, 2.0)  # still running: the newest there is
+    assert any("not of the run's last: span / scale, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
 
 
 # ---- the command line -------------------------------------------------------------------------
