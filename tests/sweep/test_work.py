@@ -152,7 +152,7 @@ def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
 
 
 def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(tiny, tmp_path):
-    """By hand another step, or other tokens, is evaluated; a crash leaves no line, or half of one."""
+    """By hand another step, or other tokens, is evaluated; a crash leaves half a line or none."""
     run = expand("lr", "cpu", tiny).runs[0]
     place = Place(tmp_path, run.name)
     assert work(run, place, retry=False) == (TRAINED, "")
