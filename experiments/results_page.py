@@ -18,7 +18,7 @@ from spannorm_jax.report.folders import Run, find_runs
 from spannorm_jax.report.page import print_svg
 from spannorm_jax.report.rows import Row, summarise
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Study, study
+from spannorm_jax.report.study import FINISHED, Method, Study, study
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
@@ -54,15 +54,17 @@ class Results:
         return len({row.seed for row in self.about.rows})
 
     def loss(self, **wanted: Any) -> str:
-        """Mean ± standard deviation over the seeds, and how many did not train."""
+        """Mean ± standard deviation over the seeds, and how many did not train or have none."""
         rows = self.rows(**wanted)
         if not rows:
             return "not run"
-        bits = [row.bits_per_byte for row in rows if row.outcome.kind in ("trained", "stalled") and row.bits_per_byte]
+        finished = [row for row in rows if row.outcome.kind in FINISHED]
+        bits = [row.bits_per_byte for row in finished if row.bits_per_byte]
         text = f"{statistics.fmean(bits):.3f}" if bits else "–"
         text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
         kinds = [row.outcome.kind for row in rows]
         bad = [f"{n} of {len(rows)} {kind}" for kind in ("stalled", "diverged") if (n := kinds.count(kind))]
+        bad += [f"{n} of {len(rows)} not evaluated"] if (n := len(finished) - len(bits)) else []
         return f"{text} ({', '.join(bad)})" if bad else text
 
     def each(self, placement: str, init: str) -> str:

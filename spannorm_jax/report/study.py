@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.report import stats
-from spannorm_jax.report.rows import AXES, Group, Row, over_seeds
+from spannorm_jax.report.rows import AXES, Group, Row, in_words, over_seeds
 from spannorm_jax.report.stats import Interval
 
 FINISHED = ("trained", "stalled")
@@ -27,7 +27,7 @@ class Method(NamedTuple):
     @property
     def other(self) -> str:
         """The other keys in short: `init_targets=ffn_out`."""
-        return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.others)
+        return ", ".join(in_words(key, value, short=True) for key, value in self.others)
 
     @property
     def label(self) -> str:
