@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
 import polars as pl
 
 from spannorm_jax.report import curves
 from spannorm_jax.report.looks import (
     Figure,
     Views,
+    alt,
     finished,
     in_panels,
     looks_of,

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
 import polars as pl
 
+from spannorm_jax.paths import some_home
 from spannorm_jax.report import frames
 from spannorm_jax.report.palette import (
     GREY,
@@ -20,6 +20,9 @@ from spannorm_jax.report.palette import (
     theme,
 )
 from spannorm_jax.report.study import Place, Study
+
+with some_home():  # which Altair asks for where it is imported, for data that nothing here uses
+    import altair as alt
 
 _FADED = 0.07  # what the legend's choice leaves out
 
