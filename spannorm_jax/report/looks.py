@@ -88,10 +88,10 @@ def size_of(panels: int) -> tuple[int, int]:
     return {1: (560, 340), 2: (350, 280)}.get(panels, (270, 220))
 
 
-def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 0) -> Any:
+def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 0, data: str = "main") -> Any:
     """The layers in one panel, or in one for each of `panels`; `beside` other charts they are smaller."""
     width, height = size_of(len(panels) + beside)
-    chart: Any = alt.layer(*layers, data=alt.NamedData("main")).properties(width=width, height=height)
+    chart: Any = alt.layer(*layers, data=alt.NamedData(data)).properties(width=width, height=height)
     if len(panels) == 1:
         return chart
     columns = 2 if len(panels) in (2, 4) else 3
