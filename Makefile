@@ -1,11 +1,11 @@
-# make demo | demo-smoke | test | test-quick | test-process | test-slow | lint | env.
+# make demo | demo-smoke | test | test-quick | test-process | test-pages | test-slow | lint | env.
 # PYTHON is the interpreter that .venv is made with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: env demo demo-smoke test test-quick test-process test-slow lint
+.PHONY: env demo demo-smoke test test-quick test-process test-pages test-slow lint
 
 env: .venv/installed
 
@@ -33,6 +33,7 @@ lint: env
 #   test-quick    the model, the train step, bad input
 #   test          everything within the tests' own process, and short commands
 #   test-process  runs of whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
+#   test-pages    report pages in a browser (chromium): that of demo-smoke, which it does first, and of each sweep's archive
 #   test-slow     test-process, the whole fault campaign, and the commands of experiments/launch/README.md
 test: lint
 	$(BIN)/python -m pytest
@@ -42,6 +43,10 @@ test-quick: env
 
 test-process: env
 	$(BIN)/python -m pytest -m "process and not slow"
+
+# A file's tests on both workers, for each opens a browser of its own.
+test-pages: demo-smoke
+	$(BIN)/python -m pytest -m pages --dist load tests/report/test_pages.py
 
 test-slow: env
 	$(BIN)/python -m pytest -m "process or slow"

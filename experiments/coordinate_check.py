@@ -173,8 +173,9 @@ def table(results: list[dict[str, Any]], bound: float) -> tuple[list[str], int]:
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:
     """Change against width and depth, a line an update, a panel for each parametrisation and site."""
-    import altair as alt
     import vl_convert
+
+    from spannorm_jax.report.looks import alt
 
     rows = [
         {"panel": f"{r['axis']}, {r['parametrisation']}", "site": name.removeprefix("change of "), "size": size}

@@ -78,15 +78,17 @@ class Results:
         return len({row.seed for row in self.about.rows})
 
     def loss(self, **wanted: Any) -> str:
-        """Mean ± standard deviation over the seeds, and how many did not train."""
+        """Mean ± standard deviation over the seeds, and how many did not train or have none."""
         rows = self.rows(**wanted)
         if not rows:
             return "not run"
-        bits = [row.bits_per_byte for row in rows if row.outcome.kind in FINISHED and row.bits_per_byte]
+        finished = [row for row in rows if row.outcome.kind in FINISHED]
+        bits = [row.bits_per_byte for row in finished if row.bits_per_byte]
         text = f"{statistics.fmean(bits):.3f}" if bits else "–"
         text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
         ends = self.ends(**wanted)
         bad = [f"{n} of {len(rows)} {kind}" for kind in FAILED if (n := ends[kind])]
+        bad += [f"{n} of {len(rows)} not evaluated"] if (n := len(finished) - len(bits)) else []
         return f"{text} ({', '.join(bad)})" if bad else text
 
     def ends(self, **wanted: Any) -> Counter[str]:

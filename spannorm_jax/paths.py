@@ -2,9 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spannorm_jax.errors import UserError
+
+NO_UTF8 = "has a name that is no UTF-8 here; rename it, or set PYTHONUTF8=1 where the locale has another encoding"
 
 
 def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
@@ -28,15 +32,8 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
         path = Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{shown} names a home directory that is not known here; write the whole path") from error
-    try:
-        utf8 = os.fsencode(path.absolute()) == str(path.absolute()).encode("utf-8")
-    except UnicodeEncodeError:
-        utf8 = False
-    if not utf8:
-        raise UserError(
-            f"{shown} has a name that is no UTF-8 here; rename it, or set PYTHONUTF8=1 where the locale has another "
-            "encoding"
-        )
+    if not is_utf8(path):
+        raise UserError(f"{shown} {NO_UTF8}")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -45,6 +42,29 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shown} cannot be a path ({reason}); write another") from error
     return path
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name is the same for Python and for the libraries in C++ and files, which take UTF-8."""
+    try:
+        return os.fsencode(path.absolute()) == str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
+@contextmanager
+def some_home() -> Iterator[None]:
+    """Within it a library that wants a home directory when it is imported finds a name, where there is none."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/nonexistent"
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
+    else:
+        yield
 
 
 def below_home(name: str, remedy: str) -> Path:

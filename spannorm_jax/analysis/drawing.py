@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import polars as pl
 import vl_convert
 
 from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.errors import UserError
-from spannorm_jax.report.looks import Figure, finished, in_panels
+from spannorm_jax.report.looks import Figure, alt, finished, in_panels
 from spannorm_jax.report.page import print_svg
 from spannorm_jax.report.palette import GREY, PLACEMENT_ORDER, colours, ranked
 

@@ -20,7 +20,8 @@ _DEFINITIONS = {
     "init": "How the weights are initialised (model.init).",
     "also differs": "Other config keys in which these runs differ from one another.",
     "seeds": "Runs of this setting that the means are taken over, one per seed; “2 of 3” when the third diverged or is "
-    "unfinished. ± is the sample standard deviation over seeds (n − 1).",
+    "unfinished, and after a mean “(1 of 2)” when only one of these has such a number. ± is the sample standard "
+    "deviation over seeds (n − 1).",
     "train loss": "Cross-entropy on the training data in nats per token: the mean over the last 10% of the steps "
     "taken. The loss of a step is that of the weights before its update. A run that diverged has none.",
     "held-out loss": "Cross-entropy on the held-out split in nats per token, from the newest evaluation at the highest "

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
 import polars as pl
 
 from spannorm_jax.report import curves, frames
 from spannorm_jax.report.looks import (
     Figure,
     Views,
+    alt,
     finished,
     in_panels,
     looks_of,
@@ -27,6 +27,7 @@ _X = {  # entry of the page's list: column, title, form of numbers
     "tokens": ("tokens", "training tokens", "~s"),
     "FLOPs": ("flops", "training FLOPs", ".1~e"),
 }
+Domain = tuple[float, float]
 _SCALES = ("linear", "log loss", "log x", "log both")
 
 
@@ -36,10 +37,14 @@ def loss(about: Study) -> Figure | None:
     if table.is_empty():
         return None
     levels = frames.levels_table(about)
-    domain = _domain(table, levels["level"].to_list())
+    late, _ = with_panels(curves.loss_curves(about, late=True), about)
     lrs = sorted(table["lr"].unique())
     known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
-    first = _loss_view(about, panels, domain, lrs)
+    domains = {
+        "main": _domain(table, levels["level"].to_list()),
+        **({} if late.is_empty() else {"late": _late_domain(late)}),
+    }
+    first = _loss_view(about, panels, domains, lrs)
     views: Views = {(x, scale): _loss_along(first, x, scale) for x in known for scale in _SCALES}
     caption = (
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
@@ -48,19 +53,36 @@ def loss(about: Study) -> Figure | None:
         "entropy of the training data, and what n-grams counted on it and gzip reach on the held-out text. Curves may "
         "leave the top of the figure."
     )
+    if not late.is_empty():
+        caption += (
+            f" The last third of the steps stands {'beside' if len(panels) == 1 else 'below'} at a scale of its own, "
+            f"for the methods near the best, with a running mean over {curves.LATE_SMOOTHING:.0%}."
+        )
     if len(lrs) > 1:
         caption += " In print each method has its best learning rate, that of the least mean loss over seeds."
     choices = {"x axis": tuple(known), "scale": _SCALES}
-    return Figure("loss", "Training loss", caption, {"main": table, "levels": levels}, choices, views)
+    return Figure("loss", "Training loss", caption, {"main": table, "late": late, "levels": levels}, choices, views)
 
 
-def _domain(table: pl.DataFrame, levels: Sequence[float]) -> tuple[float, float]:
+def _domain(table: pl.DataFrame, levels: Sequence[float]) -> Domain:
     """From the least loss to where runs start, with some room; a loss that rises far above leaves the figure."""
     least, greatest, starts = table["low"], table["high"], table.group_by("curve").first()["loss"]
     lowest = min([*least.to_list(), *levels])
     start = max([*starts.to_list(), *levels])
     room = 0.04 * (start - lowest) or 0.1
     return max(lowest - room, lowest / 1.1), min(max(*greatest.to_list(), start) + room, 1.25 * start)
+
+
+def _late_domain(late: pl.DataFrame) -> Domain:
+    """What holds the better two thirds of the late curves, but for those that lie far above the others."""
+    shown = late.filter("best_lr", ~pl.col("alone"))
+    shown = late if shown.is_empty() else shown
+    ends = shown.group_by("curve").agg(pl.col("loss").mean())
+    loss = pl.col("loss")
+    near = ends.filter(loss <= loss.quantile(2 / 3, "higher"), loss <= loss.min() + 3 * (loss.median() - loss.min()))
+    losses = shown.join(near, on="curve", how="semi")["loss"].to_list()
+    room = 0.05 * (max(losses) - min(losses)) or 0.1
+    return max(min(losses) - room, min(losses) / 1.1), max(losses) + room
 
 
 def _loss_along(view: dict[str, Any], x: str, scale: str) -> dict[str, Any]:
@@ -77,46 +99,57 @@ def _loss_along(view: dict[str, Any], x: str, scale: str) -> dict[str, Any]:
     return with_axes(view, change)
 
 
-def _loss_view(
-    about: Study, panels: Sequence[str], domain: tuple[float, float], lrs: Sequence[float]
-) -> dict[str, Any]:
-    looks = looks_of(about)
-    y_scale = alt.Scale(domain=domain, nice=False)
-    at_x = alt.X("step:Q", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, grid=False))
-    y_axis = alt.Axis(tickCount=6, format="~g")
-    at_y = alt.Y("loss:Q", title="training loss (nats/token)", scale=y_scale, axis=y_axis)
-    base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
-    if len(lrs) > 1:
-        base = base.transform_filter("chosen_lr == 0 ? datum.best_lr : datum.lr == chosen_lr")
-    lines = base.mark_line(clip=True).encode(
-        y=at_y,
-        strokeDash=looks.dash(),
-        opacity=looks.opacity(1),
-        strokeWidth=alt.condition("datum.alone", alt.value(1), alt.value(2.2)),
-    )
-    lines = lines.properties(name="lines").add_params(*looks.picks)
-    if len(lrs) > 1:
-        labels = ["each method's best", *(f"{lr:g}" for lr in lrs)]
-        chosen = alt.binding_select(options=[0, *lrs], labels=labels, name="learning rate ")
-        lines = lines.add_params(alt.param(name="chosen_lr", value=0, bind=chosen))
+def _loss_view(about: Study, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> dict[str, Any]:
+    looks, beside = looks_of(about), int(len(panels) == 1 < len(domains))
     tips = tooltip(about, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
-    low = alt.Y("low:Q", scale=y_scale)
-    crossed = base.transform_filter("datum.crossed")
+    charts = []
+    for data, domain in domains.items():
+        late = data == "late"
+        y_scale = alt.Scale(domain=domain, nice=False)
+        title = "loss of the last third (nats/token)" if late else "training loss (nats/token)"
+        at_x = alt.X("step:Q", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(tickCount=5, grid=False))
+        at_y = alt.Y("loss:Q", title=title, scale=y_scale, axis=alt.Axis(tickCount=6, format="~g"))
+        low = alt.Y("low:Q", scale=y_scale)
+        base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
+        if len(lrs) > 1:
+            base = base.transform_filter("chosen_lr == 0 ? datum.best_lr : datum.lr == chosen_lr")
+        lines = base.mark_line(clip=True).encode(
+            y=at_y,
+            strokeDash=looks.dash(),
+            opacity=looks.opacity(1),
+            strokeWidth=alt.condition("datum.alone", alt.value(1), alt.value(2.2)),
+        )
+        bands = base.mark_area(clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.08 if late else 0.15))
+        if not late:  # the second chart follows the first one's legend
+            bands = bands.properties(name="bands").add_params(*looks.picks)
+            if len(lrs) > 1:
+                labels = ["each method's best", *(f"{lr:g}" for lr in lrs)]
+                chosen = alt.binding_select(options=[0, *lrs], labels=labels, name="learning rate ")
+                bands = bands.add_params(alt.param(name="chosen_lr", value=0, bind=chosen))
+        crossed = base.transform_filter("datum.crossed").mark_point(
+            shape="cross", angle=45, size=110, filled=True, clip=True
+        )
+        layers = [
+            bands,
+            lines,
+            base.mark_line(clip=True, strokeWidth=12, opacity=0).encode(y=at_y, tooltip=tips),  # for the mouse to meet
+            crossed.encode(y=at_y, opacity=looks.opacity(1)),
+            *([] if late else _levels(y_scale, size_of(len(panels) + beside)[0])),
+        ]
+        charts.append(in_panels(layers, panels, beside, data))
+    return finished(alt.hconcat(*charts) if beside else alt.vconcat(*charts), "Training loss")
+
+
+def _levels(y_scale: alt.Scale, width: int) -> list[alt.Chart]:
+    """The unigram entropies, each with its name."""
     level = alt.Chart(alt.NamedData("levels")).encode(y=alt.Y("level:Q", scale=y_scale))
-    named = level.encode(x=alt.value(size_of(len(panels))[0] - 4), text="name:N")
-    beside: dict[str, Any] = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
-    layers = [
-        base.mark_area(clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.15)),
-        lines,
-        base.mark_line(clip=True, strokeWidth=12, opacity=0).encode(y=at_y, tooltip=tips),  # for the mouse to meet
-        crossed.mark_point(shape="cross", angle=45, size=110, filled=True, clip=True).encode(
-            y=at_y, opacity=looks.opacity(1)
-        ),
+    named = level.encode(x=alt.value(width - 4), text="name:N")
+    look: dict[str, Any] = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
+    return [
         level.mark_rule(strokeDash=[5, 4], stroke=GREY, strokeWidth=1.2),
-        named.mark_text(stroke="white", strokeWidth=4, strokeJoin="round", **beside),  # to be read on a curve
-        named.mark_text(color=GREY, **beside),
+        named.mark_text(stroke="white", strokeWidth=4, strokeJoin="round", **look),  # to be read on a curve
+        named.mark_text(color=GREY, **look),
     ]
-    return finished(in_panels(layers, panels), "Training loss")
 
 
 def block_grad_norm(about: Study) -> Figure | None:

@@ -13,8 +13,10 @@ from spannorm_jax.report.stats import smooth
 from spannorm_jax.report.study import Place, Study, method_of
 
 SMOOTHING = 0.02  # of the logged steps: the width of the running mean
+LATE = 1 / 3  # of the steps asked for: the last part of a run, where methods lie close together
+LATE_SMOOTHING = 0.1
 _POINTS = (40, 300)  # the fewest and the most that a curve is drawn with
-_ALL_POINTS = 40_000  # of all curves together, which a page still draws in a moment
+_ALL_POINTS = 16_000  # of all curves together, which a page still draws in a moment
 
 _SCHEMA: dict[str, Any] = {
     **{"curve": pl.Int32, "placement": pl.String, "init": pl.String, "other": pl.String},
@@ -31,17 +33,17 @@ _SCHEMA: dict[str, Any] = {
 }
 
 
-def _losses(row: Row) -> tuple[np.ndarray, np.ndarray]:
+def _losses(row: Row, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps, smoothed losses), up to the first that is not finite."""
     metrics = row.run.metrics
     bad = np.flatnonzero(~np.isfinite(metrics.loss))
     end = bad[0] if len(bad) else len(metrics.loss)
-    return metrics.step[:end], smooth(metrics.loss[:end], SMOOTHING)
+    return metrics.step[:end], smooth(metrics.loss[:end], smoothing)
 
 
-def _over_seeds(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+def _over_seeds(rows: Sequence[Row], smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps that all have, losses of each row there)."""
-    each = [_losses(row) for row in rows]
+    each = [_losses(row, smoothing) for row in rows]
     each = [(steps, losses) for steps, losses in each if len(steps)]
     if not each:
         return np.empty(0, np.int64), np.empty((0, 0))
@@ -59,10 +61,11 @@ def _thinned(count: int, most: int) -> np.ndarray:
     return np.unique(np.round(np.concatenate([even, np.geomspace(1, count, most - most // 2) - 1])).astype(int))
 
 
-def loss_curves(about: Study) -> pl.DataFrame:
+def loss_curves(about: Study, late: bool = False) -> pl.DataFrame:
     """Of each setting the mean of the seeds that count with their least and greatest, then each other seed alone.
 
-    One line a point, `crossed` where a run that diverged ends. This is what curves.csv holds.
+    One line a point, `crossed` where a run that diverged ends. This is what curves.csv holds. `late`: of the runs'
+    last part alone, and smoother, for all runs of a seed have the same batches and so the same noise.
     """
     members: list[tuple[Group, tuple[Row, ...], bool]] = []
     for group in about.groups:
@@ -72,7 +75,10 @@ def loss_curves(about: Study) -> pl.DataFrame:
     frames = []
     best = {(method, place): best_lr(about, method, place) for method, place, _ in about.cells}
     for number, (group, rows, alone) in enumerate(members):
-        steps, losses = _over_seeds(rows)
+        steps, losses = _over_seeds(rows, LATE_SMOOTHING if late else SMOOTHING)
+        if late:
+            kept = steps > (1 - LATE) * rows[0].run.steps
+            steps, losses = steps[kept], losses[:, kept]
         if not len(steps):
             continue
         kept = _thinned(len(steps), most)
@@ -90,7 +96,7 @@ def loss_curves(about: Study) -> pl.DataFrame:
             "width": first.width,
             "lr": float(first.lr),
             "best_lr": own_best is None or own_best == first.lr,
-            "runs": f"seed {first.seed}, {first.outcome}" if one else f"mean of {len(rows)} seeds",
+            "runs": f"seed {first.seed}, {first.outcome}" if one else f"mean of {len(losses)} seeds",
             "alone": alone,
             "train_loss": None if alone or reached is None else reached.mean,
         }

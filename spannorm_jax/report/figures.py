@@ -8,11 +8,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import altair as alt
 import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
-from spannorm_jax.report.looks import Figure, Views, finished, in_panels, looks_of, tooltip, with_axes, with_panels
+from spannorm_jax.report.looks import Figure, Views, alt, finished, in_panels, looks_of, tooltip, with_axes, with_panels
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.study import Study
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.paths import NO_UTF8, is_utf8
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
 _TYPES: dict[str, Any] = {
@@ -201,6 +202,8 @@ def _parse(text: bytes) -> dict[str, Any]:
     """The JSON object. Raises ValueError with what ends a line about it."""
     try:
         value = json.loads(text)
+        if b"\\u" in text:  # half a character, as "\\ud800" is, would stop whatever writes it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -278,7 +281,8 @@ def find_runs(
     """Reads every run below the folders `roots` (or those themselves), in order of path, each once.
 
     A run's own subfolders are not searched: its checkpoints hold a config.json too. Other programs' folders hold a
-    config.json as well: `passed_over` is told why it is not a run's, and what is below is searched.
+    config.json as well: `passed_over` is told why it is not a run's, and what is below is searched. So it is with a
+    folder whose name is no UTF-8, which no table could hold.
 
     Raises:
       UserError: one of `roots` is no folder, or no run is below any.
@@ -293,6 +297,10 @@ def find_runs(
         for folder, subfolders, files in os.walk(root):
             subfolders.sort()
             if "config.json" in files:
+                if not is_utf8(Path(folder)):
+                    foreign.append(f"{folder} {NO_UTF8}")
+                    subfolders.clear()
+                    continue
                 try:
                     runs.setdefault(Path(folder).resolve(), read_run(folder))
                     subfolders.clear()

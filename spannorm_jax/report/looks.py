@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
 import polars as pl
 
+from spannorm_jax.paths import some_home
 from spannorm_jax.report import frames
 from spannorm_jax.report.palette import (
     GREY,
@@ -20,6 +20,9 @@ from spannorm_jax.report.palette import (
     theme,
 )
 from spannorm_jax.report.study import Place, Study
+
+with some_home():  # which Altair asks for where it is imported, for data that nothing here uses
+    import altair as alt
 
 _FADED = 0.07  # what the legend's choice leaves out
 
@@ -85,10 +88,10 @@ def size_of(panels: int) -> tuple[int, int]:
     return {1: (560, 340), 2: (350, 280)}.get(panels, (270, 220))
 
 
-def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 0) -> Any:
+def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 0, data: str = "main") -> Any:
     """The layers in one panel, or in one for each of `panels`; `beside` other charts they are smaller."""
     width, height = size_of(len(panels) + beside)
-    chart: Any = alt.layer(*layers, data=alt.NamedData("main")).properties(width=width, height=height)
+    chart: Any = alt.layer(*layers, data=alt.NamedData(data)).properties(width=width, height=height)
     if len(panels) == 1:
         return chart
     columns = 2 if len(panels) in (2, 4) else 3

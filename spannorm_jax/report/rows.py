@@ -220,7 +220,7 @@ class Group:
     @property
     def other(self) -> str:
         """What sets the group apart beside placement, initialisation and the axes: `data.seq_len=512`."""
-        return ", ".join(f"{key}={value}" for key, value in self.variant if key not in AXES)
+        return ", ".join(in_words(key, value) for key, value in self.variant if key not in AXES)
 
     @property
     def counted(self) -> tuple[Row, ...]:
@@ -273,12 +273,29 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
     return found
 
 
-def followers(differing: Mapping[str, Sequence[str]]) -> list[str]:
-    """Keys whose value is the same wherever depth, width and learning rate are: `model.ffn_dim` follows the width."""
-    count = len(next(iter(differing.values()), []))
-    at = [tuple(differing[axis][i] for axis in AXES if axis in differing) for i in range(count)]
-    others = (key for key in differing if key not in AXES and key != "data.fingerprint" and not is_runtime(key))
-    return [key for key in others if len(set(zip(at, differing[key], strict=True))) == len(set(at))]
+def in_words(key: str, value: str, short: bool = False) -> str:
+    """`model.ffn=relu`, or `ffn=relu` in short; of the number of experts `dense` or `8 experts`."""
+    if key == "model.moe.num_experts":
+        return "dense" if value == "0" else f"{value} experts"
+    return f"{key.rsplit('.', 1)[-1] if short else key}={value}"
+
+
+def followers(differing: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Keys that say nothing more than others -> these: their value is the same wherever those are.
+
+    They are depth, width and learning rate, which `model.ffn_dim` follows, or these and one key that comes earlier in
+    the config: `model.moe.expert_dim` follows the number of experts.
+    """
+    others = [key for key in differing if key not in AXES and key != "data.fingerprint" and not is_runtime(key)]
+    axes = [axis for axis in AXES if axis in differing]
+    found: dict[str, str] = {}
+    for i, key in enumerate(others):
+        for leader in [[], *([earlier] for earlier in others[:i] if earlier not in found)]:
+            at = list(zip(*(differing[k] for k in leader + axes), strict=True))
+            if at and len(set(zip(at, differing[key], strict=True))) == len(set(at)):
+                found[key] = " and ".join([*leader, *["depth, width and learning rate"] * bool(axes)])
+                break
+    return found
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Group]:
@@ -300,6 +317,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Group]:
     def order(group: Group) -> tuple[Any, ...]:
         first = group.rows[0]
         axes = (first.depth, first.width, first.lr)
-        return placements.index(group.placement), inits.index(group.init), group.other, axes
+        others = [pair for pair in group.variant if pair[0] not in AXES]
+        return placements.index(group.placement), inits.index(group.init), others, axes
 
     return sorted(made, key=order)

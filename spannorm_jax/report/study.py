@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.report.rows import AXES, FINISHED, Group, Row, over_seeds
+from spannorm_jax.report.rows import AXES, FINISHED, Group, Row, in_words, over_seeds
 
 _FEWEST_TO_SPLIT = 6  # seeds of every setting, from which on some choose learning rates and others are reported
 
@@ -25,7 +25,7 @@ class Method(NamedTuple):
     @property
     def other(self) -> str:
         """The other keys in short: `init_targets=ffn_out`."""
-        return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.others)
+        return ", ".join(in_words(key, value, short=True) for key, value in self.others)
 
     @property
     def label(self) -> str:

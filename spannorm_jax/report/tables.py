@@ -5,7 +5,18 @@ from collections.abc import Callable, Sequence
 
 from spannorm_jax.config import is_runtime
 from spannorm_jax.errors import visible
-from spannorm_jax.report.rows import AXES, Group, Row, Spread, differing_keys, fact, followers, held_out, over_seeds
+from spannorm_jax.report.rows import (
+    AXES,
+    Group,
+    Row,
+    Spread,
+    differing_keys,
+    fact,
+    followers,
+    held_out,
+    in_words,
+    over_seeds,
+)
 
 # ---- the table --------------------------------------------------------------------------------
 
@@ -24,11 +35,13 @@ MORE_NUMBERS: dict[str, tuple[_Number, str]] = {  # of the page's alone
 }
 
 
-def _spread(spread: Spread | None, form: str, missing: str) -> str:
+def _spread(spread: Spread | None, form: str, missing: str, counted: int) -> str:
+    """`2.770 ± 0.017`, and `(1 of 2)` after a mean of fewer seeds than count."""
     if spread is None:
         return missing
-    mean = format(spread.mean, form)
-    return mean if spread.deviation is None else f"{mean} ± {format(spread.deviation, form)}"
+    text = format(spread.mean, form)
+    text += "" if spread.deviation is None else f" ± {format(spread.deviation, form)}"
+    return text if spread.n == counted else f"{text} ({spread.n} of {counted})"
 
 
 def table_cells(
@@ -48,9 +61,9 @@ def table_cells(
     for group in groups:
         count, of = len(group.counted), len(group.rows)
         cells = [group.placement, group.init]
-        cells += [", ".join(f"{key}={value}" for key, value in group.variant)] * varied
+        cells += [", ".join(in_words(key, value) for key, value in group.variant)] * varied
         cells += [str(of) if count == of else f"{count} of {of}"] * several
-        cells += [_spread(group.over_seeds(number), form, missing) for number, form in numbers.values()]
+        cells += [_spread(group.over_seeds(number), form, missing, count) for number, form in numbers.values()]
         body.append([*cells, group.ending])
     return header, body
 
@@ -108,7 +121,7 @@ def notices(rows: Sequence[Row], passed_over: Sequence[str] = ()) -> list[tuple[
     groups = over_seeds(rows)
     warnings, notes = _of_options(rows, groups)
     warnings += [f"Left out of {row.run.folder}: {text}." for row in rows for text in row.run.damage]
-    notes += [f"Passed over a folder that is not a run's: {why}" for why in passed_over]
+    notes += [f"Passed over a folder: {why}" for why in passed_over]
     cut = [name for run in runs for name in run.cut]
     if cut:
         notes.append(f"Half a last line, which a trainer at work or killed leaves, is left out of {_listed(cut)}.")
@@ -181,7 +194,7 @@ def _of_options(rows: Sequence[Row], groups: Sequence[Group]) -> tuple[list[str]
         if is_runtime(key):
             notes.append(text + " This changes speed or bookkeeping, not the result.")
         elif key in following:
-            notes.append(text + " It is the same wherever depth, width and learning rate are.")
+            notes.append(f"{text} It is the same wherever these are: {following[key]}.")
         else:
             warnings.append(text)
     warnings += _uneven(groups)

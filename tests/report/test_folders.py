@@ -1,9 +1,13 @@
 """Folders that are no run's are passed over and said, and a run's files may hold null for any number."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from processes import LIMIT_S
 from run_folders import STEPS, rows_of, summary, write_run
 
 from spannorm_jax.errors import UserError
@@ -22,6 +26,9 @@ FOREIGN = {
     "nothing": "",
     "deep": "[" * 100_000,
     "null": "null",
+    "half_a_character": json.dumps(
+        {"model": {"placement": "\ud800", "init": "plain"}, "seed": 0, "training": {"steps": 1}}
+    ),
     "other_keys": json.dumps({"model": {"placement": 3, "init": None}, "seed": 0, "training": {"steps": 1}}),
     "model_is_a_name": json.dumps({"model": "gpt2", "seed": 0, "training": {"steps": 1}}),
 }
@@ -47,6 +54,38 @@ def test_folders_of_other_programs_are_passed_over_and_said_and_searched(tmp_pat
     for name in FOREIGN:
         assert any(str(tmp_path / name / "config.json") in line for line in why)
         assert str(tmp_path / name / "config.json") in said
+
+
+def test_a_run_folder_that_no_table_could_name_is_passed_over_and_said(tmp_path, capsys):
+    strange = tmp_path / "run\udcff"
+    write_run(strange / "checkpoints" / "6")
+    write_run(tmp_path / "again").rename(strange / "run")
+    write_run(tmp_path / "run", "pre", bits=2.0)
+    assert main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    notes = [line for line in err.splitlines() if "Passed over" in line]
+    assert len(notes) == 2 and all(r"run\udcff" in line and "no UTF-8" in line for line in notes)
+    assert r"run\udcff" in (tmp_path / "report" / "report.html").read_text() and "span" not in out
+    with pytest.raises(UserError, match="no UTF-8"):
+        find_runs(strange.rename(tmp_path / "alone\udcff"))
+
+
+def test_a_report_needs_no_home(tmp_path):
+    """As in a container with a user id that has no name."""
+    write_run(tmp_path / "run")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\ndef nobody(uid):\n    raise KeyError(uid)\npwd.getpwuid = nobody\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.getcwd()])
+    for code in (
+        "import altair",  # the library alone does need one
+        f"from spannorm_jax.report.__main__ import main; main([{str(tmp_path)!r}])",
+        "import os, spannorm_jax.analysis.drawing; assert 'HOME' not in os.environ",
+    ):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=LIMIT_S)
+        assert (done.returncode == 0) == (code != "import altair"), done.stderr
+    assert (tmp_path / "report" / "loss.png").exists()
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -1,16 +1,13 @@
-"""The page and the files beside it: what they hold, that nothing else is needed, and that a browser draws it."""
+"""The page and the files beside it: what they hold, and that nothing else is needed. test_pages.py opens pages."""
 
 import csv
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import vl_convert
-from processes import LIMIT_S
 from run_folders import STEPS, rows_of, write_lr_sweep, write_run
 
 from spannorm_jax.errors import UserError
@@ -108,6 +105,11 @@ def test_a_sweep_has_its_figures_and_tables(sweep):
     assert [row[4:] for row in rows] == [one, cliff, one]
     text = path.read_text(encoding="utf-8")
     assert "Loss against width: needs two widths." in text and "--baseline placement=pre,init=plain" in text
+
+
+def test_no_two_parts_of_the_page_have_one_name(sweep):
+    ids = [attrs["id"] for _, attrs in sweep[2].tags if "id" in attrs]
+    assert "differences" in ids and "figure-differences" in ids and len(set(ids)) == len(ids)
 
 
 def test_every_view_compiles_and_its_data_hold_what_it_names(sweep):
@@ -240,45 +242,3 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out" / "runs.csv").mkdir(parents=True)
     with pytest.raises(UserError, match=r"out cannot be written: .*; choose another --out"):
         write_report([folder], tmp_path / "out")
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Goes through all entries of all lists, in the time that the browser makes up (--virtual-time-budget).
-CHOOSE_ALL = """<script>
-(async () => {
-  const pause = () => new Promise((done) => setTimeout(done, 500));
-  while (!document.body.dataset.drawn) await pause();
-  let chosen = 0;
-  for (const list of document.querySelectorAll("select"))
-    for (const entry of list.options) {
-      list.value = entry.value;
-      list.dispatchEvent(new Event("change"));
-      await pause();
-      chosen++;
-    }
-  document.body.dataset.chosen = chosen;
-})();
-</script>"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
-def test_a_browser_draws_every_view_without_an_error_and_without_a_network(sweep, tmp_path):
-    _, path, page = sweep
-    copy = tmp_path / "report.html"
-    copy.write_text(path.read_text(encoding="utf-8") + CHOOSE_ALL, encoding="utf-8")
-    command = [
-        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"),
-        *("--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND"),
-        *("--virtual-time-budget=120000", "--dump-dom", copy.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not [line for line in said if "WARN " not in line], said
-    choices = sum(len(entries) for figure in page.figures.values() for entries in figure["choices"])
-    assert f'data-chosen="{choices + 4}"' in done.stdout  # the learning rate's list: the best and three
-    for name in page.figures:
-        figure = done.stdout.split(f'<figure id="{name}" ')[1].split("</figure>")[0]
-        assert len(re.findall(r'<svg[^>]*class="marks"', figure)) == 1, name
-        assert figure.count("<path") > 10, name
-    assert ">training FLOPs</text>" in done.stdout

@@ -214,6 +214,16 @@ def test_means_leave_out_seeds_that_did_not_finish_and_say_so(tmp_path):
     assert line.endswith("2 trained, 1 unfinished (step 4), 1 diverged (step 5)")
 
 
+def test_a_mean_of_fewer_seeds_than_count_says_of_how_many(tmp_path):
+    for seed, bits in enumerate([2.0, None, 2.2]):
+        write_run(tmp_path / str(seed), seed=seed, bits=bits)
+    write_run(tmp_path / "3", seed=3, bits=9.0, losses=[5.0], done=False)
+    cells = re.split(r"  +", text_table(rows_of(tmp_path)).splitlines()[2])
+    assert cells[2:5] == ["3 of 4", "3.150 ± 0.000", "2.100 ± 0.141 (2 of 3)"]
+    (tmp_path / "2" / "eval.jsonl").unlink()
+    assert "2.000 (1 of 3)" in text_table(rows_of(tmp_path))
+
+
 def test_differing_data_and_config_are_said_and_never_averaged(tmp_path):
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, fingerprint="beef")
@@ -244,6 +254,23 @@ def test_what_follows_from_an_axis_is_a_note_and_splits_no_method(tmp_path):
     ]
     assert texts(tmp_path, "warning") == []
     assert texts(tmp_path, "note")[0].startswith("Runs differ in model.ffn_dim: 176 (2 runs), 352 (1 run).")
+
+
+def test_what_follows_from_an_earlier_key_is_a_note_and_experts_are_a_word(tmp_path):
+    write_run(tmp_path / "dense", bits=2.0, model__moe__expert_dim=176)
+    write_run(tmp_path / "experts", bits=1.9, model__moe__num_experts=8, model__moe__expert_dim=88)
+    table = text_table(rows_of(tmp_path))
+    assert [line.split()[2:4] for line in table.splitlines()[2:4]] == [["dense", "3.150"], ["8", "experts"]]
+    assert "expert_dim" not in table
+    assert texts(tmp_path, "warning") == ["Runs differ in model.moe.num_experts: 0 (1 run), 8 (1 run)."]
+    (note,) = (text for text in texts(tmp_path, "note") if "expert_dim" in text)
+    assert note.endswith("It is the same wherever these are: model.moe.num_experts.")
+    write_run(tmp_path / "wide", bits=1.8, model__moe__num_experts=8, model__moe__expert_dim=176)  # it says more now
+    assert [group.other for group in over_seeds(rows_of(tmp_path))] == [
+        "dense, model.moe.expert_dim=176",
+        "8 experts, model.moe.expert_dim=176",
+        "8 experts, model.moe.expert_dim=88",
+    ]
 
 
 def test_what_is_compared_is_no_difference(tmp_path):

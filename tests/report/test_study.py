@@ -314,6 +314,15 @@ def test_curves_of_many_steps_keep_their_ends(tmp_path):
     assert table.height <= 300 and (table["step"].min(), table["step"].max()) == (1, steps)
 
 
+def test_late_curves_are_the_last_third_of_runs_that_reach_it(tmp_path):
+    write_run(tmp_path / "run", losses=[3.0 + (-1) ** step for step in range(60)], training__steps=60)
+    write_run(tmp_path / "short", "pre", losses=[3.0] * 30, done=False, training__steps=60)
+    late = loss_curves(study(rows_of(tmp_path)), late=True)
+    assert late["step"].to_list() == list(range(41, 61)) and late["placement"].unique().to_list() == ["span"]
+    losses = late["loss"].to_list()
+    assert max(abs(loss - 3.0) for loss in losses) <= 0.25  # over 7 steps, and 4 at the end: 1 / 7 and less
+
+
 def test_block_norms_are_geometric_means(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / str(seed), losses=[3.0] * (4 + 12 * seed), seed=seed)

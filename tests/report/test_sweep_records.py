@@ -88,6 +88,11 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
     ]
 
 
+def test_a_mean_of_seeds_that_were_not_all_evaluated_says_so(tmp_path):
+    runs = [("pre", "plain", {"bits": bits, "seed": seed}) for seed, bits in enumerate([2.0, 2.2, None])]
+    assert results(tmp_path, "part", runs).loss() == "2.100 ± 0.141 (1 of 3 not evaluated)"
+
+
 def results(tmp_path, name, runs):
     for i, (placement, init, changes) in enumerate(runs):
         write_run(tmp_path / name / f"run{i}", placement, init, **changes)
