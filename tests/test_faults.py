@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.campaigns import faults
+from experiments.campaigns import fault_records, faults
 from experiments.campaigns.fault_runs import STEPS, Campaign, cut, flip, refused
 
 pytestmark = pytest.mark.process
@@ -23,6 +23,12 @@ def test_kills(campaign):
 
 def test_two_trainers(campaign):
     faults.two_trainers(campaign)
+    assert all(case["ok"] for case in campaign.cases), campaign.cases
+
+
+@pytest.mark.parametrize("part", fault_records.PARTS)
+def test_what_the_records_say_holds_against_names_and_files(campaign, part):
+    part(campaign)
     assert all(case["ok"] for case in campaign.cases), campaign.cases
 
 

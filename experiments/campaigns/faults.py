@@ -3,7 +3,8 @@
     python -m experiments.campaigns.faults --json experiments/results/faults.json [--kills 50] [--seed 0]
 
 A run of a tiny model with a checkpoint at every second step is killed at random moments, stopped, starved of disk
-space, damaged file by file, and run in odd surroundings (`fault_surroundings`). Every case says what it expects and
+space, damaged file by file, taken for what they are not (`fault_records`), and run in odd surroundings
+(`fault_surroundings`). Every case says what it expects and
 what it saw; exit code 1 if one differs. CPU only.
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.campaigns import fault_surroundings
+from experiments.campaigns import fault_records, fault_surroundings
 from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, cut, ended, filling, flip, metrics, refused, until
 from experiments.record import about, save_record
 from spannorm_jax.command import Parser, run_command
@@ -271,7 +272,7 @@ def campaign(folder: Path, num_kills: int, seed: int, show: Callable[[str], Any]
     for part in (stops, two_trainers, half_lines, no_room, read_only, clock_back, damaged_store, damaged_dataset):
         part(c)
     damaged_checkpoints(c)
-    for part in fault_surroundings.PARTS:
+    for part in (*fault_records.PARTS, *fault_surroundings.PARTS):
         part(c)
     return c.cases
 

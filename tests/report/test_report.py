@@ -75,6 +75,18 @@ def test_newest_evaluation_of_the_highest_step_counts_and_never_the_training_spl
     assert summary(folder).bits_per_byte == 1.5
 
 
+def test_an_evaluation_by_the_way_is_no_result_of_a_run_that_is_done(tmp_path):
+    """Nor is a mean taken over it and others."""
+    early = write_run(tmp_path / "early", done=False)
+    write_eval(early, 10, 9.0)
+    assert summary(early).bits_per_byte == 9.0
+    (early / "DONE").write_text('{"step": 20}')
+    assert (summary(early).held_out_loss, summary(early).bits_per_byte) == (None, None)
+    write_run(tmp_path / "other", seed=1, bits=2.0)
+    [group] = over_seeds(rows_of(tmp_path))
+    assert group.over_seeds(lambda row: row.held_out_loss).n == 1
+
+
 def test_text_table_is_aligned_and_says_one_seed(tmp_path):
     write_run(tmp_path / "b", "span", "scale", bits=2.5)
     write_run(tmp_path / "a", "post", "plain", losses=[3.9] * STEPS)
@@ -290,7 +302,7 @@ def test_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
 
 def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_run(tmp_path / "a")
-    write_eval(write_run(tmp_path / "b"), 10, 2.0)
+    write_eval(write_run(tmp_path / "b", done=False), 10, 2.0)
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
     notes = texts(tmp_path, "note")
     assert any(

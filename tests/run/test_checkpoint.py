@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole whatever their folder is called, and safe from a trainer while they are read."""
 
 import fcntl
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -182,11 +183,13 @@ def test_a_reader_takes_the_newest_again_where_a_trainer_is_removing_all_that_it
     with open(tmp_path / "1" / "manifest.json", "r+b") as trainer:
         fcntl.flock(trainer, fcntl.LOCK_EX)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.time, "sleep", wait)
+            patch.setattr(checkpoint, "time", SimpleNamespace(sleep=wait))
             assert reading.find(None) == (2, []) and len(waits) == 2
+        reading.close()
+        reading = Checkpoints(tmp_path)
         with open(tmp_path / "2" / "manifest.json", "r+b") as too:
             fcntl.flock(too, fcntl.LOCK_EX)
-            monkeypatch.setattr(checkpoint.time, "sleep", waits.append)
+            monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=waits.append))
             with pytest.raises(UserError, match="being removed by a trainer; repeat the command"):
                 reading.find(None)
     reading.close()

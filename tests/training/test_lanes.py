@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 
 import jax
@@ -16,6 +17,7 @@ from spannorm_jax.inference.evaluation import evaluate
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel import place
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.run import checkpoint
 from spannorm_jax.run.folder import read_config
 from spannorm_jax.training import lanes, loop
 from spannorm_jax.training.flags import Flags
@@ -130,6 +132,7 @@ RUNS = {
     "other": replace(TINY, seed=1, model__init="plain", optim__lr=1e-3),
     "off": replace(TINY, optim__lr=1e30),
 }
+LAST = replace(TINY, training__steps=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -241,6 +244,62 @@ def test_a_lane_killed_after_its_last_save_is_only_declared_done(single, tmp_pat
     assert together(tmp_path, "short", "usual") == [0, 0]
     assert (tmp_path / "short" / "DONE").exists() and (tmp_path / "short" / "metrics.jsonl").read_bytes() == before
     assert_is_as_if_alone(tmp_path / "usual", single / "usual")
+
+
+def removing(patch, module, folder, at):
+    """Removes a run's folder at a loop's n-th step or turn, before its save."""
+
+    class Stop:
+        calls = 0
+
+        def at(self, _):
+            self.calls += 1
+            if self.calls == at:
+                shutil.rmtree(folder)
+            return ""
+
+    patch.setattr(module, "stop_signals", lambda: contextlib.nullcontext(Stop()))
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_run_whose_folder_is_removed_stops_and_makes_none_and_the_same_command_begins_anew(
+    single, tmp_path, monkeypatch, at
+):
+    with monkeypatch.context() as patch:
+        removing(patch, loop, tmp_path / "usual", at)
+        with pytest.raises(UserError, match="was removed or replaced while the run was at work"):
+            alone(tmp_path, "usual")
+    assert not (tmp_path / "usual").exists()
+    assert alone(tmp_path, "usual") == 0
+    assert lines(tmp_path / "usual" / "starts.jsonl")[0]["first_step"] == 1
+
+
+def test_a_lane_whose_folder_is_removed_ends_and_the_others_go_on(single, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        removing(patch, lanes, tmp_path / "usual", 2)
+        assert together(tmp_path, "usual", "other") == [2, 0]
+    assert capfd.readouterr().err.count("usual was removed or replaced") == 1 and not (tmp_path / "usual").exists()
+    assert_is_as_if_alone(tmp_path / "other", single / "other")
+    assert together(tmp_path, "usual", "other") == [0, 0]
+    assert_is_as_if_alone(tmp_path / "usual", single / "usual")
+
+
+def test_a_run_is_done_only_once_its_last_checkpoint_is_read(single, tmp_path, monkeypatch):
+    def flips(folder):
+        usual(folder)
+        if folder.name.startswith("2"):
+            next(path for path in sorted(folder.rglob("d/*")) if path.is_file()).write_bytes(b"changed")
+
+    usual = checkpoint.write_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", flips)
+        with pytest.raises(UserError, match=r"is damaged.*; repeat the command"):
+            loop.train(LAST, tmp_path / "last", Flags([]), place.Flags())
+    assert not (tmp_path / "last" / "DONE").exists()
+    assert (
+        loop.train(LAST, tmp_path / "last", Flags([]), place.Flags()) == 0
+        and (tmp_path / "last" / "damaged" / "2").exists()
+    )
 
 
 @pytest.mark.parametrize(
