@@ -120,7 +120,6 @@ def sweep_depth_factor(size: str) -> Iterable[Point]:
     return product(seeds(3), _two_depths(size), arguments(placement=ARMS), choices)
 
 
-@compares("placement=span", baseline="placement=pre")
 def sweep_branch_factor(size: str) -> Iterable[Point]:
     """ScaleInit's factor in the weight or the forward pass, with three exponents, over rates. 216 runs: 7.8 h, 296 h.
 
@@ -142,6 +141,7 @@ def sweep_exponent(size: str) -> Iterable[Point]:
     return product(seeds(3), _recipe(size), arms, options({"optim.lr": RATES[size]}))
 
 
+@compares("span", baseline="pre")
 def sweep_fresh_seeds(size: str) -> Iterable[Point]:
     """What the sweeps that chose ScaleInit's exponent found, on seeds that had no part in it. 21 runs: 13 min, 29 h.
 

@@ -14,14 +14,15 @@ import jinja2
 import vl_convert
 
 from spannorm_jax.errors import UserError
-from spannorm_jax.report import markdown, stats
+from spannorm_jax.report import comparisons, markdown, stats
 from spannorm_jax.report.contents import contents, interval_text
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import Run, find_runs
 from spannorm_jax.report.page import print_svg
+from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.rows import FINISHED, Row, summarise
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Study, study
+from spannorm_jax.report.study import Method, Place, Study, study
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
@@ -167,24 +168,34 @@ class Results:
     ) -> tuple[Interval | None, bool]:
         """The mean of ours less theirs by seed, held-out nats per token, and whether its error is pooled.
 
-        `own_best`: each at its own best learning rate. The error is pooled as in a report, over the arms
-        of these depths, widths, initialisations and rates that trained with every seed, where both of
-        these did.
+        `own_best`: each at its own best learning rate. The error is pooled as in a report, over all arms
+        at their own best rates or at the rates of these two, where both of these trained with every seed.
+
+        Raises:
+          ValueError: a side has two runs of one seed.
         """
         both = [fixed | wanted for wanted in (ours, theirs)]
         rows = [self.rows(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
+        for side, wanted in zip(rows, both, strict=True):
+            if len({row.seed for row in side}) < len(side):
+                raise ValueError(f"{self.name}: {wanted} is of several methods")
         losses = [{row.seed: loss for row in side if (loss := self.about.loss(row)) is not None} for side in rows]
         found = stats.t_interval(stats.paired_differences(*losses))
-        alike = {(row.depth, row.width, row.init, row.lr) for side in rows for row in side}
-        arms = [
-            {seed: loss for seed, row in cell.items() if (loss := self.about.loss(row)) is not None}
-            for (method, place, lr), cell in self.about.cells.items()
-            if (*place, method.init, lr) in alike and all(row.outcome.kind == "trained" for row in cell.values())
-        ]
-        error = stats.pooled(arms)
-        if found is None or error is None or any(row.outcome.kind != "trained" for side in rows for row in side):
+        if found is None or any(row.outcome.kind != "trained" for side in rows for row in side):
             return found, False
-        return error.of_mean(found.mean, found.n)[0], True
+        lrs = {row.lr for side in rows for row in side}
+        spreads = comparisons.spreads(
+            self.about,
+            (
+                (method, place, lr)
+                for method, place, lr in self.about.cells
+                if (lr == best_lr(self.about, method, place) if own_best else lr in lrs)
+            ),
+        )
+        families = [(Place(side[0].depth, side[0].width), side[0].init) for side in rows]
+        if not all(family in spreads for family in families):
+            return found, False
+        return stats.pooled_difference(found.mean, found.n, *(spreads[family] for family in families))[0], True
 
     def ahead(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> bool:
         """Whether the interval of ours less theirs lies below zero."""

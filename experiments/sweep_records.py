@@ -11,7 +11,9 @@ checkpoints. Unpacked into a folder of runs, they are done there, and the sweep 
 `page` makes docs/results.md and its figures from the archives and experiments/results.md, its template.
 """
 
+import io
 import lzma
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -51,16 +53,17 @@ def keep(name: str, out: Path, archives: Path) -> int:
             for run in ended:
                 for file in (here[run] / run / file for file in _FILES):
                     if file.exists():
-                        archive.add(file, f"{run}/{file.name}", filter=_anonymous)
+                        _add(archive, f"{run}/{file.name}", file.read_bytes())
     return len(ended)
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without what differs from machine to machine."""
-    member.mtime = member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    member.mode = 0o644
-    return member
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file without what differs from machine to machine: times, owners, where the folder of all runs was."""
+    run = Path(name).parent.name
+    content = re.sub(rb"--workdir \S*/(?=%s\b)" % re.escape(run).encode(), b"--workdir runs/sweeps/", content)
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -71,7 +71,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         with open(path, "a+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not os.fstat(file.fileno()).st_nlink:  # the writer that was waited for has failed, and removed it
+                if not _is_at(file, path):  # the writer that was waited for has failed, and removed it
                     continue
                 _append(file, line)
                 return
@@ -81,6 +81,14 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
                 raise
 
 
+def _is_at(file: io.FileIO, path: Path) -> bool:
+    """Whether an open file is the one that a path names: it may have been removed, or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
 def _append(file: io.FileIO, line: bytes) -> None:
     file.seek(0)
     end = file.read().rfind(b"\n") + 1
@@ -88,10 +96,10 @@ def _append(file: io.FileIO, line: bytes) -> None:
     try:
         while line:
             line = line[file.write(line) :]
+        os.fsync(file.fileno())
     except OSError:
         file.truncate(end)
         raise
-    os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
@@ -145,13 +153,9 @@ def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[Callable[[]
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
 
-        def is_there() -> bool:
-            try:
-                return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except OSError:
-                return False
-
-        yield is_there
+        if not _is_at(file, path):
+            raise InUse(f"{what} was removed or replaced at this moment; repeat the command")
+        yield lambda: _is_at(file, path)
 
 
 def _holder(file: BinaryIO) -> str:

@@ -1,7 +1,7 @@
 """Methods against their baselines: paired differences, the error of a study, and what is the same under two names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from spannorm_jax.report import stats
@@ -16,10 +16,10 @@ class Difference:
 
     Attributes:
       interval: that of the arm's own differences; None without a seed that both finished.
-      pooled: that with the error pooled over the arms of the place and the initialisation; None where
-        an arm did not train with every seed, whose losses spread otherwise.
+      pooled: that with the spread pooled over arms (`family`); None where an arm did not train with
+        every seed, whose losses spread otherwise.
       p: Holm's p-value of it, among the comparisons of one kind that were named before the runs, or
-        among the others.
+        among the others of that kind.
       pairs: seeds that either has.
     """
 
@@ -34,7 +34,8 @@ class Difference:
     p: float | None = None
 
 
-Arm = tuple[Method, Place, float]
+Arm = tuple[Method, Place, float]  # and its learning rate
+Family = tuple[Place, str]
 
 
 def _difference(about: Study, ours: Arm, theirs: Arm) -> Difference:
@@ -46,10 +47,10 @@ def _difference(about: Study, ours: Arm, theirs: Arm) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """The differences of one kind, and the errors of a loss that they were judged with, by `_family`."""
+    """The differences of one kind, and what they were judged with."""
 
     found: list[Difference]
-    errors: dict[tuple[Place, str], Pooled]
+    spreads: dict[Family, Pooled]
 
 
 def at_own_rates(about: Study) -> Compared:
@@ -73,50 +74,52 @@ def _compared(about: Study, shared: bool) -> Compared:
             ours = (method, place, theirs if shared else best)
             if ours in about.cells:
                 found.append(_difference(about, ours, (partner, place, theirs)))
-    errors = _errors(about, found)
-    return Compared(_judged(about, found, errors), errors)
-
-
-def _family(d: Difference) -> tuple[Place, str]:
-    """What the error of a difference is pooled over: arms of one place and initialisation, and their baselines.
-
-    An initialisation with which some arms hardly train spreads losses more than one with which all do.
-    """
-    return d.place, d.method.init
-
-
-def _errors(about: Study, found: Sequence[Difference]) -> dict[tuple[Place, str], Pooled]:
-    """The spread of a loss in each family, pooled over its arms that trained with every seed."""
-    made = {}
-    for family in dict.fromkeys(map(_family, found)):
-        arms = {arm for d in found if _family(d) == family for arm in _arms(d) if _trains(about, arm)}
-        error = stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in sorted(arms)])
-        if error is not None:
-            made[family] = error
-    return made
+    found_spreads = spreads(about, (arm for d in found for arm in _arms(d)))
+    return Compared(_judged(about, found, found_spreads), found_spreads)
 
 
 def _arms(d: Difference) -> tuple[Arm, Arm]:
     return (d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr)
 
 
-def _trains(about: Study, arm: Arm) -> bool:
+def family(arm: Arm) -> Family:
+    """What the spread of a loss is pooled over: arms of one depth, width and initialisation.
+
+    An initialisation with which some arms hardly train spreads losses more than one with which all do.
+    """
+    return arm[1], arm[0].init
+
+
+def spreads(about: Study, arms: Iterable[Arm]) -> dict[Family, Pooled]:
+    """The spread of a loss in each family, of its arms that trained with every seed that is reported."""
+    members: dict[Family, list[Arm]] = {}
+    for arm in sorted(set(arms)):
+        if trains(about, arm):
+            members.setdefault(family(arm), []).append(arm)
+    found = {
+        key: stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in own])
+        for key, own in members.items()
+    }
+    return {key: spread for key, spread in found.items() if spread is not None}
+
+
+def trains(about: Study, arm: Arm) -> bool:
     rows = [row for seed, row in about.cells.get(arm, {}).items() if seed in about.reported]
     return bool(rows) and all(row.outcome.kind == "trained" for row in rows)
 
 
-def _judged(about: Study, found: Sequence[Difference], errors: dict[tuple[Place, str], Pooled]) -> list[Difference]:
-    """The same with the pooled error's intervals and p-values."""
+def _judged(about: Study, found: Sequence[Difference], known: dict[Family, Pooled]) -> list[Difference]:
+    """The same with the pooled spreads' intervals and p-values."""
     made, families = list(found), dict[bool, list[tuple[int, float]]]()
     for i, d in enumerate(found):
-        error = errors.get(_family(d))
-        if d.interval is None or error is None or not all(_trains(about, arm) for arm in _arms(d)):
+        ours, theirs = (known.get(family(arm)) if trains(about, arm) else None for arm in _arms(d))
+        if d.interval is None or ours is None or theirs is None:
             continue
-        interval, p = error.of_mean(d.interval.mean, d.interval.n)
+        interval, p = stats.pooled_difference(d.interval.mean, d.interval.n, ours, theirs)
         made[i] = replace(d, pooled=interval)
         families.setdefault(about.confirms(d.method), []).append((i, p))
-    for family in families.values():
-        for (i, _), p in zip(family, stats.holm([p for _, p in family]), strict=True):
+    for tested in families.values():
+        for (i, _), p in zip(tested, stats.holm([p for _, p in tested]), strict=True):
             made[i] = replace(made[i], p=p)
     return made
 

@@ -154,13 +154,14 @@ def _judgement(found: Difference) -> list[str]:
 def _errors(about: Study) -> list[str]:
     """What the intervals of differences rest on, a line a comparison, place and initialisation."""
     lines = []
-    kinds: list[tuple[str, Compared]] = [("each at its own best rate", at_own_rates(about))]
+    kinds: list[tuple[str, Compared]] = [("", at_own_rates(about))]
     if about.varies("lr"):
+        kinds = [("each at its own best rate", at_own_rates(about))]
         kinds.append(("both at the baseline’s best", at_shared_rates(about)))
     for kind, compared in kinds:
-        for (place, init), error in compared.errors.items():
-            where = ", ".join(text for text in (about.place_text(place), init) if text)
-            lines.append(f"{kind}, {where}: {error.deviation:.4f} nats/token, {error.df} degrees of freedom")
+        for (place, init), spread in compared.spreads.items():
+            where = ", ".join(text for text in (kind, about.place_text(place), init) if text)
+            lines.append(f"{where}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom")
     return lines
 
 

@@ -54,9 +54,10 @@ def loss_by(about: Study, axis: str) -> Figure | None:
     """Final loss against depth, width or lr; None where it does not vary or nothing ended."""
     if not about.varies(axis):
         return None
-    table = frames.settings_table(frames.runs_table(about))
-    if axis != "lr":
-        table = table.filter("best_lr")
+    runs = frames.runs_table(about)
+    if axis != "lr":  # at best rates, of the seeds that did not choose them
+        runs = runs.filter("best_lr", pl.col("seed").is_in(list(about.reported)))
+    table = frames.settings_table(runs)
     if table.is_empty():
         return None
     place = ["placement", "init", "other", "depth", "width"]

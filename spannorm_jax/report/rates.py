@@ -39,14 +39,22 @@ def _optima(about: Study, method: Method, place: Place) -> dict[int, Optimum]:
     lrs = [lr for lr in about.lrs(method, place) if lr > 0]
     if len(lrs) < 3:
         return {}
-    trained = [all(row.outcome.kind == "trained" for row in about.cells[method, place, lr].values()) for lr in lrs]
-    by_seed = _complete(about, method, place, lrs) if any(trained) else {}
+    by_seed = _complete(about, method, place, lrs)
+    trained = [all(about.cells[method, place, lr][s].outcome.kind == "trained" for s in by_seed) for lr in lrs]
+    if not any(trained):
+        return {}
     return {seed: stats.optimum_of_seed(lrs, losses, trained) for seed, losses in by_seed.items()}
 
 
 def optimum(about: Study, method: Method, place: Place) -> Optimum | None:
     """The learning rate of least loss, with its interval over seeds or the rates between which it lies."""
     return stats.lr_optimum(list(_optima(about, method, place).values()))
+
+
+def _enclosed(about: Study, method: Method, place: Place) -> dict[int, Optimum]:
+    """`_optima`, or none if a seed's is at an end of the range: the others alone would say too little."""
+    found = _optima(about, method, place)
+    return {} if any(optimum.kind == "end" for optimum in found.values()) else found
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,12 @@ def drifts(about: Study) -> list[Drift]:
         for fixed in sorted({getattr(place, other) for place in about.places}) if about.varies(axis) else []:
             places = [place for place in about.places if getattr(place, other) == fixed]
             for method in about.methods:
-                optima = [_optima(about, method, place) for place in places]
+                optima = [_enclosed(about, method, place) for place in places]
                 seeds = sorted(set().union(*optima))
                 sizes = [getattr(place, axis) for place in places]
                 factor = stats.factor_per_doubling(sizes, [[each.get(seed) for each in optima] for seed in seeds])
                 if factor is not None:
-                    used = [
-                        size
-                        for size, each in zip(sizes, optima, strict=True)
-                        if any(seed.kind != "end" for seed in each.values())
-                    ]
+                    used = [size for size, each in zip(sizes, optima, strict=True) if each]
                     found.append(Drift(method, axis, fixed, used, factor))
     return found
 

@@ -88,16 +88,22 @@ def train_loss(run: Run) -> float | None:
 def held_out(run: Run) -> dict[str, Any] | None:
     """The evaluation that counts: newest of the highest step, on the config's held-out split.
 
-    Of a run that is done it is one of its last step: an earlier one is no result. Other splits count
-    only when that one was never evaluated, the training split never.
+    Of a run that is done it is one of its last step, on the tokens that its config asks for: another is
+    no result. Other splits count only when that one was never evaluated, the training split never.
     """
     options = run.options
     last = None if run.done is None else run.done.get("step", run.steps)
-    evals = [e for e in run.evals if last in (None, e["step"])]
+    asked = {"asked_tokens": options.get("eval.tokens"), "fingerprint": run.fingerprint}
+    evals = [e for e in run.evals if last is None or (e["step"] == last and _says(e, asked))]
     lines = [e for e in evals if e.get("split") in (None, options.get("data.eval_split"))]
     if not lines:
         lines = [e for e in evals if e.get("split") != options.get("data.train_split")]
     return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
+
+
+def _says(line: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether an evaluation is of what was asked; one from before a key came agrees with whatever is."""
+    return all(line.get(key, value) == value for key, value in asked.items())
 
 
 def outcome(run: Run) -> Outcome:
@@ -111,8 +117,8 @@ def outcome(run: Run) -> Outcome:
     collapsed   else, if at its best it had learnt 5%: it has lost it.
     plateau     else: it never learnt more than token frequencies.
 
-    The end is the last 10% of the steps, and the best the least mean of as many in a row, of 20 at
-    least: fewer would call the noise of the batches a best.
+    The end is the last 10% of the steps, and the best the least mean of as many logged steps in a
+    row, of 20 at least: fewer would call the noise of the batches a best.
     """
     last = run.last_step
     if run.diverged is not None:
@@ -131,7 +137,8 @@ def _how_it_trained(run: Run) -> str:
         return "trained"
     losses = run.metrics.loss[np.isfinite(run.metrics.loss)]
     several = min(len(losses), max(SHORTEST_MEAN, round(FINAL_FRACTION * len(losses))))
-    best = min(end, float(np.convolve(losses, np.full(several, 1 / several), "valid").min()))
+    sums = np.concatenate([[0.0], np.cumsum(losses, dtype=np.float64)])
+    best = min(end, float((sums[several:] - sums[:-several]).min()) / several)
     learnt, had_learnt = entropy - end, entropy - best
     if learnt >= LEARNT * entropy and learnt >= KEPT * had_learnt:
         return "trained"

@@ -41,7 +41,7 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     return _around(mean, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, n)
 
 
-def _around(mean: float, error: float, df: int, n: int) -> Interval:
+def _around(mean: float, error: float, df: float, n: int) -> Interval:
     """Student's interval of a mean whose standard error has so many degrees of freedom."""
     half = float(t.ppf((1 + CONFIDENCE) / 2, df)) * error
     return Interval(mean, mean - half, mean + half, n)
@@ -59,23 +59,29 @@ class Pooled:
     deviation: float  # standard deviation
     df: int  # degrees of freedom
 
-    def of_mean(self, mean: float, n: int) -> tuple[Interval, float]:
-        """Interval of the mean of n paired differences, and the probability of such a mean where there is none.
 
-        A difference has twice the variance of a loss.
-        """
-        error = self.deviation * math.sqrt(2 / n)
-        p = 2 * float(t.sf(abs(mean) / error, self.df)) if error else float(mean == 0)
-        return _around(mean, error, self.df, n), p
+def pooled_difference(mean: float, n: int, ours: Pooled, theirs: Pooled) -> tuple[Interval, float]:
+    """Interval of the mean of n paired differences, and the probability of such a mean where there is none.
+
+    A difference has the variances of both losses. Two spreads that were estimated apart have the
+    degrees of freedom of Welch (1947) and Satterthwaite.
+    """
+    variance, df = ours.deviation**2 + theirs.deviation**2, float(ours.df)
+    if theirs != ours and variance:
+        df = variance**2 / (ours.deviation**4 / ours.df + theirs.deviation**4 / theirs.df)
+    error = math.sqrt(variance / n)
+    p = 2 * float(t.sf(abs(mean) / error, df)) if error else float(mean == 0)
+    return _around(mean, error, df, n), p
 
 
 def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
     """What is left of loss = arm + seed by least squares, over arms of seed -> loss; None if nothing is free.
 
     Three seeds give an arm's own difference two degrees of freedom, and its spread may come out at a
-    tenth or at thrice the truth. Arms of one study share data and order, and so their spread.
+    tenth or at twice the truth. Arms of one study share data and order, and so their spread. Arms
+    with equal losses are one, run under several names.
     """
-    arms = [arm for arm in losses if len(arm) > 1]
+    arms = list({tuple(sorted(arm.items())): arm for arm in losses if len(arm) > 1}.values())
     seeds = sorted(set().union(*arms))
     y = np.array([loss for arm in arms for _, loss in sorted(arm.items())], np.float64)
     design = np.zeros((len(y), len(arms) + len(seeds)))

@@ -328,7 +328,8 @@ class Checkpoints:
         try:
             act()
         except Exception:
-            self.check_own()
+            if jax.process_count() == 1:  # the check is one of all processes, and the others may not have failed
+                self.check_own()
             raise
 
     def close(self) -> None:

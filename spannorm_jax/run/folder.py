@@ -160,7 +160,7 @@ def _remove_remade(workdir: Path) -> None:
     Orbax makes all folders above its own, and `rm -r` fails where one is not empty any more. What is left would keep
     the same command from beginning anew.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it is not there, or is no folder any more
         if [path.name for path in workdir.iterdir()] != [CHECKPOINTS]:
             return
         if len({path.name.partition(".")[0] for path in (workdir / CHECKPOINTS).iterdir()}) <= 1:

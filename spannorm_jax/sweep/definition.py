@@ -18,17 +18,17 @@ SIZES = ("cpu", "gpu")
 Sweep = Callable[[str], Iterable[Point]]
 
 
-def compares(method: str, baseline: str) -> Callable[[Sweep], Sweep]:
-    """Names the comparison that a sweep is run for, before it is run: `sweep NAME report` calls it confirmatory.
+def compares(placement: str, baseline: str) -> Callable[[Sweep], Sweep]:
+    """Names the comparison of two placements that a sweep is run for, before it is run.
 
-    Both are config keys with values, as the report's --confirm and --baseline have them:
+    `sweep NAME report` then has that baseline and calls the comparison confirmatory, the others exploratory:
 
-        @compares("placement=span", baseline="placement=pre")
+        @compares("span", baseline="pre")
         def sweep_lr(size: str) -> Iterable[Point]: ...
     """
 
     def named(sweep: Sweep) -> Sweep:
-        vars(sweep)["compares"] = method, baseline
+        vars(sweep)["compares"] = placement, baseline
         return sweep
 
     return named

@@ -43,7 +43,7 @@ class Sweep:
     file: str
     overrides: tuple[tuple[str, str], ...]
     runs: tuple[Run, ...]
-    compares: tuple[str, str] | None = None  # methods and their baseline, where the sweep names them (`definition`)
+    compares: tuple[str, str] | None = None  # placement and baseline, where the sweep names them (`definition`)
 
     @property
     def title(self) -> str:

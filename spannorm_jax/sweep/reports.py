@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from spannorm_jax.config import flatten
 from spannorm_jax.errors import UserError
 from spannorm_jax.report import __main__ as report
 from spannorm_jax.run.folder import CONFIG
-from spannorm_jax.sweep.expansion import Run, Sweep
+from spannorm_jax.sweep.expansion import Sweep
 from spannorm_jax.sweep.records import REPORTS, Place
 
 
@@ -20,20 +19,10 @@ def write_report(sweep: Sweep, out: Path, table_only: bool) -> int:
     if not started:
         raise UserError(f"no run of sweep {sweep.title} has started in {out}; start them: local")
     roots = [str(place.workdir) for place in started]
-    methods, baseline = sweep.compares or ("", "")
-    named = [
-        item
-        for flag, text in (("--baseline", baseline), ("--confirm", methods))
-        if text and any(_has(run, report.keys_of(text, flag)) for run in sweep.runs if Place(out, run.name) in started)
-        for item in (flag, text)
-    ]
+    placements = {run.config.model.placement for run in sweep.runs if Place(out, run.name) in started}
+    named: list[str] = []
+    if sweep.compares and placements.issuperset(sweep.compares):
+        named = ["--confirm", f"placement={sweep.compares[0]}", "--baseline", f"placement={sweep.compares[1]}"]
     folder = out / REPORTS / f"{sweep.names.replace(',', '+')}-{sweep.size}"
     shown = ["--table"] if table_only else []
     return report.main([*roots, "--out", str(folder), "--title", sweep.title, *named, *shown])
-
-
-def _has(run: Run, keys: dict[str, str]) -> bool:
-    """Whether a run is of the methods that a report's --baseline or --confirm names."""
-    options = flatten(run.config)
-    short = {"placement": "model.placement", "init": "model.init"}
-    return all(str(options[short.get(key, key)]) == value for key, value in keys.items())

@@ -302,13 +302,18 @@ def test_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
 
 def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_run(tmp_path / "a")
-    write_eval(write_run(tmp_path / "b", done=False), 10, 2.0)
+    write_eval(write_run(tmp_path / "b"), 10, 2.0)
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
     notes = texts(tmp_path, "note")
     assert any(
         "No evaluation of the last step, so no held-out numbers: span / scale, seed 0 (10 of 20)" in n for n in notes
     )
     assert summary(tmp_path / "b").held_out_loss is None
+    # One by hand, of other tokens or on other data, is no result either.
+    run = write_run(tmp_path / "d", bits=2.0, seed=4)
+    write_eval(run, STEPS, 7.0, asked_tokens=3)
+    write_eval(run, STEPS, 8.0, fingerprint="beef")
+    assert summary(run).held_out_loss == 2.0
     write_eval(write_run(tmp_path / "c", losses=[4.0] * 15, done=False), 10, 2.0)  # still running: the newest there is
     assert any("not of the run's last: span / scale, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
 
@@ -390,18 +395,22 @@ def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_librar
 
 
 def test_a_sweeps_report_tells_the_comparison_that_the_sweep_names_from_the_others(tmp_path):
-    """`branch_factor` is run for SpanNorm less PreNorm; PostNorm less PreNorm is a look at the same runs."""
-    sweep = expand("branch_factor", "cpu")
-    write = {"pre": 2.0, "post": 2.2, "span": 1.9}
-    for run in sweep.runs:
-        if run.config.optim.lr == 3e-3 and run.config.model.depth_factor == "weight" and run.config.seed < 2:
-            placement, noise = run.config.model.placement, 0.01 * (run.config.seed + 1)
-            if run.config.model.variance_exponent == 1:
-                end = write[placement] + noise * (1 + (placement == "post"))
-                write_run(tmp_path / run.name, placement, losses=[5.0, *[end] * 19], bits=end, seed=run.config.seed)
-    assert write_report(sweep, tmp_path, table_only=False) == 0
-    text = (tmp_path / "reports" / "branch_factor-cpu" / "tables.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in text.splitlines() if "pre / scale |" in line]
+    """`fresh_seeds` is run for SpanNorm less PreNorm; PostNorm less PreNorm is a look at the same runs."""
+    sweep = expand("fresh_seeds", "cpu")
+    ends = {"pre": 2.0, "post": 2.2, "span": 1.9}
+    runs = [run for run in sweep.runs if run.config.model.variance_exponent == 1 and run.config.optim.lr == 3e-3]
+
+    def write(placements):
+        for run in runs:
+            placement, seed = run.config.model.placement, run.config.seed
+            if placement in placements:
+                end = ends[placement] + 0.01 * seed * (1 + (placement == "post"))
+                write_run(tmp_path / run.name, placement, losses=[5.0, *[end] * 19], bits=end, seed=seed)
+        assert write_report(sweep, tmp_path, table_only=False) == 0
+        return (tmp_path / "reports" / "fresh_seeds-cpu" / "tables.md").read_text(encoding="utf-8")
+
+    assert "confirmatory" not in write({"post", "span"})  # the baseline is not there yet
+    rows = [line.split(" | ") for line in write({"pre"}).splitlines() if "pre / scale |" in line]
     assert [row[:3] for row in rows] == [
         ["| post / scale", "pre / scale", "exploratory"],
         ["| span / scale", "pre / scale", "confirmatory"],

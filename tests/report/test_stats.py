@@ -60,9 +60,9 @@ def test_the_pooled_interval_holds_the_truth_as_often_as_it_says():
         losses = additive(random, [1.0, 1.2, 1.2, 0.9], 3, 0.05)
         del losses[0][2]
         found = stats.pooled(losses)
-        interval, _ = found.of_mean(np.mean(stats.paired_differences(losses[1], losses[0])), 2)
+        interval, _ = stats.pooled_difference(np.mean(stats.paired_differences(losses[1], losses[0])), 2, found, found)
         held += interval.low <= 0.2 <= interval.high
-        _, p = found.of_mean(np.mean(stats.paired_differences(losses[2], losses[1])), 3)
+        _, p = stats.pooled_difference(np.mean(stats.paired_differences(losses[2], losses[1])), 3, found, found)
         claimed += p < 0.05
     bound = 3 * math.sqrt(0.05 * 0.95 / n)
     assert held / n == pytest.approx(0.95, abs=bound) and claimed / n == pytest.approx(0.05, abs=bound)
@@ -72,8 +72,23 @@ def test_the_pooled_probability_is_that_of_its_interval():
     """A 95% interval that ends at zero goes with p = 0.05."""
     found = stats.Pooled(0.1, 7)
     half = scipy.stats.t.ppf(0.975, 7) * 0.1 * math.sqrt(2 / 3)
-    interval, p = found.of_mean(half, 3)
+    interval, p = stats.pooled_difference(half, 3, found, found)
     assert interval.low == pytest.approx(0, abs=1e-12) and p == pytest.approx(0.05)
+
+
+def test_spreads_that_were_estimated_apart_have_welchs_degrees_of_freedom():
+    """SciPy's, of two samples whose standard deviations are the spreads and whose sizes are theirs plus one."""
+    ours, theirs = stats.Pooled(0.1, 2), stats.Pooled(0.3, 2)
+    interval, p = stats.pooled_difference(0.5, 3, ours, theirs)
+    found = scipy.stats.ttest_ind_from_stats(0.5, 0.1, 3, 0.0, 0.3, 3, equal_var=False)
+    assert p == pytest.approx(found.pvalue)
+    half = scipy.stats.t.ppf(0.975, (0.01 + 0.09) ** 2 / (0.01**2 / 2 + 0.09**2 / 2)) * math.sqrt(0.1 / 3)
+    assert (interval.low, interval.high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_one_arm_under_several_names_counts_once():
+    losses = additive(np.random.default_rng(5), [1.0, 2.0, 1.5], 3, 0.1)
+    assert stats.pooled([*losses, dict(losses[0]), dict(losses[0])]) == stats.pooled(losses)
 
 
 def test_holms_p_values():

@@ -185,7 +185,7 @@ def test_the_error_is_pooled_over_the_arms_that_trained_and_ps_are_holms(tmp_pat
     table = np.array([ends[name] for name in ("pre", "span", "peri")])
     left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
     error = math.sqrt((left**2).sum() / 4)
-    assert [(e.df, e.deviation) for e in compared.errors.values()] == [(4, pytest.approx(error))]
+    assert [(e.df, e.deviation) for e in compared.spreads.values()] == [(4, pytest.approx(error))]
     found = {d.method.placement: d for d in compared.found}
     half = scipy.stats.t.ppf(0.975, 4) * error * math.sqrt(2 / 3)
     mean = (table[1] - table[0]).mean()
