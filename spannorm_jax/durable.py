@@ -12,7 +12,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from spannorm_jax.errors import UserError
 
@@ -71,7 +71,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         with open(path, "a+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_at(file, path):  # the writer that was waited for has failed, and removed it
+                if not is_at(file, path):  # the writer that was waited for has failed, and removed it
                     continue
                 _append(file, line)
                 return
@@ -81,7 +81,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
                 raise
 
 
-def _is_at(file: io.FileIO, path: Path) -> bool:
+def is_at(file: IO[Any], path: Path) -> bool:
     """Whether an open file is the one that a path names: it may have been removed, or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -153,9 +153,9 @@ def exclusive(path: Path, what: str, wait: bool = False) -> Iterator[Callable[[]
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
 
-        if not _is_at(file, path):
+        if not is_at(file, path):
             raise InUse(f"{what} was removed or replaced at this moment; repeat the command")
-        yield lambda: _is_at(file, path)
+        yield lambda: is_at(file, path)
 
 
 def _holder(file: BinaryIO) -> str:

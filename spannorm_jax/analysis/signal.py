@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.analysis.signal", description=__doc__)
     parser.add_argument("--config", help="FILE.py or FILE.py:arg, see configs/: the model at initialisation")
     parser.add_argument("--workdir", type=run_folder_path, help="a run's folder: one of its checkpoints")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest, or last good one)")
     parser.add_argument(
         "--text", default=Settings.text, help=f"of the rows: {' or '.join(TEXTS)} (default: {TEXTS[0]})"
     )

@@ -201,36 +201,7 @@ class Checkpoints:
         return step, faults
 
     def _fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint and what would mend it, naming the file; None if it can be read."""
-        found = fault(self._path(step))
-        if found is None and (lacks := incomplete(self._path(step))):
-            found = lacks
-            if "never joined" in lacks:  # as saved in a folder with brackets, before that was noticed
-                found += (
-                    "; its data are there, and this joins them: python -c 'import sys; from pathlib import Path; "
-                    "from spannorm_jax.run.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
-                    f"{str(self._path(step))!r}"
-                )
-        return found or self._foreign(step)
-
-    def _foreign(self, step: int) -> str | None:
-        """What the meta of a sound checkpoint says against its being that step of this run."""
-        path = self._path(step)
-        if not (path / "meta" / "metadata").is_file():  # it says nothing
-            return None
-        meta = json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
-        if meta.get("step", step) != step:
-            return f"{path} is the checkpoint of step {meta['step']} under another name"
-        if self._run is None or "config" not in meta:
-            return None
-        try:
-            changed = changed_keys(recorded_config(meta["config"]), self._run)
-        except UserError as error:
-            return f"{path} was saved with a config that this version does not know ({error})"
-        for key, then, now in changed:
-            if key != "model.dtype":  # which the machine may have chosen
-                return f"{path} is of another run: it was saved with {key}={then!r}, and this run has {now!r}"
-        return None
+        return fault_of(self._path(step), self._run)
 
     def find(self, step: int | None, at_most: int | None = None) -> tuple[int, list[str]]:
         """The step asked for, or the newest sound one (no later than `at_most`), and what is wrong with each newer one.
@@ -330,11 +301,52 @@ class Checkpoints:
         except Exception:
             if jax.process_count() == 1:  # the check is one of all processes, and the others may not have failed
                 self.check_own()
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{self.folder} was removed while the run was at work; repeat the command, which begins anew"
+                ) from None
             raise
 
     def close(self) -> None:
         self._release()
         self._in_own(self._manager.close)
+
+
+def fault_of(checkpoint: Path, run: Config | None) -> str | None:
+    """What is wrong with a checkpoint and what would mend it, naming the file; None if it can be read.
+
+    It is wrong too if its meta says that it is of another step than its folder, or of another run than `run`.
+    """
+    found = fault(checkpoint)
+    if found is None and (lacks := incomplete(checkpoint)):
+        found = lacks
+        if "never joined" in lacks:  # as saved in a folder with brackets, before that was noticed
+            found += (
+                "; its data are there, and this joins them: python -c 'import sys; from pathlib import Path; "
+                "from spannorm_jax.run.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
+                f"{str(checkpoint)!r}"
+            )
+    return found or _foreign(checkpoint, run)
+
+
+def _foreign(checkpoint: Path, run: Config | None) -> str | None:
+    """What the meta of a sound checkpoint says against its being that step of this run."""
+    path = checkpoint / "meta" / "metadata"
+    if not path.is_file():  # it says nothing
+        return None
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("step", int(checkpoint.name)) != int(checkpoint.name):
+        return f"{checkpoint} is the checkpoint of step {meta['step']} under another name"
+    if run is None or "config" not in meta:
+        return None
+    try:
+        changed = changed_keys(recorded_config(meta["config"]), run)
+    except UserError as error:
+        return f"{checkpoint} was saved with a config that this version does not know ({error})"
+    for key, then, now in changed:
+        if key != "model.dtype":  # which the machine may have chosen
+            return f"{checkpoint} is of another run: it was saved with {key}={then!r}, and this run has {now!r}"
+    return None
 
 
 class _KeepHeld(policies.PreservationPolicy):

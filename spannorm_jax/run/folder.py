@@ -131,7 +131,7 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
                 raise NotItsOwn(
                     f"--workdir {workdir} was removed or replaced while the run was at work ({LOCK} or {CONFIG} is not "
                     "its own any more); nothing more is written there; put the folder back and repeat the command to "
-                    "go on, or repeat it to begin anew"
+                    "go on, or remove what is left and repeat it to begin anew"
                 )
 
         try:

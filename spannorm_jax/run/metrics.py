@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config
-from spannorm_jax.durable import to_json
+from spannorm_jax.durable import is_at, to_json
+from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.folder import METRICS, TENSORBOARD, keep_lines_until
 from spannorm_jax.run.tensorboard import TensorBoard
@@ -22,6 +23,7 @@ class MetricsWriter:
     def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
         self._wandb_run = wandb_run
         keep_lines_until(metrics_path, last_step)
+        self._path = metrics_path
         self._file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._tensorboard = None
         if tensorboard is not None:
@@ -36,8 +38,17 @@ class MetricsWriter:
             self._wandb_run.log(scalars(line), step=line["step"])
 
     def sync(self) -> None:
-        """Makes the lines so far last through a power failure, as the checkpoint that follows them does."""
+        """Makes the lines so far last through a power failure, as the checkpoint that follows them does.
+
+        Raises:
+          UserError: the file was removed or replaced, and so are lines that no checkpoint brings back.
+        """
         os.fsync(self._file.fileno())
+        if not is_at(self._file, self._path):
+            raise UserError(
+                f"{self._path} was removed or replaced while the run was at work; put it back and repeat the command, "
+                "which goes on from the last checkpoint"
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -71,5 +82,7 @@ def open_writer(config: Config, workdir: Path, last_step: int, wandb_run: Any = 
     """The writer of a run's metrics from the step after `last_step` on; process 0 alone writes."""
     if not distributed.is_first():
         return NoWriter()
+    if last_step and not (workdir / METRICS).exists():
+        distributed.print_once(f"warning: {workdir / METRICS} is missing, and with it the lines up to step {last_step}")
     tensorboard = workdir / TENSORBOARD if config.metrics.tensorboard else None
     return MetricsWriter(workdir / METRICS, tensorboard, last_step, wandb_run)

@@ -69,6 +69,10 @@ class Place:
         marks = (self.workdir / DONE).exists() or (self.workdir / DIVERGED).exists()
         return marks and (self.workdir / CONFIG).exists()
 
+    def to_train(self) -> bool:
+        """Whether training has something to do, or to look at: a last checkpoint that waits for its evaluation."""
+        return not self.trained() or (not (self.workdir / DIVERGED).exists() and self.to_evaluate() is not None)
+
     def to_evaluate(self) -> int | None:
         """The step of a trained run that waits for its evaluation: its last, or the last good one where it diverged.
 

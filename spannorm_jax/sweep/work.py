@@ -131,8 +131,8 @@ def _begin(run: Run, place: Place, retry: bool) -> str:
 
 def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> bool:
     """False if a signal stopped it. Raises what train and evaluate raise."""
-    trained = distributed.from_first(place.trained)
-    if not trained and train.main([*_argv(run, place), *processes]) == STOPPED_EXIT:
+    # A run that is done and waits for its evaluation may have lost its last checkpoint, which train then makes again.
+    if distributed.from_first(place.to_train) and train.main([*_argv(run, place), *processes]) == STOPPED_EXIT:
         return False
     if (step := distributed.from_first(place.to_evaluate)) is not None:
         evaluate.main(["--workdir", str(place.workdir), f"--step={step}", *processes])

@@ -197,7 +197,7 @@ def train_lanes(runs: Sequence[tuple[Config, Path, Flags]]) -> list[int]:
         left = [
             (session, check_own)
             for session, check_own in zip(sessions, checks, strict=True)
-            if not (session.workdir / run_folder.DONE).exists()
+            if not record.is_done(session)
         ]
         codes = {lane.session.workdir: lane.code for lane in _train(left, stop)} if left else {}
         return [codes.get(session.workdir) or 0 for session in sessions]

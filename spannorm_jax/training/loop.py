@@ -45,7 +45,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -
     with ExitStack() as opened:
         check_own, wandb = distributed.run_on_all(lambda: record.open_folder(opened, session))
         stop = opened.enter_context(stop_signals())
-        if distributed.from_first((workdir / run_folder.DONE).exists):
+        if distributed.from_first(lambda: record.is_done(session)):
             distributed.print_once(f"{workdir} is done already (step {steps})")
             return 0
         start = record.start_of(session)

@@ -18,7 +18,7 @@ from spannorm_jax.model.definition import count_params, flops_per_token
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run import wandb_log
-from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.checkpoint import Checkpoints, fault_of
 from spannorm_jax.run.metrics import MetricsWriter, NoWriter, open_writer
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.state import TrainState
@@ -66,6 +66,22 @@ def open_checkpoints(session: Session, check_own: Callable[[], None]) -> Checkpo
     """The checkpoints of the run, to be closed."""
     folder, config = session.workdir / run_folder.CHECKPOINTS, session.config
     return Checkpoints(folder, config.checkpoint, config, check_own)
+
+
+def is_done(session: Session) -> bool:
+    """Whether the run has ended at its last step, and that checkpoint is sound. If it is not, the run is done no more.
+
+    A record without checkpoints is done. Process 0 calls this.
+    """
+    mark, checkpoints = session.workdir / run_folder.DONE, session.workdir / run_folder.CHECKPOINTS
+    if not mark.exists():
+        return False
+    last = checkpoints / str(session.config.training.steps)
+    found = fault_of(last, session.config) if any(checkpoints.glob("*")) else None
+    if found:
+        print(f"not done: {found}", flush=True)
+        mark.unlink()
+    return not found
 
 
 def start_of(session: Session, lanes: int = 1) -> dict[str, Any]:

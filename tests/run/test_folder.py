@@ -10,6 +10,7 @@ from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.resolution import fill_sizes
 from spannorm_jax.run.folder import CONFIG, keep_lines_until, open_run, read_config
+from spannorm_jax.run.metrics import MetricsWriter
 
 
 def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
@@ -76,3 +77,16 @@ def test_a_group_that_is_none_is_one_line(tmp_path, broken, words):
     (tmp_path / CONFIG).write_text(json.dumps(to_dict(Config()) | broken))
     with pytest.raises(UserError, match=words):
         read_config(tmp_path)
+
+
+def test_a_metrics_file_that_is_removed_while_the_run_is_at_work_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, None, 0)
+    writer.write({"step": 1, "machine_s": {}})
+    writer.sync()
+    path.unlink()
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl was removed or replaced while the run was at work; put it back"
+    ):
+        writer.sync()
+    writer.close()

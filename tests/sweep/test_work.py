@@ -151,6 +151,23 @@ def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
     assert (place.workdir / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_done_run_whose_last_checkpoint_is_damaged_is_trained_from_the_one_before(tiny, tmp_path):
+    run = expand("lr", "cpu", tiny).runs[0]
+    place = Place(tmp_path, run.name)
+    assert work(run, place, retry=False) == (TRAINED, "")
+
+    def losses():
+        return [json.loads(line)["loss"] for line in (place.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    before, steps = losses(), run.config.training.steps
+    (place.workdir / "eval.jsonl").unlink()
+    manifest = place.workdir / "checkpoints" / str(steps) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    assert work(run, place, retry=False) == (TRAINED, "")
+    assert losses() == before and (place.workdir / "damaged" / str(steps)).is_dir()
+    assert [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()] == [steps]
+
+
 def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(tiny, tmp_path):
     """By hand another step, or other tokens, is evaluated; a crash leaves half a line or none."""
     run = expand("lr", "cpu", tiny).runs[0]
