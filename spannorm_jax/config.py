@@ -184,7 +184,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = option(100, least=0, runtime=True)  # 0: only at the end or when stopped
-    keep_last: int = option(2, least=1, runtime=True)  # newest checkpoints kept
+    keep_last: int = option(2, least=1, runtime=True)  # newest checkpoints kept; two at least while a run trains
     keep_every: int = option(0, least=0, runtime=True)  # checkpoints at multiples of this are kept for ever; 0: none
 
 

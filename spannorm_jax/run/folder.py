@@ -12,7 +12,7 @@ eval.jsonl     one line an evaluation
 DONE           {"step": n}, once the last checkpoint is committed
 DIVERGED       what was not finite, and at which step, if that stopped the run
 LOCK           held by the trainer at work, with its process and host
-damaged/       checkpoints whose files had changed, moved out of the way
+damaged/       checkpoints whose files had changed, or of another step or run, moved out of the way
 """
 
 import contextlib

@@ -86,11 +86,11 @@ def test_each_lane_has_its_own_end_and_what_others_work_on_is_left_out(tiny, tmp
         good, off, other = work_in_lanes(sweep.runs, tmp_path, retry=False)
     assert (good, off) == ((TRAINED, ""), (GONE_OFF, "")) and other[0] == RUNNING
     assert [place.state() for place in places] == [TRAINED, GONE_OFF, "new"]
-    good = json.loads((places[1].workdir / "DIVERGED").read_text())["last_good_checkpoint"]
-    assert good and [evaluated_at(place) for place in places[:2]] == [[6], [good]]
+    at = json.loads((places[1].workdir / "DIVERGED").read_text())["last_good_checkpoint"]
+    assert at and [evaluated_at(place) for place in places[:2]] == [[6], [at]]
     # Again: what has ended is left as it is, and the one that is left is trained alone.
     assert work_in_lanes(sweep.runs, tmp_path, retry=False) == [good, off, (TRAINED, "")]
-    assert [evaluated_at(place) for place in places] == [[6], [good], [6]]
+    assert [evaluated_at(place) for place in places] == [[6], [at], [6]]
     assert [len((place.workdir / "starts.jsonl").read_text().splitlines()) for place in places] == [1, 1, 1]
 
 
