@@ -283,6 +283,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and runs would inherit that
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         cases = campaign(Path(folder), args.kills, args.seed, lambda text: print(text, flush=True))
