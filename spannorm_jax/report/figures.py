@@ -221,7 +221,8 @@ def differences(about: Study) -> Figure | None:
     )
     if several:
         base = base.encode(yOffset=alt.YOffset("comparison:N", sort=[frames.OWN, frames.SHARED]))
-    tips = tooltip(about, baseline="", comparison="", difference="+.3f", low="+.3f", high="+.3f", seeds="d")
+    bounds = {"difference": "+.3f", "low": "+.3f", "high": "+.3f", "error": "", "seeds": "d"}
+    tips = tooltip(about, baseline="", comparison="", **bounds)
     filled = alt.FillOpacity("comparison:N", scale=kinds, legend=alt.Legend(title=None) if several else None)
     layers = [
         alt.Chart().mark_rule(color=GREY, strokeDash=[3, 3]).encode(x=alt.datum(0)),

@@ -142,7 +142,3 @@ def tooltip(about: Study, **more: str) -> list[alt.Tooltip]:
             alt.Tooltip(f"{field}:Q", title=title, format=form) if form else alt.Tooltip(f"{field}:N", title=title)
         )
     return tips
-
-
-def loss_title(about: Study) -> str:
-    return f"{about.measure} loss (nats/token)"
