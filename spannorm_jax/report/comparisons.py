@@ -144,7 +144,7 @@ def replicate_notices(about: Study) -> list[tuple[str, str]]:
     """A warning for each pair of `replicates`."""
     return [
         ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
-         f"{other.label}. They are one method, and count as two.")
+         f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")
         for one, other, count in replicates(about)
     ]  # fmt: skip
 

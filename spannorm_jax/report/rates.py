@@ -64,7 +64,7 @@ class Drift:
     method: Method
     axis: str  # "depth" | "width"
     fixed: int  # the other one
-    sizes: list[int]  # at which some seed has an optimum
+    sizes: list[int]  # at which no seed's best rate is an end of the range
     factor: Factor
 
 
