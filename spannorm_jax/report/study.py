@@ -162,6 +162,8 @@ def study(
 
 
 def _baseline(methods: Sequence[Method], asked: Mapping[str, str] | None) -> dict[str, str]:
+    if not methods and not asked:
+        return {}
     if not asked:
         first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
         return {"placement": first.placement, "init": first.init}

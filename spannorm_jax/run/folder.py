@@ -98,15 +98,11 @@ def data_opened_as(workdir: Path, config: Config) -> str:
     return old.full_name if names.goes_on(config.data, old) else config.data.full_name
 
 
-class NotItsOwn(UserError):
-    """The folder of a run at work was removed, or another stands in its place."""
-
-
 @contextlib.contextmanager
 def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
     """Makes the folder a run of `config`, or checks that it is one already, and keeps other trainers out of it.
 
-    Yields a function that raises NotItsOwn once the folder is no longer the one that was opened.
+    Yields a function that raises UserError once the folder is no longer the one that was opened.
 
     Raises:
       UserError: the folder holds something else, a run with another config, or a trainer at work. Nothing is changed
@@ -128,7 +124,7 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
 
         def check_own() -> None:
             if not is_own():
-                raise NotItsOwn(
+                raise UserError(
                     f"--workdir {workdir} was removed or replaced while the run was at work ({LOCK} or {CONFIG} is not "
                     "its own any more); nothing more is written there; put the folder back and repeat the command to "
                     "go on, or remove what is left and repeat it to begin anew"

@@ -24,7 +24,6 @@ from spannorm_jax.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError, one_l
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.liveness import Stop, Watchdog, stop_signals
 from spannorm_jax.parallel.mesh import LANE, partition_spec
-from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training import record
 from spannorm_jax.training.batches import Batches, Index
@@ -115,14 +114,14 @@ class Lane:
 
     @contextmanager
     def _own_folder(self) -> Iterator[None]:
-        """A lane whose folder was removed ends, as it would alone; the others go on."""
+        """A lane ends by what is wrong with its own folder, as it would alone; the others go on."""
         try:
             yield
-        except run_folder.NotItsOwn as error:
+        except UserError as error:
             self._progress.end_line()
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             self.code = USER_ERROR_EXIT
-            with suppress(run_folder.NotItsOwn):  # said already
+            with suppress(UserError):  # said already
                 self.close()
 
     def close(self) -> None:

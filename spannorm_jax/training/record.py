@@ -44,7 +44,7 @@ def open_session(config: Config, workdir: Path, flags: Flags, lanes: int = 1) ->
 def open_folder(stack: ExitStack, session: Session) -> tuple[Callable[[], None], Any]:
     """Opens the run's folder on process 0.
 
-    Returns a function that raises NotItsOwn, on every process, once it is no longer the run's own; and, on process 0,
+    Returns a function that raises UserError, on every process, once it is no longer the run's own; and, on process 0,
     wandb if it is asked for.
 
     Raises:
@@ -163,6 +163,7 @@ def save(
     config: Config, checkpoints: Checkpoints, writer: MetricsWriter | NoWriter, step: int, state: TrainState
 ) -> None:
     """Starts a save. The step's own metrics have been read: what is saved is known to be finite."""
+    checkpoints.wait()  # which tells of a removed folder before the writer tells of its file
     writer.sync()
     checkpoints.save(step, state, {"step": step, "config": to_dict(config)})
 
