@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from spannorm_jax.config_file import default_config, parse_arg
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.initialisation import PUBLISHED
+from spannorm_jax.model.initialisation import PUBLISHED, read_reading
 
 # Dense decoders from 124 million parameters up.
 DENSE = {
@@ -23,7 +23,8 @@ RECIPES = {"prores": {"placement": "pre", "init": "plain", "branch_warmup_steps"
 def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, ConfigDict]:
     """The preset of a config file's argument, and its config: all that any decoder has.
 
-    `rival=NAME` is a placement with the initialisation that its authors published, or one of RECIPES.
+    `rival=NAME` is a placement with the initialisation that its authors published, or one of RECIPES; `init` may name a
+    reading of ScaleInit (`scale-L0.5`, `model.initialisation.reading`).
     """
     arg = parse_arg(arg, presets=tuple(presets), depth=0, width=0, placement="", init="", rival="")
     if arg.rival and (arg.placement or arg.init):
@@ -37,7 +38,7 @@ def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, C
     config.model.width = arg.width or preset["width"]
     config.model.num_heads = max(1, config.model.width // preset["head_dim"])
     config.model.placement = arg.rival or arg.placement or "span"
-    config.model.init = PUBLISHED if arg.rival else arg.init or "scale"
+    config.model.update(read_reading(PUBLISHED if arg.rival else arg.init or "scale"))
     config.model.update(RECIPES.get(arg.rival, {}))
     config.data.seq_len = preset["seq_len"]
     config.training.batch_size = preset["batch_size"]

@@ -135,6 +135,65 @@ def sweep_branch_factor(size: str) -> Iterable[Point]:
     return product(seeds(3), _recipe(size, steps=1000), arms)
 
 
+@compares("span", baseline="pre")
+def sweep_lengths(size: str) -> Iterable[Point]:
+    """SpanNorm less PreNorm against tokens: each length with its own schedule, on fresh seeds. 108 runs: 26.3 h, 126 h.
+
+    In size cpu 1,000, 4,000 and 16,000 steps; in size gpu 300 million to 4.8 billion tokens. Shorter ones come first.
+    """
+    readings = list(arguments(placement=("pre", "span"), init=("scale-L1", "scale-L1-mult")))
+    rates = options({"optim.lr": (5.6e-3, 3e-3, 1e-2) if size == "cpu" else RATES[size][1:4]})
+    arms = product(options({"seed": (3, 4, 5)}), rates, readings)
+    if size == "cpu":
+        return chain(*(product(_recipe(size, steps=1000 * 4**i), arms) for i in range(3)))
+    tokens = options({"training.tokens": [300_000_000 * 4**i for i in range(3)]})
+    return product(_recipe(size), tokens, arms)
+
+
+@compares("span", baseline="pre")
+def sweep_rung_s(size: str) -> Iterable[Point]:
+    """20 tokens a parameter at 0.6 million parameters, where every arm passes counts of 4-grams. 42 runs: 9.1 h, 0 h.
+
+    The rungs ask what SpanNorm less PreNorm is, at an equal and at each one's own rate, after as many tokens as a
+    compute-optimal run has (Hoffmann et al. 2022). A rung is the same in both sizes: S is for two CPU cores, M and L,
+    which have more tokens a step and read `python_source/sys_path`, for one GPU, on which so small a model is far from
+    the rate by which these hours go.
+    """
+    return product(seeds(3), _rung("s"), options({"optim.lr": (5.6e-3, 3e-3)}), RUNG_ARMS)
+
+
+@compares("span", baseline="pre")
+def sweep_rung_m(size: str) -> Iterable[Point]:
+    """The same at 1.2 million parameters, over four rates. 56 runs: 46.9 h, 0 h."""
+    return product(seeds(2), _rung("m"), options({"optim.lr": (1e-2, 5.6e-3, 3e-3, 1.8e-2)}), RUNG_ARMS)
+
+
+@compares("span", baseline="pre")
+def sweep_rung_l(size: str) -> Iterable[Point]:
+    """The same at 4.9 million parameters. 28 runs: 342.6 h, 0 h."""
+    return product(seeds(2), _rung("l"), options({"optim.lr": (5.6e-3, 3e-3)}), RUNG_ARMS)
+
+
+def _rung(name: str) -> list[Point]:
+    depth, width, steps, rows, dataset = {
+        "s": (12, 64, 12_400, 8, "python_source"),
+        "m": (24, 64, 1_512, 128, "python_source/sys_path"),
+        "l": (24, 128, 5_980, 128, "python_source/sys_path"),
+    }[name]
+    values = {"training.steps": steps, "training.batch_size": rows, "data.dataset": dataset}
+    values |= {"eval.every_steps": steps // 10, "checkpoint.every_steps": max(50, steps // 25)}
+    return fixed(f"tiny,depth={depth},width={width}", values | {"checkpoint.keep_last": 1})
+
+
+# The two placements with the readings that lead, their usual controls, and the reading that is nearest to the paper.
+RUNG_ARMS = [
+    *arguments(placement=("span", "pre"), init=("scale-L1", "scale-L1-mult")),
+    *fixed("placement=pre,init=plain"),
+    *fixed("placement=post,init=scale-L1"),
+    *fixed("placement=span,init=scale-L0.5"),
+]
+
+
 def sweep_exponent(size: str) -> Iterable[Point]:
     """Whether ScaleInit's exponent matters at every learning rate. 90 runs: 55 min, 123 h."""
     arms = product(arguments(placement=ARMS, init=("scale",)), options({"model.variance_exponent": (0.0, 1.0)}))

@@ -33,7 +33,7 @@ NAMES = {
     **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
     **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
     **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN"},
-    **{"plain": "plain", "gpt2": "GPT-2", "scale": "ScaleInit"},
+    **{"plain": "plain", "gpt2": "GPT-2", "scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5"},
     **{"xavier": "Xavier", "normal": "normal", "megatron": "Megatron", "muon": "Muon"},
 }
 
@@ -192,7 +192,7 @@ class Results:
                 if (lr == best_lr(self.about, method, place) if own_best else lr in lrs)
             ),
         )
-        families = [(Place(side[0].depth, side[0].width), side[0].init) for side in rows]
+        families = [comparisons.family(Place(side[0].depth, side[0].width), side[0].init) for side in rows]
         if not all(family in spreads for family in families):
             return found, False
         return stats.pooled_difference(found.mean, found.n, *(spreads[family] for family in families))[0], True

@@ -11,6 +11,7 @@ from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.model.initialisation import (
+    init_of,
     initial_size,
     predicted_additions,
     predicted_branch_variance,
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.model.definition import count_params, define
 
     model = define(cfg)
-    print(f"{cfg.placement} / {cfg.init}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n")
+    print(
+        f"{cfg.placement} / {init_of(cfg)}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n"
+    )
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
     gains = []
     for spec in model.specs():

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.analysis.quantities import QUANTITIES
+from spannorm_jax.analysis.quantities import QUANTITIES, init_in
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError
 from spannorm_jax.paths import user_path
@@ -49,6 +49,7 @@ def _record(record: dict[str, Any]) -> dict[str, Any]:
     measured = "settings" in record
     model = record["config"]["model"] if measured else record
     about = {key: model[key] for key in ("placement", "init", "ffn", "depth", "width")}
+    about |= {"init": init_in(model)} if measured else {}
     about |= {"tokens": (record["settings"] if measured else record)["tokens"]}
     about |= {"step": record["step"] if measured else 0, "kind": "measured" if measured else "predicted"}
     return {"about": about, **{key: record[key] for key in QUANTITIES if key in record}}

@@ -21,7 +21,7 @@ from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, Mi
 from spannorm_jax.config import ModelConfig, moe_layers
 from spannorm_jax.model.branches import multiplied_branches, warmup_factor
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.initialisation import branch_multipliers, site_sizes, variance_factors
+from spannorm_jax.model.initialisation import branch_multipliers, init_of, site_sizes, variance_factors
 from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
@@ -258,5 +258,6 @@ def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> li
 
 
 def as_dict(cfg: ModelConfig, tokens: int, prediction: Prediction) -> dict[str, Any]:
-    about = {key: getattr(cfg, key) for key in ("placement", "init", "ffn", "depth", "width")} | {"tokens": tokens}
+    about = {"placement": cfg.placement, "init": init_of(cfg)}
+    about |= {key: getattr(cfg, key) for key in ("ffn", "depth", "width")} | {"tokens": tokens}
     return about | dataclasses.asdict(prediction)

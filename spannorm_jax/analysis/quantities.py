@@ -1,6 +1,9 @@
 """What figures draw of the records of the signal, and how tables write its numbers."""
 
 import math
+from typing import Any
+
+from spannorm_jax.model.initialisation import reading
 
 # Key of a list over blocks -> title of its axis, and whether the axis is logarithmic.
 QUANTITIES = {
@@ -27,6 +30,11 @@ QUANTITIES = {
     "expert_load_max": ("largest load over the mean", False),
     "router_entropy": ("entropy of the router (nats)", False),
 }
+
+
+def init_in(model: dict[str, Any]) -> str:
+    """The initialisation of a record's model, with the reading of ScaleInit; older records lack its younger options."""
+    return reading(model["init"], model.get("variance_exponent", 0.0), model.get("depth_factor", "weight"))
 
 
 def shown(value: float | None, form: str) -> str:

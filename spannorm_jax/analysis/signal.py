@@ -6,7 +6,7 @@ python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x
 from typing import Any
 
 from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
-from spannorm_jax.analysis.quantities import shown
+from spannorm_jax.analysis.quantities import init_in, shown
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
@@ -85,7 +85,7 @@ def table(record: dict[str, Any]) -> str:
     depth = model["depth"]
     layers = sorted({round(i * (depth - 1) / (_MOST - 1)) for i in range(_MOST)})
     lines = [
-        f"{model['placement']} / {model['init']}: {depth} blocks, width {model['width']}, step {record['step']}, "
+        f"{model['placement']} / {init_in(model)}: {depth} blocks, width {model['width']}, step {record['step']}, "
         f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
     ]
     whole = ("loss", "useful_share", "update_logits_change")

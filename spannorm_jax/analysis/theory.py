@@ -11,6 +11,7 @@ from spannorm_jax.config import ModelConfig
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError
+from spannorm_jax.model.initialisation import init_of
 
 MAX_TOKENS = 256  # memory grows with the square: 128 blocks take about a GiB
 MAX_DEPTH = 1024  # time grows with the square
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     if as_json:
         print(to_json(prediction.as_dict(cfg, tokens, found)))
         return 0
-    print(f"{cfg.placement} / {cfg.init} / {cfg.ffn}: {cfg.depth} blocks, width {cfg.width}, {tokens} tokens")
+    print(f"{cfg.placement} / {init_of(cfg)} / {cfg.ffn}: {cfg.depth} blocks, width {cfg.width}, {tokens} tokens")
     print(f"the stream enters block 1 with variance {found.entry_variance:.4g}\n")
     print("block" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values()))
     for layer in range(cfg.depth):

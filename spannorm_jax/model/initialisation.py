@@ -23,12 +23,13 @@ is. So a block with experts adds to the stream what a dense one adds, under eith
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spannorm_jax.config import ModelConfig, MoEConfig, moe_layers
+from spannorm_jax.config import SCALEINIT, ModelConfig, MoEConfig, moe_layers
 from spannorm_jax.model.parametrisation import at_base, base_config, forward, multipliers
 from spannorm_jax.model.placement import PLACEMENTS, inner_norms
 
@@ -211,6 +212,34 @@ INITS: dict[str, Init] = {
     **{"shrink": shrink, "zero_out": zero_out},
 }
 PUBLISHED = "published"  # in a config: what the placement was published with
+
+
+_READING = re.compile(r"(?P<init>[a-z]+)-L(?P<power>\d+(\.\d+)?)(?P<mult>-mult)?")
+
+
+def reading(init: str, exponent: float, place: str) -> str:
+    """The name of an initialisation, which for ScaleInit says its reading: `scale-L1`, `scale-L0.5-mult`.
+
+    The number is the power of the depth that the factor of a branch falls with, (1 + p) / 2, and
+    `-mult` says that it is a multiplier of the branch (`depth_factor`).
+    """
+    if init not in SCALEINIT:
+        return init
+    return f"{init}-L{(1 + exponent) / 2:g}{'-mult' * (place == 'multiplier')}"
+
+
+def init_of(cfg: ModelConfig) -> str:
+    """`reading` of a config."""
+    return reading(cfg.init, cfg.variance_exponent, cfg.depth_factor)
+
+
+def read_reading(name: str) -> dict[str, Any]:
+    """Options of the model that a name of `reading` stands for, by key; of any other name {"init": name}."""
+    found = _READING.fullmatch(name)
+    if found is None or found["init"] not in SCALEINIT:
+        return {"init": name}
+    place = "multiplier" if found["mult"] else "weight"
+    return {"init": found["init"], "variance_exponent": 2 * float(found["power"]) - 1, "depth_factor": place}
 
 
 def initial_size(cfg: ModelConfig, spec: "WeightSpec") -> Size:

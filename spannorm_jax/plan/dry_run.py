@@ -20,6 +20,7 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
 from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
@@ -158,7 +159,7 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str)
     model = config.model
     stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
     return (
-        f"{model.placement} / {model.init}: {model.depth} blocks, width {model.width}, batch "
+        f"{model.placement} / {init_of(model)}: {model.depth} blocks, width {model.width}, batch "
         f"{config.training.batch_size} x {config.data.seq_len}, remat {config.execution.remat}\n"
         f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
         f"shaped with {implementations}, compute {model.dtype}{stands_for}"

@@ -82,12 +82,12 @@ def _arms(d: Difference) -> tuple[Arm, Arm]:
     return (d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr)
 
 
-def family(arm: Arm) -> Family:
-    """What the spread of a loss is pooled over: arms of one depth, width and initialisation.
+def family(place: Place, init: str) -> Family:
+    """What the spread of a loss is pooled over: arms of one depth, width and initialisation, in whatever reading.
 
     An initialisation with which some arms hardly train spreads losses more than one with which all do.
     """
-    return arm[1], arm[0].init
+    return place, init.partition("-")[0]
 
 
 def spreads(about: Study, arms: Iterable[Arm]) -> dict[Family, Pooled]:
@@ -95,7 +95,7 @@ def spreads(about: Study, arms: Iterable[Arm]) -> dict[Family, Pooled]:
     members: dict[Family, list[Arm]] = {}
     for arm in sorted(set(arms)):
         if trains(about, arm):
-            members.setdefault(family(arm), []).append(arm)
+            members.setdefault(family(arm[1], arm[0].init), []).append(arm)
     found = {
         key: stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in own])
         for key, own in members.items()
@@ -112,7 +112,7 @@ def _judged(about: Study, found: Sequence[Difference], known: dict[Family, Poole
     """The same with the pooled spreads' intervals and p-values."""
     made, families = list(found), dict[bool, list[tuple[int, float]]]()
     for i, d in enumerate(found):
-        ours, theirs = (known.get(family(arm)) if trains(about, arm) else None for arm in _arms(d))
+        ours, theirs = (known.get(family(arm[1], arm[0].init)) if trains(about, arm) else None for arm in _arms(d))
         if d.interval is None or ours is None or theirs is None:
             continue
         interval, p = stats.pooled_difference(d.interval.mean, d.interval.n, ours, theirs)

@@ -17,7 +17,9 @@ from spannorm_jax.report.tables import MORE_NUMBERS, NUMBERS, is_numeric, run_na
 
 _DEFINITIONS = {
     "placement": "Where each block puts its norms (config key model.placement).",
-    "init": "How the weights are initialised (model.init).",
+    "init": "How the weights are initialised (model.init). scale-L0.5 and scale-L1 are readings of ScaleInit: a branch "
+    "starts times a factor that falls with the depth to the power 0.5 (p = 0) or 1 (p = 1). With -mult this factor is "
+    "a constant of the forward pass.",
     "also differs": "Other config keys in which these runs differ from one another.",
     "seeds": "Runs of this setting that the means are taken over, one per seed; “2 of 3” when the third diverged or is "
     "unfinished, and after a mean “(1 of 2)” when only one of these has such a number. ± is the sample standard "

@@ -17,6 +17,7 @@ import numpy as np
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.errors import UserError, one_line
+from spannorm_jax.model.initialisation import reading
 from spannorm_jax.paths import NO_UTF8, is_utf8
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
@@ -80,7 +81,9 @@ class Run:
 
     @property
     def init(self) -> str:
-        return self.options["model.init"]
+        """`model.init`, with the reading of ScaleInit (`model.initialisation.reading`)."""
+        options = self.options
+        return reading(*(options[f"model.{key}"] for key in ("init", "variance_exponent", "depth_factor")))
 
     @property
     def seed(self) -> int:

@@ -11,7 +11,10 @@ PLACEMENT_ORDER = (  # then by alphabet
     *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"),
     *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
 )
-INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink", "zero_out")
+INIT_ORDER = (
+    *("plain", "gpt2", "scale-L1", "scale-L0.5", "scale-L0.75", "scale-L1-mult", "scale-L0.5-mult", "scale-L0.75-mult"),
+    *("normal", "xavier", "megatron", "deepnorm", "subln", "shrink-L1", "shrink-L0.5", "zero_out"),
+)
 OUTCOME_ORDER = ("trained", "plateau", "collapsed", "diverged", "unfinished")
 
 _COLOURS = {
@@ -54,9 +57,10 @@ _SHAPES = {
     "subln": "M-1,-1L0,-1L0,0L1,0L1,1L-1,1Z",  # an L
 }
 _DASHES = {  # on, off, in pixels
-    **{"plain": (2, 2), "gpt2": (7, 3), "scale": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
-    **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink": (5, 5)},
-    "zero_out": (3, 5),
+    **{"plain": (2, 2), "gpt2": (7, 3), "scale-L1": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
+    **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink-L1": (5, 5)},
+    **{"scale-L0.5": (10, 4), "scale-L0.75": (6, 2, 1, 2), "scale-L1-mult": (3, 2), "scale-L0.5-mult": (2, 4)},
+    **{"scale-L0.75-mult": (9, 2, 1, 2, 1, 2), "shrink-L0.5": (6, 6), "zero_out": (3, 5)},
 }
 _MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
 OUTCOME_COLOURS = {

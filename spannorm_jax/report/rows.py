@@ -18,7 +18,7 @@ from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
 from spannorm_jax.report.stats import GRAD_NORM_QUANTILE, spikes
 
 # What a report compares; a difference in any other config key is said aloud.
-COMPARED_KEYS = ("model.placement", "model.init", "seed")
+COMPARED_KEYS = ("model.placement", "model.init", "model.variance_exponent", "model.depth_factor", "seed")
 # What a figure has an axis for: a sweep goes over them, with every method alike.
 AXES = ("model.depth", "model.width", "optim.lr")
 _NOT_RECORDED = "not recorded"

@@ -166,6 +166,9 @@ def _baseline(methods: Sequence[Method], asked: Mapping[str, str] | None) -> dic
         return {}
     if not asked:
         first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
+        inits = {m.init for m in methods}
+        if len(inits) > 1 and len({init.partition("-")[0] for init in inits}) == 1:  # readings of one initialisation
+            return {"placement": first.placement}  # each is compared with its own
         return {"placement": first.placement, "init": first.init}
     return _checked("--baseline", methods, asked)
 

@@ -15,6 +15,7 @@ from spannorm_jax.data.open import say_overlap
 from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import count_params, flops_per_token
+from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run import wandb_log
@@ -102,7 +103,7 @@ def announce(session: Session, start: dict[str, Any]) -> None:
     active = f"{start['active_params']:,} active" if config.model.moe.num_experts else "all active"
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     distributed.print_once(
-        f"{config.model.placement} / {config.model.init}: {config.model.depth} blocks, width {config.model.width}, "
+        f"{config.model.placement} / {init_of(config.model)}: {config.model.depth} blocks, width {config.model.width}, "
         f"{start['num_params']:,} parameters ({active}), {start['flops_per_token'] / 1e6:,.1f} MFLOP a token\n"
         f"{start['num_devices']} x {start['device']}{processes}, mesh {start['mesh']}, compute {config.model.dtype}, "
         f"{session.kernels}\n"

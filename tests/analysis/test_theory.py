@@ -288,7 +288,7 @@ def test_one_line_of_json(capsys):
     assert theory.main(["--config", CONFIG, "--tokens", "8", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     got = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert (got["placement"], got["init"], got["depth"], got["tokens"]) == ("siamese", "scale", 3, 8)
+    assert (got["placement"], got["init"], got["depth"], got["tokens"]) == ("siamese", "scale-L1", 3, 8)
     for name in theory.COLUMNS:
         assert len(got[name]) == 3 and all(isinstance(value, float) for value in got[name]), name
     assert got["stream_grad_norm"][-1] == got["skip_path"][-1] == 1

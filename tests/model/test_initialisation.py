@@ -18,10 +18,14 @@ import reference
 from flax import nnx
 
 from spannorm_jax.config import ModelConfig, MoEConfig, unread
+from spannorm_jax.config_file import load
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
     INITS,
+    depth_factor,
     hidden_second_moment,
+    init_of,
     initial_size,
     plain,
     predicted_additions,
@@ -545,3 +549,24 @@ def test_shrink_damps_all_matrices_of_a_block_as_much_as_scale_damps_some(placem
     assert products[0] == pytest.approx(products[1])
     cfg = config(placement=placement, init="shrink", depth=12)
     assert sizes(cfg)["q"] * 8 == pytest.approx((12 * 12 * damped) ** (-0.5 * damped / 6))
+
+
+@pytest.mark.parametrize("placement", ["pre", "span"])
+@pytest.mark.parametrize(
+    ("name", "power", "place"),
+    [("scale-L0.5", 0.5, "weight"), ("scale-L0.75-mult", 0.75, "multiplier"), ("scale-L1", 1.0, "weight"),
+     ("shrink-L0.5", 0.5, "weight")],
+)  # fmt: skip
+def test_a_reading_is_named_by_the_power_of_depth_and_a_config_file_takes_the_name(name, power, place, placement):
+    shallow, deep = (load(f"configs/dense.py:depth={d},placement={placement},init={name}").model for d in (6, 24))
+    assert init_of(deep) == name and deep.depth_factor == place and deep.init == name.partition("-")[0]
+    assert depth_factor(deep) / depth_factor(shallow) == pytest.approx(4**-power)
+
+
+def test_the_default_and_the_published_reading_are_one_and_other_initialisations_have_no_reading():
+    load_init = {
+        arg: init_of(load(f"configs/dense.py:{arg}").model) for arg in ("init=scale", "rival=span", "init=gpt2")
+    }
+    assert load_init == {"init=scale": "scale-L1", "rival=span": "scale-L1", "init=gpt2": "gpt2"}
+    with pytest.raises(UserError, match=r"model\.init='scale-1' is unknown"):
+        load("configs/dense.py:init=scale-1")

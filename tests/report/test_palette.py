@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from spannorm_jax.model.initialisation import INITS
+from spannorm_jax.config import SCALEINIT
+from spannorm_jax.model.initialisation import INITS, reading
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.report import palette
 
@@ -49,8 +50,11 @@ def test_colours_stand_out_on_white():
 
 
 def test_every_placement_and_init_has_a_style_of_its_own():
-    assert set(palette.PLACEMENT_ORDER) == set(PLACEMENTS) and set(palette.INIT_ORDER) == set(INITS)
-    for styles in (palette.colours(list(PLACEMENTS)), palette.shapes(list(PLACEMENTS)), palette.dashes(list(INITS))):
+    inits = [reading(init, p, place) for init in INITS for p in (0.0, 0.5, 1.0) for place in ("weight", "multiplier")]
+    assert set(palette.PLACEMENT_ORDER) == set(PLACEMENTS) and set(palette.INIT_ORDER) <= set(inits)
+    assert {init for init in palette.INIT_ORDER if init in INITS} == set(INITS) - set(SCALEINIT)
+    named = list(palette.INIT_ORDER)
+    for styles in (palette.colours(list(PLACEMENTS)), palette.shapes(list(PLACEMENTS)), palette.dashes(named)):
         assert len(set(styles)) == len(styles)
 
 

@@ -30,7 +30,7 @@ def texts(root, kind):
 
 def test_a_row_holds_the_numbers_computed_by_hand(tmp_path):
     row = summary(write_run(tmp_path / "run", bits=2.5))
-    assert (row.placement, row.init, row.seed) == ("span", "scale", 0)
+    assert (row.placement, row.init, row.seed) == ("span", "scale-L1", 0)
     assert row.train_loss == pytest.approx((3.2 + 3.1) / 2)  # steps 19 and 20: the last 10% of 20
     assert row.tokens_per_s == pytest.approx(107.0)  # median of 100, 101, ..., 114
     assert row.bits_per_byte == 2.5
@@ -100,9 +100,9 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
         "tokens/s",
         "outcome",
     ]
-    assert table[2].split() == ["pre", "scale", "5.000", "-", "100", "unfinished", "(step", "7", "of", "20)"]
+    assert table[2].split() == ["pre", "scale-L1", "5.000", "-", "100", "unfinished", "(step", "7", "of", "20)"]
     assert table[3].split() == ["post", "plain", "3.900", "-", "107", "plateau"]
-    assert table[4].split() == ["span", "scale", "3.150", "2.500", "107", "trained"]
+    assert table[4].split() == ["span", "scale-L1", "3.150", "2.500", "107", "trained"]
     assert {line.index(word) for line, word in zip(table[2:5], ("unf", "plat", "tra"), strict=True)} == {
         table[0].index("outcome")
     }
@@ -306,7 +306,7 @@ def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
     notes = texts(tmp_path, "note")
     assert any(
-        "No evaluation of the last step, so no held-out numbers: span / scale, seed 0 (10 of 20)" in n for n in notes
+        "No evaluation of the last step, so no held-out numbers: span / scale-L1, seed 0 (10 of 20)" in n for n in notes
     )
     assert summary(tmp_path / "b").held_out_loss is None
     # One by hand, of other tokens or on other data, is no result either.
@@ -315,7 +315,7 @@ def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_eval(run, STEPS, 8.0, fingerprint="beef")
     assert summary(run).held_out_loss == 2.0
     write_eval(write_run(tmp_path / "c", losses=[4.0] * 15, done=False), 10, 2.0)  # still running: the newest there is
-    assert any("not of the run's last: span / scale, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
+    assert any("not of the run's last: span / scale-L1, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -368,9 +368,9 @@ def test_bad_arguments_are_one_line(tmp_path, arguments, says):
 
 def test_a_baseline_is_config_keys_and_a_value_may_hold_commas():
     assert keys_of("placement=pre,init=plain", "--baseline") == {"placement": "pre", "init": "plain"}
-    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale", "--confirm") == {
+    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale-L1", "--confirm") == {
         "model.init_targets": "attn_out,ffn_out",
-        "init": "scale",
+        "init": "scale-L1",
     }
 
 
@@ -410,8 +410,8 @@ def test_a_sweeps_report_tells_the_comparison_that_the_sweep_names_from_the_othe
         return (tmp_path / "reports" / "fresh_seeds-cpu" / "tables.md").read_text(encoding="utf-8")
 
     assert "confirmatory" not in write({"post", "span"})  # the baseline is not there yet
-    rows = [line.split(" | ") for line in write({"pre"}).splitlines() if "pre / scale |" in line]
+    rows = [line.split(" | ") for line in write({"pre"}).splitlines() if "pre / scale-L1 |" in line]
     assert [row[:3] for row in rows] == [
-        ["| post / scale", "pre / scale", "exploratory"],
-        ["| span / scale", "pre / scale", "confirmatory"],
+        ["| post / scale-L1", "pre / scale-L1", "exploratory"],
+        ["| span / scale-L1", "pre / scale-L1", "confirmatory"],
     ]

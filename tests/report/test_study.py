@@ -92,9 +92,9 @@ def test_a_baseline_of_one_key_compares_at_the_others_own(tmp_path):
     def pairs(baseline):
         return [(own.method.label, own.partner.label) for own in at_own_rates(study(rows, baseline)).found]
 
-    assert pairs(None) == [(m, "pre / plain") for m in ("pre / scale", "span / plain", "span / scale")]
-    assert pairs({"placement": "pre"}) == [("span / plain", "pre / plain"), ("span / scale", "pre / scale")]
-    assert pairs({"init": "scale"}) == [("pre / plain", "pre / scale"), ("span / plain", "span / scale")]
+    assert pairs(None) == [(m, "pre / plain") for m in ("pre / scale-L1", "span / plain", "span / scale-L1")]
+    assert pairs({"placement": "pre"}) == [("span / plain", "pre / plain"), ("span / scale-L1", "pre / scale-L1")]
+    assert pairs({"init": "scale-L1"}) == [("pre / plain", "pre / scale-L1"), ("span / plain", "span / scale-L1")]
 
 
 def test_another_config_key_may_be_the_baseline(tmp_path):
@@ -102,7 +102,7 @@ def test_another_config_key_may_be_the_baseline(tmp_path):
         write_run(tmp_path / str(i), bits=2.0 - 0.1 * i, model__init_targets=targets)
     about = study(rows_of(tmp_path), {"model.init_targets": "attn_out,ffn_out"})
     (own,) = at_own_rates(about).found
-    assert own.method.label == "span / scale, init_targets=ffn_out" and own.interval.mean == pytest.approx(0.1)
+    assert own.method.label == "span / scale-L1, init_targets=ffn_out" and own.interval.mean == pytest.approx(0.1)
 
 
 def test_sensitivity_is_wortsmans_over_the_shared_learning_rates(sweep):

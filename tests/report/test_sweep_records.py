@@ -74,12 +74,13 @@ def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch)
         write_run(tmp_path / f"runs/lr/b{seed}", "span", "scale", losses=losses, bits=bits - 0.5, seed=seed)
     template = tmp_path / "template.md"
     template.write_text(
-        '{{ sweeps.lr.table("placement", "init") }}\n\n{{ sweeps.lr.difference(("span", "scale"), ("pre", "plain")) }}'
+        '{{ sweeps.lr.table("placement", "init") }}\n\n'
+        '{{ sweeps.lr.difference(("span", "scale-L1"), ("pre", "plain")) }}'
     )
     monkeypatch.setattr(results_page, "TEMPLATE", template)
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path)
     assert page.read_text().splitlines() == [
-        "| placement | plain | ScaleInit |",
+        "| placement | plain | ScaleInit-L1 |",
         "| --- | --- | --- |",
         "| PreNorm | 2.100 ± 0.100 | not run |",
         "| SpanNorm | not run | 1.600 ± 0.100 (1 of 3 plateau) |",
@@ -208,11 +209,13 @@ def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path, mon
         results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path)
     monkeypatch.setattr(results_page, "claim", lambda holds, what: "")
     page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
-    assert "| span / scale | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
-    assert "| span / scale | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
+    assert "| span / scale-L1 | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
+    assert "| span / scale-L1 | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
     assert "| SpanNorm, standard | 2.000 at 0.01 | 2.000 at 0.01 | not run |" in page
-    assert "| weight, p = 0 | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
-    assert page.count("| SpanNorm, ScaleInit | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
+    assert "| `scale-L0.5` | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
+    assert (
+        page.count("| SpanNorm, ScaleInit-L1 | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
+    )
     assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
     assert "| SpanNorm | 2.805 ± 0.007 | 1.805 ± 0.007 | not run |" in page
     assert "| 12 | 3.250 ± 0.000 | 3.250 ± 0.000 | 3.250 ± 0.000 |" in page
