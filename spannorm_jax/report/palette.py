@@ -10,8 +10,12 @@ from typing import Any
 PLACEMENT_ORDER = (  # then by alphabet
     *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"),
     *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
+    *("deepscale", "pre_embnorm"),
 )
-INIT_ORDER = ("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink", "zero_out")
+INIT_ORDER = (
+    *("plain", "gpt2", "scale", "normal", "xavier", "megatron", "deepnorm", "subln", "shrink", "zero_out"),
+    "ds",
+)
 OUTCOME_ORDER = ("trained", "plateau", "collapsed", "diverged", "unfinished")
 
 _COLOURS = {
@@ -32,6 +36,8 @@ _COLOURS = {
     "keel": "#5a00b4",
     "rezero": "#00002d",
     "subln": "#2d0f1e",
+    "deepscale": "#729c90",
+    "pre_embnorm": "#fc3c78",
 }
 _MORE_COLOURS = ("#6d5bb3", "#8c2d2d", "#8a7f6d", "#1a1a1a")
 _SHAPES = {
@@ -52,11 +58,13 @@ _SHAPES = {
     "keel": "M-0.5,-1L0.5,-1L1,0L0.5,1L-0.5,1L-1,0Z",  # a hexagon
     "rezero": "M-0.25,-1L0.25,-1L0.25,1L-0.25,1Z",  # a bar
     "subln": "M-1,-1L0,-1L0,0L1,0L1,1L-1,1Z",  # an L
+    "deepscale": "M-0.5,-0.8L0.5,-0.8L1,0.8L-1,0.8Z",  # a trapezium
+    "pre_embnorm": "M-1,-1L1,-1L1,1L0.4,1L0.4,-0.4L-0.4,-0.4L-0.4,1L-1,1Z",  # an arch
 }
 _DASHES = {  # on, off, in pixels
     **{"plain": (2, 2), "gpt2": (7, 3), "scale": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
     **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink": (5, 5)},
-    "zero_out": (3, 5),
+    **{"zero_out": (3, 5), "ds": (6, 2, 1, 2)},
 }
 _MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
 OUTCOME_COLOURS = {

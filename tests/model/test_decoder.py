@@ -42,7 +42,7 @@ GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
 MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2}  # of a feed-forward
 GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1), "deepnorm": (2, 0)}
 GAINS |= {"olmo2": (2, 1), "b2t": (2, 0), "residual": (2, 1), "mix": (2, 1), "lns": (2, 1), "keel": (4, 0)}
-GAINS |= {"rezero": (0, 0), "subln": (2, 1)}
+GAINS |= {"rezero": (0, 0), "subln": (2, 1), "deepscale": (2, 1), "pre_embnorm": (2, 2)}
 
 
 def hand_count(m):

@@ -22,6 +22,7 @@ SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
         *("rivals", "depth_factor", "branch_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
+        "newcomers",
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -40,7 +41,7 @@ NUMBER = {
     "fixed_budget": 54,
     "init_targets": 18,
 }
-NUMBER |= {"experts": 102, "demo": 9, "seed": 3}
+NUMBER |= {"newcomers": 84, "experts": 102, "demo": 9, "seed": 3}
 # By these names runs lie on disks of users. A change here takes their runs away from them.
 GOLDEN = {
     (
