@@ -249,8 +249,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(placement):
     assert (full_logits.dtype, full_features.dtype) == (jnp.float32, jnp.float32)
     assert (half_logits.dtype, half_features.dtype) == (jnp.float32, jnp.bfloat16)
     error = np.sqrt(np.mean((half_logits - full_logits) ** 2) / np.mean(full_logits**2))
-    # One rounding is 2^-9 of the size; 4 blocks with about ten roundings each and equal shares give sqrt(40) 2^-9.
-    assert 2**-11 < error < 40**0.5 * 2**-9 * 2
+    # One rounding is 2^-9 of the size; 4 blocks with about ten roundings each and equal shares give sqrt(40) 2^-9. What
+    # branches hand on grows in them: largest seen 2.2 times that, of DeepScaleLM, half of whose stream each branch is.
+    assert 2**-11 < error < 40**0.5 * 2**-9 * 3
     model = define(half)
     grads = jax.eval_shape(jax.grad(lambda p: model.bind(p)(tokens).sum()), params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}

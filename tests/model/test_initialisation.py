@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 import reference
 from flax import nnx
 
+from spannorm_jax import show_init
 from spannorm_jax.config import ModelConfig, MoEConfig, unread
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import (
@@ -512,6 +514,14 @@ def test_ds_damps_every_matrix_of_a_block_by_the_root_of_its_number():
         else:
             assert size == of_xavier, spec
     assert {"q", "attn_out", "ffn_in", "ffn_out", "expert_in", "expert_out", "shared_out", "router"} <= seen
+
+
+def test_show_init_prints_the_range_of_a_std_that_differs_by_block(capsys):
+    dense = f"{Path(__file__).parents[2]}/configs/dense.py:tiny,placement=pre,depth=4"
+    for init, ends in (("ds", "mean of 0.125000 to 0.062500"), ("xavier", "")):
+        assert show_init.main(["--config", f"{dense},init={init}"]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("q ")]
+        assert line.endswith(ends) and ("mean of" in line) == bool(ends)
 
 
 def test_deepnorms_two_constants_balance_each_other():
