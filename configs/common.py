@@ -16,6 +16,12 @@ DENSE = {
 }
 
 
+# The placements of sweeps that have been run over all that there were; newer ones have sweeps of their own.
+STUDIED = (
+    *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese", "deepnorm", "olmo2", "b2t"),
+    *("residual", "mix", "lns", "keel", "rezero", "subln"),
+)
+
 # Recipes with a name of their own, that are no placement's.
 RECIPES = {"prores": {"placement": "pre", "init": "plain", "branch_warmup_steps": 1000.0}}  # arXiv 2603.05369
 

@@ -32,7 +32,8 @@ NAMES = {
     **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
     **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
     **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
-    **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN"},
+    **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN", "deepscale": "DeepScaleLM"},
+    **{"pre_embnorm": "PreNorm, normed embeddings", "ds": "DS-Init", "zero_out": "zero outputs"},
     **{"plain": "plain", "gpt2": "GPT-2", "scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5"},
     **{"xavier": "Xavier", "normal": "normal", "megatron": "Megatron", "muon": "Muon"},
 }

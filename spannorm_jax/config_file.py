@@ -252,6 +252,12 @@ def _check_names(config: Config) -> None:
     for key, valid in choices.items():
         if values[key] not in valid:
             raise UserError(f"config key {key}={values[key]!r} is unknown; {did_you_mean(values[key], valid)}")
+    least = PLACEMENTS[config.model.placement].least_depth
+    if config.model.depth < least:
+        raise UserError(
+            f"config key model.depth={config.model.depth} is too small for model.placement={config.model.placement}, "
+            f"whose equation needs {least} blocks; write {least} or more"
+        )
     for target in config.model.init_targets:
         if target not in OUTPUT_SITES:
             raise UserError(

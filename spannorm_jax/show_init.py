@@ -39,11 +39,13 @@ def main(argv: list[str]) -> int:
     print(f"{'weight':<12}{'role':<11}{'shape':<22}{'fan_in':>7}{'std':>12}{'std x sqrt(fan_in)':>20}")
     gains = []
     for spec in model.specs():
-        size = float(np.mean(initial_size(cfg, spec)))
+        sizes = np.atleast_1d(initial_size(cfg, spec))
+        size = float(np.mean(sizes))
         if spec.start is None:
             shape = " x ".join(map(str, spec.shape))
             gain = size * spec.fan_in**0.5
-            print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{spec.fan_in:>7}{size:>12.6f}{gain:>20.4f}")
+            ends = f"   mean of {sizes[0]:.6f} to {sizes[-1]:.6f}" if sizes[0] != sizes[-1] else ""
+            print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{spec.fan_in:>7}{size:>12.6f}{gain:>20.4f}{ends}")
         elif size != 1:
             gains.append(f"{spec.site:<12}{'norm':<11}gain, starts at {size:.6g}")
     print("\n".join(gains), end="\n" if gains else "")

@@ -242,6 +242,13 @@ def rezero(X, A, F, n, g, l, L):
     return X + g("scale_ffn", F(X))
 
 
+def deepscale(X, A, F, n, g, l, L):
+    """X = sqrt(1 - 2/L) X + sqrt(2/L) f(N X)."""
+    for f, name in ((A, "before_attn"), (F, "before_ffn")):
+        X = math.sqrt(1 - 2 / L) * X + math.sqrt(2 / L) * f(n(name, X))
+    return X
+
+
 def as_it_is(X, N):
     return X
 
@@ -268,6 +275,8 @@ EQUATIONS = {
     "keel": (as_it_is, keel, as_it_is),
     "rezero": (as_it_is, rezero, as_it_is),
     "subln": (as_it_is, pre, final),  # its other norms are in the sub-layers
+    "deepscale": (as_it_is, deepscale, final),
+    "pre_embnorm": (lambda X, N: N("entry", X), pre, final),
 }
 
 

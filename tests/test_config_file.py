@@ -126,6 +126,14 @@ def test_a_published_initialisation_that_is_not_here_is_refused():
         load(f"{CONFIGS}/dense.py:tiny,placement=peri,init=published")
 
 
+def test_fewer_blocks_than_a_placements_equation_needs_are_one_line():
+    """DeepScaleLM's skip is the root of 1 - 2 / L: at one block there is none."""
+    with pytest.raises(UserError, match=r"model\.depth=1 is too small for model\.placement=deepscale, .* write 2 or"):
+        load(f"{CONFIGS}/dense.py:tiny,placement=deepscale,depth=1")
+    assert load(f"{CONFIGS}/dense.py:tiny,placement=deepscale,depth=2").model.depth == 2
+    assert load(f"{CONFIGS}/dense.py:tiny,placement=pre,depth=1").model.depth == 1
+
+
 def test_a_rival_is_a_placement_with_what_it_was_published_with():
     config = load(f"{CONFIGS}/dense.py:tiny,rival=subln")
     assert (config.model.placement, config.model.init) == ("subln", "subln")

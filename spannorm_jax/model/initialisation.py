@@ -150,6 +150,16 @@ def subln(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     return xavier(cfg, spec) * (math.sqrt(math.log(2 * cfg.depth)) if spec.site in _VALUE_PATH else 1.0)
 
 
+def ds(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+    """Xavier, and every matrix of block l, from 1, times 1 / sqrt(l) (DS-Init, Zhang et al. 2019, arXiv 1908.11365).
+
+    That is the paper's range of a uniform draw, with its alpha of 1. Its code hands l^(-1/2) to an initialiser that
+    scales the variance, and so draws with l^(-1/4). It has no experts: here they and their router are of their block.
+    """
+    size = xavier(cfg, spec)
+    return size if spec.start is not None or not spec.layers else size * (1.0 + np.array(spec.layers)) ** -0.5
+
+
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """ScaleInit: unit-variance branches, and what sets the size of an addition times `depth_factor`."""
     damped = spec.site in damped_sites(cfg)
@@ -209,7 +219,7 @@ Init = Callable[[ModelConfig, "WeightSpec"], Size]
 INITS: dict[str, Init] = {
     **{"plain": plain, "gpt2": gpt2, "scale": scale},
     **{"normal": normal, "xavier": xavier, "megatron": megatron, "deepnorm": deepnorm, "subln": subln},
-    **{"shrink": shrink, "zero_out": zero_out},
+    **{"shrink": shrink, "zero_out": zero_out, "ds": ds},
 }
 PUBLISHED = "published"  # in a config: what the placement was published with
 
@@ -275,7 +285,8 @@ def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -
 def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
     """Variance that each addition of a block brings to the stream at initialisation, by branch, (L,).
 
-    A branch that ends in a norm has its gain's square, whatever its weights are.
+    A branch that ends in a norm has its gain's square, whatever its weights are. Constants of the
+    placement's block (DeepScaleLM's beta) are left out.
     """
     specs = list(specs)
     placement, variance = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs)

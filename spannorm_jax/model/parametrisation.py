@@ -9,14 +9,17 @@ size (AdamW, Lion); Muon's learning rates are `training/muon.py`'s.
 
 An initialisation is asked for the BASE size (`at_base`), and the parametrisation goes on from there. So a factor of
 depth that an initialisation has (ScaleInit's sqrt(c / n), GPT-2's 1 / sqrt(2L)) is under `completep` that of the base
-depth, one number at all depths, and depth is counted once: by the multiplier of the branches. `mup` and `everett`
-say nothing of depth, and leave the initialisation's own factor in force.
+depth, one number at all depths, and depth is counted once: by the multiplier of the branches. A factor of a block's
+position (DS-Init's 1 / sqrt(l)) is that of the base's block in its place, ceil(l base_depth / depth): a model of twice
+the depth has each factor twice. `mup` and `everett` say nothing of depth, and leave the initialisation's own factor in
+force.
 
 Heads: the presets add heads of one size when the width grows, so attention logits q.k / sqrt(K) keep their size. Where
 heads grow instead (`base_head_dim`), muP's rule q.k / K is met at the base: q.k / sqrt(K) times sqrt(K0 / K).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -150,7 +153,8 @@ def base_config(cfg: ModelConfig) -> ModelConfig:
 def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightSpec"]:
     """The config and declaration that an initialisation sees: of the base size, as far as the parametrisation reads it.
 
-    A fan that is a number of units of the width's kind is / m; what a lookup sums, and tokens or experts, stay.
+    A fan that is a number of units of the width's kind is / m; what a lookup sums, and tokens or experts, stay. Blocks
+    are those of the base in their places.
     """
     if "width" in PARAMETRISATIONS[cfg.parametrisation].base:
         m = _width_ratio(cfg)
@@ -158,4 +162,6 @@ def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightS
             spec = dataclasses.replace(spec, fan_in=spec.fan_in / m)
         if spec.role in ("embedding", "hidden", "expert"):
             spec = dataclasses.replace(spec, fan_out=spec.fan_out / m)
-    return base_config(cfg), spec
+    base = base_config(cfg)
+    places = (math.ceil((layer + 1) * base.depth / cfg.depth) - 1 for layer in spec.layers)
+    return base, dataclasses.replace(spec, layers=tuple(places))

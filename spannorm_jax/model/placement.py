@@ -11,7 +11,7 @@ Sources: PreNorm and PostNorm, Xiong et al. 2020 (arXiv 2002.04745, figure 1); S
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spannorm_jax.config import ModelConfig
@@ -50,6 +50,7 @@ class Placement:
       published_init: the initialisation that it was published with, if that is a key of
         model.initialisation.INITS, else ""; `model.init=published` stands for it.
       not_with: initialisation that its authors advise against -> why, and where they say so.
+      least_depth: the fewest blocks that its equation is defined for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Placement:
     scalar_gains: tuple[str, ...] = ()
     published_init: str = ""
     not_with: dict[str, str] = field(default_factory=dict)
+    least_depth: int = 1
 
 
 def _pre_block(x, attn, ffn, n, layer, cfg):
@@ -120,15 +122,19 @@ def _span_raw_block(stream, attn, ffn, n, layer, cfg):
     return x, x
 
 
-_SPAN_RAW = Placement(
+_SPAN_RAW = replace(
+    _SPAN,
     name="span_raw",
-    block_norms=("after_attn", "after_ffn"),
-    end_norms=("entry",),
     enter=lambda x, n: (x, n.entry(x)),
     block=_span_raw_block,
     leave=lambda stream, n: stream[0],
-    additions={"ffn": "ffn_out"},
-    published_init="scale",
+)
+
+# PreNorm that norms its embeddings as SpanNorm does: what of their difference is that norm's. Embeddings before a norm
+# are those of Dettmers et al. 2022 (arXiv 2110.02861, the stable embedding layer); that layer has weights of its own,
+# so nothing here is what it was published with.
+_PRE_EMBNORM = replace(
+    _PRE, name="pre_embnorm", end_norms=("entry", "final"), enter=lambda x, n: n.entry(x), published_init=""
 )
 
 
@@ -177,12 +183,11 @@ def _layerscale_start(cfg: ModelConfig) -> float:
 
 
 # LayerScale (Touvron et al. 2021, arXiv 2103.17239, section 2): PreNorm, each branch times a learnt gain.
-_LAYERSCALE = Placement(
+_LAYERSCALE = replace(
+    _PRE,
     name="layerscale",
-    block_norms=("before_attn", "before_ffn"),
-    end_norms=("final",),
     block=_layerscale_block,
-    leave=_final,
+    published_init="",
     additions={"attn": "scale_attn", "ffn": "scale_ffn"},
     block_gains={"scale_attn": _layerscale_start, "scale_ffn": _layerscale_start},
 )
@@ -215,12 +220,7 @@ def _deepnorm_block(x, attn, ffn, n, layer, cfg):
 
 
 # DeepNorm (Wang et al. 2022, arXiv 2203.00555, section 3 and table 2, decoder-only): PostNorm with a heavier skip.
-_DEEPNORM = Placement(
-    name="deepnorm",
-    block_norms=("after_attn", "after_ffn"),
-    block=_deepnorm_block,
-    published_init="deepnorm",
-)
+_DEEPNORM = replace(_POST, name="deepnorm", block=_deepnorm_block, published_init="deepnorm")
 
 
 def _olmo2_block(x, attn, ffn, n, layer, cfg):
@@ -249,12 +249,7 @@ def _b2t_block(x, attn, ffn, n, layer, cfg):
 
 # B2T (Takase et al. 2022, arXiv 2206.00330, equation 9): PostNorm and a skip from the block's input to its last norm.
 # Without the skip from y it is SpanNorm.
-_B2T = Placement(
-    name="b2t",
-    block_norms=("after_attn", "after_ffn"),
-    block=_b2t_block,
-    published_init="xavier",
-)
+_B2T = replace(_POST, name="b2t", block=_b2t_block)
 
 
 def _residual_block(stream, attn, ffn, n, layer, cfg):
@@ -312,12 +307,10 @@ def _lns_block(x, attn, ffn, n, layer, cfg):
 
 
 # LayerNorm Scaling (Sun et al. 2025, arXiv 2502.05795, equation 5): PreNorm with each norm's output over sqrt(l).
-_LNS = Placement(
+_LNS = replace(
+    _PRE,
     name="lns",
-    block_norms=("before_attn", "before_ffn"),
-    end_norms=("final",),
     block=_lns_block,
-    leave=_final,
     published_init="plain",
     not_with=dict.fromkeys(
         ("gpt2", "megatron", "scale"),
@@ -360,15 +353,21 @@ _REZERO = Placement(
 )
 
 # SubLN (Wang et al. 2022, arXiv 2210.06423, section 3): PreNorm, and a norm before each output projection.
-_SUBLN = Placement(
-    name="subln",
-    block_norms=("before_attn", "before_ffn"),
-    end_norms=("final",),
-    block=_pre_block,
-    leave=_final,
-    inner_norms=("heads", "hidden"),
-    published_init="subln",
-)
+_SUBLN = replace(_PRE, name="subln", inner_norms=("heads", "hidden"), published_init="subln")
+
+
+def _deepscale_block(x, attn, ffn, n, layer, cfg):
+    keep, add = math.sqrt(1 - 2 / cfg.depth), math.sqrt(2 / cfg.depth)
+    y = keep * x + add * attn(n.before_attn(x))
+    return keep * y + add * ffn(n.before_ffn(y))
+
+
+# DeepScaleLM's forward pair on PreNorm (Kedia et al. 2024, arXiv 2403.09635): lambda^2 = 1 - 2/N and beta^2 = 2/N, so
+# that branches of variance 1 keep a stream of variance 1. The pair is the paper's. That N counts layers, each of an
+# attention and a feed-forward (the depth here), and that both of a layer's additions take the pair, is read from two
+# implementations of others; with N = 2L each would add half as much. No initialisation here is its own
+# (docs/placements.md). At two blocks lambda is 0: there is no skip. At one there is no pair.
+_DEEPSCALE = replace(_PRE, name="deepscale", block=_deepscale_block, published_init="", least_depth=2)
 
 
 def _choose(condition: Any, x: Any, y: Any) -> Any:
@@ -388,7 +387,7 @@ def _like(factor: Any, x: Any) -> Any:
 INNER_NORMS = ("q", "k", "v", "heads", "hidden")
 _ALL = (
     *(_PRE, _POST, _SPAN, _SPAN_RAW, _PERI, _HYBRID, _LAYERSCALE, _SIAMESE, _DEEPNORM, _OLMO2, _B2T, _RESIDUAL),
-    *(_MIX, _LNS, _KEEL, _REZERO, _SUBLN),
+    *(_MIX, _LNS, _KEEL, _REZERO, _SUBLN, _DEEPSCALE, _PRE_EMBNORM),
 )
 PLACEMENTS = {p.name: p for p in _ALL}
 

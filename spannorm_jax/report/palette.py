@@ -10,10 +10,11 @@ from typing import Any
 PLACEMENT_ORDER = (  # then by alphabet
     *("pre", "post", "span", "span_raw", "peri", "hybrid", "layerscale", "siamese"),
     *("deepnorm", "olmo2", "b2t", "residual", "mix", "lns", "keel", "rezero", "subln"),
+    *("deepscale", "pre_embnorm"),
 )
 INIT_ORDER = (
     *("plain", "gpt2", "scale-L1", "scale-L0.5", "scale-L0.75", "scale-L1-mult", "scale-L0.5-mult", "scale-L0.75-mult"),
-    *("normal", "xavier", "megatron", "deepnorm", "subln", "shrink-L1", "shrink-L0.5", "zero_out"),
+    *("normal", "xavier", "megatron", "deepnorm", "subln", "shrink-L1", "shrink-L0.5", "zero_out", "ds"),
 )
 OUTCOME_ORDER = ("trained", "plateau", "collapsed", "diverged", "unfinished")
 
@@ -35,6 +36,8 @@ _COLOURS = {
     "keel": "#5a00b4",
     "rezero": "#00002d",
     "subln": "#2d0f1e",
+    "deepscale": "#729c90",
+    "pre_embnorm": "#fc3c78",
 }
 _MORE_COLOURS = ("#6d5bb3", "#8c2d2d", "#8a7f6d", "#1a1a1a")
 _SHAPES = {
@@ -55,12 +58,14 @@ _SHAPES = {
     "keel": "M-0.5,-1L0.5,-1L1,0L0.5,1L-0.5,1L-1,0Z",  # a hexagon
     "rezero": "M-0.25,-1L0.25,-1L0.25,1L-0.25,1Z",  # a bar
     "subln": "M-1,-1L0,-1L0,0L1,0L1,1L-1,1Z",  # an L
+    "deepscale": "M-0.5,-0.8L0.5,-0.8L1,0.8L-1,0.8Z",  # a trapezium
+    "pre_embnorm": "M-1,-1L1,-1L1,1L0.4,1L0.4,-0.4L-0.4,-0.4L-0.4,1L-1,1Z",  # an arch
 }
 _DASHES = {  # on, off, in pixels
     **{"plain": (2, 2), "gpt2": (7, 3), "scale-L1": (1, 0), "normal": (8, 2, 2, 2), "xavier": (12, 3)},
     **{"megatron": (4, 2, 1, 2, 1, 2), "deepnorm": (1, 4), "subln": (14, 2, 2, 2, 2, 2), "shrink-L1": (5, 5)},
     **{"scale-L0.5": (10, 4), "scale-L0.75": (6, 2, 1, 2), "scale-L1-mult": (3, 2), "scale-L0.5-mult": (2, 4)},
-    **{"scale-L0.75-mult": (9, 2, 1, 2, 1, 2), "shrink-L0.5": (6, 6), "zero_out": (3, 5)},
+    **{"scale-L0.75-mult": (9, 2, 1, 2, 1, 2), "shrink-L0.5": (6, 6), "zero_out": (3, 5), "ds": (4, 6)},
 }
 _MORE_DASHES = ((10, 6), (2, 6), (16, 4, 4, 4))
 OUTCOME_COLOURS = {

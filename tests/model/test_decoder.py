@@ -42,7 +42,7 @@ GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
 MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2}  # of a feed-forward
 GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1), "deepnorm": (2, 0)}
 GAINS |= {"olmo2": (2, 1), "b2t": (2, 0), "residual": (2, 1), "mix": (2, 1), "lns": (2, 1), "keel": (4, 0)}
-GAINS |= {"rezero": (0, 0), "subln": (2, 1)}
+GAINS |= {"rezero": (0, 0), "subln": (2, 1), "deepscale": (2, 1), "pre_embnorm": (2, 2)}
 
 
 def hand_count(m):
@@ -249,8 +249,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(placement):
     assert (full_logits.dtype, full_features.dtype) == (jnp.float32, jnp.float32)
     assert (half_logits.dtype, half_features.dtype) == (jnp.float32, jnp.bfloat16)
     error = np.sqrt(np.mean((half_logits - full_logits) ** 2) / np.mean(full_logits**2))
-    # One rounding is 2^-9 of the size; 4 blocks with about ten roundings each and equal shares give sqrt(40) 2^-9.
-    assert 2**-11 < error < 40**0.5 * 2**-9 * 2
+    # One rounding is 2^-9 of the size; 4 blocks with about ten roundings each and equal shares give sqrt(40) 2^-9. What
+    # branches hand on grows in them: largest seen 2.2 times that, of DeepScaleLM, half of whose stream each branch is.
+    assert 2**-11 < error < 40**0.5 * 2**-9 * 3
     model = define(half)
     grads = jax.eval_shape(jax.grad(lambda p: model.bind(p)(tokens).sum()), params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}

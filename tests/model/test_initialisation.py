@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 import reference
 from flax import nnx
 
+from spannorm_jax import show_init
 from spannorm_jax.config import ModelConfig, MoEConfig, unread
 from spannorm_jax.config_file import load
 from spannorm_jax.errors import UserError
@@ -53,12 +55,12 @@ def draw(cfg, seed=0):
 
 
 def sizes(cfg):
-    """Site -> what the initialisation says of it: a weight's std, where a gain starts."""
-    return {spec.site: INITS[cfg.init](cfg, spec) for spec in define(cfg).specs()}
+    """Site -> what the initialisation says of it: a weight's std, where a gain starts; a list where blocks differ."""
+    return {spec.site: np.asarray(INITS[cfg.init](cfg, spec)).tolist() for spec in define(cfg).specs()}
 
 
 def branch_variance(cfg):
-    """Of each branch; all blocks are alike."""
+    """Of each branch, in the first block."""
     return {branch: v[0] for branch, v in predicted_branch_variance(cfg, define(cfg).specs()).items()}
 
 
@@ -120,10 +122,11 @@ def test_every_weight_has_the_std_of_its_site_in_every_block(init, ffn, tied_hea
         if stds[spec.site] == 0:
             np.testing.assert_array_equal(values, 0)
             return
-        for block in values if spec.axes[0] == "layers" else [values]:
+        blocks = values if spec.axes[0] == "layers" else [values]
+        for block, std in zip(blocks, np.broadcast_to(stds[spec.site], len(blocks)), strict=True):
             n = block.size
-            assert abs(block.std() / stds[spec.site] - 1) < FIVE / math.sqrt(2 * n), spec
-            assert abs(block.mean()) < FIVE * stds[spec.site] / math.sqrt(n), spec
+            assert abs(block.std() / std - 1) < FIVE / math.sqrt(2 * n), spec
+            assert abs(block.mean()) < FIVE * std / math.sqrt(n), spec
 
     model.map_weights(check, params)
     assert sites == {"embed", "q", "k", "v", "attn_out", "ffn_in", "ffn_out", "after_attn", "after_ffn", "entry"} | (
@@ -281,7 +284,7 @@ def test_branches_have_the_predicted_variance(changes):
 def test_feed_forward_prediction_is_the_textbook_product(init, ffn):
     """Var F = F * Var W_out * E h^2 with pre-activations of variance D * Var W_in, from an independent integral."""
     cfg = config(init=init, ffn=ffn, init_targets=("ffn_in", "ffn_out"))
-    stds = sizes(cfg)
+    stds = {site: np.ravel(size)[0] for site, size in sizes(cfg).items()}
     second = moments(ffn, stds["ffn_in"] * math.sqrt(cfg.width))[1]
     assert branch_variance(cfg)["ffn"] == pytest.approx(cfg.ffn_dim * stds["ffn_out"] ** 2 * second, rel=1e-9)
 
@@ -335,9 +338,12 @@ def test_the_streams_variance_is_what_show_init_prints(placement, init, depth):
 @pytest.mark.parametrize("experts", [0, 2])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_with_zero_outputs_a_block_adds_nothing_and_every_branch_can_move(placement, experts):
-    """Nothing is added, and what is zero has a gradient: a zero weight before a norm would have none."""
+    """Nothing is added, and what is zero has a gradient: a zero weight before a norm would have none.
+
+    Three blocks, since DeepScaleLM has no skip at two.
+    """
     moe = MoEConfig(num_experts=experts, expert_dim=8 if experts else 0)
-    cfg = config(placement=placement, init="zero_out", depth=2, width=16, vocab_size=8, moe=moe)
+    cfg = config(placement=placement, init="zero_out", depth=3, width=16, vocab_size=8, moe=moe)
     model, params = draw(cfg)
     assert all(np.all(added == 0) for added in predicted_additions(cfg, model.specs()).values())
     zeros = {
@@ -496,6 +502,30 @@ def test_a_published_initialisation_has_its_papers_sizes(init, expected):
     found = sizes(cfg)
     assert {site: found[site] for site in expected} == pytest.approx(expected)
     assert found["before_attn"] == found["final"] == 1.0
+
+
+def test_ds_damps_every_matrix_of_a_block_by_the_root_of_its_number():
+    """Experts and routers stand in blocks too, each of its own number; embedding, head and gains are Xavier's."""
+    cfg = config(init="ds", moe=MoEConfig(num_experts=2, expert_dim=8, num_shared=1, first_dense=2, every=3))
+    blocks = {"blocks": (1, 2, 3, 4, 6, 7), "moe_blocks": (5, 8)}
+    seen = set()
+    for spec in define(cfg).specs():
+        size, of_xavier = INITS["ds"](cfg, spec), INITS["xavier"](cfg, spec)
+        if spec.layers and spec.role != "norm":
+            name = "blocks" if len(spec.layers) == 6 else "moe_blocks"
+            assert size == pytest.approx([of_xavier / l**0.5 for l in blocks[name]]), spec
+            seen.add(spec.site)
+        else:
+            assert size == of_xavier, spec
+    assert {"q", "attn_out", "ffn_in", "ffn_out", "expert_in", "expert_out", "shared_out", "router"} <= seen
+
+
+def test_show_init_prints_the_range_of_a_std_that_differs_by_block(capsys):
+    dense = f"{Path(__file__).parents[2]}/configs/dense.py:tiny,placement=pre,depth=4"
+    for init, ends in (("ds", "mean of 0.125000 to 0.062500"), ("xavier", "")):
+        assert show_init.main(["--config", f"{dense},init={init}"]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("q ")]
+        assert line.endswith(ends) and ("mean of" in line) == bool(ends)
 
 
 def test_deepnorms_two_constants_balance_each_other():

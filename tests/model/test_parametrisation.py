@@ -269,7 +269,24 @@ def test_an_initialisation_is_that_of_the_base_model_times_the_multiplier(init, 
     base = dataclasses.replace(cfg, **sizes, depth=1 if name == "completep" else cfg.depth, parametrisation="standard")
     of_base = {spec.site: initial_size(base, spec) for spec in define(base).specs()}
     for spec in define(cfg).specs():
-        assert initial_size(cfg, spec) == pytest.approx(of_base[spec.site] * multipliers(cfg, spec).init, rel=1e-12)
+        # The base's one block of `completep` stands for both.
+        of_blocks = np.broadcast_to(of_base[spec.site], np.shape(initial_size(cfg, spec)))
+        assert initial_size(cfg, spec) == pytest.approx(of_blocks * multipliers(cfg, spec).init, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("depth", "places"), [(3, (1, 2, 3)), (6, (1, 1, 2, 2, 3, 3)), (4, (1, 2, 3, 3)), (2, (2, 3)), (1, (3,))]
+)
+def test_under_completep_a_blocks_factor_is_that_of_the_bases_block_in_its_place(depth, places):
+    """Never above the first block's: in deeper models too every matrix starts at Xavier's std or below."""
+    cfg = model_config(init="ds", parametrisation="completep", depth=depth, base_depth=3)
+    q = next(spec for spec in define(cfg).specs() if spec.site == "q")
+    of_xavier = initial_size(dataclasses.replace(cfg, init="xavier"), q)
+    assert initial_size(cfg, q) == pytest.approx([of_xavier / l**0.5 for l in places])
+    if depth == 3:
+        standard = dataclasses.replace(cfg, parametrisation="standard")
+        wide = dataclasses.replace(cfg, base_width=cfg.width)
+        np.testing.assert_array_equal(initial_size(wide, q), initial_size(standard, q))
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said():

@@ -267,7 +267,13 @@ def test_span_and_span_raw_differ_in_the_first_skip_alone():
 
 
 @pytest.mark.parametrize(
-    ("placement", "entered", "left"), [("pre", 1.0, 31 * 1.0 + 37), ("post", 1.0, 1.0), ("span", 23 * 1.0 + 29, 1.0)]
+    ("placement", "entered", "left"),
+    [
+        ("pre", 1.0, 31 * 1.0 + 37),
+        ("post", 1.0, 1.0),
+        ("span", 23 * 1.0 + 29, 1.0),
+        ("pre_embnorm", 23 * 1.0 + 29, 31 * 1.0 + 37),
+    ],
 )
 def test_how_the_stream_is_entered_and_left(placement, entered, left):
     assert PLACEMENTS[placement].enter(1.0, end_norms) == entered
@@ -345,6 +351,22 @@ def test_gains_of_one_make_a_layerscale_block_a_pre_block_and_of_zero_a_rezero_b
     assert PLACEMENTS["rezero"].block(1.0, attn, ffn, block_norms, 0, cfg) == 1 + 73 * 5 + 79 * (5 * 366 + 7)
 
 
+def test_pre_embnorm_is_pre_but_for_the_norm_of_its_embeddings():
+    assert run_block("pre_embnorm", 1.0) == run_block("pre", 1.0)
+    pre, normed = PLACEMENTS["pre"], PLACEMENTS["pre_embnorm"]
+    assert (normed.block_norms, normed.additions) == (pre.block_norms, pre.additions)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 24, 1000])
+def test_a_deepscale_block_keeps_a_streams_variance_where_its_branches_have_the_streams(depth):
+    """x and what two branches add as three orthogonal vectors of one length: the sum has that length, at any depth."""
+    x, a, f = np.eye(3)
+    same = types.SimpleNamespace(before_attn=lambda v: v, before_ffn=lambda v: v)
+    y = PLACEMENTS["deepscale"].block(x, lambda v: a, lambda v: f, same, 0, ModelConfig(depth=depth))
+    assert np.linalg.norm(y) == pytest.approx(1, rel=1e-12)
+    assert y == pytest.approx([1 - 2 / depth, ((1 - 2 / depth) * 2 / depth) ** 0.5, (2 / depth) ** 0.5])
+
+
 OWNED = {
     "pre": (2, {"final"}),
     "post": (2, set()),
@@ -363,6 +385,8 @@ OWNED = {
     "keel": (4, set()),
     "rezero": (2, set()),
     "subln": (2, {"final"}),
+    "deepscale": (2, {"final"}),
+    "pre_embnorm": (2, {"entry", "final"}),
 }
 
 

@@ -22,7 +22,7 @@ SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
         *("rivals", "depth_factor", "branch_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
-        *("lengths", "rung_s", "rung_m", "rung_l"),
+        *("lengths", "rung_s", "rung_m", "rung_l", "newcomers"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -45,7 +45,7 @@ NUMBER = {
     "fixed_budget": 54,
     "init_targets": 18,
 }
-NUMBER |= {"experts": 102, "demo": 9, "seed": 3}
+NUMBER |= {"newcomers": 84, "experts": 102, "demo": 9, "seed": 3}
 # By these names runs lie on disks of users. A change here takes their runs away from them.
 GOLDEN = {
     (
