@@ -152,6 +152,50 @@ def _levels(y_scale: alt.Scale, width: int) -> list[alt.Chart]:
     ]
 
 
+def gap(about: Study) -> Figure | None:
+    """Training loss less the baseline's against tokens, each at its own best learning rate."""
+    table = curves.gap_curves(about)
+    if table["step"].n_unique() < 2:
+        return None
+    table, panels = with_panels(table, about)
+    looks = looks_of(about)
+    column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
+    late = table.filter(pl.col("step") >= pl.col("step").max() ** 0.5)
+    near = 1.1 * max(*(abs(x) for x in (*late["low"], *late["high"])), 1e-3)
+    x = alt.X(
+        f"{column}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s", grid=False)
+    )
+    scale = alt.Scale(domain=[-near, near], nice=False)
+    y = alt.Y("gap:Q", title="loss less the baseline’s (nats/token)", scale=scale, axis=alt.Axis(tickCount=7))
+    base = alt.Chart().encode(x=x, color=looks.colour(), detail=["init:N", "other:N"])
+    tips = tooltip(about, tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
+    layers = [
+        alt.Chart().mark_rule(stroke=GREY).encode(y=alt.datum(0)),
+        base.mark_area(clip=True).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=looks.opacity(0.15)),
+        base.mark_line(strokeWidth=2.2, clip=True, point={"filled": True, "size": 22})
+        .encode(y=y, strokeDash=looks.dash(), opacity=looks.opacity(1), tooltip=tips)
+        .properties(name="lines")
+        .add_params(*looks.picks),
+    ]
+    name = "Gap against tokens"
+    first = finished(in_panels(layers, panels), name)
+    most = 1.05 * max(abs(x) for x in (*table["low"], *table["high"])) or 1e-3
+
+    def within(bound: float) -> dict[str, Any]:
+        domain = {"scale": {"domain": [-bound, bound], "nice": False}}
+        return with_axes(first, lambda channel, axis: axis | domain if channel == "y" else axis)
+
+    views: Views = {("near zero",): within(near), ("all",): within(most)}
+    caption = (
+        "Training loss less the baseline’s along the run, below zero the method is better: each at its own best "
+        "learning rate, and seed by seed, for runs of a seed see the same batches. A point is the mean over a window "
+        f"that ends {curves.WINDOW:.2f} times as far as it begins; over seeds the mean, and a band from the least to "
+        f"the greatest. Baseline: {about.baseline_text}. The schedule is the whole run’s: of a shorter run the gap at "
+        "its own end may differ."
+    )
+    return Figure("gap", name, caption, {"main": table}, {"view": ("near zero", "all")}, views)
+
+
 def block_grad_norm(about: Study) -> Figure | None:
     """Gradient norm of each block at the initial weights and at the end, at each method's best learning rate."""
     table, panels = with_panels(curves.block_curves(about), about)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from spannorm_jax.report.comparisons import at_own_rates
 from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.rows import Group, Row
 from spannorm_jax.report.stats import smooth
@@ -15,6 +16,8 @@ from spannorm_jax.report.study import Place, Study, method_of
 SMOOTHING = 0.02  # of the logged steps: the width of the running mean
 LATE = 1 / 3  # of the steps asked for: the last part of a run, where methods lie close together
 LATE_SMOOTHING = 0.1
+WINDOW = 2**0.5  # how much further a window of `gap_curves` ends than it begins
+FIRST = 8  # step before which there is none: runs are at their start
 _POINTS = (40, 300)  # the fewest and the most that a curve is drawn with
 _ALL_POINTS = 16_000  # of all curves together, which a page still draws in a moment
 
@@ -111,6 +114,54 @@ def loss_curves(about: Study, late: bool = False) -> pl.DataFrame:
     typed = [pl.col(name).cast(kind) for name, kind in _SCHEMA.items()]
     made = pl.concat([pl.DataFrame(schema=_SCHEMA), *(frame.select(typed) for frame in frames)])
     return made.with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+_GAP_SCHEMA: dict[str, Any] = {
+    **{"placement": pl.String, "init": pl.String, "other": pl.String, "depth": pl.Int64, "width": pl.Int64},
+    **{"lr": pl.Float64, "baseline_lr": pl.Float64, "step": pl.Float64, "tokens": pl.Float64, "gap": pl.Float64},
+    **{"low": pl.Float64, "high": pl.Float64, "seeds": pl.Int64},
+}
+
+
+def gap_curves(about: Study) -> pl.DataFrame:
+    """Of each method its training loss less its baseline's along the run, each at its own best learning rate.
+
+    A point is a mean over a window of steps that ends `WINDOW` times as far as it begins: of each seed, whose runs see
+    the same batches so that their noise cancels, and then the mean, least and greatest.
+    """
+    lines = []
+    for d in at_own_rates(about).found:
+        ours, theirs = about.cells[d.method, d.place, d.lr], about.cells[d.partner, d.place, d.partner_lr]
+        each = [_gaps(ours[seed], theirs[seed]) for seed in sorted(about.reported & ours.keys() & theirs.keys())]
+        run = next(iter(ours.values())).run
+        asked, per_step = run.steps, run.tokens_per_step
+        names = {"placement": d.method.placement, "init": d.method.init, "other": d.method.other, **d.place._asdict()}
+        for window in sorted(set().union(*each), reverse=True):
+            gaps = [gaps[window] for gaps in each if window in gaps]
+            step = asked / WINDOW ** (window + 0.5)
+            numbers = {"step": step, "tokens": None if per_step is None else step * per_step, "seeds": len(gaps)}
+            numbers |= {"lr": d.lr, "baseline_lr": d.partner_lr}
+            lines.append(names | numbers | {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)})
+    return pl.DataFrame(lines, schema=_GAP_SCHEMA)
+
+
+def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
+    """Number of a window, from 0 for the last one -> mean difference of the two runs' losses in it.
+
+    Window k holds the steps from steps / WINDOW^(k + 1) on to steps / WINDOW^k, both runs went through it, and step
+    `FIRST` comes before it.
+    """
+    (steps, losses), (others, their_losses) = _losses(ours, 0.0), _losses(theirs, 0.0)
+    shared = np.intersect1d(steps, others, assume_unique=True)
+    gaps = losses[np.searchsorted(steps, shared)] - their_losses[np.searchsorted(others, shared)]
+    asked = ours.run.steps
+    windows = np.floor(np.log(asked / shared) / math.log(WINDOW) + 1e-9).astype(int)  # the end of one is in it
+    whole = (
+        k
+        for k in set(windows.tolist())
+        if asked / WINDOW**k < shared[-1] + 1 and asked / WINDOW ** (k + 1) > FIRST - 0.5
+    )
+    return {k: float(gaps[windows == k].mean()) for k in whole}
 
 
 _BLOCK_SCHEMA: dict[str, Any] = {

@@ -331,6 +331,7 @@ def profile(about: Study) -> Figure | None:
 # Name of the file -> what makes the figure, and why it is left out where it makes none.
 FIGURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "loss": (curve_figures.loss, "Training loss: no run logged a step."),
+    "gap": (curve_figures.gap, "Gap against tokens: needs two methods with some twenty steps of one seed."),
     "loss_by_lr": (functools.partial(loss_by, axis="lr"), "Loss against learning rate: needs two learning rates."),
     "lr_optimum": (lr_optimum, "Best learning rate: needs three learning rates with the best one between two others."),
     "lr_sensitivity": (lr_sensitivity, "Learning rate sensitivity: needs three learning rates that all methods share."),

@@ -17,6 +17,7 @@ from spannorm_jax.report.study import study
 
 SWEPT = {
     "loss",
+    "gap",
     "loss_by_lr",
     "lr_optimum",
     "lr_sensitivity",

@@ -12,7 +12,7 @@ from run_folders import rows_of, write_lr_sweep, write_run
 
 from spannorm_jax.report import frames, stats
 from spannorm_jax.report.comparisons import at_own_rates, at_shared_rates, overall, replicates
-from spannorm_jax.report.curves import block_curves, loss_curves
+from spannorm_jax.report.curves import WINDOW, block_curves, gap_curves, loss_curves
 from spannorm_jax.report.rates import at_an_end, best_lr, drifts, optimum, sensitivities
 from spannorm_jax.report.study import Place, study
 
@@ -330,3 +330,36 @@ def test_block_norms_are_geometric_means(tmp_path):
     last = table.filter((pl.col("when") == "at the last record") & (pl.col("block") == 0)).row(0, named=True)
     assert (last["low"], last["high"]) == (pytest.approx(0.4), pytest.approx(1.6))  # 0.1 x step
     assert last["norm"] == pytest.approx(math.sqrt(0.4 * 1.6))
+
+
+def test_the_gap_along_a_run_is_the_windows_mean_of_paired_losses_at_own_rates(tmp_path):
+    """512 steps whose noise is the batches': 0.3 ahead up to step 256, 0.1 behind from there; seed 1 stops at 300."""
+    steps = np.arange(1, 513)
+    for seed in (0, 1):
+        noise = np.random.default_rng(seed).normal(size=512)
+        for placement, lr, gap in (
+            ("pre", 0.01, 0.0),
+            ("span", 0.01, 1.0),
+            ("span", 0.003, np.where(steps <= 256, -0.3, 0.1)),
+        ):
+            losses = (3 + noise + gap + 0.01 * seed * (placement == "span")).tolist()
+            stops = seed == 1 and lr == 0.003
+            folder = tmp_path / f"{placement}{lr}{seed}"
+            write_run(
+                folder,
+                placement,
+                losses=losses[: 300 if stops else 512],
+                done=not stops,
+                seed=seed,
+                optim__lr=lr,
+                training__steps=512,
+            )
+    table = gap_curves(study(rows_of(tmp_path), {"placement": "pre"}))
+    assert set(table["placement"]) == {"span"} and set(table["lr"]) == {0.003} and set(table["baseline_lr"]) == {0.01}
+    assert table["step"].to_list() == pytest.approx([512 / WINDOW ** (k + 0.5) for k in range(11, -1, -1)])
+    assert table["seeds"].to_list() == [2] * 10 + [1] * 2
+    assert table["gap"].to_list() == pytest.approx([-0.295] * 10 + [0.1] * 2)
+    assert table["low"].to_list() == pytest.approx([-0.3] * 10 + [0.1] * 2)
+    assert table["tokens"][-1] == pytest.approx(
+        table["step"][-1] * study(rows_of(tmp_path)).rows[0].run.tokens_per_step
+    )
