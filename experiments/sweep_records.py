@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from experiments import claims
 from experiments.results_page import write_page
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, did_you_mean
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> int:
             for path in sorted(ARCHIVES.glob("*.tar.xz")):
                 unpack(path, Path(scratch) / path.name.removesuffix(".tar.xz"))
             print(write_page(Path(scratch), Path("docs/results.md"), ARCHIVES))
+            print(claims.write_page(Path(scratch), Path("docs/claims.md"), Path("README.md")))
         return 0
     for name in args.names.split(","):
         print(f"{name}: {keep(name, args.out, ARCHIVES)} runs")

@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 from test_documents import DOCUMENTS, ROOT
 
-from experiments import results_page, signal_records, sweep_records
+from experiments import claims, results_page, signal_records, sweep_records
 from experiments.results_page import Results
 
-RECORDS, PAGE = ROOT / "experiments/results", ROOT / "docs/results.md"
+RECORDS, PAGE, CLAIMS = ROOT / "experiments/results", ROOT / "docs/results.md", ROOT / "docs/claims.md"
 COMMENT = re.compile(r"(?:<!--|\{#) numbers: (.*?)(?:-->|#\})", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 MADE = re.compile(r"<!-- \w+: made by .*?<!-- end -->|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
@@ -121,7 +121,9 @@ def wrong(text, folder):
                 yield block.splitlines()[0], shown, value
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != PAGE], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path not in (PAGE, CLAIMS)], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_the_numbers_beside_a_record_are_the_records(path):
     assert list(wrong(path.read_text(encoding="utf-8"), path.parent)) == []
 
@@ -150,7 +152,7 @@ def test_a_number_that_is_wrong_or_not_compared_is_told(text, found):
 
 
 @pytest.mark.process  # every archive is read
-def test_the_page_of_results_is_what_its_template_makes_of_the_records(tmp_path, monkeypatch):
+def test_the_pages_of_results_and_claims_are_what_their_templates_make_of_the_records(tmp_path, monkeypatch):
     def figure(self, name, alternative):  # is not drawn: its bytes are those of fonts
         return f"![{alternative}]({self.beside}/{self.name}-{name}.png)"
 
@@ -163,3 +165,7 @@ def test_the_page_of_results_is_what_its_template_makes_of_the_records(tmp_path,
     made = results_page.write_page(Path(scratch().name), tmp_path / "results.md", Path("experiments/results/sweeps"))
     text = re.sub(r"\]\((?:\.\./)+", "](../", made.read_text(encoding="utf-8"))
     assert text == PAGE.read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
+    made = claims.write_page(Path(scratch().name), tmp_path / "claims.md", tmp_path / "README.md")
+    assert made.read_text(encoding="utf-8") == CLAIMS.read_text(encoding="utf-8")
+    assert (tmp_path / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()

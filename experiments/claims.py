@@ -1,0 +1,363 @@
+"""docs/claims.md from records: each claim with its test, its effect in each reading of ScaleInit, and a verdict.
+
+A verdict follows from numbers alone (`less`, `trains_where`, `within`, `stays`): nobody writes one.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.results_page import Results, Wanted, read
+from spannorm_jax.report import markdown, stats
+from spannorm_jax.report.contents import interval_text
+from spannorm_jax.report.rates import drifts
+from spannorm_jax.report.rows import Row
+from spannorm_jax.report.stats import Interval
+
+HOLDS, FAILS, NOT_TOLD, NOT_TESTED = "holds", "fails", "not told", "not tested"
+TRANSFER = 1.25  # by how much a best learning rate may move a doubling, either way, and still be said to stay
+VANISHED = 0.5  # of the last block's gradient: what the first block's has not vanished above
+COST = 1.02  # of PreNorm's step: what costs no more
+RECORDS = Path("experiments/results")
+TEMPLATE = Path("experiments/claims.md")
+BEGIN, END = "<!-- claims: made by python -m experiments.sweep_records page -->", "<!-- end -->"
+TOP = 7  # claims in the README
+
+PRE, POST, SPAN = ({"placement": name} for name in ("pre", "post", "span"))
+OWN_RATE, SHALLOW, DEEP = 0.003, 6, 96
+MULTIPLIER = "scale-L1-mult"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    word: str = NOT_TESTED
+    effect: str = ""
+    rows: tuple[Row, ...] = ()  # the runs it is of, whose regime is told
+
+    def __str__(self) -> str:
+        return f"**{self.word}**" + (f": {self.effect}" if self.effect else "")
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    test: str
+    named: bool = False  # before the runs
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by column
+
+
+# ---- how a verdict follows from numbers ---------------------------------------------------------
+
+
+def below_zero(found: Interval | None, effect: str, rows: tuple[Row, ...] = ()) -> Verdict:
+    """Holds where the interval lies below zero, fails where above; of one pair nothing is told."""
+    if found is None:
+        return Verdict()
+    low, high = found.low, found.high
+    word = NOT_TOLD if low is None or high is None or low <= 0 <= high else HOLDS if high < 0 else FAILS
+    return Verdict(word, effect, rows)
+
+
+def less(sweep: Results, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> Verdict:
+    """Whether ours has the lower held-out loss, by the interval of `Results.judged`. Ours that failed has not."""
+    both = [fixed | ours, fixed | theirs]
+    if own_best:
+        both = [wanted | {"lr": sweep.best_lr(**wanted)} for wanted in both]
+    rows = [tuple(sweep.rows(**wanted)) for wanted in both]
+    if not all(rows):
+        return Verdict()
+    found, _ = sweep.judged(ours, theirs, own_best, **fixed)
+    if sweep.fails(**both[0]) and sweep.trains(**both[1]):
+        return Verdict(FAILS, f"it {_ends(sweep, both[0])}", rows[0])
+    return below_zero(found, sweep.between(ours, theirs, own_best, **fixed), rows[0] + rows[1])
+
+
+def trains_where(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
+    """Whether ours trains with every seed where theirs trains with none; not told where theirs trains too."""
+    both = [fixed | wanted for wanted in (ours, theirs)]
+    if not all(sweep.rows(**wanted) for wanted in both):
+        return Verdict()
+    word = HOLDS if sweep.trains(**both[0]) else FAILS
+    if not sweep.fails(**both[1]) and word == HOLDS:
+        word = NOT_TOLD
+    return Verdict(word, f"it {_ends(sweep, both[0])}, the other {_ends(sweep, both[1])}", tuple(sweep.rows(**both[0])))
+
+
+def _ends(sweep: Results, wanted: Wanted) -> str:
+    ends = sweep.ends(**wanted)
+    return f"trained with {ends['trained']} of {sum(ends.values())} seeds"
+
+
+def stays(low: float, high: float, rows: tuple[Row, ...] = ()) -> Verdict:
+    """Whether a best learning rate stays where a size doubles, given the range of factors that it may move by."""
+    inside, outside = low >= 1 / TRANSFER and high <= TRANSFER, high < 1 / TRANSFER or low > TRANSFER
+    return Verdict(HOLDS if inside else FAILS if outside else NOT_TOLD, f"times {low:.2f} to {high:.2f}", rows)
+
+
+def drift(sweep: Results, axis: str, **wanted: Any) -> Verdict:
+    """`stays` of SpanNorm's best learning rate over depth or width."""
+    part = sweep.where(**SPAN, **wanted)
+    found = [d.factor for d in drifts(part.about) if d.axis == axis]
+    if not found or found[0].low is None or found[0].high is None:
+        return Verdict() if not part.about.rows else Verdict(NOT_TOLD, "no range", tuple(part.about.rows))
+    return stays(found[0].low, found[0].high, tuple(part.about.rows))
+
+
+def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wanted) -> Verdict:
+    """Whether ours less theirs grows from one place to the other, seed by seed: then the lead falls (fails)."""
+    gaps = []
+    for place in (one, other):
+        losses = [{row.seed: sweep.about.loss(row) for row in sweep.rows(**place, **w)} for w in (ours, theirs)]
+        gaps.append({s: losses[0][s] - losses[1][s] for s in losses[0].keys() & losses[1].keys()})
+    found = stats.t_interval([gaps[1][seed] - gaps[0][seed] for seed in sorted(gaps[0].keys() & gaps[1].keys())])
+    if found is None:
+        return Verdict()
+    fails = found.low is not None and found.low > 0
+    holds = found.high is not None and found.high <= 0
+    rows = tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
+    return Verdict(FAILS if fails else HOLDS if holds else NOT_TOLD, f"{interval_text(found)}, n {found.n}", rows)
+
+
+def gradient(sweep: Results, **wanted: Any) -> Verdict:
+    """Whether the first block's gradient at the initial weights is at least `VANISHED` of the last block's."""
+    rows = sweep.rows(**wanted)
+    ratios = [norms[0] / norms[-1] for row in rows for step, norms in row.run.metrics.block_grad_norm if step == 1]
+    if not ratios:
+        return Verdict()
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    return Verdict(HOLDS if min(ratios) >= VANISHED else FAILS, f"{mean:.2g} of the last block's", tuple(rows))
+
+
+# ---- the claims ---------------------------------------------------------------------------------
+
+
+def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
+    """All of them, in the order of the page. A verdict without records is `not tested`."""
+    init = sweeps["placement_init"]
+    readings = {"scale-L0.5": "scale-L0.5", "scale-L1": "scale-L1"}
+
+    def each(of: Callable[[str], Verdict], **others: Verdict) -> dict[str, Verdict]:
+        return {column: of(reading) for column, reading in readings.items()} | others
+
+    exponent, fresh, depth = sweeps["exponent"], sweeps["fresh_seeds"], sweeps["depth"]
+    width, depth_lr, moe, factor = (sweeps[name] for name in ("width", "depth_lr", "experts", "depth_factor"))
+    everett, completep = {"model.parametrisation": "everett"}, {"model.parametrisation": "completep"}
+    as_published = {"depth": 24, "optim.name": "adamw"}
+    best_of_pre = {r: exponent.best_lr(init=r, **PRE) for r in readings}
+    return [
+        Claim(
+            "It trains where PostNorm fails",
+            "with every seed, where PostNorm trains with none: 24 blocks at 3e-3 from GPT-2's initialisation "
+            "(`placement_init`); with ScaleInit 48 blocks (`depth`)",
+            verdicts=each(
+                lambda r: trains_where(depth, SPAN, POST, init=r, depth=48),
+                other=trains_where(init, SPAN, POST, init="gpt2"),
+            ),
+        ),
+        Claim(
+            "It beats PostNorm",
+            "lower held-out loss, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
+            verdicts=each(
+                lambda r: less(exponent, SPAN, POST, True, init=r),
+                other=less(sweeps["lr"], SPAN, POST, True, init="plain"),
+            ),
+        ),
+        Claim(
+            "It beats PreNorm at an equal learning rate",
+            "lower held-out loss at 3e-3, 24 blocks, on seeds that chose nothing (`fresh_seeds`); others, with an "
+            "earlier seed: GPT-2's in `placement_init`, the multiplier in `depth_factor`",
+            named=True,
+            verdicts=each(
+                lambda r: less(fresh, SPAN, PRE, init=r, lr=OWN_RATE),
+                other=less(init, SPAN, PRE, init="gpt2"),
+                **{MULTIPLIER: less(factor, SPAN, PRE, init=MULTIPLIER, depth=24)},
+            ),
+        ),
+        Claim(
+            "It beats PreNorm, each at its own learning rate",
+            "the same, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
+            verdicts=each(
+                lambda r: less(exponent, SPAN, PRE, True, init=r),
+                other=less(sweeps["lr"], SPAN, PRE, True, init="plain"),
+            ),
+        ),
+        Claim(
+            "The same on seeds that chose no rate",
+            "SpanNorm at 3e-3 less PreNorm at 1e-2 (`fresh_seeds`)",
+            named=True,
+            verdicts=each(lambda r: less(fresh, SPAN | {"lr": OWN_RATE}, PRE | {"lr": 0.01}, init=r)),
+        ),
+        Claim(
+            "Without touching the learning rate",
+            "lower held-out loss at the rate that is best for PreNorm (`exponent`)",
+            verdicts=each(lambda r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r])),
+        ),
+        Claim(
+            "It trains as deep as PreNorm",
+            "lower held-out loss at 96 blocks and 3e-3 (`depth`; the multiplier: `depth_factor`)",
+            verdicts=each(
+                lambda r: less(depth, SPAN, PRE, init=r, depth=DEEP),
+                other=less(depth, SPAN, PRE, init="plain", depth=DEEP),
+                **{MULTIPLIER: less(factor, SPAN, PRE, init=MULTIPLIER, depth=DEEP)},
+            ),
+        ),
+        Claim(
+            "Its lead does not fall with depth",
+            "SpanNorm less PreNorm at 48 blocks less the same at 6, at 3e-3, not above zero (`depth`)",
+            verdicts=each(
+                lambda r: change(depth, {"depth": SHALLOW, "init": r}, {"depth": 48, "init": r}, SPAN, PRE),
+            ),
+        ),
+        Claim(
+            "Its best learning rate stays over widths",
+            f"moves by less than {TRANSFER:g} times a doubling under `everett` (`width`)",
+            verdicts={"scale-L0.5": drift(width, "width", **everett)},
+        ),
+        Claim(
+            "Its best learning rate stays over depths",
+            f"moves by less than {TRANSFER:g} times a doubling under `completep`, a = 1 (`depth_lr`)",
+            verdicts={"scale-L0.5": drift(depth_lr, "depth", **completep, **{"model.depth_exponent": 1.0})},
+        ),
+        Claim(
+            "It is ahead with greater width",
+            "lower held-out loss at width 128, each at its own best rate under `everett` (`width`)",
+            verdicts={"scale-L0.5": less(width, SPAN, PRE, True, width=128, **everett)},
+        ),
+        Claim(
+            "It is ahead with experts",
+            "lower held-out loss with 8 experts at 3e-3 (the demo, one seed)",
+            verdicts={"scale-L1": less(moe, SPAN, PRE)},
+        ),
+        Claim(
+            "Gradients do not vanish",
+            f"at the initial weights the first block's is at least {VANISHED:g} of the last block's with every seed "
+            "(`placement_init`); PostNorm's is no smaller there",
+            verdicts={
+                "other": gradient(init, init="plain", **SPAN),
+                "scale-L1": gradient(init, init="scale-L1", **SPAN),
+            },
+        ),
+        Claim(
+            "ScaleInit serves PreNorm too (a control)",
+            "lower held-out loss than plain PreNorm, each at the best of five rates (`lr`)",
+            verdicts={"scale-L1": less(sweeps["lr"], {"init": "scale-L1"}, {"init": "plain"}, True, **PRE)},
+        ),
+        Claim(
+            "SiameseNorm is ahead of SpanNorm (its authors)",
+            "lower held-out loss as published, each at the best of three rates, 24 blocks, 125 steps (`rivals`)",
+            verdicts={"scale-L1": less(sweeps["rivals"], {"placement": "siamese"}, SPAN, True, **as_published)},
+        ),
+        *_signal(),
+        *_longer(sweeps),
+        Claim(
+            "It costs what PreNorm costs",
+            f"the 95% interval of a step's time over PreNorm's below {COST:g} (two CPU cores; no accelerator yet)",
+            verdicts={"other": _cost()},
+        ),
+    ]
+
+
+def _signal() -> list[Claim]:
+    """Of trained models, one seed each: what is told of them is a number, and no verdict on a collapse."""
+    lines = [json.loads(line) for line in (RECORDS / "signal/trained.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends = {
+        (model["placement"], model["init"]): line
+        for line in lines
+        if (model := line["config"]["model"]) and line["step"] == max(other["step"] for other in lines)
+    }
+    found = {}
+    for column, init in (("other", "plain"), ("scale-L1", "scale")):
+        span = ends["span", init]
+        growth = span["stream_variance"][-1] / span["stream_variance"][0]
+        found[column] = Verdict(HOLDS if growth < 2 else FAILS, f"times {growth:.2f}, one seed")
+    span, pre = (ends[name, "plain"]["token_correlation"][-1] for name in ("span", "pre"))
+    collapse = Verdict(NOT_TOLD, f"plain: {span:.2f}, PreNorm {pre:.2f}, one seed")
+    return [
+        Claim(
+            "The signal's variance is bounded",
+            "less than twice as large after the last block as after the first, after 250 steps (signal records)",
+            verdicts=found,
+        ),
+        Claim(
+            "Representations do not collapse",
+            "a lower correlation of tokens after the last block than PreNorm's, after training, three seeds: "
+            "PreNorm with ScaleInit was never measured",
+            verdicts={"other": collapse},
+        ),
+    ]
+
+
+def _longer(sweeps: Mapping[str, Results]) -> list[Claim]:
+    """The comparison with longer runs, as far as they were run."""
+    made = []
+    for name, test in (
+        ("branch_factor", "each at the best rate that was run, 24 blocks, 1,000 steps (`branch_factor`)"),
+        ("rung_s", "each at the best rate that was run, 12 blocks, 20 tokens a parameter (`rung_s`)"),
+    ):
+        if name not in sweeps:
+            continue
+        sweep = sweeps[name]
+        verdicts = {r: less(sweep, SPAN, PRE, True, init=r) for r in ("scale-L1", MULTIPLIER)}
+        both = less(sweep, SPAN | {"init": MULTIPLIER}, PRE | {"init": "scale-L1"}, True)
+        made.append(Claim("It beats PreNorm with longer training", test, name == "rung_s", verdicts))
+        test = f"SpanNorm with `scale-L1-mult` less PreNorm with `scale-L1`, {test}"
+        made.append(Claim("The same, each with the reading that serves it", test, False, {MULTIPLIER: both}))
+    return made
+
+
+def _cost() -> Verdict:
+    record = json.loads((RECORDS / "throughput/cpu.json").read_text(encoding="utf-8"))
+    low, high = record["placements"]["span"]["step_over_pre_interval"]
+    word = HOLDS if high < COST else FAILS if low > COST else NOT_TOLD
+    return Verdict(word, f"{record['placements']['span']['step_over_pre']:.3f} [{low:.3f}, {high:.3f}]")
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+COLUMNS = {"other": "plain or GPT-2's", **{r: f"`{r}`" for r in ("scale-L0.5", "scale-L1", MULTIPLIER)}}
+
+
+def regime(rows: tuple[Row, ...], floor: float) -> str:
+    """Tokens a parameter, and held-out bits per byte over a 4-gram's of the best of the runs."""
+    bits = [row.bits_per_byte for row in rows if row.bits_per_byte]
+    if not bits:
+        return ""
+    each = [row.run.last_step * (row.run.tokens_per_step or 0) / row.run.starts[0]["num_params"] for row in rows]
+    return f"{statistics.median(each):.2g}; {min(bits) - floor:+.2f}".replace("-", "−")
+
+
+def short_table(made: list[Claim]) -> str:
+    """The verdicts alone."""
+    lines = [[claim.text, *(claim.verdicts.get(c, Verdict()).word for c in COLUMNS)] for claim in made]
+    return markdown.table([(head, False) for head in ("claim of SpanNorm", *COLUMNS.values())], lines)
+
+
+def table(made: list[Claim], floor: float) -> str:
+    heads = ("claim of SpanNorm", "test", "named before", *COLUMNS.values(), "tokens a parameter; bits over 4-gram")
+    lines = [
+        [
+            *(claim.text, claim.test, "yes" if claim.named else "no"),
+            *(str(claim.verdicts.get(column, Verdict())) for column in COLUMNS),
+            regime(tuple(row for verdict in claim.verdicts.values() for row in verdict.rows), floor),
+        ]
+        for claim in made
+    ]
+    return markdown.table([(head, False) for head in heads], lines)
+
+
+def write_page(runs: Path, page: Path, readme: Path) -> Path:
+    """docs/claims.md, and the verdicts in the README; `runs` holds a folder of run folders for each sweep."""
+    sweeps = {folder.name: Results(folder.name, read(folder), runs, "") for folder in sorted(runs.iterdir())}
+    sweeps["experts"] = Results("experts", read(RECORDS / "demo/moe"), runs, "")
+    floor = json.loads((RECORDS / "floors.json").read_text(encoding="utf-8"))["bits_per_byte"]["fourgram"]
+    made = claims(sweeps)
+    text = TEMPLATE.read_text(encoding="utf-8").replace("{{ table }}", table(made, floor))
+    page.write_text(text, encoding="utf-8")
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{begin}\n{short_table(made[:TOP])}\n{END}{after}", encoding="utf-8")
+    return page
