@@ -6,7 +6,6 @@ Every failure on this way is the user's to mend, and is one line.
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import os
@@ -39,17 +38,6 @@ from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
 
 _FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
-
-# Options that stood elsewhere in the config.json of older runs: key then -> key now.
-_MOVED = {
-    "model.attention": "execution.attention",
-    "model.remat": "execution.remat",
-    "model.scan_unroll": "execution.scan_unroll",
-    "model.moe.grouped_matmul": "execution.grouped_matmul",
-    "model.moe.expert_parallel": "execution.expert_parallel",
-    "model.moe.capacity": "execution.capacity",
-    "training.max_logits_mib": "execution.max_logits_mib",
-}
 
 
 def default_config() -> ConfigDict:
@@ -334,30 +322,14 @@ def for_this_machine(config: Config) -> Config:
 def recorded_config(values: dict[str, Any]) -> Config:
     """The config of a run from what its config.json holds.
 
-    Options that are younger than the run take their default, those that have moved are found where
-    they stood.
+    Options that are younger than the run stand for what was done before them (`config.option`).
 
     Raises:
       UserError: as for a config that is typed; a name or a key may be of a newer version.
     """
-    made = fill_sizes(from_dict(_moved(values), of_older_run=True))
+    made = fill_sizes(from_dict(values, of_older_run=True))
     check(made)
     return made
-
-
-def _moved(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run's config in which options that stood elsewhere when it was made have their place of now."""
-    values = copy.deepcopy(values)
-    for old, new in _MOVED.items():
-        *groups, name = old.split(".")
-        node: Any = values
-        for group in groups:
-            node = node.get(group) if isinstance(node, dict) else None
-        if isinstance(node, dict) and name in node:
-            target, _, new_name = new.partition(".")
-            if isinstance(values.setdefault(target, {}), dict):
-                values[target][new_name] = node.pop(name)
-    return values
 
 
 def _checked(config: Config) -> Config:

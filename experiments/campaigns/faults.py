@@ -115,7 +115,7 @@ def damaged_checkpoints(c: Campaign) -> None:
     for kind, path in kinds.items():
         for way in (flip, cut):
             if way is flip and path.name == "_CHECKPOINT_METADATA":
-                continue  # its middle is the moment of the commit, which nothing reads
+                continue  # nothing reads what its middle says
             workdir = c.copy(f"{way.__name__} {kind.replace('/', ' ')}")
             victim = workdir / "checkpoints" / str(STEPS) / path
             way(victim)

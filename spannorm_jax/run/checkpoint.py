@@ -34,7 +34,6 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
-from spannorm_jax.run.renamed import item_of, lacks_clipping, model_state_of, names_of, to_new_names, to_old_names
 from spannorm_jax.run.state import TrainState
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
@@ -124,28 +123,10 @@ class Checkpoints:
         return TrainState(restored, items["params"], items["opt_state"], items["model_state"])
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Items by name, as `abstract` has them, whatever their form when they were saved."""
-        if "opt_state" in abstract and lacks_clipping(self._path(step) / "opt_state"):
-            clipping, optimizer = abstract["opt_state"]  # clipping holds no array
-            items = self._restore_named(step, abstract | {"opt_state": optimizer})
-            return items | {"opt_state": (clipping, items["opt_state"])}
-        return self._restore_named(step, abstract)
-
-    def _restore_named(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Items by name, as `abstract` names their weights, whatever they were called when they were saved."""
-        asked = {name: tree for name, tree in abstract.items() if tree}
-        old = names_of(self._path(step) / "params")
-        if old:
-            among = {"model_state"} if old.bias else set()  # the weights
-            asked = {name: to_old_names(tree, old) for name, tree in asked.items() if name not in among}
-        items = {item_of(name, self._path(step)): ocp.args.StandardRestore(tree) for name, tree in asked.items()}
+        """Items by name, as `abstract` has them; one without arrays is not in the checkpoint."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items() if tree}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        found = {name: restored[item_of(name, self._path(step))] for name in asked}
-        if not old:
-            return {name: found.get(name, {}) for name in abstract}
-        if old.bias and abstract["model_state"]:
-            found["model_state"] = model_state_of(found["params"])
-        return {name: to_new_names(found[name], tree, old) if tree else {} for name, tree in abstract.items()}
+        return {name: restored[name] if tree else {} for name, tree in abstract.items()}
 
     def restore_model(self, step: int, abstract_params: Any, abstract_model_state: Any) -> tuple[Any, Any]:
         """Reads the parameters and the model state, and nothing else.
@@ -318,14 +299,8 @@ def fault_of(checkpoint: Path, run: Config | None) -> str | None:
     It is wrong too if its meta says that it is of another step than its folder, or of another run than `run`.
     """
     found = fault(checkpoint)
-    if found is None and (lacks := incomplete(checkpoint)):
-        found = lacks
-        if "never joined" in lacks:  # as saved in a folder with brackets, before that was noticed
-            found += (
-                "; its data are there, and this joins them: python -c 'import sys; from pathlib import Path; "
-                "from spannorm_jax.run.checkpoint import rescue; rescue(Path(sys.argv[1]))' "
-                f"{str(checkpoint)!r}"
-            )
+    if found is None:
+        found = incomplete(checkpoint)
     return found or _foreign(checkpoint, run)
 
 
@@ -381,18 +356,3 @@ class _KeepHeld(policies.PreservationPolicy):
         except OSError:  # no locks on this file system, or no manifest: nobody holds it
             pass
         return True
-
-
-def rescue(checkpoint: Path) -> None:
-    """Joins the parts of a checkpoint that was sealed without it, and seals it anew.
-
-    Raises:
-      ValueError: the checkpoint is not as it was saved, or is not whole even then.
-    """
-    found = fault(checkpoint)
-    if found is None:
-        join_parts(checkpoint)
-        found = incomplete(checkpoint)
-    if found:
-        raise ValueError(found)
-    write_manifest(checkpoint)
