@@ -16,6 +16,7 @@ import vl_convert
 from spannorm_jax.errors import UserError
 from spannorm_jax.report import comparisons, markdown, stats
 from spannorm_jax.report.contents import contents, interval_text
+from spannorm_jax.report.curves import gap_curves
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import Run, find_runs
 from spannorm_jax.report.page import print_svg
@@ -56,10 +57,23 @@ class Results:
         """The same, of the runs with these values alone."""
         return replace(self, about=study(self.rows(**wanted)))
 
+    def against(self, **baseline: str) -> "Results":
+        """The same, compared with this placement and initialisation."""
+        return replace(self, about=study(self.about.rows, baseline))
+
+    def gaps(self, **wanted: Any) -> list[float]:
+        """Of one method its training loss less the baseline's, along the run; see `curves.gap_curves`."""
+        return gap_curves(self.about).filter(**wanted)["gap"].to_list()
+
     @property
     def least(self) -> float:
         """The least loss of any run."""
         return min((row.bits_per_byte for row in self.about.rows if row.bits_per_byte), default=math.inf)
+
+    @property
+    def greatest(self) -> float:
+        """The greatest loss of any run; infinity if one has none."""
+        return max((row.bits_per_byte or math.inf for row in self.about.rows), default=math.inf)
 
     @property
     def placements(self) -> list[str]:
