@@ -101,7 +101,7 @@ def stays(low: float, high: float, rows: tuple[Row, ...] = ()) -> Verdict:
 def drift(sweep: Results, axis: str, **wanted: Any) -> Verdict:
     """`stays` of SpanNorm's best learning rate over depth or width."""
     part = sweep.where(**SPAN, **wanted)
-    found = [d.factor for d in drifts(part.about) if d.axis == axis]
+    found = [drift["factor"] for drift in drifts(part.about) if drift["axis"] == axis]
     if not found or found[0].low is None or found[0].high is None:
         return Verdict() if not part.about.rows else Verdict(NOT_TOLD, "no range", tuple(part.about.rows))
     return stays(found[0].low, found[0].high, tuple(part.about.rows))
@@ -111,7 +111,7 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
     """Whether ours less theirs grows from one place to the other, seed by seed: then the lead falls (fails)."""
     gaps = []
     for place in (one, other):
-        losses = [{row.seed: sweep.about.loss(row) for row in sweep.rows(**place, **w)} for w in (ours, theirs)]
+        losses = [dict(sweep.runs(**place, **w).select("seed", "loss").iter_rows()) for w in (ours, theirs)]
         gaps.append({s: losses[0][s] - losses[1][s] for s in losses[0].keys() & losses[1].keys()})
     found = stats.t_interval([gaps[1][seed] - gaps[0][seed] for seed in sorted(gaps[0].keys() & gaps[1].keys())])
     if found is None:
@@ -119,7 +119,7 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
     fails = found.low is not None and found.low > 0
     holds = found.high is not None and found.high <= 0
     rows = tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
-    return Verdict(FAILS if fails else HOLDS if holds else NOT_TOLD, f"{interval_text(found)}, n {found.n}", rows)
+    return Verdict(FAILS if fails else HOLDS if holds else NOT_TOLD, f"{interval_text(found.mean, found.low, found.high)}, n {found.n}", rows)
 
 
 def gradient(sweep: Results, **wanted: Any) -> Verdict:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import polars as pl
 import vl_convert
 
 from spannorm_jax.errors import UserError
@@ -20,10 +21,9 @@ from spannorm_jax.report.curves import gap_curves
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import Run, find_runs
 from spannorm_jax.report.page import print_svg
-from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.rows import FINISHED, Row, summarise
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Place, Study, study
+from spannorm_jax.report.study import ARM, Method, Study, study
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
@@ -51,7 +51,17 @@ class Results:
 
     def rows(self, **wanted: Any) -> list[Row]:
         """The runs with these values, of Row (placement, init, depth, lr, seed, ...) or of the config (`optim.eps`)."""
-        return [row for row in self.about.rows if all(_value(row, key) == value for key, value in wanted.items())]
+        return [row for row in self._ordered if all(_value(row, key) == value for key, value in wanted.items())]
+
+    def runs(self, **wanted: Any) -> pl.DataFrame:
+        """The lines of these runs in the study's frame."""
+        chosen = {id(row) for row in self.rows(**wanted)}
+        return self.about.runs.filter(pl.Series([id(row) in chosen for row in self._ordered], dtype=pl.Boolean))
+
+    @cached_property
+    def _ordered(self) -> list[Row]:
+        """All runs in the order of the study's tables."""
+        return [row for group in self.about.groups for row in group.rows]
 
     def where(self, **wanted: Any) -> "Results":
         """The same, of the runs with these values alone."""
@@ -68,7 +78,7 @@ class Results:
     @property
     def least(self) -> float:
         """The least loss of any run."""
-        return min((row.bits_per_byte for row in self.about.rows if row.bits_per_byte), default=math.inf)
+        return min(self.about.runs["bits_per_byte"].drop_nulls(), default=math.inf)
 
     @property
     def greatest(self) -> float:
@@ -82,34 +92,34 @@ class Results:
     @property
     def failing(self) -> list[tuple[str, str]]:
         """Placement and initialisation of the runs that did not train, each once, by alphabet."""
-        return sorted({(row.placement, row.init) for row in self.about.rows if row.outcome.kind in FAILED})
+        failed = self.about.runs.filter(pl.col("outcome").is_in(FAILED))
+        return sorted(failed.select("placement", "init").unique().rows())
 
     def mean(self, placement: str, init: str) -> float:
         """Mean loss over all runs of both; infinity without any."""
-        bits = [row.bits_per_byte for row in self.rows(placement=placement, init=init) if row.bits_per_byte]
-        return statistics.fmean(bits) if bits else math.inf
+        bits = self.runs(placement=placement, init=init)["bits_per_byte"].drop_nulls()
+        return math.inf if bits.is_empty() else statistics.fmean(bits)
 
     @cached_property
     def seeds(self) -> int:
-        return len({row.seed for row in self.about.rows})
+        return len(self.about.seeds)
 
     def loss(self, **wanted: Any) -> str:
         """Mean ± standard deviation over the seeds, and how many did not train or have none."""
-        rows = self.rows(**wanted)
-        if not rows:
+        runs, ends = self.runs(**wanted), self.ends(**wanted)
+        if runs.is_empty():
             return "not run"
-        finished = [row for row in rows if row.outcome.kind in FINISHED]
-        bits = [row.bits_per_byte for row in finished if row.bits_per_byte]
+        finished = runs.filter(pl.col("outcome").is_in(FINISHED))["bits_per_byte"]
+        bits = finished.drop_nulls().to_list()
         text = f"{statistics.fmean(bits):.3f}" if bits else "–"
         text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-        ends = self.ends(**wanted)
-        bad = [f"{n} of {len(rows)} {kind}" for kind in FAILED if (n := ends[kind])]
-        bad += [f"{n} of {len(rows)} not evaluated"] if (n := len(finished) - len(bits)) else []
+        bad = [f"{n} of {len(runs)} {kind}" for kind in FAILED if (n := ends[kind])]
+        bad += [f"{n} of {len(runs)} not evaluated"] if (n := finished.null_count()) else []
         return f"{text} ({', '.join(bad)})" if bad else text
 
     def ends(self, **wanted: Any) -> Counter[str]:
         """Outcome -> how many of the runs with these values ended so."""
-        return Counter(row.outcome.kind for row in self.rows(**wanted))
+        return Counter(self.runs(**wanted)["outcome"])
 
     def trains(self, **wanted: Any) -> bool:
         """Whether there are such runs, and all of them trained."""
@@ -130,11 +140,9 @@ class Results:
 
     def table(self, down: str, across: str, columns: dict[str, dict[str, Any]] | None = None, **fixed: Any) -> str:
         """A line a value of `down`, a column a value of `across` or one each of `columns`: name -> values of `rows`."""
-        values = list(dict.fromkeys(_value(row, down) for row in self._ordered(down)))
         if columns is None:
-            found = dict.fromkeys(_value(row, across) for row in self._ordered(across))
-            columns = {_named(value): {across: value} for value in found}
-        return self.grid(down, {_named(value): {down: value} for value in values}, columns, **fixed)
+            columns = {_named(value): {across: value} for value in self.values(across)}
+        return self.grid(down, {_named(value): {down: value} for value in self.values(down)}, columns, **fixed)
 
     def grid(
         self, head: str, lines: dict[str, Wanted], columns: dict[str, Wanted], own_best: bool = False, **fixed: Any
@@ -152,20 +160,17 @@ class Results:
 
     def best_lr(self, **wanted: Any) -> float | None:
         """Of the least mean over seeds, of capped losses; None if nothing was run."""
-        return min({row.lr for row in self.rows(**wanted)}, key=lambda lr: self._mean(lr=lr, **wanted), default=None)
-
-    def _mean(self, **wanted: Any) -> float:
-        losses = [loss for row in self.rows(**wanted) if (loss := self.about.capped(row)) is not None]
-        return statistics.fmean(losses) if losses else math.inf
+        means = self.runs(**wanted).group_by("lr").agg(pl.col("capped").mean())
+        return next(iter(means.sort("capped", "lr", nulls_last=True)["lr"]), None)
 
     def arms(self) -> dict[str, dict[str, str]]:
         """Columns for `table`: one a method."""
         return {_method(m): {"placement": m.placement, "init": m.init} for m in self.about.methods}
 
-    def _ordered(self, key: str) -> list[Row]:
+    def values(self, key: str) -> list[Any]:
         """Placements and initialisations in the order of the study, numbers by size."""
-        rows = [row for group in self.about.groups for row in group.rows]
-        return rows if key in ("placement", "init") else sorted(rows, key=lambda row: _value(row, key))
+        values = dict.fromkeys(_value(row, key) for row in self._ordered)
+        return list(values) if key in ("placement", "init") else sorted(values)
 
     def difference(
         self, method: tuple[str, str], baseline: tuple[str, str], own_best: bool = False, **fixed: Any
@@ -190,24 +195,19 @@ class Results:
           ValueError: a side has two runs of one seed.
         """
         both = [fixed | wanted for wanted in (ours, theirs)]
-        rows = [self.rows(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
-        for side, wanted in zip(rows, both, strict=True):
-            if len({row.seed for row in side}) < len(side):
+        sides = [self.runs(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
+        for side, wanted in zip(sides, both, strict=True):
+            if side["seed"].is_duplicated().any():
                 raise ValueError(f"{self.name}: {wanted} is of several methods")
-        losses = [{row.seed: loss for row in side if (loss := self.about.loss(row)) is not None} for side in rows]
+        losses = [dict(side.select("seed", "loss").drop_nulls().iter_rows()) for side in sides]
         found = stats.t_interval(stats.paired_differences(*losses))
-        if found is None or any(row.outcome.kind != "trained" for side in rows for row in side):
+        if found is None or any(set(side["outcome"]) != {"trained"} for side in sides):
             return found, False
-        lrs = {row.lr for side in rows for row in side}
-        spreads = comparisons.spreads(
-            self.about,
-            (
-                (method, place, lr)
-                for method, place, lr in self.about.cells
-                if (lr == best_lr(self.about, method, place) if own_best else lr in lrs)
-            ),
-        )
-        families = [comparisons.family(Place(side[0].depth, side[0].width), side[0].init) for side in rows]
+        lrs = {lr for side in sides for lr in side["lr"]}
+        rates = {at: {self.about.best.get(at)} if own_best else lrs for at in self.about.lrs}
+        arms = ((*at, lr) for at, own in self.about.lrs.items() for lr in own if lr in rates[at])
+        spreads = comparisons.spreads(self.about, arms)
+        families = [comparisons.family(self.about, side.select(ARM).row(0)) for side in sides]
         if not all(family in spreads for family in families):
             return found, False
         return stats.pooled_difference(found.mean, found.n, *(spreads[family] for family in families))[0], True
@@ -240,9 +240,10 @@ class Results:
 
     def by_rate(self, shared: float, baseline: str, **fixed: Any) -> str:
         """Recipes by their losses at their own best learning rate, less the `baseline`'s, and at a `shared` rate."""
-        recipes, rates = self.recipes(**fixed), sorted({row.lr for row in self.rows(**fixed)})
+        recipes, rates = self.recipes(**fixed), self.runs(**fixed)["lr"].unique().sort()
         best = {name: wanted | {"lr": self.best_lr(**wanted)} for name, wanted in recipes.items()}
-        order = sorted(recipes, key=lambda name: self._mean(**best[name]))
+        means = {name: self.runs(**wanted)["capped"].mean() for name, wanted in best.items()}
+        order = sorted(recipes, key=lambda name: math.inf if means[name] is None else means[name])
         lines = [
             [
                 name,
@@ -258,12 +259,11 @@ class Results:
 
     def again(self, other: "Results") -> str:
         """What the runs that `other` has too, of another machine, reach there less here, where both trained."""
-        there = {row.run.folder.name: row for row in other.about.rows}
-        pairs = [(row, there[name]) for row in self.about.rows if (name := row.run.folder.name) in there]
-        both = [pair for pair in pairs if all(row.outcome.kind == "trained" for row in pair)]
-        differences = [self.about.loss(a) - self.about.loss(b) for a, b in both]
-        same = sum(a.outcome.kind == b.outcome.kind for a, b in pairs)
-        alike = f"{same} of {len(pairs)} end alike"
+        runs = [r.about.runs.with_columns(name=pl.col("folder").str.split("/").list.last()) for r in (self, other)]
+        pairs = runs[0].join(runs[1], on="name", suffix="_there", maintain_order="left")
+        both = pairs.filter(outcome="trained", outcome_there="trained")
+        differences = (both["loss"] - both["loss_there"]).to_list()
+        alike = f"{(pairs['outcome'] == pairs['outcome_there']).sum()} of {len(pairs)} end alike"
         if len(differences) < 2:
             return alike
         mean, spread = statistics.fmean(differences), statistics.stdev(differences)
@@ -301,7 +301,7 @@ def _told(found: Interval | None, pooled: bool) -> str:
     if found is None:
         return "–"
     of_its_own = "" if pooled or found.low is None else ", own spread"
-    return f"{interval_text(found)}, n {found.n}{of_its_own}"
+    return f"{interval_text(found.mean, found.low, found.high)}, n {found.n}{of_its_own}"
 
 
 def claim(holds: bool, what: str) -> str:

@@ -1,143 +1,119 @@
 """Methods against their baselines: paired differences, the error of a study, and what is the same under two names."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import polars as pl
 
 from spannorm_jax.report import stats
-from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.stats import Interval, Pooled
-from spannorm_jax.report.study import Method, Place, Study
+from spannorm_jax.report.study import ARM, Arm, Method, Place, Study
 
-
-@dataclass(frozen=True)
-class Difference:
-    """A method less its baseline at a place, in the loss that is compared, over seeds that both finished.
-
-    Attributes:
-      interval: that of the arm's own differences; None without a seed that both finished.
-      pooled: that with the spread pooled over arms (`family`); None where an arm did not train with
-        every seed, whose losses spread otherwise.
-      p: Holm's p-value of it, among the comparisons of one kind that were named before the runs, or
-        among the others of that kind.
-      pairs: seeds that either has.
-    """
-
-    method: Method
-    partner: Method
-    place: Place
-    lr: float
-    partner_lr: float
-    interval: Interval | None
-    pairs: int
-    pooled: Interval | None = None
-    p: float | None = None
-
-
-Arm = tuple[Method, Place, float]  # and its learning rate
+OWN, SHARED = "each at its own best learning rate", "both at the baseline's best"
 Family = tuple[Place, str]
+_COMPARED = ("comparison", *ARM, "baseline", "baseline_lr")
+_DIFFERENCES: dict[str, Any] = {
+    "comparison": pl.String,
+    **dict.fromkeys(("method", "depth", "width", "baseline", "n", "pairs"), pl.Int64),
+    **dict.fromkeys(("lr", "baseline_lr", "difference", "low", "high", "pooled_low", "pooled_high", "p"), pl.Float64),
+    "named": pl.Boolean,
+}
 
 
-def _difference(about: Study, ours: Arm, theirs: Arm) -> Difference:
-    each = [about.by_seed(arm, about.loss, about.reported) for arm in (ours, theirs)]
-    interval = stats.t_interval(stats.paired_differences(*each))
-    pairs = len(about.reported & (about.cells.get(ours, {}).keys() | about.cells.get(theirs, {}).keys()))
-    return Difference(ours[0], theirs[0], ours[1], ours[2], theirs[2], interval, pairs)
+def differences(about: Study) -> pl.DataFrame:
+    """Each method less its baseline at each place, in the loss that is compared, over seeds that both finished.
 
+    Where the learning rate varies there are two comparisons: at own best rates, and at the baseline's
+    where the method was run at it.
 
-@dataclass(frozen=True)
-class Compared:
-    """The differences of one kind, and what they were judged with."""
-
-    found: list[Difference]
-    spreads: dict[Family, Pooled]
-
-
-def at_own_rates(about: Study) -> Compared:
-    """Each method and its baseline at its own best learning rate, for each method and place."""
-    return _compared(about, shared=False)
-
-
-def at_shared_rates(about: Study) -> Compared:
-    """Both at the baseline's best learning rate, where the method was run at it."""
-    return _compared(about, shared=True)
-
-
-def _compared(about: Study, shared: bool) -> Compared:
-    found = []
-    for place in about.places:
-        for method in about.methods:
-            partner = about.partner(method)
-            best, theirs = best_lr(about, method, place), best_lr(about, partner, place)
-            if method == partner or best is None or theirs is None:
+    Attributes of lines:
+      method, baseline: their indices in `about.methods`.
+      difference, low, high, n: the arm's own interval, null and 0 without a seed that both finished.
+      pairs: seeds that either has.
+      named: whether the comparison was named before the runs.
+      pooled_low, pooled_high: bounds with the spread pooled over arms (`family`); null where an arm
+        did not train with every seed, whose losses spread otherwise.
+      p: Holm's p-value of the pooled error, among the named or the other comparisons of one kind.
+    """
+    losses, seeds = (about.by_seed(column, about.reported) for column in ("loss", "outcome"))
+    lines: list[dict[str, Any]] = []
+    for kind, pairs, known in _compared(about):
+        found = []
+        for ours, theirs in pairs:
+            own = stats.t_interval(stats.paired_differences(losses.get(ours, {}), losses.get(theirs, {})))
+            runs = seeds.get(ours, {}).keys() | seeds.get(theirs, {}).keys()
+            line = dict(zip(_COMPARED, (kind, *ours, theirs[0], theirs[-1]), strict=True))
+            line |= {"n": 0, "pairs": len(runs), "named": about.confirms(ours[0])}
+            found.append(line)
+            if own is None:
                 continue
-            ours = (method, place, theirs if shared else best)
-            if ours in about.cells:
-                found.append(_difference(about, ours, (partner, place, theirs)))
-    found_spreads = spreads(about, (arm for d in found for arm in _arms(d)))
-    return Compared(_judged(about, found, found_spreads), found_spreads)
+            line |= {"difference": own.mean, "low": own.low, "high": own.high, "n": own.n}
+            families = [family(about, arm) for arm in (ours, theirs) if arm in about.trained]
+            if len(families) == 2 and all(key in known for key in families):
+                pooled, p = stats.pooled_difference(own.mean, own.n, *(known[key] for key in families))
+                line |= {"pooled_low": pooled.low, "pooled_high": pooled.high, "p": p}
+        for named in (False, True):
+            judged = [line for line in found if line["named"] == named and "p" in line]
+            for line, p in zip(judged, stats.holm([line["p"] for line in judged]), strict=True):
+                line["p"] = p
+        lines += found
+    return pl.DataFrame(lines, schema=_DIFFERENCES)
 
 
-def _arms(d: Difference) -> tuple[Arm, Arm]:
-    return (d.method, d.place, d.lr), (d.partner, d.place, d.partner_lr)
+Pairs = list[tuple[Arm, Arm]]
 
 
-def family(place: Place, init: str) -> Family:
+def _compared(about: Study) -> list[tuple[str, Pairs, dict[Family, Pooled]]]:
+    """Of each comparison its arms, each with its baseline, and their spreads."""
+    found = []
+    for kind in (OWN, SHARED) if about.varies("lr") else (OWN,):
+        pairs: Pairs = []
+        for place in about.places:
+            for method in range(len(about.methods)):
+                baseline = about.partner(method)
+                own, theirs = (about.best.get((m, *place)) for m in (method, baseline))
+                ours = (method, *place, own if kind == OWN else theirs)
+                if method != baseline and own is not None and theirs is not None and ours[-1] in about.lrs[ours[:-1]]:
+                    pairs.append((ours, (baseline, *place, theirs)))
+        found.append((kind, pairs, spreads(about, (arm for pair in pairs for arm in pair))))
+    return found
+
+
+def family(about: Study, arm: Arm) -> Family:
     """What the spread of a loss is pooled over: arms of one depth, width and initialisation, in whatever reading.
 
     An initialisation with which some arms hardly train spreads losses more than one with which all do.
     """
-    return place, init.partition("-")[0]
+    return Place(*arm[1:3]), about.methods[arm[0]].init.partition("-")[0]
 
 
 def spreads(about: Study, arms: Iterable[Arm]) -> dict[Family, Pooled]:
     """The spread of a loss in each family, of its arms that trained with every seed that is reported."""
-    members: dict[Family, list[Arm]] = {}
-    for arm in sorted(set(arms)):
-        if trains(about, arm):
-            members.setdefault(family(arm[1], arm[0].init), []).append(arm)
-    found = {
-        key: stats.pooled([about.by_seed(arm, about.loss, about.reported) for arm in own])
-        for key, own in members.items()
-    }
+    losses, members = about.by_seed("loss", about.reported), dict[Family, list[Arm]]()
+    for arm in sorted(set(arms), key=lambda arm: (about.methods[arm[0]], arm)):
+        if arm in about.trained:
+            members.setdefault(family(about, arm), []).append(arm)
+    found = {key: stats.pooled([losses.get(arm, {}) for arm in own]) for key, own in members.items()}
     return {key: spread for key, spread in found.items() if spread is not None}
 
 
-def trains(about: Study, arm: Arm) -> bool:
-    rows = [row for seed, row in about.cells.get(arm, {}).items() if seed in about.reported]
-    return bool(rows) and all(row.outcome.kind == "trained" for row in rows)
+def errors(about: Study) -> list[tuple[str, Family, Pooled]]:
+    """What the intervals of differences rest on: comparison, family and its spread."""
+    return [(kind, key, spread) for kind, _, known in _compared(about) for key, spread in known.items()]
 
 
-def _judged(about: Study, found: Sequence[Difference], known: dict[Family, Pooled]) -> list[Difference]:
-    """The same with the pooled spreads' intervals and p-values."""
-    made, families = list(found), dict[bool, list[tuple[int, float]]]()
-    for i, d in enumerate(found):
-        ours, theirs = (known.get(family(arm[1], arm[0].init)) if trains(about, arm) else None for arm in _arms(d))
-        if d.interval is None or ours is None or theirs is None:
-            continue
-        interval, p = stats.pooled_difference(d.interval.mean, d.interval.n, ours, theirs)
-        made[i] = replace(d, pooled=interval)
-        families.setdefault(about.confirms(d.method), []).append((i, p))
-    for tested in families.values():
-        for (i, _), p in zip(tested, stats.holm([p for _, p in tested]), strict=True):
-            made[i] = replace(made[i], p=p)
-    return made
-
-
-def replicates(about: Study) -> list[tuple[Method, Method, int]]:
+def replicates(about: Study) -> dict[tuple[Method, Method], int]:
     """Methods of which runs have equal losses at every step, and how many: one method under two names."""
-    found: dict[tuple[Method, Method], int] = {}
-    for place in about.places:
-        for lr in sorted({lr for _, at, lr in about.cells if at == place}):
-            for seed in sorted(about.seeds):
-                curves: dict[bytes, Method] = {}
-                for method in about.methods:
-                    row = about.cells.get((method, place, lr), {}).get(seed)
-                    if row is not None and len(row.run.metrics.loss) > 1:
-                        first = curves.setdefault(row.run.metrics.loss.tobytes(), method)
-                        if first != method:
-                            found[first, method] = found.get((first, method), 0) + 1
-    return [(one, other, count) for (one, other), count in found.items()]
+    runs = [(place, lr, seed, m, row) for (m, place, lr), rows in about.cells.items() for seed, row in rows.items()]
+    first, found = dict[tuple[Any, ...], Method](), Counter[tuple[Method, Method]]()
+    for place, lr, seed, method, row in sorted(runs, key=lambda run: run[:3]):
+        losses = row.run.metrics.loss
+        one = first.setdefault((place, lr, seed, losses.tobytes()), method) if len(losses) > 1 else method
+        if one != method:
+            found[one, method] += 1
+    return dict(found)
 
 
 def replicate_notices(about: Study) -> list[tuple[str, str]]:
@@ -145,37 +121,24 @@ def replicate_notices(about: Study) -> list[tuple[str, str]]:
     return [
         ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
          f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")
-        for one, other, count in replicates(about)
+        for (one, other), count in replicates(about).items()
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Overall:
-    """A method less its baseline over all depths, widths and learning rates that both were run at, capped losses."""
+def overall(about: Study) -> list[tuple[Method, Method, Interval, int, int]]:
+    """Methods less their baselines over all depths, widths and learning rates that both were run at, capped losses.
 
-    method: Method
-    partner: Method
-    interval: Interval
-    settings: int
-    lower: int  # settings in which the method's mean is the lower
-
-
-def overall(about: Study) -> list[Overall]:
-    """For methods with enough settings in common with their baseline."""
-    found = []
-    for method in about.methods:
-        partner = about.partner(method)
-        if method == partner:
-            continue
-        each = []
-        for m, place, lr in sorted(about.cells, key=lambda cell: cell[1:]):
-            if m == method:
-                ours = about.by_seed((method, place, lr), about.capped, about.seeds)
-                theirs = about.by_seed((partner, place, lr), about.capped, about.seeds)
-                each.append([d for d in stats.paired_differences(ours, theirs) if math.isfinite(d)])
-        each = [d for d in each if d]
+    A line a method with enough settings in common with its baseline: both, the interval, the settings, and
+    in how many of them the method's mean is the lower.
+    """
+    capped, found = about.by_seed("capped"), []
+    for i, method in enumerate(about.methods):
+        partner = about.partner(i)
+        arms = sorted(arm for arm in capped if arm[0] == i != partner)
+        pairs = [stats.paired_differences(capped[arm], capped.get((partner, *arm[1:]), {})) for arm in arms]
+        each = [kept for differences in pairs if (kept := [d for d in differences if math.isfinite(d)])]
         interval = stats.bootstrap(each)
-        if interval is not None:
-            lower = sum(sum(d) < 0 for d in each)
-            found.append(Overall(method, partner, interval, len(each), lower))
+        if interval is not None and partner is not None:
+            lower = sum(sum(differences) < 0 for differences in each)
+            found.append((method, about.methods[partner], interval, len(each), lower))
     return found

@@ -8,11 +8,11 @@ from typing import Any
 
 from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats
-from spannorm_jax.report.comparisons import Compared, Difference, at_own_rates, at_shared_rates, overall
-from spannorm_jax.report.rates import at_an_end, best_lr, drifts, optimum, sensitivities
+from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
+from spannorm_jax.report.frames import GRAVEST
+from spannorm_jax.report.rates import drifts, rates
 from spannorm_jax.report.rows import KEPT, LEARNT, SHORTEST_MEAN, Group, Row, differing_keys, fact
-from spannorm_jax.report.stats import Factor, Interval, Optimum
-from spannorm_jax.report.study import Method, Place, Study
+from spannorm_jax.report.study import Arm, Place, Study
 from spannorm_jax.report.tables import MORE_NUMBERS, NUMBERS, is_numeric, run_name, seeds_line, table_cells
 
 _DEFINITIONS = {
@@ -70,7 +70,7 @@ def contents(about: Study, said: Sequence[tuple[str, str]], root: Path, title: s
         "confirm": ",".join(f"{key}={value}" for key, value in about.confirmed.items()),
         "chosen_on": _chosen_on(about),
         "errors": _errors(about),
-        "differences": (_difference_header(about), _difference_rows(about)),
+        "differences": _differences(about),
         "learning_rates": _learning_rates(about),
         "drifts": _drifts(about),
         "overall": _overall(about),
@@ -84,11 +84,11 @@ def _style(about: Study, group: Group) -> dict[str, str]:
     """The group's line as the figures draw it, and the class of its outcome."""
     placements = palette.ranked((m.placement for m in about.methods), palette.PLACEMENT_ORDER)
     inits = palette.ranked((m.init for m in about.methods), palette.INIT_ORDER)
-    worst = {row.outcome.kind for row in group.rows} - {"trained"}
+    kinds = {row.outcome.kind for row in group.rows}
     return {
         "colour": palette.colours(placements)[placements.index(group.placement)],
         "dash": " ".join(map(str, palette.dashes(inits)[inits.index(group.init)])),
-        "kind": next((k for k in ("diverged", "collapsed", "plateau", "unfinished") if k in worst), "trained"),
+        "kind": next(kind for kind in GRAVEST if kind in kinds),
     }
 
 
@@ -96,13 +96,13 @@ def _number(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def interval_text(found: Interval | None) -> str:
+def interval_text(mean: float | None, low: float | None, high: float | None) -> str:
     """A difference with its interval: `−0.089 [−0.113, −0.066]`."""
-    return "–" if found is None else f"{_number(found.mean)} {_within(found)}".strip()
+    return "–" if mean is None else f"{_number(mean)} {_within(low, high)}".strip()
 
 
-def _within(found: Interval) -> str:
-    return "" if found.low is None or found.high is None else f"[{_number(found.low)}, {_number(found.high)}]"
+def _within(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{_number(low)}, {_number(high)}]"
 
 
 def _chosen_on(about: Study) -> str:
@@ -113,138 +113,108 @@ def _chosen_on(about: Study) -> str:
     return f"; it is chosen on seeds {chosen}, and the differences are of seeds {reported}"
 
 
-def _difference_header(about: Study) -> list[tuple[str, bool]]:
-    """(name, whether the column holds numbers) of the table of differences."""
-    names = [("method", False), ("baseline", False)]
-    names += _place_column(about)
-    names += [("was", False)] * bool(about.confirmed)
+Table = tuple[list[tuple[str, bool]], list[list[str]]]  # header of (name, whether it holds numbers), lines
+
+
+def _differences(about: Study) -> Table:
+    """A line a method and place; where the method was not run at the baseline's best rate, that is said."""
+    names = [("method", False), ("baseline", False), *_place_column(about), *[("was", False)] * bool(about.confirmed)]
     numbers = ["difference", "its seeds alone", "n", "p (Holm)"]
     if about.varies("lr"):
         numbers = ["own best lr", "baseline’s", "each at its own best", *numbers[1:], "both at the baseline’s best"]
         numbers += ["its seeds alone", "n", "p (Holm)"]
-    return [*names, *((name, True) for name in numbers)]
-
-
-def _difference_rows(about: Study) -> list[list[str]]:
-    """The cells of each method and place; where the method was not run at the baseline's best rate, that is said."""
-    shared = {(d.method, d.place): d for d in at_shared_rates(about).found}
-    lines = []
-    for own in at_own_rates(about).found:
-        line = [own.method.label, own.partner.label, *[about.place_text(own.place)] * len(_place_column(about))]
-        line += ["confirmatory" if about.confirms(own.method) else "exploratory"] * bool(about.confirmed)
-        if about.varies("lr"):
-            line += [_rate(about, own.method, own.place, own.lr), _rate(about, own.partner, own.place, own.partner_lr)]
-            both = shared.get((own.method, own.place))
-            line += [*_judgement(own), *(_judgement(both) if both else ["not run", "", "", ""])]
-        else:
-            line += _judgement(own)
-        lines.append(line)
-    return lines
-
-
-def _judgement(found: Difference) -> list[str]:
-    """Difference, interval of its own seeds, n, p."""
-    alone, p = found.interval, found.p
-    return [
-        interval_text(found.pooled or alone),
-        "–" if alone is None else _within(alone),
-        f"{alone.n if alone else 0} of {found.pairs}",
-        "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-    ]
+    lines: dict[tuple[int, ...], list[str]] = {}
+    for d in differences(about).iter_rows(named=True):
+        at, theirs = ((d[key], d["depth"], d["width"]) for key in ("method", "baseline"))
+        if d["comparison"] == OWN:
+            lines[at] = [about.methods[at[0]].label, about.methods[theirs[0]].label, *_place(about, at)]
+            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * bool(about.confirmed)
+            if about.varies("lr"):
+                lines[at] += [_rate(about, at, d["lr"]), _rate(about, theirs, d["baseline_lr"])]
+        pooled = (d["low"], d["high"]) if d["pooled_low"] is None else (d["pooled_low"], d["pooled_high"])
+        lines[at] += [
+            interval_text(d["difference"], *pooled),
+            "–" if d["difference"] is None else _within(d["low"], d["high"]),
+            f"{d['n']} of {d['pairs']}",
+            "–" if d["p"] is None else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
+        ]
+    header = [*names, *((name, True) for name in numbers)]
+    missing = ["not run", "", "", ""]
+    return header, [line + missing * (len(line) < len(header)) for line in lines.values()]
 
 
 def _errors(about: Study) -> list[str]:
     """What the intervals of differences rest on, a line a comparison, place and initialisation."""
-    lines = []
-    kinds: list[tuple[str, Compared]] = [("", at_own_rates(about))]
-    if about.varies("lr"):
-        kinds = [("each at its own best rate", at_own_rates(about))]
-        kinds.append(("both at the baseline’s best", at_shared_rates(about)))
-    for kind, compared in kinds:
-        for (place, init), spread in compared.spreads.items():
-            where = ", ".join(text for text in (kind, about.place_text(place), init) if text)
-            lines.append(f"{where}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom")
-    return lines
+    shown = {OWN: "each at its own best rate" * about.varies("lr"), SHARED: "both at the baseline’s best"}
+    found = [
+        (", ".join(text for text in (shown[kind], about.place_text(place), init) if text), spread)
+        for kind, (place, init), spread in errors(about)
+    ]
+    return [f"{at}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom" for at, spread in found]
 
 
-def _rate(about: Study, method: Method, place: Place, lr: float) -> str:
+def _rate(about: Study, at: Arm, lr: float) -> str:
     """A best learning rate, marked where a better one may lie beyond those that were run."""
-    return f"{lr:g} (end)" if at_an_end(about, method, place, lr) else f"{lr:g}"
-
-
-Table = tuple[list[tuple[str, bool]], list[list[str]]]  # header of (name, whether it holds numbers), lines
+    return f"{lr:g} (end)" if about.at_an_end(at, lr) else f"{lr:g}"
 
 
 def _place_column(about: Study) -> list[tuple[str, bool]]:
     return [("depth, width", False)] * (about.varies("depth") or about.varies("width"))
 
 
+def _place(about: Study, at: Sequence[int]) -> list[str]:
+    return [about.place_text(Place(*at[1:]))] * len(_place_column(about))
+
+
 def _learning_rates(about: Study) -> Table:
     """Of each method and place where the learning rate varies: its best one, the optimum, the sensitivity."""
     numbers = ("best run", "least loss at", "sensitivity (nats/token)")
     header = [("method", False), *_place_column(about), *((name, True) for name in numbers)]
-    found = {(method, place): interval for method, place, interval in sensitivities(about)}
     lines = []
-    for place in about.places if about.varies("lr") else ():
-        for method in about.methods:
-            best = best_lr(about, method, place)
-            if best is not None:
-                where = [about.place_text(place)] * len(_place_column(about))
-                numbers_here = [
-                    _rate(about, method, place, best),
-                    _optimum(optimum(about, method, place)),
-                    _bounds(found.get((method, place)), ".3f"),
-                ]
-                lines.append([method.label, *where, *numbers_here])
-    return header, lines
+    for *at, best, kind, lr, low, high, _, mean, least, most, _ in rates(about).drop_nulls("best").iter_rows():
+        optimum = "–" if kind is None else _optimum(lr, low, high)
+        sensitivity = "–" if mean is None else _bounds(mean, least, most, ".3f")
+        lines.append(
+            [about.methods[at[0]].label, *_place(about, at), _rate(about, tuple(at), best), optimum, sensitivity]
+        )
+    return header, lines if about.varies("lr") else []
 
 
 def _drifts(about: Study) -> Table:
     names = [("method", False), ("of", False), ("at", False), ("with an optimum at", False)]
-    lines = [
-        [
-            *(d.method.label, d.axis, f"{'depth' if d.axis == 'width' else 'width'} {d.fixed}"),
-            *(", ".join(map(str, d.sizes)), _factor(d.factor), str(d.factor.n)),
-        ]
-        for d in drifts(about)
-    ]
+    lines = []
+    for d in drifts(about):
+        f = d["factor"]
+        between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else _bounds(f.at, f.low, f.high, ".2f")
+        at = [d["method"], d["axis"], f"{d['other']} {d['fixed']}", ", ".join(map(str, d["sizes"]))]
+        lines.append([*at, between, str(f.n)])
     return [*names, ("factor a doubling", True), ("seeds", True)], lines
 
 
 def _overall(about: Study) -> Table:
     numbers = ("difference", "settings", "pairs", "settings in which it is lower")
     lines = [
-        [o.method.label, o.partner.label, interval_text(o.interval), str(o.settings), str(o.interval.n), str(o.lower)]
-        for o in overall(about)
+        [m.label, baseline.label, interval_text(i.mean, i.low, i.high), *map(str, (settings, i.n, lower))]
+        for m, baseline, i, settings, lower in overall(about)
     ]
     return [("method", False), ("baseline", False), *((name, True) for name in numbers)], lines
 
 
-def _bounds(found: Interval | None, form: str) -> str:
-    if found is None:
-        return "–"
-    mean, *bounds = (
+def _bounds(mean: float, low: float | None, high: float | None, form: str) -> str:
+    text, *bounds = (
         "" if number is None else format(abs(number), form) if number >= 0 else f"−{format(-number, form)}"
-        for number in (found.mean, found.low, found.high)
+        for number in (mean, low, high)
     )
-    return f"{mean} [{', '.join(bounds)}]" if all(bounds) else mean
+    return f"{text} [{', '.join(bounds)}]" if all(bounds) else text
 
 
-def _optimum(found: Optimum | None) -> str:
-    if found is None:
-        return "–"
-    if found.at is not None:
-        return _bounds(Interval(found.at, found.low, found.high, found.n), ".2e")
-    if found.low is None or found.high is None:
-        beyond = [text for text, bound in (("below", found.high), ("above", found.low)) if bound is not None]
-        return f"{' or '.join(beyond)} {found.high or found.low:g}" if len(beyond) == 1 else "beyond both ends"
-    return f"between {found.low:.2g} and {found.high:.2g}"
-
-
-def _factor(found: Factor) -> str:
-    if found.mean is None:
-        return f"between {found.low:.2f} and {found.high:.2f}"
-    return _bounds(Interval(found.mean, found.low, found.high, found.n), ".2f")
+def _optimum(at: float | None, low: float | None, high: float | None) -> str:
+    if at is not None:
+        return _bounds(at, low, high, ".2e")
+    if low is None or high is None:
+        beyond = [text for text, bound in (("below", high), ("above", low)) if bound is not None]
+        return f"{' or '.join(beyond)} {high or low:g}" if len(beyond) == 1 else "beyond both ends"
+    return f"between {low:.2g} and {high:.2g}"
 
 
 def _below(about: Study) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from spannorm_jax.report.comparisons import at_own_rates
+from spannorm_jax.report.comparisons import OWN, differences
 from spannorm_jax.report.rates import best_lr
 from spannorm_jax.report.rows import Group, Row
 from spannorm_jax.report.stats import smooth
@@ -130,17 +130,19 @@ def gap_curves(about: Study) -> pl.DataFrame:
     the same batches so that their noise cancels, and then the mean, least and greatest.
     """
     lines = []
-    for d in at_own_rates(about).found:
-        ours, theirs = about.cells[d.method, d.place, d.lr], about.cells[d.partner, d.place, d.partner_lr]
+    for pair in differences(about).filter(pl.col("comparison") == OWN).iter_rows(named=True):
+        method, baseline = about.methods[pair["method"]], about.methods[pair["baseline"]]
+        place = Place(pair["depth"], pair["width"])
+        ours, theirs = about.cells[method, place, pair["lr"]], about.cells[baseline, place, pair["baseline_lr"]]
         each = [_gaps(ours[seed], theirs[seed]) for seed in sorted(about.reported & ours.keys() & theirs.keys())]
         run = next(iter(ours.values())).run
         asked, per_step = run.steps, run.tokens_per_step
-        names = {"placement": d.method.placement, "init": d.method.init, "other": d.method.other, **d.place._asdict()}
+        names = {"placement": method.placement, "init": method.init, "other": method.other, **place._asdict()}
         for window in sorted(set().union(*each), reverse=True):
             gaps = [gaps[window] for gaps in each if window in gaps]
             step = asked / WINDOW ** (window + 0.5)
             numbers = {"step": step, "tokens": None if per_step is None else step * per_step, "seeds": len(gaps)}
-            numbers |= {"lr": d.lr, "baseline_lr": d.partner_lr}
+            numbers |= {"lr": pair["lr"], "baseline_lr": pair["baseline_lr"]}
             lines.append(names | numbers | {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)})
     return pl.DataFrame(lines, schema=_GAP_SCHEMA)
 

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
+from spannorm_jax.report.comparisons import OWN, SHARED
 from spannorm_jax.report.looks import Figure, Views, alt, finished, in_panels, looks_of, tooltip, with_axes, with_panels
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.study import Study
@@ -214,13 +215,13 @@ def differences(about: Study) -> Figure | None:
         "title": f"difference in {about.measure} loss (nats/token)",
         "scale": alt.Scale(nice=False, padding=12),
     }
-    kinds = alt.Scale(domain=[frames.OWN, frames.SHARED], range=[1, 0])
+    kinds = alt.Scale(domain=[OWN, SHARED], range=[1, 0])
     base = alt.Chart().encode(
         y=alt.Y("method:N", sort=order, title=None, scale=alt.Scale(domain=order), axis=alt.Axis(labelLimit=320)),
         color=looks.colour(legend=False),
     )
     if several:
-        base = base.encode(yOffset=alt.YOffset("comparison:N", sort=[frames.OWN, frames.SHARED]))
+        base = base.encode(yOffset=alt.YOffset("comparison:N", sort=[OWN, SHARED]))
     bounds = {"difference": "+.3f", "low": "+.3f", "high": "+.3f", "error": "", "seeds": "d"}
     tips = tooltip(about, baseline="", comparison="", **bounds)
     filled = alt.FillOpacity("comparison:N", scale=kinds, legend=alt.Legend(title=None) if several else None)
@@ -252,7 +253,7 @@ def differences(about: Study) -> Figure | None:
         f"own seeds where one did not. Baseline: {about.baseline_text}. "
     )
     if several:
-        caption += f"Filled: {frames.OWN}; hollow: {frames.SHARED}."
+        caption += f"Filled: {OWN}; hollow: {SHARED}."
     return Figure("differences", title, caption, {"main": table}, {"view": tuple(domains)}, views)
 
 

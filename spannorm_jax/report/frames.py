@@ -1,20 +1,21 @@
 """The tables that figures are drawn from, and runs.csv: what a study says, in columns."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 
 from spannorm_jax.report import stats
-from spannorm_jax.report.comparisons import at_own_rates, at_shared_rates
+from spannorm_jax.report.comparisons import differences
 from spannorm_jax.report.palette import OUTCOME_ORDER
-from spannorm_jax.report.rates import best_lr, optimum, sensitivities
-from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import Method, Place, Study, method_of
+from spannorm_jax.report.rates import rates
+from spannorm_jax.report.study import ARM, RUNS, Method, Place, Study
 
 _CROWD = 9  # methods in one panel
-_GRAVEST = ("diverged", "collapsed", "plateau", "unfinished", "trained")
+GRAVEST = ("diverged", "collapsed", "plateau", "unfinished", "trained")
 
 
 def panel(about: Study, method: Method, place: Place, without: Sequence[str] = ()) -> str:
@@ -33,52 +34,17 @@ def _place_words(about: Study, place: Place, without: Sequence[str] = ()) -> lis
     return [text for axis, text in words.items() if about.varies(axis) and axis not in without]
 
 
-def _names(method: Method, place: Place) -> dict[str, object]:
-    return {
-        "placement": method.placement,
-        "init": method.init,
-        "other": method.other,
-        "depth": place.depth,
-        "width": place.width,
-    }
+def _names(method: Method, place: Place) -> dict[str, Any]:
+    return {"placement": method.placement, "init": method.init, "other": method.other} | place._asdict()
 
 
 def runs_table(about: Study) -> pl.DataFrame:
     """One line a run: what runs.csv holds. `capped_loss` is the loss that figures over learning rates show."""
-    best = {(method, place): best_lr(about, method, place) for method, place, _ in about.cells}
-    lines = []
-    for group in about.groups:
-        method = method_of(group)
-        for row in group.rows:
-            place = Place(row.depth, row.width)
-            per_step, per_token = row.run.tokens_per_step, row.run.flops_per_token
-            tokens = None if per_step is None else row.run.last_step * per_step
-            capped = about.capped(row)
-            lines.append(
-                _names(method, place)
-                | {
-                    "lr": float(row.lr),
-                    "seed": row.seed,
-                    "outcome": row.outcome.kind,
-                    "last_step": row.run.last_step,
-                    "steps": row.run.steps,
-                    "tokens": tokens,
-                    "flops": None if tokens is None or per_token is None else tokens * per_token,
-                    "train_loss": row.train_loss,
-                    "held_out_loss": row.held_out_loss,
-                    "bits_per_byte": row.bits_per_byte,
-                    "loss_at_init": row.loss_at_init,
-                    "capped_loss": None if capped is None or math.isinf(capped) else capped,
-                    "best_lr": best[method, place] == row.lr,
-                    "spikes": row.spikes,
-                    "clipped_share": row.clipped_share,
-                    "grad_norm_p999": row.grad_norm_p999,
-                    "tokens_per_s": row.tokens_per_s,
-                    "fingerprint": row.run.fingerprint,
-                    "folder": str(row.run.folder),
-                }
-            )
-    return pl.DataFrame(lines, infer_schema_length=None)
+    at_best = [lr == about.best.get(tuple(at)) for *at, lr in about.runs.select(ARM).iter_rows()]
+    best = pl.Series(at_best, dtype=pl.Boolean)
+    table = about.runs.with_columns(capped_loss=pl.when(pl.col("capped").is_finite()).then("capped"), best_lr=best)
+    names, more = list(RUNS), list(RUNS).index("spikes")
+    return table.select(*names[:more], "capped_loss", "best_lr", *names[more:])
 
 
 FLOOR_NAMES = {"trigram": "3-gram", "fourgram": "4-gram", "gzip": "gzip"}
@@ -115,15 +81,14 @@ def settings_table(runs: pl.DataFrame) -> pl.DataFrame:
     return table.filter(pl.col("n") > 0)
 
 
-_INTERVAL: dict[str, Any] = {
-    **{"placement": pl.String, "init": pl.String, "other": pl.String, "depth": pl.Int64, "width": pl.Int64},
-    **{"method": pl.String, "low": pl.Float64, "high": pl.Float64, "seeds": pl.Int64},
-}
-
-
-def _interval(method: Method, place: Place, found: Interval, column: str) -> dict[str, object]:
-    numbers = {column: found.mean, "low": found.low, "high": found.high, "seeds": found.n}
-    return _names(method, place) | {"method": method.label} | numbers
+def _named(about: Study, table: pl.DataFrame) -> pl.DataFrame:
+    """The table with the names of its methods, instead of their indices."""
+    names = [(i, m.placement, m.init, m.other, m.label) for i, m in enumerate(about.methods)]
+    schema = {"method": pl.Int64, **dict.fromkeys(("placement", "init", "other", "label"), pl.String)}
+    methods = pl.DataFrame(names, schema=schema, orient="row")
+    return table.join(methods, on="method", maintain_order="left").select(
+        *_CELL[:-1], pl.col("label").alias("method"), pl.exclude("method", "label", *_CELL[:-1])
+    )
 
 
 def optima_table(about: Study) -> pl.DataFrame:
@@ -131,22 +96,13 @@ def optima_table(about: Study) -> pl.DataFrame:
 
     `lr` is null where a neighbour of the best rate failed: it then lies somewhere between `low` and `high`.
     """
-    lines = []
-    for place in about.places:
-        for method in about.methods:
-            found = optimum(about, method, place)
-            if found is not None and found.kind != "end":
-                numbers = {"lr": found.at, "low": found.low, "high": found.high, "seeds": found.n}
-                lines.append(_names(method, place) | {"method": method.label} | numbers)
-    return pl.DataFrame(lines, schema=_INTERVAL | {"lr": pl.Float64})
+    table = rates(about).filter(pl.col("kind") != "end")
+    return _named(about, table.select(*ARM[:3], "low", "high", seeds="n", lr="at"))
 
 
 def sensitivity_table(about: Study) -> pl.DataFrame:
-    lines = [_interval(method, place, found, "sensitivity") for method, place, found in sensitivities(about)]
-    return pl.DataFrame(lines, schema=_INTERVAL | {"sensitivity": pl.Float64})
-
-
-OWN, SHARED = "each at its own best learning rate", "both at the baseline's best"
+    low, high = pl.col("least").alias("low"), pl.col("most").alias("high")
+    return _named(about, rates(about).drop_nulls("sensitivity").select(*ARM[:3], low, high, "seeds", "sensitivity"))
 
 
 def differences_table(about: Study) -> pl.DataFrame:
@@ -154,18 +110,18 @@ def differences_table(about: Study) -> pl.DataFrame:
 
     Its bounds are those of the pooled error, or where there is none those of its own seeds.
     """
-    lines = []
-    for kind, compared in ((OWN, at_own_rates), (SHARED, at_shared_rates)):
-        for d in compared(about).found if kind == OWN or about.varies("lr") else ():
-            if d.interval is not None:
-                line = _interval(d.method, d.place, d.pooled or d.interval, "difference")
-                panel = ", ".join(_place_words(about, d.place))
-                named = {"baseline": d.partner.label, "comparison": kind, "panel": panel}
-                lines.append(line | named | {"error": "pooled" if d.pooled else "its own seeds'"})
-    order = {m.label: i for i, m in enumerate(about.methods)}
-    lines.sort(key=lambda line: (line["depth"], line["width"], order[str(line["method"])]))
-    texts = ("baseline", "comparison", "panel", "error")
-    return pl.DataFrame(lines, schema=_INTERVAL | {"difference": pl.Float64} | dict.fromkeys(texts, pl.String))
+    table, pooled = differences(about).drop_nulls("difference"), pl.col("pooled_low").is_not_null()
+    table = table.sort("depth", "width", "method", maintain_order=True).select(
+        *(*ARM[:3], pl.coalesce("pooled_low", "low").alias("low"), pl.coalesce("pooled_high", "high").alias("high")),
+        *(pl.col("n").alias("seeds"), "difference"),
+        pl.col("baseline").map_elements(lambda i: about.methods[i].label, pl.String),
+        "comparison",
+        panel=pl.struct("depth", "width").map_elements(
+            lambda at: ", ".join(_place_words(about, Place(**at))), pl.String
+        ),
+        error=pl.when(pooled).then(pl.lit("pooled")).otherwise(pl.lit("its own seeds'")),
+    )
+    return _named(about, table)
 
 
 def outcomes_table(about: Study) -> pl.DataFrame:
@@ -173,40 +129,31 @@ def outcomes_table(about: Study) -> pl.DataFrame:
 
     `outcome` is the gravest over seeds, `text` the letters of all, and how many had each where they differ.
     """
-    lrs = sorted({lr for _, _, lr in about.cells})
-    lines = []
-    for method in about.methods:
-        for place in about.places:
-            for lr in lrs:
-                kinds = [row.outcome.kind for row in about.cells.get((method, place, lr), {}).values()]
-                worst = next((kind for kind in _GRAVEST if kind in kinds), "unfinished")
-                counts = [f"{n}{kind[0].upper()}" for kind in _GRAVEST if (n := kinds.count(kind))]
-                seen = ", ".join(f"{n} {kind}" for kind in OUTCOME_ORDER if (n := kinds.count(kind)))
-                lines.append(
-                    _names(method, place)
-                    | {
-                        "lr": float(lr),
-                        "method": method.label,
-                        "place": about.place_text(place),
-                        "outcome": worst,
-                        "text": " ".join(counts) or "–",
-                        "seen": seen or "not run",
-                    }
-                )
+    outcomes, lines = about.by_seed("outcome"), []
+    arms = itertools.product(range(len(about.methods)), about.places, sorted({lr for *_, lr in outcomes}))
+    for i, place, lr in arms:
+        counts = Counter(outcomes.get((i, *place, lr), {}).values())
+        said = {
+            "lr": lr,
+            "method": about.methods[i].label,
+            "place": about.place_text(place),
+            "outcome": next((kind for kind in GRAVEST if counts[kind]), "unfinished"),
+            "text": " ".join(f"{counts[kind]}{kind[0].upper()}" for kind in GRAVEST if counts[kind]) or "–",
+            "seen": ", ".join(f"{counts[kind]} {kind}" for kind in OUTCOME_ORDER if counts[kind]) or "not run",
+        }
+        lines.append(_names(about.methods[i], place) | said)
     return pl.DataFrame(lines, infer_schema_length=None)
 
 
 def profile_table(about: Study) -> pl.DataFrame:
     """Of each method the share of all its runs at or below a loss: those that did not finish reach none."""
-    each = {}
-    for method in about.methods:
-        runs = [row for (m, _, _), rows in about.cells.items() if m == method for row in rows.values()]
-        reached = (about.loss(row) for row in runs)
-        each[method] = (len(runs), *stats.share_below([math.inf if loss is None else loss for loss in reached]))
-    everywhere = [loss for _, losses, _ in each.values() for loss in losses]
+    runs = about.runs.filter("first").select("method", pl.col("loss").fill_null(math.inf))
+    each = [stats.share_below(runs.filter(method=i)["loss"].to_list()) for i in range(len(about.methods))]
+    everywhere = [loss for losses, _ in each for loss in losses]
     lines = []
-    for method, (count, losses, shares) in each.items() if everywhere else ():
+    for i, (losses, shares) in enumerate(each) if everywhere else ():
         first, last = (min(everywhere), 0.0), (max(everywhere), shares[-1] if shares else 0.0)
+        names = _names(about.methods[i], about.places[0])
         for loss, share in [first, *zip(losses, shares, strict=True), last]:
-            lines.append(_names(method, about.places[0]) | {"loss": loss, "share": share, "runs": count})
+            lines.append(names | {"loss": loss, "share": share, "runs": runs.filter(method=i).height})
     return pl.DataFrame(lines, infer_schema_length=None)

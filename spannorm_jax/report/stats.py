@@ -150,7 +150,7 @@ def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The learning rate of least loss: an estimate, or only the rates between which it lies.
+    """The learning rate of least loss, or what a size that doubles multiplies it by: an estimate, or bounds.
 
     Attributes:
       kind: `inside`, both neighbours of the best rate trained; `cliff`, one of them did not, and a
@@ -205,29 +205,13 @@ def lr_optimum(each: Sequence[Optimum]) -> Optimum | None:
     return Optimum(kind, None, None if None in lows else min(lows), None if None in highs else max(highs), len(each))
 
 
-@dataclass(frozen=True)
-class Factor:
-    """What the optimum is multiplied by where a size doubles.
-
-    Attributes:
-      mean: the estimate; None where an optimum lies at a cliff, and the bounds are all that is known.
-      low, high: the 95% interval over seeds (None of one seed), or the least and greatest factor that
-        the optima's bounds allow.
-      n: seeds.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[Optimum | None]]) -> Factor | None:
+def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequence[Optimum | None]]) -> Optimum | None:
     """2^s, with s the slope of log(optimum) over log(size) by least squares; None without two sizes that have one.
 
     `optima_by_seed` has a sequence a seed, one optimum a size; None, or one at an end of the range,
     takes no part. Each seed with optima at two sizes or more has a slope, and the interval is
-    Student's over seeds.
+    Student's over seeds. Of optima at a cliff the bounds are all that is known: the least and greatest
+    factor that they allow.
     """
     slopes: list[tuple[float, float]] = []
     for optima in optima_by_seed:
@@ -239,11 +223,13 @@ def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequenc
     if not slopes:
         return None
     if any(low < high for low, high in slopes):
-        return Factor(None, 2.0 ** min(low for low, _ in slopes), 2.0 ** max(high for _, high in slopes), len(slopes))
+        return Optimum(
+            "cliff", None, 2.0 ** min(low for low, _ in slopes), 2.0 ** max(high for _, high in slopes), len(slopes)
+        )
     found = t_interval([slope for slope, _ in slopes])
     assert found is not None
     low, high = (None if bound is None else 2.0**bound for bound in (found.low, found.high))
-    return Factor(2.0**found.mean, low, high, found.n)
+    return Optimum("inside", 2.0**found.mean, low, high, found.n)
 
 
 def _slopes(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:

@@ -6,10 +6,12 @@ seed, for the runs of a seed have the same data in the same order and the same r
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import polars as pl
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.report.rows import AXES, FINISHED, Group, Row, in_words, over_seeds
@@ -37,6 +39,28 @@ class Place(NamedTuple):
     width: int
 
 
+ARM = ("method", "depth", "width", "lr")
+Arm = tuple[Any, ...]  # the values of ARM, the method by its index
+RUNS: dict[str, Any] = {  # the columns of runs.csv but for those that compare runs
+    **dict.fromkeys(("placement", "init", "other"), pl.String),
+    **{"depth": pl.Int64, "width": pl.Int64, "lr": pl.Float64, "seed": pl.Int64, "outcome": pl.String},
+    **dict.fromkeys(("last_step", "steps", "tokens"), pl.Int64),
+    **dict.fromkeys(("flops", "train_loss", "held_out_loss", "bits_per_byte", "loss_at_init"), pl.Float64),
+    **{"spikes": pl.Int64, "clipped_share": pl.Float64, "grad_norm_p999": pl.Float64, "tokens_per_s": pl.Float64},
+    **{"fingerprint": pl.String, "folder": pl.String},
+}
+
+
+def _line(row: Row, method: Method) -> dict[str, Any]:
+    """The run's values of `RUNS`."""
+    run, per_step, per_token = row.run, row.run.tokens_per_step, row.run.flops_per_token
+    tokens = None if per_step is None else run.last_step * per_step
+    known: dict[str, Any] = {name: getattr(run, name) for name in ("last_step", "steps", "fingerprint")}
+    known |= {"other": method.other, "outcome": row.outcome.kind, "folder": str(run.folder), "tokens": tokens}
+    known["flops"] = None if tokens is None or per_token is None else tokens * per_token
+    return {name: known[name] if name in known else getattr(row, name) for name in RUNS}
+
+
 @dataclass(frozen=True)
 class Study:
     rows: list[Row]
@@ -47,43 +71,80 @@ class Study:
     confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
     cells: dict[tuple[Method, Place, float], dict[int, Row]]  # seed -> row
 
-    def loss(self, row: Row) -> float | None:
-        """The loss that is compared, of a run that finished."""
-        if row.outcome.kind not in FINISHED:
-            return None
-        return row.held_out_loss if self.measure == "held-out" else row.train_loss
+    @cached_property
+    def runs(self) -> pl.DataFrame:
+        """One line a run, in the order of tables: what runs.csv holds, and what all that is compared is read from.
 
-    def capped(self, row: Row) -> float | None:
-        """The loss, or that at initialisation if that is less; a run that diverged has the latter. Unfinished: None.
-
-        Infinity stands where a run diverged and its first loss is not recorded.
+        Attributes of lines beside those of `Row`:
+          method: its index in `methods`.
+          first: whether it is the first run of its seed with this method, depth, width and learning rate.
+          loss: the loss that is compared, of a run that finished.
+          capped: that, or the loss at initialisation if it is less; a run that diverged has the
+            latter, which is infinity where it is not recorded.
         """
-        start = math.inf if row.loss_at_init is None else row.loss_at_init
-        if row.outcome.kind == "diverged":
-            return start
-        loss = self.loss(row)
-        return None if loss is None else min(loss, start)
+        each = [(method_of(group), row) for group in self.groups for row in group.rows]
+        index = {method: i for i, method in enumerate(self.methods)}
+        loss = "held_out_loss" if self.measure == "held-out" else "train_loss"
+        start = pl.col("loss_at_init").fill_null(math.inf)
+        return (
+            pl.DataFrame([_line(row, method) for method, row in each], schema=RUNS)
+            .with_columns(method=pl.Series([index[method] for method, _ in each], dtype=pl.Int64))
+            .with_columns(first=pl.struct(*ARM, "seed").is_first_distinct())
+            .with_columns(loss=pl.when(pl.col("outcome").is_in(FINISHED)).then(loss))
+            .with_columns(
+                capped=pl.when(pl.col("outcome") == "diverged")
+                .then(start)
+                .when(pl.col("loss").is_not_null())
+                .then(pl.min_horizontal("loss", start))
+            )
+        )
 
-    def by_seed(
-        self, cell: tuple[Method, Place, float], number: Callable[[Row], float | None], seeds: frozenset[int]
-    ) -> dict[int, float]:
-        """seed -> number, of the runs of `seeds` that have it."""
-        found = {seed: number(row) for seed, row in self.cells.get(cell, {}).items() if seed in seeds}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def by_seed(self, column: str, seeds: frozenset[int] | None = None) -> dict[Arm, dict[int, Any]]:
+        """arm -> seed -> a value of `runs`, of the runs of `seeds` (None: all) that have it."""
+        found: dict[Arm, dict[int, Any]] = {}
+        table = self.runs.filter("first", pl.col(column).is_not_null())
+        for *arm, seed, value in table.select(*ARM, "seed", column).iter_rows():
+            if seeds is None or seed in seeds:
+                found.setdefault(tuple(arm), {})[seed] = value
+        return found
 
-    def partner(self, method: Method) -> Method:
-        others = tuple((key, self.baseline.get(key, value)) for key, value in method.others)
-        return Method(self.baseline.get("placement", method.placement), self.baseline.get("init", method.init), others)
+    @cached_property
+    def best(self) -> dict[Arm, float]:
+        """Method, depth, width -> the learning rate with the least mean capped loss over the seeds that choose."""
+        chosen = self.runs.filter("first", pl.col("seed").is_in(self.choosing), pl.col("capped").is_not_null())
+        means = chosen.group_by(ARM).agg(pl.col("capped").mean()).sort("capped", "lr")
+        best = means.unique(ARM[:3], keep="first", maintain_order=True)
+        return {(method, depth, width): lr for method, depth, width, lr in best.select(ARM).iter_rows()}
 
-    def confirms(self, method: Method) -> bool:
+    @cached_property
+    def lrs(self) -> dict[Arm, list[float]]:
+        """Method, depth, width -> the learning rates that were run there."""
+        lrs = self.runs.group_by(ARM[:3]).agg(pl.col("lr").unique().sort())
+        return {(method, depth, width): rates for method, depth, width, rates in lrs.iter_rows()}
+
+    @cached_property
+    def trained(self) -> set[Arm]:
+        """The arms that trained with every seed that is reported."""
+        outcomes = self.by_seed("outcome", self.reported)
+        return {arm for arm, kinds in outcomes.items() if set(kinds.values()) == {"trained"}}
+
+    def at_an_end(self, at: Arm, lr: float) -> bool:
+        """Whether a learning rate is the least or greatest that was run there: a better one may lie beyond."""
+        return len(self.lrs[at]) > 1 and lr in (self.lrs[at][0], self.lrs[at][-1])
+
+    def partner(self, method: int) -> int | None:
+        """Index of the baseline of a method; None if it has no runs."""
+        own = _keys(self.methods[method]) | self.baseline
+        return next((i for i, other in enumerate(self.methods) if _keys(other) == own), None)
+
+    def confirms(self, method: int) -> bool:
         """Whether the method's comparison with its baseline was named before the runs."""
-        own = _keys(method)
-        return bool(self.confirmed) and all(own.get(key) == value for key, value in self.confirmed.items())
+        return bool(self.confirmed) and self.confirmed.items() <= _keys(self.methods[method]).items()
 
     @cached_property
     def choosing(self) -> frozenset[int]:
         """The seeds that learning rates are chosen on: half of those that every setting has, if they are enough."""
-        shared = sorted(frozenset.intersection(*(frozenset(seeds) for seeds in self.cells.values())))
+        shared = sorted(frozenset.intersection(self.seeds, *map(frozenset, self.cells.values())))
         chosen = shared[: len(shared) // 2] if len(shared) >= _FEWEST_TO_SPLIT and self.varies("lr") else self.seeds
         return frozenset(chosen)
 
@@ -103,16 +164,6 @@ class Study:
     @cached_property
     def places(self) -> list[Place]:
         return sorted({place for _, place, _ in self.cells})
-
-    @cached_property
-    def _lrs(self) -> dict[tuple[Method, Place], list[float]]:
-        found: dict[tuple[Method, Place], list[float]] = {}
-        for method, place, lr in sorted(self.cells):
-            found.setdefault((method, place), []).append(lr)
-        return found
-
-    def lrs(self, method: Method, place: Place) -> list[float]:
-        return self._lrs.get((method, place), [])
 
     @cached_property
     def _varying(self) -> set[str]:

@@ -198,10 +198,10 @@ def test_the_factor_per_doubling_is_the_slope_of_each_seed():
     by_seed = [*([at(rate) for rate in own] for own in optima), [at(1e-2), end, None, None]]
     found = stats.factor_per_doubling(sizes, by_seed)
     low, high = scipy.stats.t.interval(0.95, 1, loc=np.mean(slopes), scale=scipy.stats.sem(slopes))
-    assert (found.mean, found.low, found.high) == pytest.approx((2 ** np.mean(slopes), 2**low, 2**high))
+    assert (found.at, found.low, found.high) == pytest.approx((2 ** np.mean(slopes), 2**low, 2**high))
     assert found.n == 2
     one = stats.factor_per_doubling([32, 128], [[at(1e-2), at(4e-2)]])
-    assert (one.mean, one.low, one.high, one.n) == (pytest.approx(2.0), None, None, 1)
+    assert (one.at, one.low, one.high, one.n) == (pytest.approx(2.0), None, None, 1)
     assert stats.factor_per_doubling(sizes, [[at(1e-2), None, None, None]]) is None
 
 
@@ -212,7 +212,7 @@ def test_the_factor_of_optima_at_cliffs_is_all_that_their_cells_allow():
     found = stats.factor_per_doubling(sizes, [optima])
     corners = [scipy.stats.linregress(np.log2(sizes), np.log2(rates)).slope for rates in itertools.product(*cells)]
     assert (found.low, found.high) == pytest.approx((2 ** min(corners), 2 ** max(corners)))
-    assert found.mean is None
+    assert (found.kind, found.at) == ("cliff", None)
 
 
 def test_smoothing_keeps_lines_straight_and_ends_in_place():

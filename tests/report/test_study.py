@@ -11,9 +11,9 @@ import scipy.stats
 from run_folders import rows_of, write_lr_sweep, write_run
 
 from spannorm_jax.report import frames, stats
-from spannorm_jax.report.comparisons import at_own_rates, at_shared_rates, overall, replicates
+from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall, replicates
 from spannorm_jax.report.curves import WINDOW, block_curves, gap_curves, loss_curves
-from spannorm_jax.report.rates import at_an_end, best_lr, drifts, optimum, sensitivities
+from spannorm_jax.report.rates import best_lr, drifts, rates
 from spannorm_jax.report.study import Place, study
 
 PLACE = Place(3, 64)
@@ -24,8 +24,15 @@ def sweep(tmp_path_factory):
     return study(rows_of(write_lr_sweep(tmp_path_factory.mktemp("lr"))))
 
 
-def method(about, placement):
-    return next(m for m in about.methods if m.placement == placement)
+def compared(about, kind=OWN):
+    """Label -> the line of its difference."""
+    lines = differences(about).filter(comparison=kind).iter_rows(named=True)
+    return {about.methods[line["method"]].label: line for line in lines}
+
+
+def rates_of(about, placement):
+    (index,) = (i for i, m in enumerate(about.methods) if m.placement == placement)
+    return rates(about).filter(method=index).row(0, named=True)
 
 
 def test_the_compared_loss_is_held_out_where_all_that_finished_have_it(tmp_path, sweep):
@@ -34,20 +41,19 @@ def test_the_compared_loss_is_held_out_where_all_that_finished_have_it(tmp_path,
     write_run(tmp_path / "b", seed=1)
     about = study(rows_of(tmp_path))
     assert about.measure == "training"
-    assert [about.loss(row) for row in about.rows] == pytest.approx([3.15, 3.15])
+    assert about.runs["loss"].to_list() == pytest.approx([3.15, 3.15])
 
 
 def test_a_run_that_diverged_counts_with_its_loss_at_initialisation(sweep):
-    rows = sweep.cells[method(sweep, "post"), PLACE, 0.1]
-    assert [sweep.loss(row) for row in rows.values()] == [None] * 3
-    assert [sweep.capped(row) for row in rows.values()] == [5.0] * 3
+    runs = sweep.runs.filter(placement="post", lr=0.1)
+    assert runs.select("loss", "capped").rows() == [(None, 5.0)] * 3
 
 
 def test_an_unfinished_run_has_no_loss_and_one_above_its_start_is_capped(tmp_path):
     write_run(tmp_path / "a", losses=[5.0] * 4, done=False)
     write_run(tmp_path / "b", losses=[5.0] + [7.0] * 19, bits=7.0, seed=1)
     about = study(rows_of(tmp_path))
-    assert [about.capped(row) for row in about.rows] == [None, 5.0]
+    assert about.runs.sort("seed")["capped"].to_list() == [None, 5.0]
 
 
 def test_each_method_has_its_best_learning_rate(sweep):
@@ -64,24 +70,22 @@ def test_differences_are_by_seed_at_the_best_and_at_the_baselines_learning_rate(
         write_run(root / f"span-3-0.1-{seed}", "span", "plain", losses=losses, bits=end, optim__lr=0.1, seed=seed)
     about = study(rows_of(root))
     assert about.baseline == {"placement": "pre", "init": "plain"}
-    pairs = zip(at_own_rates(about).found, at_shared_rates(about).found, strict=True)
-    by_placement = {own.method.placement: (own, shared) for own, shared in pairs}
-    own, shared = by_placement["span"]
+    own, shared = (compared(about, kind)["span / plain"] for kind in (OWN, SHARED))
     # PreNorm at 0.01: 2.0 + 0.02 x seed.
-    assert (own.lr, own.partner_lr, own.pairs) == (0.1, 1e-2, 3)
+    assert (own["lr"], own["baseline_lr"], own["pairs"]) == (0.1, 1e-2, 3)
     expected = stats.t_interval([1.4 - 2.0, 1.3 - 2.02, 1.35 - 2.04])
-    assert own.interval.mean == pytest.approx(expected.mean) and own.interval.low == pytest.approx(expected.low)
-    assert (shared.lr, shared.partner_lr) == (1e-2, 1e-2)
-    assert (shared.interval.mean, shared.interval.low, shared.interval.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert by_placement["post"][0].interval.mean == pytest.approx(0.5)
+    assert (own["difference"], own["low"]) == (pytest.approx(expected.mean), pytest.approx(expected.low))
+    assert (shared["lr"], shared["baseline_lr"]) == (1e-2, 1e-2)
+    assert (shared["difference"], shared["low"], shared["high"]) == pytest.approx((-0.5, -0.5, -0.5))
+    assert compared(about)["post / plain"]["difference"] == pytest.approx(0.5)
 
 
 def test_a_seed_that_only_one_finished_is_in_no_difference_and_n_says_so(tmp_path):
     root = write_lr_sweep(tmp_path, lrs=(1e-2,), placements=("pre", "span"))
     shutil.rmtree(root / "span-3-0.01-1")
     (root / "span-3-0.01-2" / "DONE").unlink()
-    (own,) = at_own_rates(study(rows_of(root))).found
-    assert (own.interval.n, own.pairs) == (1, 3)
+    (own,) = compared(study(rows_of(root))).values()
+    assert (own["n"], own["pairs"], own["low"]) == (1, 3, None)
 
 
 def test_a_baseline_of_one_key_compares_at_the_others_own(tmp_path):
@@ -90,7 +94,8 @@ def test_a_baseline_of_one_key_compares_at_the_others_own(tmp_path):
     rows = rows_of(tmp_path)
 
     def pairs(baseline):
-        return [(own.method.label, own.partner.label) for own in at_own_rates(study(rows, baseline)).found]
+        about = study(rows, baseline)
+        return [(label, about.methods[line["baseline"]].label) for label, line in compared(about).items()]
 
     assert pairs(None) == [(m, "pre / plain") for m in ("pre / scale-L1", "span / plain", "span / scale-L1")]
     assert pairs({"placement": "pre"}) == [("span / plain", "pre / plain"), ("span / scale-L1", "pre / scale-L1")]
@@ -101,63 +106,57 @@ def test_another_config_key_may_be_the_baseline(tmp_path):
     for i, targets in enumerate([("ffn_out",), ("attn_out", "ffn_out")]):
         write_run(tmp_path / str(i), bits=2.0 - 0.1 * i, model__init_targets=targets)
     about = study(rows_of(tmp_path), {"model.init_targets": "attn_out,ffn_out"})
-    (own,) = at_own_rates(about).found
-    assert own.method.label == "span / scale-L1, init_targets=ffn_out" and own.interval.mean == pytest.approx(0.1)
+    assert compared(about)["span / scale-L1, init_targets=ffn_out"]["difference"] == pytest.approx(0.1)
 
 
 def test_sensitivity_is_wortsmans_over_the_shared_learning_rates(sweep):
-    found = {m.placement: interval for m, _, interval in sensitivities(sweep)}
+    found = rates_of(sweep, "pre")
     # Pre: losses 2.1, 2.0, 2.1 and 0.01 x seed x (1, 2, 3); each seed's mean less its least.
     by_hand = [(2.1 + 0.01 * s + 2.0 + 0.02 * s + 2.1 + 0.03 * s) / 3 - (2.0 + 0.02 * s) for s in range(3)]
-    assert found["pre"].mean == pytest.approx(sum(by_hand) / 3) and found["pre"].n == 3
+    assert (found["sensitivity"], found["seeds"]) == (pytest.approx(sum(by_hand) / 3), 3)
     # Post has its first loss, 5, for the learning rate at which it diverged.
     by_hand = [(2.6 + 0.01 * s + 2.5 + 0.02 * s + 5.0) / 3 - (2.5 + 0.02 * s) for s in range(3)]
-    assert found["post"].mean == pytest.approx(sum(by_hand) / 3)
+    assert rates_of(sweep, "post")["sensitivity"] == pytest.approx(sum(by_hand) / 3)
 
 
 def test_sensitivity_needs_three_shared_learning_rates(tmp_path):
     root = write_lr_sweep(tmp_path, placements=("pre", "span"), seeds=(0,))
-    assert len(sensitivities(study(rows_of(root)))) == 2
+    assert rates(study(rows_of(root)))["sensitivity"].null_count() == 0
     shutil.rmtree(root / "pre-3-0.1-0")
-    assert sensitivities(study(rows_of(root))) == []
+    assert rates(study(rows_of(root)))["sensitivity"].to_list() == [None, None]
 
 
 def test_the_optimum_lies_between_and_not_at_an_end(sweep):
-    found = optimum(sweep, method(sweep, "pre"), PLACE)
+    found = rates_of(sweep, "pre")
     # Seed 0 is symmetric about 0.01; the others rise faster to the right, so their optimum is left of it.
-    assert found.n == 3 and 1e-3 < found.at < 1e-2 and found.low < found.at < found.high
+    assert found["n"] == 3 and 1e-3 < found["at"] < 1e-2 and found["low"] < found["at"] < found["high"]
     only = study([row for row in sweep.rows if row.seed == 0])
-    assert optimum(only, method(only, "pre"), PLACE).at == pytest.approx(1e-2)
+    assert rates_of(only, "pre")["at"] == pytest.approx(1e-2)
     # PostNorm diverges at 0.1, above its best rate: of where it is best only the two sides are known.
-    cliff = optimum(sweep, method(sweep, "post"), PLACE)
-    assert (cliff.kind, cliff.at, cliff.low, cliff.high, cliff.n) == ("cliff", None, 1e-3, 1e-1, 3)
+    cliff = rates_of(sweep, "post")
+    assert [cliff[key] for key in ("kind", "at", "low", "high", "n")] == ["cliff", None, 1e-3, 1e-1, 3]
     two = study([row for row in sweep.rows if row.lr > 1e-3])
-    assert optimum(two, method(two, "pre"), PLACE) is None
+    assert rates_of(two, "pre")["kind"] is None
 
 
 def test_a_method_that_trains_nowhere_has_no_optimum(tmp_path):
     write_arms(tmp_path, {"post": [3.9, 3.95]}, lrs=(1e-3, 1e-2, 1e-1))
     about = study(rows_of(tmp_path))
     assert {row.outcome.kind for row in about.rows} == {"plateau"}
-    assert optimum(about, method(about, "post"), PLACE) is None
+    assert rates_of(about, "post")["kind"] is None
 
 
 def test_a_best_rate_at_an_end_of_its_grid_is_told(sweep):
-    pre = method(sweep, "pre")
-    assert [at_an_end(sweep, pre, PLACE, lr) for lr in (1e-3, 1e-2, 1e-1)] == [True, False, True]
-    one = study([row for row in sweep.rows if row.lr == 1e-2])
-    assert not at_an_end(one, method(one, "pre"), PLACE, 1e-2)
+    assert [sweep.at_an_end((0, *PLACE), lr) for lr in (1e-3, 1e-2, 1e-1)] == [True, False, True]
+    assert not study([row for row in sweep.rows if row.lr == 1e-2]).at_an_end((0, *PLACE), 1e-2)
 
 
 def test_drifts_are_of_the_optima_and_say_only_their_cells_at_cliffs(tmp_path):
     about = study(rows_of(write_lr_sweep(tmp_path, depths=(3, 6))))
-    found = {d.method.placement: d.factor for d in drifts(about)}
-    assert found["pre"].mean == pytest.approx(1.0)  # the same losses at both depths
-    assert (found["post"].mean, found["post"].low, found["post"].high) == (
-        None,
-        pytest.approx(1e-2),
-        pytest.approx(1e2),
-    )
+    found = {d["method"]: d["factor"] for d in drifts(about)}
+    assert found["pre / plain"].at == pytest.approx(1.0)  # the same losses at both depths
+    post = found["post / plain"]
+    assert (post.at, post.low, post.high) == (None, pytest.approx(1e-2), pytest.approx(1e2))
 
 
 # ---- judging differences ----------------------------------------------------------------------
@@ -181,33 +180,30 @@ def test_the_error_is_pooled_over_the_arms_that_trained_and_ps_are_holms(tmp_pat
         "peri": [2.02, 2.09, 2.10],
         "post": [2.5, 2.4, 3.95],
     }
-    compared = at_own_rates(study(rows_of(write_arms(tmp_path, ends))))
+    about = study(rows_of(write_arms(tmp_path, ends)))
     table = np.array([ends[name] for name in ("pre", "span", "peri")])
     left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
     error = math.sqrt((left**2).sum() / 4)
-    assert [(e.df, e.deviation) for e in compared.spreads.values()] == [(4, pytest.approx(error))]
-    found = {d.method.placement: d for d in compared.found}
+    assert [(e.df, e.deviation) for _, _, e in errors(about)] == [(4, pytest.approx(error))]
+    pre, span, peri, post = (compared(about).get(f"{name} / plain") for name in ("pre", "span", "peri", "post"))
+    assert pre is None
     half = scipy.stats.t.ppf(0.975, 4) * error * math.sqrt(2 / 3)
     mean = (table[1] - table[0]).mean()
-    assert (found["span"].pooled.low, found["span"].pooled.high) == pytest.approx((mean - half, mean + half))
+    assert (span["pooled_low"], span["pooled_high"]) == pytest.approx((mean - half, mean + half))
     own = scipy.stats.ttest_rel(table[1], table[0]).confidence_interval(0.95)
-    assert (found["span"].interval.low, found["span"].interval.high) == pytest.approx((own.low, own.high))
-    raw = [
-        2 * scipy.stats.t.sf(abs(d.interval.mean) / error / math.sqrt(2 / 3), 4) for d in (found["span"], found["peri"])
-    ]
-    assert (found["span"].p, found["peri"].p) == (pytest.approx(2 * raw[0]), pytest.approx(max(2 * raw[0], raw[1])))
-    assert (found["post"].pooled, found["post"].p) == (None, None) and found["post"].interval.n == 3
+    assert (span["low"], span["high"]) == pytest.approx((own.low, own.high))
+    raw = [2 * scipy.stats.t.sf(abs(d["difference"]) / error / math.sqrt(2 / 3), 4) for d in (span, peri)]
+    assert (span["p"], peri["p"]) == (pytest.approx(2 * raw[0]), pytest.approx(max(2 * raw[0], raw[1])))
+    assert (post["pooled_low"], post["p"], post["n"]) == (None, None, 3)
 
 
 def test_comparisons_that_were_named_are_judged_apart(tmp_path):
     ends = {"pre": [2.00, 2.10, 2.05], "span": [1.90, 1.98, 1.99], "peri": [2.02, 2.09, 2.10]}
     rows = rows_of(write_arms(tmp_path, ends))
-    both = {d.method.placement: d.p for d in at_own_rates(study(rows)).found}
-    about = study(rows, confirmed={"placement": "span"})
-    alone = {d.method.placement: d.p for d in at_own_rates(about).found}
-    assert alone["span"] == pytest.approx(both["span"] / 2)
-    assert {m.placement: about.confirms(m) for m in about.methods} == {"pre": False, "span": True, "peri": False}
-    assert not any(study(rows).confirms(m) for m in about.methods)
+    both, alone = compared(study(rows)), compared(study(rows, confirmed={"placement": "span"}))
+    assert alone["span / plain"]["p"] == pytest.approx(both["span / plain"]["p"] / 2)
+    assert {label: line["named"] for label, line in alone.items()} == {"span / plain": True, "peri / plain": False}
+    assert not any(line["named"] for line in both.values())
 
 
 def test_rates_are_chosen_on_some_seeds_and_reported_on_others_where_there_are_enough(tmp_path):
@@ -219,8 +215,8 @@ def test_rates_are_chosen_on_some_seeds_and_reported_on_others_where_there_are_e
         write_run(tmp_path / f"s{seed}", "span", "plain", losses=losses, bits=1.0, optim__lr=1e-1, seed=seed)
     about = study(rows_of(tmp_path))
     assert (sorted(about.choosing), sorted(about.reported)) == ([0, 1, 2], [3, 4, 5])
-    (own,) = at_own_rates(about).found
-    assert (own.lr, own.interval.n, own.pairs) == (1e-2, 3, 3) and own.interval.mean == pytest.approx(1.9 - 2.0)
+    (own,) = compared(about).values()
+    assert (own["lr"], own["n"], own["pairs"], own["difference"]) == (1e-2, 3, 3, pytest.approx(1.9 - 2.0))
     few = study([row for row in about.rows if row.seed < 5])
     assert few.choosing == few.reported == frozenset(range(5))
 
@@ -229,7 +225,7 @@ def test_equal_runs_under_two_names_are_found(tmp_path):
     write_arms(tmp_path / "one", {"pre": [2.0, 2.1], "span": [1.9, 2.1]})
     write_arms(tmp_path / "two", {"pre": [2.0, 2.2]}, model__parametrisation="mup")
     found = replicates(study(rows_of(tmp_path)))
-    assert [(one.label, other.label, count) for one, other, count in found] == [
+    assert [(one.label, other.label, count) for (one, other), count in found.items()] == [
         ("pre / plain, parametrisation=mup", "pre / plain, parametrisation=standard", 1),
         ("pre / plain, parametrisation=standard", "span / plain, parametrisation=standard", 1),
     ]
@@ -238,9 +234,9 @@ def test_equal_runs_under_two_names_are_found(tmp_path):
 def test_over_all_settings_needs_enough_of_them(tmp_path, sweep):
     assert overall(sweep) == []  # three learning rates
     about = study(rows_of(write_lr_sweep(tmp_path, depths=(3, 6, 12), placements=("pre", "span"))))
-    (found,) = overall(about)
-    assert (found.settings, found.lower, found.interval.n) == (9, 9, 27)
-    assert (found.interval.mean, found.interval.low, found.interval.high) == pytest.approx((-0.5, -0.5, -0.5))
+    ((_, _, interval, settings, lower),) = overall(about)
+    assert (settings, lower, interval.n) == (9, 9, 27)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((-0.5, -0.5, -0.5))
 
 
 # ---- tables of figures ------------------------------------------------------------------------
@@ -265,15 +261,15 @@ def test_the_outcome_map_has_no_hole(tmp_path):
 def test_the_forest_has_both_comparisons_of_each_method_and_place(tmp_path, sweep):
     table = frames.differences_table(sweep)
     assert table.select("method", "comparison").rows() == [
-        (f"{p} / plain", kind) for p in ("post", "span") for kind in (frames.OWN, frames.SHARED)
+        (f"{p} / plain", kind) for p in ("post", "span") for kind in (OWN, SHARED)
     ]
     assert table["difference"].to_list() == pytest.approx([0.5, 0.5, -0.5, -0.5])
     assert set(table["panel"]) == {""} and set(table["seeds"]) == {3}
     places = study(rows_of(write_lr_sweep(tmp_path, lrs=(1e-2,), depths=(3, 6))))
     table = frames.differences_table(places)
     assert table.select("panel", "comparison").unique(maintain_order=True).rows() == [
-        ("3 blocks", frames.OWN),
-        ("6 blocks", frames.OWN),
+        ("3 blocks", OWN),
+        ("6 blocks", OWN),
     ]
 
 
