@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sweep_records import keep, unpack
+from experiments.sweep_records import pack, unpack
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import split_overrides
@@ -50,8 +50,7 @@ class Part:
     lanes: int
     rate: float
 
-    def runs(self, overrides: Overrides) -> Sweep:
-        sweep = expand(self.sweep, "cpu", overrides=overrides)
+    def of(self, sweep: Sweep) -> Sweep:
         return dataclasses.replace(sweep, runs=tuple(run for run in sweep.runs if run.config.seed == self.seed))
 
 
@@ -82,7 +81,7 @@ _DATA, _TOKENS, _FULL_NAME, _RUNS = "data.tar.xz", "tokens", "full_name", "sweep
 
 def prepare(work: Path, overrides: Overrides) -> Path:
     """Packs what all runs of PLAN read: the stores, their floors, and the full name by which they are found again."""
-    config = PLAN[0].runs(overrides).runs[0].config
+    config = expand(PLAN[0].sweep, "cpu", overrides=overrides).runs[0].config  # all of them read the same
     data = replace(config.data, cache_dir=str(work / _TOKENS))
     train, held_out = open_store(data, data.train_split), open_store(data, data.eval_split)
     floors(train, held_out, open_tokenizer(data), data.seq_len, config.eval.tokens)
@@ -129,25 +128,27 @@ def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
     """Does what is left of PLAN, as far as the seconds reach: 0, or 1 if runs have failed."""
     os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
     runs, codes, kept = work / _RUNS, list[int](), list[Future[int]]()
+    jobs = min(JOBS, len(os.sched_getaffinity(0)))
     with ending(seconds) as signals, ThreadPoolExecutor(1) as packer:  # which packs while the next part trains
         for part in PLAN:
-            sweep = part.runs(overrides)
-            print(_said(part, sweep, runs), flush=True)
+            whole = expand(part.sweep, "cpu", overrides=overrides)
+            print(_said(part, whole, runs), flush=True)
             if signals or INTERRUPTED_EXIT in codes:
                 continue
-            codes.append(local(sweep, runs, min(JOBS, len(os.sched_getaffinity(0))), False, part.lanes))
-            if any(Place(runs, run.name).state() in ENDED for run in sweep.runs):
-                kept.append(packer.submit(keep, part.sweep, runs, out, overrides, preset=1))
+            codes.append(local(part.of(whole), runs, jobs, False, part.lanes))
+            names = [run.name for run in whole.runs]
+            kept.append(packer.submit(pack, names, runs, out / f"{part.sweep}.tar.xz", preset=1))
     for packed in kept:
         packed.result()
     print(f"records of what has ended are in {out}; what is left goes on with the same command")
     return FAILED_EXIT if FAILED_EXIT in codes else 0
 
 
-def _said(part: Part, sweep: Sweep, out: Path | None = None) -> str:
-    left = [run for run in sweep.runs if out is None or Place(out, run.name).state() not in ENDED]
+def _said(part: Part, sweep: Sweep, out: Path) -> str:
+    own = part.of(sweep).runs
+    left = [run for run in own if Place(out, run.name).state() not in ENDED]
     minutes = sum(run_flops(run.config) for run in left) / part.rate / 60
-    much = f"{len(left)} of {len(sweep.runs)} runs are left, {minutes:.0f} min at {part.rate:.1e} FLOP/s"
+    much = f"{len(left)} of {len(own)} runs are left, {minutes:.0f} min at {part.rate:.1e} FLOP/s"
     return f"{part.sweep}, seed {part.seed}: {much}"
 
 
@@ -162,12 +163,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(rest)
     if args.prepare:
         for part in PLAN:
-            print(_said(part, part.runs(overrides)))
+            print(_said(part, expand(part.sweep, "cpu", overrides=overrides), args.work / _RUNS))
         path = prepare(args.work, overrides)
         print(f"carry along {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return 0
-    if args.out is None or args.minutes is None or not args.minutes * 60 > SAVE_S:
-        raise UserError(f"a session takes --out and --minutes, above {SAVE_S / 60:g}; or --prepare makes its data")
+    if args.out is None or args.minutes is None or not 1 < args.minutes < 10_000:
+        raise UserError("a session takes --out and --minutes, from 2 to 9999; or --prepare makes its data")
     overrides = [*QUICK, *carried(args.work), *overrides]
     return session(args.work, args.out, args.minutes * 60 - (time.monotonic() - began), overrides)
 

@@ -16,7 +16,7 @@ import lzma
 import re
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.results_page import write_page
@@ -30,36 +30,35 @@ from spannorm_jax.sweep.records import ENDED, Place
 ARCHIVES = Path("experiments/results/sweeps")
 _FILES = (CONFIG, STARTS, METRICS, EVAL, DONE, DIVERGED)
 _VERBS = ("keep", "page")
-_SMALLEST = 9 | lzma.PRESET_EXTREME
 
 
-def keep(
-    name: str, out: Path, archives: Path, overrides: Sequence[tuple[str, str]] = (), preset: int = _SMALLEST
-) -> int:
+def keep(name: str, out: Path, archives: Path) -> int:
     """Packs a sweep's ended runs, those of its older archive too, and returns how many they are.
 
-    The same runs give the same bytes. An older archive stays until the new one is whole.
-
-    Args:
-      name: of the sweep.
-      out: folder of all runs.
-      archives: folder of NAME.tar.xz.
-      overrides: those of every run.
-      preset: of xz; 1 takes a tenth of the default's time.
+    The same runs give the same bytes.
 
     Raises:
       UserError: no run has ended.
     """
-    path = archives / f"{name}.tar.xz"
+    kept = pack([run.name for run in expand(name, "cpu").runs], out, archives / f"{name}.tar.xz")
+    if not kept:
+        raise UserError(f"no run of sweep {name} has ended in {out}; do them: sweep {name} local --out {out}")
+    return kept
+
+
+def pack(runs: Iterable[str], out: Path, path: Path, preset: int = 9 | lzma.PRESET_EXTREME) -> int:
+    """`keep` of runs by their names, into the archive `path`; an older one stays until the new one is whole.
+
+    A `preset` of 1 takes a tenth of the time, for a tenth more bytes.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         if path.exists():
             unpack(path, Path(scratch))
-        runs = sorted(run.name for run in expand(name, "cpu", overrides=overrides).runs)
-        here = {run: out if Place(out, run).state_at_rest() in ENDED else Path(scratch) for run in runs}
-        ended = [run for run in runs if (here[run] / run / CONFIG).exists()]
+        here = {run: out if Place(out, run).state_at_rest() in ENDED else Path(scratch) for run in sorted(runs)}
+        ended = [run for run, folder in here.items() if (folder / run / CONFIG).exists()]
         if not ended:
-            raise UserError(f"no run of sweep {name} has ended in {out}; do them: sweep {name} local --out {out}")
-        archives.mkdir(parents=True, exist_ok=True)
+            return 0
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
         with tarfile.open(unfinished, "w:xz", preset=preset) as archive:
             for run in ended:

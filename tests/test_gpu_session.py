@@ -65,11 +65,13 @@ def ended():
 
 
 def test_a_part_is_lanes_of_few_programs_and_all_parts_read_the_same_data():
-    parts = [(part, part.runs(gpu_session.QUICK)) for part in gpu_session.PLAN]
+    carried = (("data.cache_dir", "tokens"), ("data.full_name", "python_source/sys_path_01234567/1.0.0"))
+    overrides = (*gpu_session.QUICK, *carried)
+    parts = [(part, part.of(expand(part.sweep, "cpu", overrides=overrides))) for part in gpu_session.PLAN]
     assert len({(run.config.data, run.config.eval.tokens) for _, sweep in parts for run in sweep.runs}) == 1
     names = [run.name for _, sweep in parts for run in sweep.runs]
     whole = [run.name for name in {part.sweep for part, _ in parts} for run in expand(name, "cpu").runs]
-    assert sorted(names) == sorted(whole)  # each once, and as the sweeps name them
+    assert sorted(names) == sorted(whole)  # each once, by the name that its sweep gives it
     for part, sweep in parts:
         check_groups(sweep, part.lanes)
 
@@ -119,7 +121,8 @@ def test_a_session_ends_at_its_deadline_with_records_and_goes_on(work, monkeypat
     ("argv", "says"),
     [
         (["--minutes=15", "--out=records"], "data.tar.xz; make it: .*--prepare"),
-        (["--minutes=1", "--out=records"], "--minutes, above 1"),
+        (["--minutes=1", "--out=records"], "--minutes, from 2"),
+        (["--minutes=inf", "--out=records"], "from 2 to 9999"),
         (["--minutes=15"], "takes --out"),
     ],
 )
