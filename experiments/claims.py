@@ -119,7 +119,11 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
     fails = found.low is not None and found.low > 0
     holds = found.high is not None and found.high <= 0
     rows = tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
-    return Verdict(FAILS if fails else HOLDS if holds else NOT_TOLD, f"{interval_text(found.mean, found.low, found.high)}, n {found.n}", rows)
+    return Verdict(
+        FAILS if fails else HOLDS if holds else NOT_TOLD,
+        f"{interval_text(found.mean, found.low, found.high)}, n {found.n}",
+        rows,
+    )
 
 
 def gradient(sweep: Results, **wanted: Any) -> Verdict:

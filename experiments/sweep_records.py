@@ -16,6 +16,7 @@ import lzma
 import re
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import claims
@@ -40,21 +41,32 @@ def keep(name: str, out: Path, archives: Path) -> int:
     Raises:
       UserError: no run has ended.
     """
-    path = archives / f"{name}.tar.xz"
+    kept = pack([run.name for run in expand(name, "cpu").runs], out, archives / f"{name}.tar.xz")
+    if not kept:
+        raise UserError(f"no run of sweep {name} has ended in {out}; do them: sweep {name} local --out {out}")
+    return kept
+
+
+def pack(runs: Iterable[str], out: Path, path: Path, preset: int = 9 | lzma.PRESET_EXTREME) -> int:
+    """`keep` of runs by their names, into the archive `path`; an older one stays until the new one is whole.
+
+    A `preset` of 1 takes a tenth of the time, for a tenth more bytes.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         if path.exists():
             unpack(path, Path(scratch))
-        runs = sorted(run.name for run in expand(name, "cpu").runs)
-        here = {run: out if Place(out, run).state_at_rest() in ENDED else Path(scratch) for run in runs}
-        ended = [run for run in runs if (here[run] / run / CONFIG).exists()]
+        here = {run: out if Place(out, run).state_at_rest() in ENDED else Path(scratch) for run in sorted(runs)}
+        ended = [run for run, folder in here.items() if (folder / run / CONFIG).exists()]
         if not ended:
-            raise UserError(f"no run of sweep {name} has ended in {out}; do them: sweep {name} local --out {out}")
-        archives.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w:xz", preset=9 | lzma.PRESET_EXTREME) as archive:
+            return 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        with tarfile.open(unfinished, "w:xz", preset=preset) as archive:
             for run in ended:
                 for file in (here[run] / run / file for file in _FILES):
                     if file.exists():
                         _add(archive, f"{run}/{file.name}", file.read_bytes())
+        unfinished.replace(path)
     return len(ended)
 
 

@@ -69,6 +69,11 @@ def goes_on(data: DataConfig, old: DataConfig) -> bool:
     return name.config in (before.config, exact.config) and _may_be(name, exact)
 
 
+def made_here(data: DataConfig) -> bool:
+    """Whether it is a `python_source`, which is named by what lies on the machine."""
+    return parse(data.dataset, "data.dataset").base == stdlib_files.DATASET
+
+
 def embedded(name: Name) -> str:
     """TFDS's full name of a `python_source`, which tells its contents; "" for anything else.
 

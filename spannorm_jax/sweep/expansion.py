@@ -11,6 +11,7 @@ from typing import Any
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.config_file import authors_errors, load, run_file, split_spec
+from spannorm_jax.data.names import made_here
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.sweep.definition import Point, product
 
@@ -157,9 +158,12 @@ def identity(config: Config) -> dict[str, Any]:
     """The options that say what a run is: those that differ from what was done before they came.
 
     So neither a new option nor a new default changes an identity. Runtime options are not in it, nor those that the
-    run's initialisation does not read.
+    run's initialisation does not read, nor which version of this machine's own sources the data are: a run that leaves
+    that open has it filled in, and goes on with no other.
     """
     then, left_out = flatten(Config()) | former_defaults(), unread(config.model.init)
+    if made_here(config.data):
+        left_out |= {"data.full_name"}
     return {
         key: value
         for key, value in flatten(config).items()

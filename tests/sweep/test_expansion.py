@@ -22,7 +22,7 @@ SHIPPED = {
     "dense": (
         *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "seed"),
         *("rivals", "depth_factor", "branch_factor", "depth_lr", "exponent", "fresh_seeds", "warmup"),
-        *("lengths", "rung_s", "rung_m", "rung_l", "newcomers"),
+        *("lengths", "rung_s", "rung_m", "rung_l", "rate_stress", "newcomers"),
     ),
     "moe": ("experts", "demo", "seed"),
 }
@@ -35,6 +35,7 @@ NUMBER = {
     "rung_s": 42,
     "rung_m": 56,
     "rung_l": 28,
+    "rate_stress": 36,
     "depth": 162,
     "width": 315,
     "depth_lr": 270,
@@ -108,6 +109,18 @@ def test_runtime_options_are_no_part_of_what_a_run_is():
     assert identity(replace(Config(), model__init_targets=("ffn_out",))) == own | {"model.variance_exponent": 1.0}
     # Plain does not read ScaleInit's options.
     assert identity(replace(Config(), model__init_targets=("ffn_out",), model__init="plain")) == {"model.init": "plain"}
+
+
+def test_which_of_a_machines_own_sources_the_data_are_is_no_part_of_what_a_run_is():
+    """So a run has the name that its sweep gives it, also where its data were carried from another machine."""
+    name = {"data.full_name": "python_source/sys_path_01234567/1.0.0"}
+    for override, same in ((name, True), ({"data.full_name": "lm1b/1.1.0"}, False)):
+        dataset = "python_source/sys_path" if same else "lm1b"
+        left_open, named = (
+            folder_name(load("configs/dense.py:tiny", tuple(({"data.dataset": dataset} | more).items())))
+            for more in ({}, override)
+        )
+        assert (left_open == named) is same
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])

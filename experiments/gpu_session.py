@@ -1,0 +1,177 @@
+"""A quarter of an hour of one GPU, used from its first second: the most valuable runs first.
+
+    python -m experiments.gpu_session --prepare                    # where there is no GPU: the data, to be carried
+    python -m experiments.gpu_session --minutes 15 --out records   # where there is one
+
+`--prepare` packs the token stores that the runs read into WORK/data.tar.xz. The session unpacks it and does the parts
+of PLAN in their order, as lanes of one program each. After each part, and at its end, it packs what has ended into
+OUT/NAME.tar.xz. It ends before its minutes do: runs at work save their step, and the same command goes on.
+`--config.a.b=c` is one of every run, as for sweeps: with a tiny model on a CPU it is a rehearsal.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import tarfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.sweep_records import pack, unpack
+from spannorm_jax.command import Parser, run_command
+from spannorm_jax.config import replace
+from spannorm_jax.config_file import split_overrides
+from spannorm_jax.data.floors import floors
+from spannorm_jax.data.tokens import open_store, open_tokenizer
+from spannorm_jax.errors import UserError
+from spannorm_jax.paths import user_path
+from spannorm_jax.sweep.cost import run_flops
+from spannorm_jax.sweep.expansion import Sweep, expand
+from spannorm_jax.sweep.records import ENDED, Place
+from spannorm_jax.sweep.runner import FAILED_EXIT, INTERRUPTED_EXIT, local
+
+Overrides = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The runs of a sweep that have one seed; at most so many are trained together, at about `rate` FLOP/s.
+
+    The rates are guesses from smaller programs of an H100, for the minutes that are said. Nothing follows from them.
+    """
+
+    sweep: str
+    seed: int
+    lanes: int
+    rate: float
+
+    def of(self, sweep: Sweep) -> Sweep:
+        return dataclasses.replace(sweep, runs=tuple(run for run in sweep.runs if run.config.seed == self.seed))
+
+
+PLAN = (
+    Part("rung_m", 0, lanes=8, rate=1.5e13),
+    Part("rate_stress", 0, lanes=8, rate=1.5e13),
+    Part("rung_m", 1, lanes=8, rate=1.5e13),
+    Part("rate_stress", 1, lanes=8, rate=1.5e13),
+    Part("rung_l", 0, lanes=4, rate=3.9e13),
+    Part("rung_l", 1, lanes=4, rate=3.9e13),
+)
+JOBS = 2  # while one compiles or evaluates, the other trains
+# None of these changes what a run is. A checkpoint of eight lanes, and small batches of evaluation, keep a GPU waiting.
+QUICK = (
+    ("platform", "gpu"),
+    ("checkpoint.every_steps", "1000"),
+    ("eval.batch_size", "256"),
+    ("metrics.tensorboard", "false"),
+)
+XLA_FLAGS = "--xla_gpu_autotune_level=0"  # autotuning takes three quarters of the time to compile (docs/sweeps.md)
+SAVE_S, KILL_S = 60, 20  # before the end: when runs at work are asked to save their step, and when they are killed
+
+_DATA, _TOKENS, _FULL_NAME, _RUNS = "data.tar.xz", "tokens", "full_name", "sweeps"
+
+
+# ---- the data -----------------------------------------------------------------------------------------
+
+
+def prepare(work: Path, overrides: Overrides) -> Path:
+    """Packs what all runs of PLAN read: the stores, their floors, and the full name by which they are found again."""
+    config = expand(PLAN[0].sweep, "cpu", overrides=overrides).runs[0].config  # all of them read the same
+    data = replace(config.data, cache_dir=str(work / _TOKENS))
+    train, held_out = open_store(data, data.train_split), open_store(data, data.eval_split)
+    floors(train, held_out, open_tokenizer(data), data.seq_len, config.eval.tokens)
+    name = io.BytesIO(train.dataset.encode())
+    with tarfile.open(work / _DATA, "w:xz") as archive:
+        member = tarfile.TarInfo(_FULL_NAME)
+        member.size = len(name.getvalue())
+        archive.addfile(member, name)
+        for path in (train.path, held_out.path, *held_out.path.parent.glob("floors-*.json")):
+            archive.add(path, Path(_TOKENS) / path.relative_to((work / _TOKENS).absolute()))
+    return work / _DATA
+
+
+def carried(work: Path) -> Overrides:
+    """Unpacks the data, and returns the overrides by which runs find them, whatever sources this machine has."""
+    if not (work / _DATA).exists():
+        raise UserError(f"there is no {work / _DATA}; make it: python -m experiments.gpu_session --prepare")
+    unpack(work / _DATA, work)
+    full_name = (work / _FULL_NAME).read_text(encoding="utf-8")
+    return ("data.cache_dir", str(work / _TOKENS)), ("data.full_name", full_name)
+
+
+# ---- the session --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending(seconds: float) -> Iterator[list[int]]:
+    """Signals this process before so many seconds are over: to save, then to kill. Yields those that no runner took."""
+    signals: list[int] = []
+    usual = signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    timers = [threading.Timer(max(0, seconds - s), os.kill, (os.getpid(), signal.SIGTERM)) for s in (SAVE_S, KILL_S)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield signals
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGTERM, usual)
+
+
+def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
+    """Does what is left of PLAN, as far as the seconds reach: 0, or 1 if runs have failed."""
+    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+    runs, codes, kept = work / _RUNS, list[int](), list[Future[int]]()
+    jobs = min(JOBS, len(os.sched_getaffinity(0)))
+    with ending(seconds) as signals, ThreadPoolExecutor(1) as packer:  # which packs while the next part trains
+        for part in PLAN:
+            whole = expand(part.sweep, "cpu", overrides=overrides)
+            print(_said(part, whole, runs), flush=True)
+            if signals or INTERRUPTED_EXIT in codes:
+                continue
+            codes.append(local(part.of(whole), runs, jobs, False, part.lanes))
+            names = [run.name for run in whole.runs]
+            kept.append(packer.submit(pack, names, runs, out / f"{part.sweep}.tar.xz", preset=1))
+    for packed in kept:
+        packed.result()
+    print(f"records of what has ended are in {out}; what is left goes on with the same command")
+    return FAILED_EXIT if FAILED_EXIT in codes else 0
+
+
+def _said(part: Part, sweep: Sweep, out: Path) -> str:
+    own = part.of(sweep).runs
+    left = [run for run in own if Place(out, run.name).state() not in ENDED]
+    minutes = sum(run_flops(run.config) for run in left) / part.rate / 60
+    much = f"{len(left)} of {len(own)} runs are left, {minutes:.0f} min at {part.rate:.1e} FLOP/s"
+    return f"{part.sweep}, seed {part.seed}: {much}"
+
+
+def main(argv: list[str]) -> int:
+    began = time.monotonic()
+    rest, overrides = split_overrides(argv)
+    parser = Parser(prog="python -m experiments.gpu_session", description=__doc__)
+    parser.add_argument("--prepare", action="store_true", help="make WORK/data.tar.xz, and say what the parts take")
+    parser.add_argument("--minutes", type=float, metavar="M", help="after which the session has ended")
+    parser.add_argument("--out", type=user_path, help="folder of the records, an archive a sweep")
+    parser.add_argument("--work", type=user_path, default=Path("runs/gpu_session"), help="folder of data and runs")
+    args = parser.parse_args(rest)
+    if args.prepare:
+        for part in PLAN:
+            print(_said(part, expand(part.sweep, "cpu", overrides=overrides), args.work / _RUNS))
+        path = prepare(args.work, overrides)
+        print(f"carry along {path}, {path.stat().st_size / 2**20:.1f} MiB")
+        return 0
+    if args.out is None or args.minutes is None or not 1 < args.minutes < 10_000:
+        raise UserError("a session takes --out and --minutes, from 2 to 9999; or --prepare makes its data")
+    overrides = [*QUICK, *carried(args.work), *overrides]
+    return session(args.work, args.out, args.minutes * 60 - (time.monotonic() - began), overrides)
+
+
+if __name__ == "__main__":
+    run_command(main, lasting=True)
