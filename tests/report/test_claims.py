@@ -59,6 +59,19 @@ def test_it_trains_where_another_fails(span, post, word, tmp_path):
     assert claims.trains_where(sweep(tmp_path, *runs), SPAN, POST).word == word
 
 
+def test_it_trains_too_where_another_does_and_else_nothing_is_told(tmp_path):
+    made = sweep(
+        tmp_path,
+        *seeds("pre", [2.0, 2.1], optim__lr=0.01),
+        *seeds("span", [2.0, 2.4], optim__lr=0.01),
+        *seeds("post", [4.9, 4.9], optim__lr=0.01, losses=PLATEAU),
+    )
+    assert claims.trains_too(made, SPAN, PRE).word == HOLDS
+    assert claims.trains_too(made, POST, PRE).word == FAILS
+    assert claims.trains_too(made, SPAN, POST).word == NOT_TOLD
+    assert claims.trains_too(made, SPAN, PRE, lr=0.1).word == NOT_TESTED
+
+
 @pytest.mark.parametrize(
     ("low", "high", "word"), [(0.9, 1.1, HOLDS), (0.5, 1.5, NOT_TOLD), (0.3, 0.7, FAILS), (1.5, 2.0, FAILS)]
 )
