@@ -12,6 +12,7 @@ OUT/NAME.tar.xz. It ends before its minutes do: runs at work save their step, an
 import contextlib
 import dataclasses
 import io
+import lzma
 import os
 import signal
 import tarfile
@@ -99,7 +100,10 @@ def carried(work: Path) -> Overrides:
     """Unpacks the data, and returns the overrides by which runs find them, whatever sources this machine has."""
     if not (work / _DATA).exists():
         raise UserError(f"there is no {work / _DATA}; make it: python -m experiments.gpu_session --prepare")
-    unpack(work / _DATA, work)
+    try:
+        unpack(work / _DATA, work)
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{work / _DATA} is damaged ({error}); carry it again") from error
     full_name = (work / _FULL_NAME).read_text(encoding="utf-8")
     return ("data.cache_dir", str(work / _TOKENS)), ("data.full_name", full_name)
 

@@ -274,12 +274,14 @@ class Results:
         """A table of the sweep's report, by its name in `report.markdown`."""
         return markdown.tables(contents(self.about, (), Path(), self.name))[name]
 
-    def figure(self, name: str, alternative: str) -> str:
-        """Draws a figure of the report, and links to it."""
+    def figure(self, name: str, alternative: str, *view: str) -> str:
+        """Draws a figure of the report, in a view of its page or the first one, and links to it."""
         make: Callable[[Study], Any] = FIGURES[name][0]
         figure = make(self.about)
         if figure is None:
             raise ValueError(f"{self.name} has no figure {name}: {FIGURES[name][1]}")
+        if view:
+            figure = replace(figure, views={view: figure.views[view]})
         file = f"{self.name}-{name}.png"
         (self.figures / file).write_bytes(vl_convert.svg_to_png(print_svg(figure), scale=1.5))
         return f"![{alternative}]({self.beside}/{file})"

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import claims
-from experiments.results_page import write_page
+from experiments.results_page import TEMPLATE, write_page
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.paths import user_path
@@ -95,6 +95,8 @@ def main(argv: list[str]) -> int:
     if (args.verb == "keep") != bool(args.names):
         raise UserError("keep needs the names of sweeps, and page takes none")
     if args.verb == "page":
+        if not TEMPLATE.exists():
+            raise UserError(f"there is no {TEMPLATE} here; call it in the folder of the repository")
         with tempfile.TemporaryDirectory() as scratch:
             for path in sorted(ARCHIVES.glob("*.tar.xz")):
                 unpack(path, Path(scratch) / path.name.removesuffix(".tar.xz"))

@@ -160,12 +160,12 @@ def gap(about: Study) -> Figure | None:
     table, panels = with_panels(table, about)
     looks = looks_of(about)
     column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
-    late = table.filter(pl.col("step") >= pl.col("step").max() ** 0.5)
-    near = 1.1 * max(*(abs(x) for x in (*late["low"], *late["high"])), 1e-3)
+    late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
+    near, whole = _with_zero(late), _with_zero(table)
     x = alt.X(
         f"{column}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s", grid=False)
     )
-    scale = alt.Scale(domain=[-near, near], nice=False)
+    scale = alt.Scale(domain=near, nice=False)
     y = alt.Y("gap:Q", title="loss less the baseline’s (nats/token)", scale=scale, axis=alt.Axis(tickCount=7))
     base = alt.Chart().encode(x=x, color=looks.colour(), detail=["init:N", "other:N"])
     tips = tooltip(about, tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
@@ -179,13 +179,12 @@ def gap(about: Study) -> Figure | None:
     ]
     name = "Gap against tokens"
     first = finished(in_panels(layers, panels), name)
-    most = 1.05 * max(abs(x) for x in (*table["low"], *table["high"])) or 1e-3
 
-    def within(bound: float) -> dict[str, Any]:
-        domain = {"scale": {"domain": [-bound, bound], "nice": False}}
-        return with_axes(first, lambda channel, axis: axis | domain if channel == "y" else axis)
+    def within(domain: list[float]) -> dict[str, Any]:
+        scale = {"scale": {"domain": domain, "nice": False}}
+        return with_axes(first, lambda channel, axis: axis | scale if channel == "y" else axis)
 
-    views: Views = {("near zero",): within(near), ("all",): within(most)}
+    views: Views = {("as it ends",): first, ("all",): within(whole)}
     caption = (
         "Training loss less the baseline’s along the run, below zero the method is better: each at its own best "
         "learning rate, and seed by seed, for runs of a seed see the same batches. A point is the mean over a window "
@@ -193,7 +192,14 @@ def gap(about: Study) -> Figure | None:
         f"the greatest. Baseline: {about.baseline_text}. The schedule is the whole run’s: of a shorter run the gap at "
         "its own end may differ."
     )
-    return Figure("gap", name, caption, {"main": table}, {"view": ("near zero", "all")}, views)
+    return Figure("gap", name, caption, {"main": table}, {"view": ("as it ends", "all")}, views)
+
+
+def _with_zero(table: pl.DataFrame) -> list[float]:
+    """From the least to the greatest gap, zero among them, with some room."""
+    low, high = min(0.0, *table["low"]), max(0.0, *table["high"])
+    room = 0.1 * (high - low) or 1e-3
+    return [low - room, high + room]
 
 
 def block_grad_norm(about: Study) -> Figure | None:

@@ -47,6 +47,7 @@ def runs_table(about: Study) -> pl.DataFrame:
     return table.select(*names[:more], "capped_loss", "best_lr", *names[more:])
 
 
+_APART = 0.15  # nats: of levels whose names can stand beside each other
 FLOOR_NAMES = {"trigram": "3-gram", "fourgram": "4-gram", "gzip": "gzip"}
 
 
@@ -59,7 +60,12 @@ def levels_table(about: Study) -> pl.DataFrame:
         for name, shown in FLOOR_NAMES.items()
         if name in row.floors
     }
-    lines = [{"level": level, "name": f"{name} {level}"} for name, level in sorted(found, key=lambda pair: pair[1])]
+    lines: list[dict[str, Any]] = []
+    for name, level in sorted(found, key=lambda pair: -pair[1]):
+        near = lines and lines[-1]["level"] - level < _APART  # its name would stand on the other's
+        if near:
+            lines[-1]["name"] += f", {name} {level}"
+        lines.append({"level": level, "name": "" if near else f"{name} {level}"})
     return pl.DataFrame(lines, schema={"level": pl.Float64, "name": pl.String})
 
 

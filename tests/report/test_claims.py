@@ -93,8 +93,18 @@ def test_a_lead_falls_where_the_gap_grows_seed_by_seed(deep, word, tmp_path):
 
 
 def test_a_gradient_vanishes_by_the_first_block_over_the_last_at_the_start(tmp_path):
-    found = claims.gradient(sweep(tmp_path, *seeds("span", [2.0, 2.1])), **SPAN)  # 0.1 and 0.3 in every such folder
-    assert found.word == FAILS and found.effect == "0.33 of the last block's"
+    made = sweep(tmp_path, *seeds("span", [2.0, 2.1]), *seeds("post", [2.0, 2.1]))  # 0.1 and 0.3 in every such folder
+    found = claims.gradient(made, SPAN, POST)
+    assert found.word == FAILS and found.effect == "0.33 of the last block's (the other's 0.33)"
+    assert claims.gradient(made, SPAN, PRE).word == NOT_TESTED
+
+
+def test_one_seed_and_unequal_rates_tell_nothing(tmp_path):
+    failed = {"optim__lr": 0.01, "losses": PLATEAU}
+    made = sweep(tmp_path, *seeds("pre", [2.2], optim__lr=0.01), *seeds("span", [4.9], **failed),
+                 *seeds("post", [2.1, 2.11], optim__lr=0.003), *seeds("post", [2.3, 2.31], optim__lr=0.01))  # fmt: skip
+    assert claims.less(made, SPAN, PRE).word == claims.trains_where(made, PRE, SPAN).word == NOT_TOLD
+    assert claims.less(made, POST, PRE, own_best=True).effect == "they were not run at the same rates"
 
 
 def test_the_regime_is_of_the_best_run_and_one_that_was_not_run_has_none(tmp_path):
