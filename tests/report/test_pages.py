@@ -51,7 +51,7 @@ def test_every_figure_is_drawn_in_every_view_in_one_panel_and_in_several(tmp_pat
     assert len(seen["loss"]) == 12 + len(lrs) and len(seen["loss_by_lr"]) == 3 and len(seen["differences"]) == 2
     for name in ("a", "b"):
         write_run(tmp_path / "one" / name, {"a": "pre", "b": "span"}[name], bits=2.0)
-    assert len(views(assert_whole(report(tmp_path / "one"), tmp_path))) == 3
+    assert len(views(assert_whole(report(tmp_path / "one"), tmp_path))) == 4
 
 
 def test_a_figure_that_fails_says_so_and_the_others_stand(tmp_path, report):
@@ -67,7 +67,7 @@ def test_a_figure_that_fails_says_so_and_the_others_stand(tmp_path, report):
     drawn, seen, errors = opened(path, tmp_path)
     assert drawn == "all but loss, profile" and len(errors) == 12 + 1
     broken = {each["figure"]: each["said"] for each in seen if each["said"]}
-    assert broken.keys() == {"figure-loss", "figure-profile"} and len(views(seen)) == 8
+    assert broken.keys() == {"figure-loss", "figure-profile"} and len(views(seen)) == 9
     for name in failing:
         assert re.fullmatch(
             rf"This figure could not be drawn \(\w*Error: .+\). Its picture for print is {name}.png.",
