@@ -164,7 +164,7 @@ def sweep_lengths(size: str) -> Iterable[Point]:
 
 @compares("span", baseline="pre")
 def sweep_rung_s(size: str) -> Iterable[Point]:
-    """20 tokens a parameter at 0.6 million parameters, where every arm passes counts of 4-grams. 42 runs: 9.1 h, 0 h.
+    """20 tokens a parameter at 0.6 million parameters: enough to pass counts of 4-grams. 42 runs: 9.1 h, 0 h.
 
     The rungs ask what SpanNorm less PreNorm is, at an equal and at each one's own rate, after as many tokens as a
     compute-optimal run has (Hoffmann et al. 2022). A rung is the same in both sizes: S is for two CPU cores, M and L,
@@ -188,12 +188,12 @@ def sweep_rung_l(size: str) -> Iterable[Point]:
 
 @compares("span", baseline="siamese")
 def sweep_rate_stress(size: str) -> Iterable[Point]:
-    """A constant rate of 1, 2 and 4 times each arm's own best, over 49 million tokens of rung M. 36 runs: 59.8 h, 0 h.
+    """1, 2 and 4 times each arm's own rate, held constant over 49 million tokens. 36 runs: 59.8 h, 0 h.
 
     Whether a placement is stable at any rate: SiameseNorm's authors say that SpanNorm diverges where theirs does not.
     The rate warms up over a tenth of the steps and stays, so that spikes and what becomes of them are not hidden by
-    its end. 3e-3 was best for SpanNorm, SiameseNorm and PostNorm with the factor in the weight, 6e-3 or nearly so for
-    PreNorm and for SpanNorm with the multiplier, which SiameseNorm gets too; grids meet at 6e-3 and 1.2e-2.
+    its end. An arm's own rate is the best of its shorter runs so far: 3e-3 for SpanNorm, SiameseNorm and PostNorm with
+    the factor in the weight. It is 6e-3 for PreNorm and for SpanNorm with the multiplier, and SiameseNorm gets the same.
     """
     constant = fixed("", {"optim.schedule": "wsd", "optim.decay_fraction": 0.0})
     low, high = (list(options({"optim.lr": [times * lr for times in (1, 2, 4)]})) for lr in (3e-3, 6e-3))

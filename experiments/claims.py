@@ -1,7 +1,8 @@
-"""docs/claims.md from records: each claim with its test, its effect in each reading of ScaleInit, and a verdict.
+"""docs/claims.md from records: each claim's test, effect in each reading of ScaleInit, and verdict.
 
-A verdict follows from numbers (`less`, `trains_where`, `stays`, ...), and one seed tells nothing. Two are written: that
-no record tells of a collapse, and what the variance of one seed shows, which a norm fixes.
+A verdict follows from numbers (`less`, `trains_where`, `stays`, ...), and one seed tells nothing.
+There are two exceptions: no record tells of a collapse, and one seed shows the variance, which a
+norm fixes.
 """
 
 import json
@@ -129,19 +130,13 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
     """Whether ours less theirs grows from one place to the other, seed by seed: then the lead falls (fails)."""
     gaps = []
     for place in (one, other):
-        losses = [dict(sweep.runs(**place, **w).select("seed", "loss").iter_rows()) for w in (ours, theirs)]
+        losses = [
+            dict(sweep.runs(**place, **w).select("seed", "loss").drop_nulls().iter_rows()) for w in (ours, theirs)
+        ]
         gaps.append({s: losses[0][s] - losses[1][s] for s in losses[0].keys() & losses[1].keys()})
     found = stats.t_interval([gaps[1][seed] - gaps[0][seed] for seed in sorted(gaps[0].keys() & gaps[1].keys())])
-    if found is None:
-        return Verdict()
-    fails = found.low is not None and found.low > 0
-    holds = found.high is not None and found.high <= 0
-    rows = tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
-    return Verdict(
-        FAILS if fails else HOLDS if holds else NOT_TOLD,
-        f"{interval_text(found.mean, found.low, found.high)}, n {found.n}",
-        rows,
-    )
+    effect = "" if found is None else f"{interval_text(found.mean, found.low, found.high)}, n {found.n}"
+    return below_zero(found, effect, tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours)))
 
 
 def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
@@ -164,10 +159,10 @@ def _first_over_last(rows: list[Row]) -> list[float]:
 def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
     """All of them, in the order of the page. A verdict without records is `not tested`."""
     init = sweeps["placement_init"]
-    readings = {"scale-L0.5": "scale-L0.5", "scale-L1": "scale-L1"}
+    readings = ("scale-L0.5", "scale-L1")
 
     def each(of: Callable[[str], Verdict], **others: Verdict) -> dict[str, Verdict]:
-        return {column: of(reading) for column, reading in readings.items()} | others
+        return {reading: of(reading) for reading in readings} | others
 
     exponent, fresh, depth = sweeps["exponent"], sweeps["fresh_seeds"], sweeps["depth"]
     width, depth_lr, moe, factor = (sweeps[name] for name in ("width", "depth_lr", "experts", "depth_factor"))

@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
         print(f"carry along {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return 0
     if args.out is None or args.minutes is None or not 1 < args.minutes < 10_000:
-        raise UserError("a session takes --out and --minutes, from 2 to 9999; or --prepare makes its data")
+        raise UserError("a session takes --out and --minutes, above 1 and below 10,000; or --prepare makes its data")
     overrides = [*QUICK, *carried(args.work), *overrides]
     return session(args.work, args.out, args.minutes * 60 - (time.monotonic() - began), overrides)
 

@@ -124,10 +124,11 @@ _GAP_SCHEMA: dict[str, Any] = {
 
 
 def gap_curves(about: Study) -> pl.DataFrame:
-    """Of each method its training loss less its baseline's along the run, each at its own best learning rate.
+    """Of each method its training loss less its baseline's along the run, at own best rates.
 
-    A point is a mean over a window of steps that ends `WINDOW` times as far as it begins: of each seed, whose runs see
-    the same batches so that their noise cancels, and then the mean, least and greatest.
+    A point is of a window of steps that ends `WINDOW` times as far as it begins. The runs of a seed
+    see the same batches, so the noise cancels in their mean difference; a line has the mean, the
+    least and the greatest of these over seeds.
     """
     lines = []
     for pair in differences(about).filter(pl.col("comparison") == OWN).iter_rows(named=True):
@@ -148,10 +149,10 @@ def gap_curves(about: Study) -> pl.DataFrame:
 
 
 def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
-    """Number of a window, from 0 for the last one -> mean difference of the two runs' losses in it.
+    """Number of a window, from 0 for the last one -> mean difference of two runs' losses in it.
 
-    Window k holds the steps from steps / WINDOW^(k + 1) on to steps / WINDOW^k, both runs went through it, and step
-    `FIRST` comes before it.
+    Window k holds the steps from steps / WINDOW^(k + 1) to steps / WINDOW^k. A window that one of
+    the runs has not gone through, or that begins before step `FIRST`, is left out.
     """
     (steps, losses), (others, their_losses) = _losses(ours, 0.0), _losses(theirs, 0.0)
     shared = np.intersect1d(steps, others, assume_unique=True)
