@@ -193,7 +193,7 @@ def sweep_rate_stress(size: str) -> Iterable[Point]:
     Whether a placement is stable at any rate: SiameseNorm's authors say that SpanNorm diverges where theirs does not.
     The rate warms up over a tenth of the steps and stays, so that spikes and what becomes of them are not hidden by
     its end. An arm's own rate is the best of its shorter runs so far: 3e-3 for SpanNorm, SiameseNorm and PostNorm with
-    the factor in the weight. It is 6e-3 for PreNorm and for SpanNorm with the multiplier, and SiameseNorm gets the same.
+    the factor in the weight. It is 6e-3 for PreNorm and for SpanNorm with the multiplier; SiameseNorm gets the same.
     """
     constant = fixed("", {"optim.schedule": "wsd", "optim.decay_fraction": 0.0})
     low, high = (list(options({"optim.lr": [times * lr for times in (1, 2, 4)]})) for lr in (3e-3, 6e-3))

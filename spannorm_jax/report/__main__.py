@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
         "--baseline",
         metavar="KEY=VALUE,...",
         help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
-        "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one initialisation, "
-        "the first placement at each)",
+        "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one "
+        "initialisation, the first placement at each)",
     )
     parser.add_argument(
         "--confirm",
