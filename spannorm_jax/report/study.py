@@ -218,8 +218,10 @@ def _baseline(methods: Sequence[Method], asked: Mapping[str, str] | None) -> dic
     if not asked:
         first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
         inits = {m.init for m in methods}
-        if len(inits) > 1 and len({init.partition("-")[0] for init in inits}) == 1:  # readings of one initialisation
-            return {"placement": first.placement}  # each is compared with its own
+        beside = {m.init for m in methods if m.placement == first.placement}
+        readings = len(inits) > 1 and len({init.partition("-")[0] for init in inits}) == 1
+        if readings and beside == inits:  # each is compared with its own
+            return {"placement": first.placement}
         return {"placement": first.placement, "init": first.init}
     return _checked("--baseline", methods, asked)
 

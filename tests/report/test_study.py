@@ -359,3 +359,11 @@ def test_the_gap_along_a_run_is_the_windows_mean_of_paired_losses_at_own_rates(t
     assert table["tokens"][-1] == pytest.approx(
         table["step"][-1] * study(rows_of(tmp_path)).rows[0].run.tokens_per_step
     )
+
+
+def test_readings_are_compared_each_with_its_own_where_the_first_placement_has_all(tmp_path):
+    for placement, exponent in (("pre", 1.0), ("span", 0.0)):
+        write_run(tmp_path / f"{placement}{exponent}", placement, model__variance_exponent=exponent)
+    assert study(rows_of(tmp_path)).baseline == {"placement": "pre", "init": "scale-L1"}
+    write_run(tmp_path / "other", "pre", model__variance_exponent=0.0)
+    assert study(rows_of(tmp_path)).baseline == {"placement": "pre"}
