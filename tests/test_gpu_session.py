@@ -120,8 +120,8 @@ def test_a_session_ends_at_its_deadline_with_records_and_goes_on(work, monkeypat
     ("argv", "says"),
     [
         (["--minutes=15", "--out=records"], "data.tar.xz; make it: .*--prepare"),
-        (["--minutes=1", "--out=records"], "--minutes, from 2"),
-        (["--minutes=inf", "--out=records"], "from 2 to 9999"),
+        (["--minutes=1", "--out=records"], "--minutes, above 1"),
+        (["--minutes=inf", "--out=records"], "below 10,000"),
         (["--minutes=15"], "takes --out"),
     ],
 )
