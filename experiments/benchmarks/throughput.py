@@ -121,10 +121,8 @@ def compile_by_depth(config: Config) -> dict[str, float]:
         cfg = replace(config, model__depth=depth)
         with jax.set_mesh(mesh):
             program = make_program(cfg, define(cfg.model), mesh)
-            shape = (cfg.training.batch_size, cfg.data.seq_len + 1)
-            tokens = jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding)
             began = time.perf_counter()
-            program.train.lower(program.abstract_state, tokens, numbers_of(cfg)).compile()
+            program.train.lower(program.abstract_state, program.abstract_batch, numbers_of(cfg)).compile()
         seconds_at[str(depth)] = time.perf_counter() - began
     return seconds_at
 

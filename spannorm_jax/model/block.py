@@ -22,9 +22,9 @@ from spannorm_jax.model.weights import ModelState
 class Block(nnx.Module):
     """One Transformer block: two sub-layers, and the norms where the placement puts them."""
 
-    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False):
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False, causal: bool = True):
         self.cfg = cfg
-        self.attn = Attention(cfg, execution)
+        self.attn = Attention(cfg, execution, causal)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
         placement = PLACEMENTS[cfg.placement]
         gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
@@ -61,3 +61,8 @@ class Block(nnx.Module):
             warmup = self.warmup_factor[...] if self.cfg.branch_warmup_steps else 1.0
             own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), warmup, attn, branch, self.norms)
             return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats
+
+    def whole(self, stream: Any, layer: Any, angles: Array | None, _: None = None) -> tuple[Any, None, Stats | None]:
+        """The block itself, as a step of `Trunk.run_from`: the stream after it, nothing, what its router did."""
+        stream, stats = self(stream, layer, lambda x_BxTxD: self.attn(x_BxTxD, angles), self.feed_forward)
+        return stream, None, stats

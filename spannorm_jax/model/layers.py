@@ -90,17 +90,18 @@ def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention: RoPE, grouped queries, and the inner norms of the placement.
+    """Self-attention, causal or not: RoPE where there are angles, grouped queries, the placement's inner norms.
 
     Those are RMSNorms whatever `norm` is. Queries, keys and values are normed by head, with one
     gain for all heads (Henry et al. 2020); `heads` is a norm over all heads' outputs together,
     before their projection (SubLN, Wang et al. 2022, arXiv 2210.06423).
     """
 
-    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, causal: bool = True):
         D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
         K = D // H
-        self.implementation, self.logit_multiplier = execution.attention, forward(cfg).attention
+        self.implementation, self.causal = execution.attention, causal
+        self.logit_multiplier = forward(cfg).attention
         by_head, by_kv_head = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q = weight((D, H, K), by_head, "hidden", "q", fan_in=D, fan_out=H * K)
         self.k = weight((D, G, K), by_kv_head, "hidden", "k", fan_in=D, fan_out=G * K)
@@ -113,13 +114,13 @@ class Attention(nnx.Module):
         if "heads" in norms:
             self.heads_norm = Norm("rmsnorm", H * K, cfg.norm_eps, "heads_norm", axis="heads")
 
-    def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
+    def __call__(self, x_BxTxD: Array, angles_TxK2: Array | None) -> Array:
         with jax.named_scope("attention"):
             q, k, v = self.qkv(x_BxTxD, angles_TxK2)
-            return self.project(attention(q, k, v, self.implementation))
+            return self.project(attention(q, k, v, self.implementation, self.causal))
 
-    def qkv(self, x_BxTxD: Array, angles: Array) -> tuple[Array, Array, Array]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2)."""
+    def qkv(self, x_BxTxD: Array, angles: Array | None) -> tuple[Array, Array, Array]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2), if any."""
         dtype = x_BxTxD.dtype
         with jax.named_scope("qkv"):
             heads = {name: linear(x_BxTxD, getattr(self, name)[...].astype(dtype)) for name in "qkv"}
@@ -127,8 +128,9 @@ class Attention(nnx.Module):
             heads[name] = getattr(self, f"{name}_norm")(heads[name])
         q, k, v = heads.values()
         with jax.named_scope("rope"):
-            q = rotate(q, angles)
-            return q if self.logit_multiplier == 1 else q * self.logit_multiplier, rotate(k, angles), v
+            if angles is not None:
+                q, k = rotate(q, angles), rotate(k, angles)
+            return q if self.logit_multiplier == 1 else q * self.logit_multiplier, k, v
 
     def project(self, heads_BxTxHxK: Array) -> Array:
         H, K, D = self.out.shape

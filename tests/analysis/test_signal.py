@@ -327,7 +327,7 @@ def test_gradient_norms_of_weights():
         np.testing.assert_allclose(norms[site], want, rtol=1e-4)
     for site, whole in (("embed", grads["embed"]), ("head", grads["head"]), ("entry", grads["ends"]["entry"]["gain"])):
         assert norms[site] == pytest.approx(np.linalg.norm(np.ravel(whole)), rel=1e-4)
-    jacobian = jax.jacobian(lambda p: what.model.bind(p).features(tokens()[:, :-1]))(what.params)
+    jacobian = jax.jacobian(lambda p: what.model.bind(p).run(tokens()[:, :-1]).features)(what.params)
     of_out = jacobian["blocks"]["ffn"]["out"]
     want = np.sqrt(np.sum(np.square(of_out), axis=(0, 1, 2, 4, 5)) / (B * T * WIDTH))
     np.testing.assert_allclose(got["weight_grad_norm"]["ffn_out"], want, rtol=0.05)
@@ -498,7 +498,7 @@ def test_a_row_of_zeros_through_128_blocks_has_finite_gradients(placement):
     @jax.jit
     def gradient(params):
         def loss(params):
-            features = model.bind(params).features(rows[:, :-1])
+            features = model.bind(params).run(rows[:, :-1]).features
             log_probs = jax.nn.log_softmax(model.bind(params).logits(features))
             return -jnp.mean(jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1))
 

@@ -20,7 +20,8 @@ from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
-from spannorm_jax.training.step import loss_sums, make_program
+from spannorm_jax.training.step import make_program
+from spannorm_jax.training.tasks.text import loss_sums
 
 DENSE = Path(spannorm_jax.__file__).parents[1] / "configs" / "dense.py"
 PRESETS = ("tiny", "124m", "350m", "1b")
@@ -114,7 +115,7 @@ def loss_and_gradients(m, seed=0, **execution):
     tokens = np.random.default_rng(1).integers(m.vocab_size, size=(2, 9))
 
     def loss(params):
-        sums = loss_sums(model.bind(params), tokens, jnp.ones((2, 8)), num_chunks=1)
+        sums = loss_sums(model.bind(params), {"tokens": tokens})
         return sums["nll"] / sums["count"]
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -166,7 +167,7 @@ def test_remat_recomputes_what_it_says():
         tokens = np.zeros((2, 9), np.int32)
 
         def loss(params):
-            return loss_sums(model.bind(params), tokens, jnp.ones((2, 8)), num_chunks=1)["nll"]
+            return loss_sums(model.bind(params), {"tokens": tokens})["nll"]
 
         params = jax.eval_shape(model.init, jax.random.key(0))
         return count_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, "dot_general")
@@ -243,7 +244,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(placement):
 
     def run(m):
         model = define(m)
-        return jax.jit(lambda params: (model.bind(params)(tokens), model.bind(params).features(tokens)))(params)
+        return jax.jit(lambda params: (model.bind(params)(tokens), model.bind(params).run(tokens).features))(params)
 
     (full_logits, full_features), (half_logits, half_features) = run(m), run(half)
     assert (full_logits.dtype, full_features.dtype) == (jnp.float32, jnp.float32)

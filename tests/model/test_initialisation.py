@@ -194,7 +194,7 @@ def test_embeddings_enter_with_unit_variance(tied_head):
     silent = jax.tree.map(jnp.zeros_like, params["blocks"])
     silent["norms"] = jax.tree.map(jnp.ones_like, silent["norms"])
     tokens = np.arange(cfg.vocab_size)[None]
-    features = model.bind(params | {"blocks": silent}).features(tokens)
+    features = model.bind(params | {"blocks": silent}).run(tokens).features
     np.testing.assert_allclose(features[0], embed / np.sqrt(np.mean(embed**2, axis=1, keepdims=True)), rtol=1e-4)
 
 

@@ -279,7 +279,7 @@ def test_blocks_run_in_order(placement, moe, layers):
     params = model.init(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(32, size=(2, 8)).astype(np.int32)
     decoder = model.bind(params)
-    features, stats = decoder.features_and_router(tokens)
+    features, _, _, stats = decoder.run(tokens)
 
     values, at = PLACEMENTS[placement], {"blocks": 0, "moe_blocks": 0}
     angles = rotary_angles(8, 8, cfg.rope_theta)

@@ -212,7 +212,7 @@ def change_of_features(width, name, tied):
     rates = {"optim__warmup_fraction": 0.0, "optim__lr": 3e-3, "optim__clip_norm": 0.0}
     config = configure(**sizes, **base, **rates)
     program, model = program_of(config), define(config.model, config.execution)
-    features = jax.jit(lambda params, tokens: model.bind(params).features(tokens))
+    features = jax.jit(lambda params, tokens: model.bind(params).run(tokens).features)
     found = []
     for seed in range(3):
         state = start(program, program.init(seed).params)

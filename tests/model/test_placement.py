@@ -14,6 +14,7 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients
+from spannorm_jax.training.tasks.text import loss_sums
 
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
 # theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
@@ -120,7 +121,7 @@ def check_against_the_reference(placement, variant, **changes):
 
     def all_of(params):
         config = Config(model=model.cfg)
-        grads, sums = gradients(config, model, params, model_state, tokens, 1, numbers_of(config))
+        grads, sums = gradients(config, model, params, model_state, {"tokens": tokens}, loss_sums, numbers_of(config))
         total = sums["nll"] + sum(sums.get("router_losses", {}).values())
         return total / sums["count"], grads, model.bind(params, model_state)(tokens[:, :-1])
 

@@ -61,7 +61,7 @@ class Run:
 
     def tokens(self, step):
         rows = np.random.default_rng(step).integers(256, size=(8, 17), dtype=np.int32)
-        return jax.device_put(rows, self.program.batch_sharding)
+        return self.program.put({"tokens": rows})
 
     def train(self, state, steps):
         """The state after the steps, and (loss, grad_norm) of each."""
@@ -75,8 +75,9 @@ class Run:
 
     def held_out(self, params, model_state):
         with jax.set_mesh(self.mesh):
-            weights = jax.device_put(np.ones((8, 16), np.float32), self.program.batch_sharding)
-            return float(self.program.evaluate(params, model_state, self.tokens(0), weights)["nll"])
+            batch = self.tokens(0)
+            batch["weights"] = jax.device_put(np.ones((8, 16), np.float32), batch["tokens"].sharding)
+            return float(self.program.evaluate(params, model_state, batch)["nll"])
 
 
 @pytest.fixture(scope="module")

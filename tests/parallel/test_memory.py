@@ -28,7 +28,7 @@ with jax.set_mesh(mesh):
     program = make_program(config, define(config.model, config.execution), mesh)
     state, numbers = program.init(0), on_devices(numbers_of(config), mesh)
     rows = np.zeros((config.training.batch_size, config.data.seq_len + 1), np.int32)
-    tokens = jax.device_put(rows, program.batch_sharding)
+    tokens = program.put({"tokens": rows})
     step = program.train.lower(state, tokens, numbers).compile()
     faults = []
     for _ in range({STEPS}):

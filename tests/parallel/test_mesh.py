@@ -3,9 +3,11 @@
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from spannorm_jax import config as configs
@@ -25,7 +27,9 @@ from spannorm_jax.parallel.mesh import (
 from spannorm_jax.resolution import resolve
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.optimizer import OPTIMIZERS, Optimizer
 from spannorm_jax.training.step import gradients, make_program
+from spannorm_jax.training.tasks.text import loss_sums
 
 STEPS = 3
 LAYOUTS = {
@@ -111,8 +115,7 @@ def trajectory(config, layout, num_devices):
         state = start(program, drawn(model))
         for _ in range(STEPS):
             tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32)
-            tokens = jax.device_put(tokens, program.batch_sharding)
-            state, metrics = program.train(state, tokens, numbers_of(config))
+            state, metrics = program.train(state, program.put({"tokens": tokens}), numbers_of(config))
             scalars = metrics["scalars"]
             values.append((float(scalars["loss"]), float(scalars["grad_norm"])))
     return np.array(values), state
@@ -160,6 +163,25 @@ def test_eight_devices_train_as_one(one_device, placement, variant, layout):
     np.testing.assert_allclose(values, expected, rtol=2e-4 if variant.startswith("moe") else 5e-6)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "all_three"])
+def test_an_optimiser_whose_state_is_factored_trains_as_on_one_device(layout, monkeypatch):
+    """Adafactor (Shazeer & Stern 2018): a row and a column for each matrix, which no weight's sharding fits."""
+
+    def direction(model, numbers):
+        return [optax.scale_by_factored_rms(min_dim_size_to_factor=8), optax.clip_by_block_rms(1.0)]
+
+    monkeypatch.setitem(OPTIMIZERS, "factored", Optimizer(direction))
+    config = make_config(optim__name="factored")
+    want, _ = trajectory(config, {"data": 1}, 1)
+    values, state = trajectory(config, LAYOUTS[layout], 8)
+    np.testing.assert_allclose(values, want, rtol=5e-6)
+    assert want[-1, 0] < want[0, 0] - 0.02
+    model, mesh = define(config.model, config.execution), make_mesh(MeshConfig(**LAYOUTS[layout]), jax.devices()[:8])
+    program = make_program(config, model, mesh)
+    whole = [x for x in jax.tree.leaves(state.opt_state) if x.ndim and x.sharding.is_fully_replicated]
+    assert program.replicated_bytes == sum(x.nbytes for x in whole) > 0
+
+
 def assert_close(got, want):
     """Each gradient within 1e-5 of its weight's largest (largest error seen: 2.2e-6)."""
 
@@ -173,13 +195,14 @@ def gradients_on(config, layout, num_devices, tokens, num_chunks=1):
     """Of the drawn weights, on the host."""
     model, mesh = define(config.model, config.execution), make_mesh(MeshConfig(**layout), jax.devices()[:num_devices])
     shardings = model.map_weights(lambda spec: sharding(mesh, spec.axes))
+    loss = partial(loss_sums, num_chunks=num_chunks)
     with jax.set_mesh(mesh):
         run = jax.jit(
-            lambda params, tokens: gradients(config, model, params, {}, tokens, num_chunks, numbers_of(config))[0],
-            in_shardings=(shardings, sharding(mesh, ("batch", "time"))),
+            lambda params, batch: gradients(config, model, params, {}, batch, loss, numbers_of(config))[0],
+            in_shardings=(shardings, {"tokens": sharding(mesh, ("batch", "time"))}),
             out_shardings=shardings,
         )
-        return jax.device_get(run(drawn(model), tokens))
+        return jax.device_get(run(drawn(model), {"tokens": tokens}))
 
 
 @pytest.mark.parametrize("tied_head", [False, True])
@@ -222,9 +245,10 @@ def test_evaluation_is_that_of_one_device(layout):
         with jax.set_mesh(mesh):
             model = define(config.model, config.execution)
             program = make_program(config, model, mesh)
-            args = (jax.device_put(x, program.batch_sharding) for x in (tokens, weights))
+            where = program.abstract_batch["tokens"].sharding
+            batch = jax.device_put({"tokens": tokens, "weights": weights}, where)
             state = start(program, drawn(model))
-            return jax.device_get(program.evaluate(state.params, state.model_state, *args))
+            return jax.device_get(program.evaluate(state.params, state.model_state, batch))
 
     one, eight = sums({"data": 1}, 1), sums(LAYOUTS[layout], 8)
     assert one["count"] == eight["count"] == 80

@@ -109,17 +109,17 @@ def test_what_cannot_be_a_lane_fails_alone(tiny, tmp_path, started, capsys):
 # A run that is about to save its fourth step says who it is, and waits for a word or its end.
 PAUSED = """
 import os
-from spannorm_jax.training import record
-_save = record.save
+from spannorm_jax.training.record import Record
+_save = Record.save
 
-def _saved(config, checkpoints, writer, step, state):
+def _saved(record, step, state):
     if step == 4 and os.path.exists(os.environ["FIFO"]):
         with open(os.environ["FIFO"], "w") as file:
             file.write(str(os.getpid()))
         open(os.environ["FIFO"] + ".go").close()
-    _save(config, checkpoints, writer, step, state)
+    _save(record, step, state)
 
-record.save = _saved
+Record.save = _saved
 """
 
 

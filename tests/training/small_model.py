@@ -11,7 +11,9 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.resolution import resolve
 from spannorm_jax.run.state import TrainState
-from spannorm_jax.training.step import make_program
+from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.step import gradients, make_program
+from spannorm_jax.training.tasks.text import loss_sums
 
 VOCAB, SEQ_LEN, BATCH = 32, 8, 8
 
@@ -28,7 +30,13 @@ def program_of(config):
 
 
 def batch(seed=0, rows=BATCH):
-    return np.random.default_rng(seed).integers(VOCAB, size=(rows, SEQ_LEN + 1)).astype(np.int32)
+    return {"tokens": np.random.default_rng(seed).integers(VOCAB, size=(rows, SEQ_LEN + 1)).astype(np.int32)}
+
+
+def gradients_of(config):
+    """(params, batch) -> (gradients, loss sums), under jit."""
+    model = define(config.model, config.execution)
+    return jax.jit(lambda params, batch: gradients(config, model, params, {}, batch, loss_sums, numbers_of(config)))
 
 
 @functools.cache
