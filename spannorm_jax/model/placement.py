@@ -392,12 +392,17 @@ _ALL = (
 PLACEMENTS = {p.name: p for p in _ALL}
 
 
+def placement_of(cfg: ModelConfig) -> Placement:
+    """The placement of a model."""
+    return PLACEMENTS[cfg.placement]
+
+
 EVERY_GAIN = "all"  # in optim.decay_gains
 
 
 def gain_sites(cfg: ModelConfig) -> tuple[str, ...]:
     """Sites of a model's gains, of its norms and without one."""
-    placement = PLACEMENTS[cfg.placement]
+    placement = placement_of(cfg)
     inner = [f"{name}_norm" for name in inner_norms(cfg) if name != "hidden"]
     hidden = [f"{part}_hidden_norm" for part in ("ffn", "expert", "shared") if "hidden" in inner_norms(cfg)]
     return (*placement.block_norms, *placement.block_gains, *placement.end_norms, *inner, *hidden)
@@ -405,5 +410,5 @@ def gain_sites(cfg: ModelConfig) -> tuple[str, ...]:
 
 def inner_norms(cfg: ModelConfig) -> tuple[str, ...]:
     """What is normed inside a model's sub-layers: what the placement asks for, and q and k with `qk_norm`."""
-    wanted = {*PLACEMENTS[cfg.placement].inner_norms, *(("q", "k") if cfg.qk_norm else ())}
+    wanted = {*placement_of(cfg).inner_norms, *(("q", "k") if cfg.qk_norm else ())}
     return tuple(name for name in INNER_NORMS if name in wanted)
