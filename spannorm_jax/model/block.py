@@ -15,7 +15,7 @@ from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.parametrisation import base_config
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.model.weights import ModelState
 
 
@@ -26,7 +26,7 @@ class Block(nnx.Module):
         self.cfg = cfg
         self.attn = Attention(cfg, execution)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
-        placement = PLACEMENTS[cfg.placement]
+        placement = placement_of(cfg)
         gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
         self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
         if cfg.branch_warmup_steps:
@@ -60,4 +60,4 @@ class Block(nnx.Module):
         with jax.named_scope("block"):
             warmup = self.warmup_factor[...] if self.cfg.branch_warmup_steps else 1.0
             own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), warmup, attn, branch, self.norms)
-            return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats
+            return placement_of(self.cfg).block(stream, *own, layer, self.cfg), stats

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 
 
 def warmup_factor(cfg: ModelConfig, update: ArrayLike, layer: ArrayLike) -> Array:
@@ -31,7 +31,7 @@ def multiplied_branches(
     attention is not: it reaches the stream through the feed-forward alone. A branch that ends in a
     norm is multiplied after the norm.
     """
-    placement, constant = PLACEMENTS[cfg.placement], forward(cfg).branch
+    placement, constant = placement_of(cfg), forward(cfg).branch
 
     def added(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return _times(_times(layer, constant), warmup)

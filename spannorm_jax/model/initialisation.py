@@ -31,14 +31,12 @@ import numpy as np
 
 from spannorm_jax.config import SCALEINIT, ModelConfig, MoEConfig, moe_layers
 from spannorm_jax.model.parametrisation import at_base, base_config, forward, multipliers
-from spannorm_jax.model.placement import PLACEMENTS, inner_norms
+from spannorm_jax.model.placement import has_normed_input, placement_of
 
 if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
     from spannorm_jax.model.weights import WeightSpec
 
 OUTPUT_SITES = ("v", "attn_out", "ffn_in", "ffn_out")  # what `init_targets` may name
-
-
 Size = float | np.ndarray  # one number, or one for each layer, (L,)
 
 
@@ -83,9 +81,18 @@ def mixture_gain(moe: MoEConfig, logit_std: float) -> float:
     return float(np.mean(np.sum(chosen**2, axis=1))) + moe.num_shared
 
 
+# Weights of dense blocks -> the same weights, dense and of experts.
+BRANCH_OUTPUTS = {
+    "ffn_in": ("ffn_in", "expert_in", "shared_in"),
+    "ffn_out": ("ffn_out", "expert_out", "shared_out"),
+}
+_OUTPUTS = ("attn_out", *BRANCH_OUTPUTS["ffn_out"])
+_VALUE_PATH = ("v", *BRANCH_OUTPUTS["ffn_in"], *_OUTPUTS)  # not queries and keys
+
+
 def residual_additions(cfg: ModelConfig) -> int:
     """Times that the stream is added to on its way through the model: n of ScaleInit."""
-    return len(PLACEMENTS[cfg.placement].additions) * cfg.depth
+    return len(placement_of(cfg).additions) * cfg.depth
 
 
 def depth_factor(cfg: ModelConfig) -> float:
@@ -93,48 +100,66 @@ def depth_factor(cfg: ModelConfig) -> float:
     return math.sqrt(cfg.variance_budget * cfg.depth**-cfg.variance_exponent / residual_additions(cfg))
 
 
+def _targets(cfg: ModelConfig) -> tuple[str, ...]:
+    """What ScaleInit damps: `init_targets`, or what sizes the placement's additions."""
+    return cfg.init_targets or tuple(placement_of(cfg).additions.values())
+
+
+def _with_experts(sites: Iterable[str]) -> set[str]:
+    return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
+
+
 def branch_multipliers(cfg: ModelConfig) -> dict[str, float]:
     """Branch (`attn`, `ffn`) -> the constant that its output is multiplied by, where there is one."""
     if cfg.init != "scale" or cfg.depth_factor != "multiplier":
         return {}
-    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
-    return {site.removesuffix("_out"): depth_factor(base_config(cfg)) for site in sites}
+    return {site.removesuffix("_out"): depth_factor(base_config(cfg)) for site in _targets(cfg)}
 
 
+Init = Callable[[ModelConfig, "WeightSpec"], Size]
+
+
+def _of_matrices(init: Init) -> Init:
+    """Decorates an initialisation that says nothing of gains: they start where they are declared to."""
+
+    @functools.wraps(init)
+    def size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+        return init(cfg, spec) if spec.start is None else spec.start
+
+    return size
+
+
+@_of_matrices
 def plain(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """1 / sqrt(fan_in) everywhere (LeCun et al. 1998), nothing scaled by depth."""
-    return spec.fan_in**-0.5 if spec.start is None else spec.start
+    return spec.fan_in**-0.5
 
 
+@_of_matrices
 def gpt2(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere, output projections times 1 / sqrt(2L) (Radford et al. 2019, section 2.3)."""
-    if spec.start is not None:
-        return spec.start
-    return 0.02 * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+    return 0.02 * ((2 * cfg.depth) ** -0.5 if spec.site in _OUTPUTS else 1.0)
 
 
-def _by_outputs(spec: "WeightSpec", factor: float) -> float:
-    """The factor, of output projections alone."""
-    return factor if spec.site in ("attn_out", *BRANCH_OUTPUTS["ffn_out"]) else 1.0
-
-
+@_of_matrices
 def normal(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere (OLMo 2, arXiv 2501.00656, section 3.1)."""
-    return 0.02 if spec.start is None else spec.start
+    return 0.02
 
 
+@_of_matrices
 def megatron(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """sqrt(2 / (5 D)) everywhere, output projections times 1 / sqrt(2L) (HybridNorm, arXiv 2503.04598)."""
-    size = math.sqrt(2 / (5 * cfg.width))
-    return spec.start if spec.start is not None else size * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+    return math.sqrt(2 / (5 * cfg.width)) * ((2 * cfg.depth) ** -0.5 if spec.site in _OUTPUTS else 1.0)
 
 
+@_of_matrices
 def xavier(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """sqrt(2 / (fan_in + fan_out)) (Glorot & Bengio 2010, equation 12); embedding and head as `plain`.
 
     The two halves of SwiGLU's first weight are two matrices.
     """
-    if spec.start is not None or spec.role in ("embedding", "output"):
+    if spec.role in ("embedding", "output"):
         return plain(cfg, spec)
     halves = 2 if spec.site in BRANCH_OUTPUTS["ffn_in"] and cfg.ffn == "swiglu" else 1
     return math.sqrt(2 / (spec.fan_in + spec.fan_out / halves))
@@ -156,25 +181,23 @@ def ds(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     That is the paper's range of a uniform draw, with its alpha of 1. Its code hands l^(-1/2) to an initialiser that
     scales the variance, and so draws with l^(-1/4). It has no experts: here they and their router are of their block.
     """
-    size = xavier(cfg, spec)
-    return size if spec.start is not None or not spec.layers else size * (1.0 + np.array(spec.layers)) ** -0.5
+    in_block = spec.layers and spec.start is None
+    return xavier(cfg, spec) * ((1.0 + np.array(spec.layers)) ** -0.5 if in_block else 1.0)
 
 
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """ScaleInit: unit-variance branches, and what sets the size of an addition times `depth_factor`."""
-    damped = spec.site in damped_sites(cfg)
+    damped = cfg.depth_factor != "multiplier" and spec.site in _with_experts(_targets(cfg))
     if spec.start is not None:
         return depth_factor(cfg) if damped else spec.start
     return _unit_variance(cfg, spec) * (depth_factor(cfg) if damped else 1.0)
 
 
+@_of_matrices
 def shrink(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """A control for ScaleInit: all six matrices of a block damped alike, by as much in all as ScaleInit damps some."""
-    if spec.start is not None:
-        return spec.start
-    damped = len(cfg.init_targets or PLACEMENTS[cfg.placement].additions)
-    matrices = ("q", "k", *_VALUE_PATH)
-    return _unit_variance(cfg, spec) * (depth_factor(cfg) ** (damped / 6) if spec.site in matrices else 1.0)
+    factor = depth_factor(cfg) ** (len(_targets(cfg)) / 6)
+    return _unit_variance(cfg, spec) * (factor if spec.site in ("q", "k", *_VALUE_PATH) else 1.0)
 
 
 def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
@@ -183,8 +206,7 @@ def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     That is an output projection, or the gain that a branch ends in: a zero weight before a norm would
     never move. Of SpanNorm it is the feed-forward's alone, as in ScaleInit.
     """
-    sites = PLACEMENTS[cfg.placement].additions.values()
-    if spec.site in {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}:
+    if spec.site in _with_experts(placement_of(cfg).additions.values()):
         return 0.0
     return _unit_variance(cfg, spec) if spec.start is None else spec.start
 
@@ -199,28 +221,9 @@ def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
     return size
 
 
-# Weights of dense blocks -> the same weights, dense and of experts.
-BRANCH_OUTPUTS = {
-    "ffn_in": ("ffn_in", "expert_in", "shared_in"),
-    "ffn_out": ("ffn_out", "expert_out", "shared_out"),
-}
-_VALUE_PATH = ("v", "attn_out", *BRANCH_OUTPUTS["ffn_in"], *BRANCH_OUTPUTS["ffn_out"])  # not queries and keys
-
-
-def damped_sites(cfg: ModelConfig) -> set[str]:
-    """What ScaleInit starts times its depth factor: `init_targets`, or what sizes the placement's additions."""
-    if cfg.depth_factor == "multiplier":
-        return set()
-    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
-    return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
-
-
-Init = Callable[[ModelConfig, "WeightSpec"], Size]
-INITS: dict[str, Init] = {
-    **{"plain": plain, "gpt2": gpt2, "scale": scale},
-    **{"normal": normal, "xavier": xavier, "megatron": megatron, "deepnorm": deepnorm, "subln": subln},
-    **{"shrink": shrink, "zero_out": zero_out, "ds": ds},
-}
+# In this order tables and figures have them.
+_ALL = (plain, gpt2, scale, normal, xavier, megatron, deepnorm, subln, shrink, zero_out, ds)
+INITS: dict[str, Init] = {init.__name__: init for init in _ALL}
 PUBLISHED = "published"  # in a config: what the placement was published with
 
 
@@ -269,8 +272,7 @@ def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -
     1/t.
     """
     gain = variance_factors(cfg, specs)
-    norms = inner_norms(cfg)
-    value = 1.0 if {"v", "heads"} & set(norms) else gain["v"]
+    value = 1.0 if has_normed_input(cfg, "attn_out") else gain["v"]
     variance = {"attn": value * gain["attn_out"]}
     if "ffn_out" in gain:
         variance["ffn"] = _hidden_variance(cfg, np.sqrt(gain["ffn_in"])) * gain["ffn_out"]
@@ -289,7 +291,7 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     placement's block (DeepScaleLM's beta) are left out.
     """
     specs = list(specs)
-    placement, variance = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs)
+    placement, variance = placement_of(cfg), predicted_branch_variance(cfg, specs)
     sizes = site_sizes(cfg, specs)
     if "moe" in variance:
         variance["ffn"] = np.where(moe_layers(cfg), variance["moe"], variance.get("ffn", 0.0))
@@ -317,6 +319,6 @@ def variance_factors(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[st
 
 def _hidden_variance(cfg: ModelConfig, pre_activation_std: Size) -> Any:
     """Mean square of what a feed-forward's output projection reads."""
-    if "hidden" in inner_norms(cfg):
+    if has_normed_input(cfg, "ffn_out"):
         return 1.0
     return np.vectorize(functools.partial(hidden_second_moment, cfg.ffn))(pre_activation_std)
