@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.extend.core import jaxprs_in_params
 
 import spannorm_jax
@@ -37,24 +38,14 @@ def small(**changes):
 # ---- sizes ----------------------------------------------------------------------------------------------
 
 
-# placement -> gains of size D in a block, and at the ends
-GAINS = {"pre": (2, 1), "post": (2, 0), "span": (2, 1), "span_raw": (2, 1)}
 MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2}  # of a feed-forward
-GAINS |= {"peri": (4, 1), "hybrid": (1, 0), "layerscale": (4, 1), "siamese": (6, 1), "deepnorm": (2, 0)}
-GAINS |= {"olmo2": (2, 1), "b2t": (2, 0), "residual": (2, 1), "mix": (2, 1), "lns": (2, 1), "keel": (4, 0)}
-GAINS |= {"rezero": (0, 0), "subln": (2, 1), "deepscale": (2, 1), "pre_embnorm": (2, 2)}
 
 
 def hand_count(m):
     """Parameters by hand: L (4 or fewer attention matrices, 3 or 2 of the feed-forward, gains) + ends + V D."""
-    D, K = m.width, m.width // m.num_heads
-    attention = 2 * D * m.num_heads * K + 2 * D * m.num_kv_heads * K + 2 * K * m.qk_norm
-    feed_forward = MATRICES[m.ffn] * D * m.ffn_dim
-    gains, ends = GAINS[m.placement]
-    if m.placement in ("hybrid", "olmo2"):  # which norm queries and keys whatever qk_norm is; HybridNorm values too
-        attention += {"hybrid": 3, "olmo2": 2}[m.placement] * K - 2 * K * m.qk_norm
-    attention += (m.num_heads * K + m.ffn_dim) * (m.placement == "subln") + 2 * (m.placement == "rezero")
-    return m.depth * (attention + feed_forward + gains * D) + ends * D + m.vocab_size * D * (1 if m.tied_head else 2)
+    D, K, equation = m.width, m.width // m.num_heads, reference.EQUATIONS[m.placement]
+    block = 2 * D * (m.num_heads + m.num_kv_heads) * K + MATRICES[m.ffn] * D * m.ffn_dim + equation.gains(m)
+    return m.depth * block + len(equation.ends) * D + m.vocab_size * D * (1 if m.tied_head else 2)
 
 
 def hand_flops(m, seq_len):
@@ -94,6 +85,7 @@ def test_sizes_of_the_variants(placement, changes):
     m = small(model__placement=placement, **changes)
     assert count_params(define(m)) == hand_count(m)
     assert flops_per_token(define(m), 24) == hand_flops(m, 24)
+    assert set(define(m).weights.get("ends", {})) == set(reference.EQUATIONS[placement].ends)
 
 
 def test_define_allocates_nothing():

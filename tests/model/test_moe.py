@@ -314,7 +314,7 @@ def test_sizes_by_hand():
 
 def test_the_norm_of_hidden_units_is_that_of_all_though_devices_hold_parts(monkeypatch):
     """Hidden units and heads are split over `tensor`, experts over `expert`; root mean squares are of whole rows."""
-    normed = dataclasses.replace(PLACEMENTS["pre"], name="pre_normed", inner_norms=INNER_NORMS)
+    normed = dataclasses.replace(PLACEMENTS["pre"], name="pre_normed", inner_norms=tuple(INNER_NORMS))
     monkeypatch.setitem(PLACEMENTS, "pre_normed", normed)
     cfg = resolved(placement="pre_normed", moe__num_experts=4, moe__expert_dim=8, moe__num_shared=1)
     model = define(cfg)
