@@ -1,7 +1,9 @@
 """Placements against the equations: in the whole model, and as functions of plain callables."""
 
 import dataclasses
+import re
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS, declare
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "placements.md"
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
 # theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
 TINY |= {"rope_theta": 20.0, "norm_eps": 1e-2, "mix_share": reference.MIX_SHARE}
@@ -233,8 +236,11 @@ def test_a_declaration_that_would_be_lost_is_refused(again):
         declare(title="Again", **again)(PLACEMENTS["pre"].block)
 
 
-def test_the_reference_has_an_equation_for_every_placement():
+def test_every_placement_has_an_equation_in_the_reference_and_a_line_in_the_documents():
     assert set(reference.EQUATIONS) == set(PLACEMENTS)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|[^|]*\|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    published = {name: init.strip().strip("`") for name, init in rows}
+    assert published.items() >= {p.name: p.published_init for p in PLACEMENTS.values()}.items()
 
 
 # ---- causality ----------------------------------------------------------------------------------------
