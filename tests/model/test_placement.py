@@ -58,12 +58,11 @@ def state_of(model):
     )
 
 
-def make(placement, variant="plain", **changes):
+def make(placement, variant="plain", execution=None, **changes):
     """(model, params, tokens, reference options): weights of a size that bends every nonlinearity, gains apart."""
     cfg = ModelConfig(placement=placement, **TINY | VARIANTS[variant] | changes)
-    model = define(cfg)
+    model = define(cfg, execution)
     rng = np.random.default_rng(0)
-
     scalars = PLACEMENTS[placement].scalar_gains
 
     def draw(spec):
@@ -251,10 +250,8 @@ def test_every_placement_has_an_equation_in_the_reference_and_a_line_in_the_docu
 def test_position_t_sees_positions_up_to_t_and_no_more(placement, variant):
     """d logits[t] / d input[s] is exactly 0 for s > t and is not 0 for s <= t.
 
-    The row holds every token once and the head is separate, so the gradient by row s of the embedding is the gradient
-    by the input at position s. A masked logit gets the probability exp(-large) = 0 exactly, and what multiplies 0 has
-    the gradient 0 exactly: one wrong position in the mask, or a norm or mean over time, gives a number. The logits are
-    summed with random weights, since the plain sum of a normed vector may have no gradient.
+    The row holds every token once and the head is separate, so the gradient by row s of the embedding is that by the
+    input at position s. The logits are summed with random weights: the plain sum of a normed vector may have none.
     """
     model, params, _, _ = make(placement, variant, tied_head=False)
     T = model.cfg.vocab_size
