@@ -14,7 +14,6 @@ from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.model.parametrisation import base_config
 from spannorm_jax.model.placement import placement_of
 from spannorm_jax.model.weights import ModelState
 
@@ -27,8 +26,7 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, execution)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
         placement = placement_of(cfg)
-        gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
-        self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
+        self.norms = Norms(cfg, placement.block_norms, placement.block_gains)
         if cfg.branch_warmup_steps:
             self.warmup_factor = ModelState(jnp.zeros(()))
 

@@ -194,16 +194,8 @@ def all_to_all(
         return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, replace(how, named=False))
 
     # The ring is rare, and must not keep its many rows: a branch that is not taken returns as much, in zeros.
-    out = jax.lax.cond(
-        jax.lax.pmax(overflow, AXIS) > 0,
-        jax.checkpoint(around),
-        exchanged,
-        x_NxD,
-        weights_Nxk,
-        w_in_ExDxPxF,
-        w_out_ExFxD,
-    )
-    return out, overflow
+    args = (x_NxD, weights_Nxk, w_in_ExDxPxF, w_out_ExFxD)
+    return jax.lax.cond(jax.lax.pmax(overflow, AXIS) > 0, jax.checkpoint(around), exchanged, *args), overflow
 
 
 def moved_bytes(
