@@ -30,20 +30,12 @@ from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 @dataclass(frozen=True)
 class ModelDef:
-    """A model's structure.
-
-    Attributes:
-      cfg: what the model is.
-      graph: its modules, without arrays.
-      weights: the table of its weights, shaped like its parameter pytree, a nested dict.
-      model_state: shapes of what it keeps besides weights, a nested dict: the biases of routers that balance
-        their experts by one, and the blocks' `warmup_factor`; {} for most models.
-    """
+    """A model's structure."""
 
     cfg: ModelConfig
-    graph: nnx.GraphDef
-    weights: dict[str, Any]
-    model_state: dict[str, Any]
+    graph: nnx.GraphDef  # its modules, without arrays
+    weights: dict[str, Any]  # the table of its weights, WeightSpec, nested as its parameters are
+    model_state: dict[str, Any]  # shapes of what it keeps besides: biases of routers, blocks' `warmup_factor`; often {}
 
     def init(self, key: Array) -> dict[str, Any]:
         """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded.
@@ -106,12 +98,9 @@ def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarra
 
 
 def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelDef:
-    """The structure of the model of a resolved config (no zeros or 'auto' left), allocating nothing.
+    """The structure of a resolved config's model; allocates nothing, and `execution` changes no number of it.
 
-    `execution` says how it runs, and changes no number of it.
-
-    Raises:
-      ValueError: a weight was declared with an unknown role or logical axis.
+    Raises ValueError for a weight that was declared with an unknown role or logical axis.
     """
     layers = stack_layers(cfg)
     # The modules declare one block of each kind; the tables stack as many as there are.
@@ -180,8 +169,7 @@ def _count(model: ModelDef, spec: WeightSpec, active: bool) -> int:
 def flops_per_token(model: ModelDef, seq_len: int) -> int:
     """Training FLOPs (forward and backward) a token: 6 an active matmul weight, plus causal attention's 6 L H K T.
 
-    A lookup in an untied embedding costs none; recomputation by remat is not counted (as for MFU,
-    Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    Remat's recomputation is not counted (as for MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     roles = ("hidden", "output", "expert", "router")
     matmul = sum(_count(model, spec, active=True) for spec in model.specs() if spec.role in roles)

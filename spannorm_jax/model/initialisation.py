@@ -4,20 +4,13 @@ An initialisation is a function (model config, WeightSpec) -> the std that a wei
 where a gain starts; a number, or one for each of the weight's layers, (L,). It reads the
 weight's site and fans, so any initialisation goes with any placement.
 
-ScaleInit (Wang et al. 2026, arXiv 2601.22580; its exact published form is not public, so the principle is stated
-here with its free choices as config keys):
-  base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input;
-         the activation's second moment comes from Gauss-Hermite quadrature.
-  depth  what sets the size of each branch that the stream is added (`Placement.additions`) is multiplied by
-         sqrt(c L^-p / n): c = `variance_budget`, p = `variance_exponent`, n = the number of residual additions the
-         stream passes. SpanNorm's stream is added to once a block (n = L), by the feed-forward; PreNorm's and
-         PostNorm's twice (n = 2L). Where a branch ends in a norm, or in a gain of its own, its weights do not set its
-         size: that gain starts at sqrt(c L^-p / n). `init_targets` names weights instead. With
-         `depth_factor=multiplier` the factor stands in the forward pass, a constant times the branch, and not in the
-         weight that starts it: Adam's steps do not grow a weight back past it.
-A Mixture of Experts is a feed-forward branch like any other: expert_out and shared_out have the gain that makes the
-weighted sum of a token's experts, which are independent, a branch of unit variance, and they are damped where ffn_out
-is. So a block with experts adds to the stream what a dense one adds, under either router.
+ScaleInit (Wang et al. 2026, arXiv 2601.22580) has no public exact form; docs/design.md says how it is read here:
+  base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input.
+  depth  what sets the size of each branch added to the stream (`Placement.additions`: a weight, or the gain that the
+         branch ends in) is multiplied by sqrt(c L^-p / n), with c = `variance_budget`, p = `variance_exponent` and n
+         the number of additions. `init_targets` names weights instead. With `depth_factor=multiplier` the factor
+         stands in the forward pass.
+A Mixture of Experts is a branch like any other: a block with experts adds to the stream what a dense one adds.
 """
 
 import dataclasses
@@ -178,8 +171,8 @@ def subln(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 def ds(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """Xavier, and every matrix of block l, from 1, times 1 / sqrt(l) (DS-Init, Zhang et al. 2019, arXiv 1908.11365).
 
-    That is the paper's range of a uniform draw, with its alpha of 1. Its code hands l^(-1/2) to an initialiser that
-    scales the variance, and so draws with l^(-1/4). It has no experts: here they and their router are of their block.
+    That is the paper's range of a uniform draw, with its alpha of 1; its code in effect draws with l^(-1/4). The paper
+    has no experts: here they and their router belong to their block.
     """
     in_block = spec.layers and spec.start is None
     return xavier(cfg, spec) * ((1.0 + np.array(spec.layers)) ** -0.5 if in_block else 1.0)
@@ -225,16 +218,14 @@ def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
 _ALL = (plain, gpt2, scale, normal, xavier, megatron, deepnorm, subln, shrink, zero_out, ds)
 INITS: dict[str, Init] = {init.__name__: init for init in _ALL}
 PUBLISHED = "published"  # in a config: what the placement was published with
-
-
 _READING = re.compile(r"(?P<init>[a-z]+)-L(?P<power>\d+(\.\d+)?)(?P<mult>-mult)?")
 
 
 def reading(init: str, exponent: float, place: str) -> str:
     """The name of an initialisation, which for ScaleInit says its reading: `scale-L1`, `scale-L0.5-mult`.
 
-    The number is the power of the depth that the factor of a branch falls with, (1 + p) / 2, and
-    `-mult` says that it is a multiplier of the branch (`depth_factor`).
+    The number is the power of depth by which a branch's factor falls, (1 + p) / 2; `-mult` says that
+    the factor is a multiplier of the branch (`depth_factor`).
     """
     if init not in SCALEINIT:
         return init
@@ -264,12 +255,10 @@ def initial_size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 
 
 def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
-    """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input, (L,).
+    """Output variance of the branches `attn`, `ffn` and `moe` at initialisation, for unit-variance input, (L,).
 
-    `specs` is the model's table of weights. The feed-forward's (`ffn`, and `moe` with experts) holds
-    at every position. The attention's holds where a token attends to itself alone (the first
-    position) and bounds the others: averaging unrelated values over t positions lowers it towards
-    1/t.
+    Attention's is that of the first position, where a token attends to itself alone, and bounds the
+    others: averaging unrelated values over t positions lowers it towards 1/t.
     """
     gain = variance_factors(cfg, specs)
     value = 1.0 if has_normed_input(cfg, "attn_out") else gain["v"]

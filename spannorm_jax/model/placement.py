@@ -19,7 +19,8 @@ Stream = Any  # a pytree of arrays
 SubLayer = Callable[[Any], Any]
 Block = Callable[[Stream, SubLayer, SubLayer, Any, Any, ModelConfig], Stream]
 
-# What may be normed inside a sub-layer -> the output projection that reads it, where the norm fixes that one's input.
+# What may be normed inside sub-layers, by an RMSNorm -> the output projection whose input then has a fixed variance.
+# A head's q, k or v has one gain for all heads; `heads` are all together, before their projection.
 INNER_NORMS = {"q": None, "k": None, "v": "attn_out", "heads": "attn_out", "hidden": "ffn_out"}
 
 
@@ -34,44 +35,25 @@ def final(x: Any, n: Any) -> Any:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the norms of a Transformer stand.
+    """Where the norms of a Transformer stand."""
 
-    Attributes:
-      name: the config's spelling.
-      title: the name in words.
-      block: (stream, attn, ffn, the block's norms and gains, layer, cfg) -> stream.
-      block_norms: names of the norms that every block owns.
-      end_norms: names of the norms outside the blocks.
-      enter: (embeddings x, end norms) -> stream.
-      leave: (stream, end norms) -> what the head reads, (B, T, D).
-      additions: branch (`attn`, `ffn`) that is added to the stream -> what sets its size: the site of
-        an output projection, or one of block_norms or block_gains. ScaleInit damps that, and counts
-        len(additions) * depth residual additions.
-      inner_norms: what is normed inside sub-layers (RMSNorm), of INNER_NORMS: a head's `q`, `k` or `v`
-        (one gain for all heads), all `heads` together before their projection, the `hidden` units of
-        a feed-forward before theirs.
-      block_gains: gains of size D without a norm that every block owns -> their start, from the config.
-      scalar_gains: those of block_gains that are one number instead.
-      published_init: the initialisation that it was published with, if that is a key of
-        model.initialisation.INITS, else ""; `model.init=published` stands for it.
-      not_with: initialisation that its authors advise against -> why, and where they say so.
-      least_depth: the fewest blocks that its equation is defined for.
-    """
-
-    name: str
-    title: str
-    block: Block
-    block_norms: tuple[str, ...] = ()
-    end_norms: tuple[str, ...] = ()
-    enter: Callable[[Any, Any], Stream] = _same
-    leave: Callable[[Stream, Any], Any] = _same
+    name: str  # the config's spelling
+    title: str  # the name in words
+    block: Block  # (stream, attn, ffn, the block's norms and gains, layer, cfg) -> stream
+    block_norms: tuple[str, ...] = ()  # names of the norms that every block owns
+    end_norms: tuple[str, ...] = ()  # names of the norms outside the blocks
+    enter: Callable[[Any, Any], Stream] = _same  # (embeddings x, end norms) -> stream
+    leave: Callable[[Stream, Any], Any] = _same  # (stream, end norms) -> what the head reads, (B, T, D)
+    # Branch (`attn`, `ffn`) that is added to the stream -> what sets its size: the site of an output projection, or one
+    # of block_norms or block_gains. ScaleInit damps that, and counts len(additions) * depth residual additions.
     additions: dict[str, str] = field(default_factory=lambda: {"attn": "attn_out", "ffn": "ffn_out"})
-    inner_norms: tuple[str, ...] = ()
+    inner_norms: tuple[str, ...] = ()  # what is normed inside sub-layers, of INNER_NORMS
+    # Gains of size D without a norm that every block owns -> their start.
     block_gains: dict[str, Callable[[ModelConfig], float]] = field(default_factory=dict)
-    scalar_gains: tuple[str, ...] = ()
-    published_init: str = ""
-    not_with: dict[str, str] = field(default_factory=dict)
-    least_depth: int = 1
+    scalar_gains: tuple[str, ...] = ()  # those of block_gains that are one number instead of D
+    published_init: str = ""  # what it was published with, a key of model.initialisation.INITS, if that is one
+    not_with: dict[str, str] = field(default_factory=dict)  # initialisation that its authors advise against -> why
+    least_depth: int = 1  # the fewest blocks that its equation is defined for
 
 
 PLACEMENTS: dict[str, Placement] = {}  # by name, in the order of their declarations: tables and figures follow it

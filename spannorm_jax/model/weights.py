@@ -13,28 +13,16 @@ ROLES = ("embedding", "hidden", "output", "norm", "expert", "router")
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What is known of a weight before it exists.
+    """What is known of a weight before it exists. Gains have no fans."""
 
-    Attributes:
-      shape: with a leading layer axis for a weight of stacked blocks.
-      axes: logical axes, one a dimension; sharding reads them.
-      role: one of ROLES; weight decay, FLOP counting and compute dtypes read it.
-      site: the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it.
-      fan_in: inputs that one output sums; 0 for gains.
-      fan_out: outputs that one input reaches; 0 for gains. Both are whole, but for what `parametrisation.at_base` makes
-        of them.
-      start: where every number of a gain starts; None for weights that are drawn.
-      layers: the blocks that own the slices of a stacked weight; () outside of blocks.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    role: str
-    site: str
-    fan_in: float
-    fan_out: float
-    start: float | None
-    layers: tuple[int, ...] = ()
+    shape: tuple[int, ...]  # with a leading layer axis for a weight of stacked blocks
+    axes: tuple[str, ...]  # logical axes, one a dimension; sharding reads them
+    role: str  # one of ROLES; weight decay, FLOP counting and compute dtypes read it
+    site: str  # the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it
+    fan_in: float  # inputs that one output sums; an integer, except after `parametrisation.at_base` rescaled it
+    fan_out: float  # outputs that one input reaches
+    start: float | None  # where every number of a gain starts; None for weights that are drawn
+    layers: tuple[int, ...] = ()  # the blocks that own the slices of a stacked weight; () outside of blocks
 
 
 class ModelState(nnx.Variable):
