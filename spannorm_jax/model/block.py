@@ -19,8 +19,6 @@ from spannorm_jax.model.weights import ModelState
 
 
 class Block(nnx.Module):
-    """One Transformer block: two sub-layers, and the norms where the placement puts them."""
-
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False):
         self.cfg = cfg
         self.attn = Attention(cfg, execution)

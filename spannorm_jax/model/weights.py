@@ -33,16 +33,13 @@ def weight(
     shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, *, fan_in: int, fan_out: int
 ) -> nnx.Param:
     """Declares a weight that is drawn; an initialisation says with what standard deviation."""
-    return _declare(shape, axes, role, site, fan_in, fan_out, None)
+    return _declared(WeightSpec(shape, axes, role, site, fan_in, fan_out, None))
 
 
 def gain(shape: tuple[int, ...], axes: tuple[str, ...], site: str, start: float = 1.0) -> nnx.Param:
     """Declares a gain, of a norm or by itself."""
-    return _declare(shape, axes, "norm", site, 0, 0, start)
+    return _declared(WeightSpec(shape, axes, "norm", site, 0, 0, start))
 
 
-def _declare(
-    shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, fan_in: int, fan_out: int, start: float | None
-) -> nnx.Param:
-    spec = WeightSpec(shape, axes, role, site, fan_in, fan_out, start)
-    return nnx.Param(jnp.full(shape, start or 0.0, jnp.float32), spec=spec)
+def _declared(spec: WeightSpec) -> nnx.Param:
+    return nnx.Param(jnp.full(spec.shape, spec.start or 0.0, jnp.float32), spec=spec)

@@ -1,7 +1,7 @@
 """Causal attention behind one function, whatever implementation the device runs best."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,13 +19,12 @@ from spannorm_jax.parallel.mesh import partition_spec
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
 
+_cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+
 def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
     out = jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
     return checkpoint_name(out, SAVED)
-
-
-def _cudnn(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="cudnn")
 
 
 def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
