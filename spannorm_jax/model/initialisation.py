@@ -214,9 +214,8 @@ def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
     return size
 
 
-# In this order tables and figures have them.
 _ALL = (plain, gpt2, scale, normal, xavier, megatron, deepnorm, subln, shrink, zero_out, ds)
-INITS: dict[str, Init] = {init.__name__: init for init in _ALL}
+INITS: dict[str, Init] = {init.__name__: init for init in _ALL}  # in the order of tables and figures
 PUBLISHED = "published"  # in a config: what the placement was published with
 _READING = re.compile(r"(?P<init>[a-z]+)-L(?P<power>\d+(\.\d+)?)(?P<mult>-mult)?")
 

@@ -163,8 +163,8 @@ declare("subln", "SubLN", like=pre, inner_norms=("heads", "hidden"), published_i
 
 # DeepScaleLM's forward pair on PreNorm (Kedia et al. 2024, arXiv 2403.09635): lambda^2 = 1 - 2/N and beta^2 = 2/N, so
 # that branches of variance 1 keep a stream of variance 1. That N counts layers, each of an attention and a feed-forward
-# (the depth here), and that both additions take the pair, is read from two implementations of others (docs/placements.md).
-# At two blocks lambda is 0: there is no skip. At one there is no pair.
+# (the depth here), and that both additions take the pair, is read from two implementations of others. At two blocks
+# lambda is 0: there is no skip. At one there is no pair.
 @declare("deepscale", "DeepScaleLM", like=pre, published_init="", least_depth=2)
 def deepscale(x, attn, ffn, n, layer, cfg):
     keep, add = math.sqrt(1 - 2 / cfg.depth), math.sqrt(2 / cfg.depth)
