@@ -220,15 +220,6 @@ def test_a_mix_has_post_blocks_first_then_pre_blocks(layer, share, post):
         assert block == run_block("post" if l < post else "pre", 1.0, **norms)
 
 
-@pytest.mark.parametrize("depth", [2, 3, 24, 1000])
-def test_a_deepscale_block_keeps_a_streams_variance_where_its_branches_have_the_streams(depth):
-    """x and what two branches add as three orthogonal vectors of one length: the sum has that length, at any depth."""
-    x, a, f = np.eye(3)
-    same = types.SimpleNamespace(before_attn=lambda v: v, before_ffn=lambda v: v)
-    y = PLACEMENTS["deepscale"].block(x, lambda v: a, lambda v: f, same, 0, ModelConfig(depth=depth))
-    assert np.linalg.norm(y) == pytest.approx(1, rel=1e-12)
-
-
 @pytest.mark.parametrize("again", [{"name": "pre"}, {"name": "mine", "inner_norms": ("q", "head")}])
 def test_a_declaration_that_would_be_lost_is_refused(again):
     with pytest.raises(ValueError, match=again["name"]):
