@@ -89,7 +89,8 @@ def _experts_on_one_device(
     execution: ExecutionConfig, how: experts.ExpertOps, shards: int, *arrays: Array
 ) -> tuple[Array, Array]:
     x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in arrays[:3])
-    args, top_k = (x, weights, ids, *arrays[3:], how), ids.shape[1]
+    w_in, w_out = arrays[3:]
+    args, top_k = (x, weights, ids, w_in, w_out, how), ids.shape[1]
     capacity = experts.capacity_rows(execution.capacity, ids.size, shards)
     mode = execution.expert_parallel
     if mode == "auto" or shards == 1:
