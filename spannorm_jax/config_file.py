@@ -32,7 +32,7 @@ from spannorm_jax.config import (
 from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
-from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites
+from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites, placement_of
 from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
@@ -240,7 +240,7 @@ def _check_names(config: Config) -> None:
     for key, valid in choices.items():
         if values[key] not in valid:
             raise UserError(f"config key {key}={values[key]!r} is unknown; {did_you_mean(values[key], valid)}")
-    least = PLACEMENTS[config.model.placement].least_depth
+    least = placement_of(config.model).least_depth
     if config.model.depth < least:
         raise UserError(
             f"config key model.depth={config.model.depth} is too small for model.placement={config.model.placement}, "
@@ -267,7 +267,7 @@ def _check_multiplier(model: ModelConfig) -> None:
             f"config key model.depth_factor=multiplier is ScaleInit's, and model.init={model.init}; "
             "write model.init=scale, or model.depth_factor=weight"
         )
-    sites = model.init_targets or tuple(PLACEMENTS[model.placement].additions.values())
+    sites = model.init_targets or tuple(placement_of(model).additions.values())
     inside = [site for site in sites if site not in ("attn_out", "ffn_out")]
     if inside:
         leave = ", or leave model.init_targets out" if model.init_targets else ""
@@ -347,7 +347,7 @@ def _init(model: ModelConfig) -> str:
     """The name in INITS that a config means."""
     if model.init != PUBLISHED:
         return model.init
-    found = PLACEMENTS[model.placement].published_init
+    found = placement_of(model).published_init
     if not found:
         raise UserError(
             f"config key model.init={PUBLISHED}: what model.placement={model.placement} was published with is not "

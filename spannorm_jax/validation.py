@@ -7,7 +7,7 @@ from typing import Any
 from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules, unread
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.resolution import num_steps
 
 
@@ -86,7 +86,7 @@ def notices(config: Config) -> list[str]:
     """What a user should know of a legal config before its results are believed, a line each."""
     model = config.model
     said = []
-    advice = PLACEMENTS[model.placement].not_with.get(model.init)
+    advice = placement_of(model).not_with.get(model.init)
     if advice:
         said.append(f"model.placement={model.placement} with model.init={model.init}: {advice}")
     values, default = flatten(config), flatten(Config())
