@@ -11,6 +11,7 @@ from processes import LIMIT_S
 from spannorm_jax import evaluate, sample, show_init, train
 from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, to_dict
+from spannorm_jax.plan import __main__ as plan
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 
@@ -216,12 +217,12 @@ def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_a_dry_run_that_cannot_be(refuse, options, says):
-    line = refuse(train, "--dry_run", "--config", CONFIG, *options)
+def test_a_plan_that_cannot_be(refuse, options, says):
+    line = refuse(plan, "--config", CONFIG, *options)
     assert all(part in line for part in says), line
 
 
-@pytest.mark.parametrize("option", ["--devices=8", "--device_kind=TPU v4"])
+@pytest.mark.parametrize("option", ["--devices=8", "--device_kind=TPU v4", "--dry_run"])
 def test_training_takes_the_devices_that_are_here(refuse_train, option):
     assert option.partition("=")[0] in refuse_train(option)
 
@@ -255,7 +256,6 @@ MISTYPED = [
             ("--config.data.tokenizer=byte", "'bytes'"),
         )
     ),
-    ("train --dry_run --config configs/dense.py:tny --devices 8", "'tiny'"),
     (f"train {OF_A_CONFIG['train']} --profile_steps 5:3", "--profile_steps '5:3'"),
     (f"train {OF_A_CONFIG['train']} --num_processes 2", "give all three"),
     (f"plan.__main__ {OF_A_CONFIG['plan.__main__']} --device_kind H200", "NVIDIA H200,"),
