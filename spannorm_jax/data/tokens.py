@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import sys
+import types
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,31 +36,18 @@ _WRITE_AT_ONCE = 1 << 20  # tokens held in memory before they are written
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The tokens of one split.
+    """The tokens of one split."""
 
-    Attributes:
-      path: folder of the store.
-      tokens: [num_tokens] of the tokenizer's dtype, memory-mapped, read only.
-      dataset: TFDS full name, with config and version.
-      split, text_feature: where the tokens come from, by name.
-      tokenizer: `Tokenizer.name`, which holds the hash of a trained one.
-      num_docs: documents, and so end-of-text tokens.
-      num_bytes: bytes of text that all tokens stand for.
-      sha256: hash of tokens.bin, hex.
-      unigram_entropy: nats per token of the token frequencies; the loss of a model that knows
-        nothing else.
-    """
-
-    path: Path
-    tokens: np.memmap
-    dataset: str
+    path: Path  # of its folder
+    tokens: np.memmap  # [num_tokens] of the tokenizer's dtype, read only
+    dataset: str  # TFDS's full name, with config and version
     split: str
     text_feature: str
-    tokenizer: str
-    num_docs: int
-    num_bytes: int
-    sha256: str
-    unigram_entropy: float
+    tokenizer: str  # `Tokenizer.name`, which holds the hash of a trained one
+    num_docs: int  # and so end-of-text tokens
+    num_bytes: int  # of text that all tokens stand for
+    sha256: str  # of tokens.bin, hex
+    unigram_entropy: float  # nats per token of the frequencies: the loss of a model that knows nothing else
 
     @property
     def num_tokens(self) -> int:
@@ -74,42 +62,37 @@ class _Source:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        from spannorm_jax.data import tfds_text
-
-        return tfds_text.open_dataset(self._data)
+        return _tfds().open_dataset(self._data)
 
     @functools.cached_property
     def identity(self) -> str:
         """Name that no other contents have, for folders."""
         _, _, name = names.asked_for(self._data)
-        if full_name := names.embedded(name):
-            return full_name
-        from spannorm_jax.data import tfds_text
-
-        return tfds_text.identity(self._builder)
+        return names.embedded(name) or _tfds().identity(self._builder)
 
     @property
     def full_name(self) -> str:
         return self._builder.info.full_name
 
     def texts(self, split: str, shard: Shard | None = None) -> Iterator[bytes]:
-        from spannorm_jax.data import tfds_text
+        return _tfds().open_split(self._builder, self._data, split, shard)
 
-        return tfds_text.open_split(self._builder, self._data, split, shard)
+
+def _tfds() -> types.ModuleType:
+    from spannorm_jax.data import tfds_text
+
+    return tfds_text
 
 
 def open_store(data: DataConfig, split: str) -> TokenStore:
-    """Opens the token store of `split`, building it first if it is not in `data.cache_dir`.
-
-    If all of its shards are there, it is built by joining them.
+    """Opens the token store of `split`, which is built first if `data.cache_dir` lacks it, of its shards if there are any.
 
     Raises:
-      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split
-        holds no text, a folder cannot be written, a store on disk is damaged, or some but not all
-        of its shards are there.
+      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split holds no text, a
+        folder cannot be written, a store on disk is damaged, or some but not all of its shards are there.
     """
     source = _Source(data)
-    tokenizer = _open_tokenizer(data, source)
+    tokenizer = open_tokenizer(data, source)
     path = _folder(data, source.identity, tokenizer.name, split)
     # Before the store is looked for: who joins shards publishes the store first, then removes them.
     left = shards.begun(path)
@@ -122,7 +105,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
         if complete:
             _join(path, complete[0], tokenizer, facts)
         else:
-            _build(path, source.texts(split), tokenizer, facts)
+            _write(path, _chunks(source.texts(split), tokenizer), tokenizer, facts)
         store = _read(path, data.verify_mib)
         if store is None:
             raise UserError(f"{path} was removed as soon as it was made; repeat the command")
@@ -141,7 +124,7 @@ def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
       UserError: as `open_store`, and if a part on disk is damaged.
     """
     source = _Source(data)
-    tokenizer = _open_tokenizer(data, source)
+    tokenizer = open_tokenizer(data, source)
     path = _folder(data, source.identity, tokenizer.name, split)
     if not path.is_dir():
         shards.write(path, shard, _chunks(source.texts(split, shard), tokenizer))
@@ -155,18 +138,15 @@ def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
     return []
 
 
-def open_tokenizer(data: DataConfig) -> Tokenizer:
+def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer:
     """Returns the tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
 
     Raises:
       UserError: the hash is not `data.tokenizer_hash`, a file is damaged, or as `open_store`.
     """
-    return _open_tokenizer(data, _Source(data))
-
-
-def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
     if data.tokenizer == "bytes":
         return BYTES
+    source = source or _Source(data)
     name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
     folder = _folder(data, source.identity, name, data.train_split)
     if not folder.is_dir():
@@ -282,10 +262,6 @@ def _read(path: Path, verify_mib: int) -> TokenStore | None:
 
 def _meta_sha256(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
-    _write(path, _chunks(texts, tokenizer), tokenizer, facts)
 
 
 def _join(path: Path, n: int, tokenizer: Tokenizer, facts: dict) -> None:
