@@ -68,12 +68,6 @@ def eval_batches(
         available = len(Windows(store, seq_len))
         wanted = min(-(-num_tokens // seq_len), available)
         starts = np.arange(wanted) * available // wanted * seq_len
-    return _batches(tokens, starts, seq_len, batch_size)
-
-
-def _batches(
-    tokens: np.ndarray, starts: np.ndarray, seq_len: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for first in range(0, len(starts), batch_size):
         batch = np.zeros((batch_size, seq_len + 1), np.int32)
         weights = np.zeros((batch_size, seq_len), np.float32)

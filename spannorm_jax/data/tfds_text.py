@@ -95,9 +95,8 @@ def open_split(
       shard: (i, n), the i-th (from 0) of n parts of the split, which in a row are all of it; None: all.
 
     Raises:
-      UserError: the split or the text feature is unknown, the feature is no text, or the split is
-        empty, or has lost or gained records. Raised at the call, not at the first text; a damaged
-        record, which only reading finds, is raised there.
+      UserError: at the call, the split or the text feature is unknown, the feature is no text, or the split is empty,
+        or has lost or gained records; at a text, a record is damaged.
     """
     key = "data.eval_split" if split == data.eval_split else "data.train_split"
     splits = builder.info.splits
@@ -123,9 +122,7 @@ def open_split(
         )
     if _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
         damage.check_records(builder, split)
-    if shard is None:
-        return _texts(builder, split, data.text_feature)
-    part = tfds.even_splits(split, shard[1])[shard[0]]
+    part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
     if not splits[part].num_examples:  # more shards than examples
         return iter(())
     return _texts(builder, part, data.text_feature)
@@ -194,10 +191,8 @@ def identity(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def _data_dir(data: DataConfig) -> Path:
-    if data.data_dir:
-        return user_path(data.data_dir, "config key data.data_dir").absolute()
-    if os.environ.get("TFDS_DATA_DIR"):
-        return user_path(os.environ["TFDS_DATA_DIR"], "TFDS_DATA_DIR").absolute()
+    if text := data.data_dir or os.environ.get("TFDS_DATA_DIR"):
+        return user_path(text, "config key data.data_dir" if data.data_dir else "TFDS_DATA_DIR").absolute()
     return below_home("tensorflow_datasets", "set config key data.data_dir or the variable TFDS_DATA_DIR").absolute()
 
 

@@ -1,9 +1,9 @@
 """TFDS split -> token store on disk -> windows of sequence length + 1.
 
-A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
-`meta.json`, and `tokenizer.json` if the tokenizer was trained. It appears atomically and never
-changes, so any number of processes may share it. Each start checks that it has not: `meta.json` by
-a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`, by its hash.
+A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each, `meta.json`, and
+`tokenizer.json` if the tokenizer was trained. It appears atomically and never changes, so any number of processes may
+share it. Each start checks it: `meta.json` by a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`,
+by its hash.
 """
 
 import functools
@@ -85,15 +85,13 @@ def _tfds() -> types.ModuleType:
 
 
 def open_store(data: DataConfig, split: str) -> TokenStore:
-    """Opens the token store of `split`, which is built first if `data.cache_dir` lacks it, of its shards if there are any.
+    """Opens the token store of `split`. One that is not there is built first, of its shards if they are there.
 
     Raises:
       UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split holds no text, a
         folder cannot be written, a store on disk is damaged, or some but not all of its shards are there.
     """
-    source = _Source(data)
-    tokenizer = open_tokenizer(data, source)
-    path = _folder(data, source.identity, tokenizer.name, split)
+    source, tokenizer, path = _place(data, split)
     # Before the store is looked for: who joins shards publishes the store first, then removes them.
     left = shards.begun(path)
     store = _read(path, data.verify_mib)
@@ -113,33 +111,27 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
 
 
 def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
-    """Makes one part of the token store of `split`, and the store if this part was the last one.
+    """Makes one part of the token store of `split`, and the store if this part was the last; returns those missing.
 
     Any processes that share `data.cache_dir` may make any parts, also the same one, at any time.
-
-    Returns:
-      Shards that are still missing; [] if the store is there.
 
     Raises:
       UserError: as `open_store`, and if a part on disk is damaged.
     """
-    source = _Source(data)
-    tokenizer = open_tokenizer(data, source)
-    path = _folder(data, source.identity, tokenizer.name, split)
+    source, tokenizer, path = _place(data, split)
     if not path.is_dir():
         shards.write(path, shard, _chunks(source.texts(split, shard), tokenizer))
     left = shards.begun(path)
     if path.is_dir():  # meanwhile joined by another process, which did not need this part
         shards.remove(path)
         return []
-    if left[shard[1]]:
-        return left[shard[1]]
-    _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
-    return []
+    if not left[shard[1]]:
+        _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
+    return left[shard[1]]
 
 
 def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer:
-    """Returns the tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
+    """The tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
 
     Raises:
       UserError: the hash is not `data.tokenizer_hash`, a file is damaged, or as `open_store`.
@@ -149,14 +141,13 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
     source = source or _Source(data)
     name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
     folder = _folder(data, source.identity, name, data.train_split)
+    path = folder / _TOKENIZER
     if not folder.is_dir():
         texts = source.texts(data.train_split)
         with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
-            (temp / _TOKENIZER).write_text(
-                bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20), encoding="utf-8"
-            )
+            trained = bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20)
+            (temp / _TOKENIZER).write_text(trained, encoding="utf-8")
             durable.publish(temp, folder)
-    path = folder / _TOKENIZER
     try:
         opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
     except (OSError, ValueError) as error:
@@ -172,7 +163,7 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
 
 
 def fingerprint(*stores: TokenStore) -> str:
-    """Returns 16 hex digits that change with any token, tokenizer or the order of the stores."""
+    """16 hex digits that change with any token, tokenizer or the order of the stores."""
     facts = "\n".join(f"{store.tokenizer} {store.sha256}" for store in stores)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -208,6 +199,13 @@ class Windows:
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
 
+def _place(data: DataConfig, split: str) -> tuple[_Source, Tokenizer, Path]:
+    """What the store of `split` is made from, and its folder."""
+    source = _Source(data)
+    tokenizer = open_tokenizer(data, source)
+    return source, tokenizer, _folder(data, source.identity, tokenizer.name, split)
+
+
 def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
     if data.cache_dir:
         cache = user_path(data.cache_dir, "config key data.cache_dir").absolute()
@@ -220,13 +218,9 @@ def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> 
 
 
 def _facts(data: DataConfig, source: _Source, tokenizer: Tokenizer, split: str) -> dict:
-    return {
-        "format": FORMAT,
-        "dataset": source.full_name,
-        "split": split,
-        "text_feature": data.text_feature,
-        "tokenizer": tokenizer.name,
-    }
+    feature = data.text_feature
+    named = {"dataset": source.full_name, "split": split, "text_feature": feature, "tokenizer": tokenizer.name}
+    return {"format": FORMAT, **named}
 
 
 def _read(path: Path, verify_mib: int) -> TokenStore | None:
