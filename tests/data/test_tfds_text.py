@@ -143,10 +143,11 @@ def as_format(tiny, root, name):
 
 
 def test_a_format_that_cannot_be_read_says_so(tiny, tmp_path, monkeypatch, refused):
-    line = refused(open_store, as_format(tiny, tmp_path / "a", "riegeli"), "train")
+    riegeli, tfrecord = (as_format(tiny, tmp_path / name, name) for name in ("riegeli", "tfrecord"))
+    line = refused(open_store, riegeli, "train")
     assert "as riegeli" in line and "file_format='array_record'" in line
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # the import fails, installed or not
-    line = refused(open_store, as_format(tiny, tmp_path / "b", "tfrecord"), "train")
+    line = refused(open_store, tfrecord, "train")
     assert "as tfrecord" in line and "pip install 'spannorm_jax[tf]'" in line
 
 
