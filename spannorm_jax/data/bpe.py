@@ -38,7 +38,7 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
       vocab_size: ids to make, end-of-text included; a short text may not yield as many.
       max_bytes: no further document is read after so many bytes; 0: all are.
     """
-    # A process of its own, since native code hears no Ctrl-C; it is ended with whatever ends this function.
+    # A process of its own, since native code hears no Ctrl-C: this one hears it, and ends that one.
     command = [sys.executable, "-c", "from spannorm_jax.data import bpe; bpe.trainer()", str(vocab_size)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     num_bytes, began = 0, time.monotonic()

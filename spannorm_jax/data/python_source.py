@@ -67,8 +67,7 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
 class SysPathSource(PythonSource, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
     """The same for the files on sys.path.
 
-    A class of its own, since TFDS reads the names of all of a builder's configs whenever it opens one, and this one's
-    name takes the reading of some hundred megabytes.
+    A class of its own: TFDS reads the names of all configs of a builder, and this name takes some hundred MB to read.
     """
 
     name = python_files.DATASET

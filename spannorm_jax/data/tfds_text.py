@@ -44,7 +44,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     own = next((f.parent for f in (root, *root.parents[:2]) if f.name == base and _prepared(f.parent, base)), None)
     where = f"set config key data.data_dir{f'={own}' if own else ' to where it is'}"  # its own folder is named often
     if builder_class is None and not prepared:
-        known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
+        known = {*tfds.list_builders(with_community_datasets=False), *(f.name for f in root.glob("[!.]*/"))}
         hint = did_you_mean(base, known)
         raise UserError(
             f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies in {root}{absent}; "
@@ -210,19 +210,11 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / _INFO).is_file()
 
 
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _prepared(root: Path, base: str) -> list[str]:
     """Full names, `base/version` and `base/config/version`, of what is complete below `root`."""
-    found = []
-    for outer in _folders(root / base):
-        names = [f"{base}/{outer}", *(f"{base}/{outer}/{v}" for v in _folders(root / base / outer))]
-        found += [name for name in names if _is_prepared(root / name)]
-    return found
+    infos = [info for depth in ("*", "*/*") for info in (root / base).glob(f"{depth}/{_INFO}")]
+    names = (info.parent.relative_to(root).as_posix() for info in infos)
+    return sorted(name for name in names if "/." not in name)
 
 
 def _how_to_prepare(name: names.Name, data_dir: Path | str) -> str:

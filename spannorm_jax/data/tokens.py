@@ -171,11 +171,8 @@ def fingerprint(*stores: TokenStore) -> str:
 class Windows:
     """Random access to a store's full windows: window i is int32 [seq_len + 1].
 
-    Window i starts at token i * seq_len, so neighbours share one token: the last target of one is
-    the first input of the next, and each token is predicted once.
-
-    Raises:
-      UserError: the store is shorter than one window.
+    Window i starts at token i * seq_len, so neighbours share one token: the last target of one is the first input of
+    the next, and each token is predicted once. Raises UserError if the store is shorter than one window.
     """
 
     def __init__(self, store: TokenStore, seq_len: int):
