@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -261,7 +262,7 @@ def test_a_new_state_does_not_depend_on_the_mesh():
         with jax.set_mesh(mesh):
             return jax.device_get(make_program(config, define(config.model, config.execution), mesh).init(3).params)
 
-    jax.tree.map(np.testing.assert_array_equal, weights({"data": 1}, 1), weights(LAYOUTS["all_three"], 8))
+    chex.assert_trees_all_equal(weights({"data": 1}, 1), weights(LAYOUTS["all_three"], 8))
 
 
 def test_minus_one_takes_the_devices_that_are_left():

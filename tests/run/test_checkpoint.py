@@ -4,6 +4,7 @@ import fcntl
 import json
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -27,10 +28,6 @@ def state(step):
 
 
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state(0))
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def save(folder, *steps, keep_last=5):
@@ -67,8 +64,8 @@ def test_what_is_saved_is_read_whatever_the_folder_is_called(tmp_path, name):
     reading = Checkpoints(folder)
     try:
         assert reading.find(None) == (3, [])
-        same(reading.restore(3, ABSTRACT), state(3))
-        same(reading.restore_model(3, ABSTRACT.params, {})[0], state(3).params)
+        chex.assert_trees_all_equal(reading.restore(3, ABSTRACT), state(3))
+        chex.assert_trees_all_equal(reading.restore_model(3, ABSTRACT.params, {})[0], state(3).params)
     finally:
         reading.close()
 
@@ -126,7 +123,7 @@ def test_a_reader_keeps_its_checkpoint_from_a_trainer(tmp_path):
         saving.save(step, state(step), {"step": step})
         saving.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]  # 3 may be bad, and 2 is good
-    same(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
+    chex.assert_trees_all_equal(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
     reading.close()
     saving.save(4, state(4), {"step": 4})
     saving.finish(4)
@@ -276,7 +273,7 @@ def test_what_orbax_adds_to_its_own_file_after_the_seal_is_no_damage_and_half_of
     about.write_text(json.dumps(facts | {"item_handlers": None, "commit_timestamp_nsecs": 0}))
     reading = Checkpoints(tmp_path)
     assert reading.find(None) == (1, [])
-    same(reading.restore(1, ABSTRACT), state(1))
+    chex.assert_trees_all_equal(reading.restore(1, ABSTRACT), state(1))
     about.write_text(about.read_text()[:20])
     with pytest.raises(UserError, match="_CHECKPOINT_METADATA is damaged"):
         reading.find(None)
