@@ -4,11 +4,11 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_model import configure
 
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace
+from spannorm_jax.config import CheckpointConfig, MeshConfig
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
-from spannorm_jax.resolution import resolve
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
@@ -39,16 +39,8 @@ PAIRS += [("moe", *pair) for pair in (("one", "expert"), ("expert", "one"), ("ex
 
 
 def config_of(model):
-    small = {
-        "model__depth": 2,
-        "model__width": 32,
-        "model__num_heads": 8,
-        "data__seq_len": 16,
-        "training__batch_size": 8,
-        "training__steps": STEPS,
-        "eval__batch_size": 8,
-    }
-    return resolve(replace(Config(), **small | MODELS[model]), vocab_size=256, platform="cpu", fingerprint="")
+    small = {"model__width": 32, "model__num_heads": 8, "model__vocab_size": 256, "data__seq_len": 16}
+    return configure(**small | {"training__steps": STEPS, "eval__batch_size": 8} | MODELS[model])
 
 
 class Run:
