@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.analysis import kernels, theory
+from spannorm_jax.analysis import theory
 from spannorm_jax.analysis.prediction import predict
 from spannorm_jax.command import run_command
 from spannorm_jax.config import ExecutionConfig, ModelConfig, MoEConfig

@@ -15,8 +15,7 @@ import pytest
 from flax import nnx
 from reference import erf
 
-from spannorm_jax.analysis import kernels
-from spannorm_jax.analysis.kernels import (
+from spannorm_jax.analysis.covariances import (
     AttentionKernel,
     FeedForwardKernel,
     MixtureKernel,
