@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from reference import erf
 
+from spannorm_jax.analysis import covariances
 from spannorm_jax.analysis.covariances import (
     AttentionKernel,
     FeedForwardKernel,
@@ -274,7 +275,7 @@ def test_attention_over_equal_tokens_passes_nothing_to_queries_and_keys():
 
 
 def test_a_linear_activation_has_the_linear_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "activation", lambda kind, x: x)
+    monkeypatch.setattr(covariances, "activation", lambda kind, x: x)
     got, slope = activation_kernels("gelu", C)
     np.testing.assert_allclose(got, C, rtol=1e-10)
     np.testing.assert_allclose(slope, np.ones((T, T)), rtol=1e-9)
