@@ -47,6 +47,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -
     """
     data, config = open_data(config)
     check_held_out(data.eval, data.tokenizer)
+    loader = TrainLoader(data.train, config.data.seq_len, config.training.batch_size, config.seed)
     kernels = _kernels(config)
     mesh = make_mesh(config.mesh, lanes=lanes)
     training = config.training
@@ -62,7 +63,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -
         flags=flags,
         data=data,
         mesh=mesh,
-        loader=TrainLoader(data.train, config.data.seq_len, training.batch_size, config.seed),
+        loader=loader,
         model=model,
         program=make_program(config, model, mesh),
         numbers=on_devices(numbers_of(config), mesh),
