@@ -12,6 +12,7 @@ from spannorm_jax import evaluate, sample, train
 from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.plan import __main__ as plan
+from spannorm_jax.training import held_out
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 
@@ -97,7 +98,6 @@ def refuse_train(refuse, tmp_path):
         ("--config.data.train_split=trian", ["data.train_split", "trian", "train"]),
         ("--config.data.eval_split=test", ["data.eval_split", "test", "validation"]),
         ("--config.data.text_feature=txet", ["data.text_feature", "txet", "text"]),
-        ("--config.data.seq_len=100000000", ["data.seq_len=100000000", "too long"]),
         ("--config.data.fingerprint=0123456789abcdef", ["0123456789abcdef", "data.fingerprint", "restore"]),
         ("--config.platform=cuda", ["platform='cuda'", "cpu"]),
         # values that contradict each other
@@ -129,6 +129,12 @@ def test_training_that_cannot_be(refuse_train, override, says):
     first, *more = override.split(" --config")
     line = refuse_train(first, *(f"--config{item}" for item in more))
     assert all(part in line for part in says), line
+
+
+def test_a_window_that_is_too_long_is_refused_before_anything_of_its_size_is_made(refuse_train, monkeypatch):
+    monkeypatch.setattr(held_out, "eval_batches", lambda *_: pytest.fail("16 windows take many GB"))
+    line = refuse_train("--config.data.seq_len=100000000")
+    assert "data.seq_len=100000000" in line and "too long" in line
 
 
 def test_a_typo_inside_a_config_file_names_its_line(refuse_train, tmp_path):

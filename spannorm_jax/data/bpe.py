@@ -39,7 +39,7 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
       max_bytes: no further document is read after so many bytes; 0: all are.
     """
     # A process of its own, since native code hears no Ctrl-C: this one hears it, and ends that one.
-    command = [sys.executable, "-c", "from spannorm_jax.data import bpe; bpe.trainer()", str(vocab_size)]
+    command = [sys.executable, "-P", "-c", "from spannorm_jax.data import bpe; bpe.trainer()", str(vocab_size)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     num_bytes, began = 0, time.monotonic()
     told = began

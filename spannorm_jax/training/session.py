@@ -62,6 +62,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -
     """
     task = task_of(config)
     data, config = task.open(config)
+    rows = task.rows(config, data)  # which refuses rows that are too long before any is made
     kernels = _kernels(config, task.positions(config))
     mesh = make_mesh(config.mesh, lanes=lanes)
     training = config.training
@@ -77,7 +78,7 @@ def match_machine(config: Config, workdir: Path, flags: Flags, lanes: int = 1) -
         flags=flags,
         task=task,
         data=data,
-        rows=task.rows(config, data),
+        rows=rows,
         mesh=mesh,
         model=model,
         program=make_program(config, model, mesh),
