@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.results_page import FAILED, Results, Wanted, read
-from spannorm_jax.report import markdown, stats
-from spannorm_jax.report.contents import interval_text
+from spannorm_jax.report import stats
 from spannorm_jax.report.rates import drifts
 from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import Interval
+from spannorm_jax.report.tables import interval, markdown, number
 
 HOLDS, FAILS, NOT_TOLD, NOT_TESTED = "holds", "fails", "not told", "not tested"
 TRANSFER = 1.25  # by how much a best learning rate may move a doubling, either way, and still be said to stay
@@ -120,10 +120,10 @@ def stays(low: float, high: float, rows: tuple[Row, ...] = ()) -> Verdict:
 def drift(sweep: Results, axis: str, **wanted: Any) -> Verdict:
     """`stays` of SpanNorm's best learning rate over depth or width."""
     part = sweep.where(**SPAN, **wanted)
-    found = [drift["factor"] for drift in drifts(part.about) if drift["axis"] == axis]
+    found = [drift["factor"] for drift in drifts(part.study) if drift["axis"] == axis]
     if not found or found[0].low is None or found[0].high is None:
-        return Verdict() if not part.about.rows else Verdict(NOT_TOLD, "no range", tuple(part.about.rows))
-    return stays(found[0].low, found[0].high, tuple(part.about.rows))
+        return Verdict() if not part.study.rows else Verdict(NOT_TOLD, "no range", tuple(part.study.rows))
+    return stays(found[0].low, found[0].high, tuple(part.study.rows))
 
 
 def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wanted) -> Verdict:
@@ -135,7 +135,7 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
         ]
         gaps.append({s: losses[0][s] - losses[1][s] for s in losses[0].keys() & losses[1].keys()})
     found = stats.t_interval([gaps[1][seed] - gaps[0][seed] for seed in sorted(gaps[0].keys() & gaps[1].keys())])
-    effect = "" if found is None else f"{interval_text(found.mean, found.low, found.high)}, n {found.n}"
+    effect = "" if found is None else f"{interval(found.mean, found.low, found.high)}, n {found.n}"
     return below_zero(found, effect, tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours)))
 
 
@@ -347,13 +347,13 @@ def regime(rows: tuple[Row, ...], floor: float) -> str:
     if not bits:
         return ""
     each = [row.run.last_step * (row.run.tokens_per_step or 0) / row.run.starts[0]["num_params"] for row in rows]
-    return f"{statistics.median(each):.2g}; {min(bits) - floor:+.2f}".replace("-", "−")
+    return f"{statistics.median(each):.2g}; {number(min(bits) - floor, '+.2f')}"
 
 
 def short_table(made: list[Claim]) -> str:
     """The verdicts alone."""
     lines = [[claim.text, *(claim.verdicts.get(c, Verdict()).word for c in COLUMNS)] for claim in made]
-    return markdown.table([(head, False) for head in ("claim of SpanNorm", *COLUMNS.values())], lines)
+    return markdown([(head, False) for head in ("claim of SpanNorm", *COLUMNS.values())], lines)
 
 
 def table(made: list[Claim], floor: float) -> str:
@@ -366,7 +366,7 @@ def table(made: list[Claim], floor: float) -> str:
         ]
         for claim in made
     ]
-    return markdown.table([(head, False) for head in heads], lines)
+    return markdown([(head, False) for head in heads], lines)
 
 
 def write_page(runs: Path, page: Path, readme: Path) -> Path:

@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.report import page  # and with it the libraries of tables and figures
     from spannorm_jax.report.tables import text_table
 
-    about, said = page.read_study(args.roots, baseline, confirmed)
+    study, said = page.read_study(args.roots, baseline, confirmed)
     written = None
     if not args.table:
         out = args.out or args.roots[0] / "report"
-        written = page.write_files(about, said, args.roots, out, args.title or page.TITLE)
-    print(visible(text_table(about.rows)))
+        written = page.write_files(study, said, args.roots, out, args.title or page.TITLE)
+    print(visible(text_table(study)))
     for kind, text in said:
         print(f"{kind}: {one_line(text)}", file=sys.stderr)
     if written:

@@ -1,12 +1,9 @@
-"""Runs -> rows: what each run reached, and the seeds of one setting taken together.
-
-Numbers that a folder does not hold are None, never guessed.
-"""
+"""Runs -> rows: what each run reached, and in what runs differ. Numbers that a folder does not hold are None."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +11,6 @@ import numpy as np
 
 from spannorm_jax.config import NAMES_OF_DATA, is_runtime
 from spannorm_jax.report.folders import Run, finite
-from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
 from spannorm_jax.report.stats import GRAD_NORM_QUANTILE, spikes
 
 # What a report compares; a difference in any other config key is said aloud.
@@ -41,10 +37,7 @@ class Outcome:
     steps: int  # asked for
 
     def __str__(self) -> str:
-        notes = {
-            "diverged": f" (step {self.step})",
-            "unfinished": f" (step {self.step} of {self.steps})",
-        }
+        notes = {"diverged": f" (step {self.step})", "unfinished": f" (step {self.step} of {self.steps})"}
         return self.kind + notes.get(self.kind, "")
 
 
@@ -208,58 +201,19 @@ def _words(value: Any) -> str:
 # ---- several runs -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
-    mean: float
-    deviation: float | None  # sample standard deviation (n - 1); None for one run
-    n: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that differ in nothing but the seed."""
-
-    placement: str
-    init: str
-    variant: tuple[tuple[str, str], ...]  # other config keys in which the rows of the report differ
-    rows: tuple[Row, ...]
-
-    @property
-    def other(self) -> str:
-        """What sets the group apart beside placement, initialisation and the axes: `data.seq_len=512`."""
-        return ", ".join(in_words(key, value) for key, value in self.variant if key not in AXES)
-
-    @property
-    def counted(self) -> tuple[Row, ...]:
-        """The rows that means are taken over: finished ones, else unfinished, else diverged."""
-        for kinds in (FINISHED, ("unfinished",), ("diverged",)):
-            rows = tuple(r for r in self.rows if r.outcome.kind in kinds)
-            if rows:
-                return rows
-        return ()
-
-    def over_seeds(self, number: Callable[[Row], float | None]) -> Spread | None:
-        values = [v for v in map(number, self.counted) if v is not None]
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return Spread(math.fsum(values) / len(values), deviation, len(values))
-
-    @property
-    def ending(self) -> str:
-        """The outcomes of all the seeds, in words."""
-        if len(self.rows) == 1:
-            return str(self.rows[0].outcome)
-        kinds: dict[str, list[int]] = {}
-        for row in self.rows:
-            kinds.setdefault(row.outcome.kind, []).append(row.outcome.step)
-        if len(kinds) == 1 and set(kinds) <= set(FINISHED):
-            return next(iter(kinds))
-        parts = []
-        for kind, steps in kinds.items():
-            at = f" (step{'s'[: len(steps) > 1]} {', '.join(map(str, sorted(steps)))})"
-            parts.append(f"{len(steps)} {kind}{at if kind in ('diverged', 'unfinished') else ''}")
-        return ", ".join(parts)
+def ending(outcomes: Sequence[Outcome]) -> str:
+    """How the seeds of a setting ended, in words."""
+    if len(outcomes) == 1:
+        return str(outcomes[0])
+    kinds = list(dict.fromkeys(outcome.kind for outcome in outcomes))
+    if len(kinds) == 1 and kinds[0] in FINISHED:
+        return kinds[0]
+    parts = []
+    for kind in kinds:
+        steps = sorted(outcome.step for outcome in outcomes if outcome.kind == kind)
+        at = f" (step{'s'[: len(steps) > 1]} {', '.join(map(str, steps))})"
+        parts.append(f"{len(steps)} {kind}{at if kind in ('diverged', 'unfinished') else ''}")
+    return ", ".join(parts)
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -305,26 +259,9 @@ def followers(differing: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return found
 
 
-def over_seeds(rows: Sequence[Row]) -> list[Group]:
-    """Groups rows that differ in nothing but the seed, ordered by placement, initialisation and axes."""
-    differing = differing_keys([row.run for row in rows])
+def variants(runs: Sequence[Run]) -> list[tuple[tuple[str, str], ...]]:
+    """Of each run the keys and values that set it apart: neither of runtime, nor following from others."""
+    differing = differing_keys(runs)
     following = followers(differing)
     kept = {key: texts for key, texts in differing.items() if not is_runtime(key) and key not in following}
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
-    for i, row in enumerate(rows):
-        variant = tuple((key, texts[i].strip('"')) for key, texts in kept.items())
-        groups.setdefault((row.placement, row.init, variant), []).append(row)
-    placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
-    inits = ranked((row.init for row in rows), INIT_ORDER)
-    made = [
-        Group(placement, init, variant, tuple(sorted(members, key=lambda r: r.seed)))
-        for (placement, init, variant), members in groups.items()
-    ]
-
-    def order(group: Group) -> tuple[Any, ...]:
-        first = group.rows[0]
-        axes = (first.depth, first.width, first.lr)
-        others = [pair for pair in group.variant if pair[0] not in AXES]
-        return placements.index(group.placement), inits.index(group.init), others, axes
-
-    return sorted(made, key=order)
+    return [tuple((key, texts[i].strip('"')) for key, texts in kept.items()) for i in range(len(runs))]

@@ -16,9 +16,7 @@ from spannorm_jax.config import DataConfig
 from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokens import open_store
 from spannorm_jax.errors import UserError
-from spannorm_jax.report.folders import find_runs
-from spannorm_jax.report.rows import summarise
-from spannorm_jax.report.tables import notices
+from spannorm_jax.report.page import read_study
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 NUM = 40  # examples of each split of the nested dataset
@@ -159,7 +157,7 @@ def test_an_overlap_is_legal_said_recorded_and_reported(argv, tmp_path, capsys, 
     recorded = json.loads((workdir / "eval.jsonl").read_text())
     assert recorded == json.loads(printed.out) and recorded.get("eval_overlap", 0) == shared
     assert ("eval_overlap" in recorded) == bool(shared)
-    warned = [text for kind, text in notices([summarise(run) for run in find_runs(workdir)]) if kind == "warning"]
+    warned = [text for kind, text in read_study([workdir])[1] if kind == "warning"]
     assert len(warned) == bool(shared) and all("shares 8 examples" in text for text in warned)
 
 

@@ -15,7 +15,7 @@ from spannorm_jax.report.__main__ import main
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs, read_run
 from spannorm_jax.report.page import read_study
-from spannorm_jax.report.rows import over_seeds
+from spannorm_jax.report.study import study_of
 from spannorm_jax.report.tables import notices
 
 FOREIGN = {
@@ -127,15 +127,15 @@ def test_a_run_of_an_older_version_has_what_it_did_by_default(tmp_path, capsys):
     del config["optim"]["name"], config["model"]["variance_exponent"], config["execution"]
     config["model"]["attention"] = "auto"  # where it stood then
     (old / "config.json").write_text(json.dumps(config))
-    rows = rows_of(tmp_path)
-    assert [len(group.rows) for group in over_seeds(rows)] == [2]
-    said = notices(rows)
+    study = study_of(rows_of(tmp_path))
+    assert study.settings["runs"].to_list() == [2]
+    said = notices(study)
     assert [kind for kind, _ in said] == ["note", "note"]
     assert "optim.name" in said[0][1] and "1 of 2 runs are older" in said[0][1]
     assert "model.variance_exponent" in said[0][1] and "model.attention" in said[1][1]
     # A younger option that was changed is a difference.
     write_run(tmp_path / "other", seed=2, optim__name="lion")
-    assert len(over_seeds(rows_of(tmp_path))) == 2
+    assert study_of(rows_of(tmp_path)).settings.height == 2
 
 
 def test_several_folders_are_read_each_run_once_and_what_holds_none_is_said(tmp_path):
@@ -198,8 +198,8 @@ def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step
     assert summary(tmp_path / "whole0").bits_per_byte == 2.0
     # The same without the runs that have numbers, and without DIVERGED: a loss that is no number is enough.
     (tmp_path / "run0" / "DIVERGED").unlink()
-    about, _ = read_study([tmp_path / "run0"])
-    assert str(about.rows[0].outcome) == "diverged (step 20)"
-    drawn = [figure for make, _ in FIGURES.values() if (figure := make(about)) is not None]
+    study, _ = read_study([tmp_path / "run0"])
+    assert str(study.rows[0].outcome) == "diverged (step 20)"
+    drawn = [figure for make, _ in FIGURES.values() if (figure := make(study)) is not None]
     assert [figure.name for figure in drawn] == ["loss", "block_grad_norm"][: 2 * (from_step > 1)]
     assert "None" not in capsys.readouterr().out

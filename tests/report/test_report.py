@@ -15,14 +15,19 @@ from run_folders import ENTROPY, STEPS, rows_of, summary, write_eval, write_lr_s
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.__main__ import keys_of, main
 from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import LEARNT, Outcome, outcome, over_seeds, train_loss
+from spannorm_jax.report.rows import LEARNT, Outcome, ending, outcome, train_loss
+from spannorm_jax.report.study import study_of
 from spannorm_jax.report.tables import notices, text_table
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.sweep.reports import write_report
 
 
 def texts(root, kind):
-    return [text for k, text in notices(rows_of(root)) if k == kind]
+    return [text for k, text in notices(study_of(rows_of(root))) if k == kind]
+
+
+def table_of(root):
+    return text_table(study_of(rows_of(root)))
 
 
 # ---- the numbers ------------------------------------------------------------------------------
@@ -83,15 +88,15 @@ def test_an_evaluation_by_the_way_is_no_result_of_a_run_that_is_done(tmp_path):
     (early / "DONE").write_text('{"step": 20}')
     assert (summary(early).held_out_loss, summary(early).bits_per_byte) == (None, None)
     write_run(tmp_path / "other", seed=1, bits=2.0)
-    [group] = over_seeds(rows_of(tmp_path))
-    assert group.over_seeds(lambda row: row.held_out_loss).n == 1
+    [setting] = study_of(rows_of(tmp_path)).settings.to_dicts()
+    assert setting["held_out_loss_n"] == 1
 
 
 def test_text_table_is_aligned_and_says_one_seed(tmp_path):
     write_run(tmp_path / "b", "span", "scale", bits=2.5)
     write_run(tmp_path / "a", "post", "plain", losses=[3.9] * STEPS)
     write_run(tmp_path / "c", "pre", "scale", losses=[5.0] * 7, done=False)
-    table = text_table(rows_of(tmp_path)).splitlines()
+    table = table_of(tmp_path).splitlines()
     assert re.split(r"  +", table[0]) == [
         "placement",
         "init",
@@ -100,8 +105,8 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
         "tokens/s",
         "outcome",
     ]
-    assert table[2].split() == ["pre", "scale-L1", "5.000", "-", "100", "unfinished", "(step", "7", "of", "20)"]
-    assert table[3].split() == ["post", "plain", "3.900", "-", "107", "plateau"]
+    assert table[2].split() == ["pre", "scale-L1", "5.000", "–", "100", "unfinished", "(step", "7", "of", "20)"]
+    assert table[3].split() == ["post", "plain", "3.900", "–", "107", "plateau"]
     assert table[4].split() == ["span", "scale-L1", "3.150", "2.500", "107", "trained"]
     assert {line.index(word) for line, word in zip(table[2:5], ("unf", "plat", "tra"), strict=True)} == {
         table[0].index("outcome")
@@ -137,7 +142,7 @@ def test_a_run_that_loses_what_it_had_learnt_has_collapsed(tmp_path, end, kind):
 
 
 def test_noise_of_batches_is_no_collapse(tmp_path):
-    """Means of 20 steps of this noise spread by 0.045: the least of 180 lies about 0.12 below the entropy."""
+    """Means of 20 steps of this noise spread by 0.045: the least of 180 lies study 0.12 below the entropy."""
     noise = np.random.default_rng(0).normal(0, 0.2, 200)
     run = read_run(write_run(tmp_path / "run", losses=(ENTROPY + noise).tolist(), training__steps=200))
     assert outcome(run).kind == "plateau"
@@ -206,14 +211,13 @@ def test_find_runs_reads_every_depth_but_not_below_a_run(tmp_path):
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
     for seed, (loss, bits) in enumerate([(1.0, 2.0), (2.0, 2.0), (4.5, 2.3)]):
         write_run(tmp_path / str(seed), losses=[loss] * STEPS, bits=bits, seed=seed)
-    rows = rows_of(tmp_path)
-    (group,) = over_seeds(rows)
-    spread = group.over_seeds(lambda row: row.train_loss)
-    assert (spread.mean, spread.n) == (2.5, 3)
-    assert spread.deviation == pytest.approx(((1.5**2 + 0.5**2 + 2.0**2) / 2) ** 0.5)
-    table = text_table(rows)
+    study = study_of(rows_of(tmp_path))
+    [setting] = study.settings.to_dicts()
+    assert (setting["train_loss"], setting["train_loss_n"]) == (2.5, 3)
+    assert setting["train_loss_sd"] == pytest.approx(((1.5**2 + 0.5**2 + 2.0**2) / 2) ** 0.5)
+    table = text_table(study)
     assert "2.500 ± 1.803" in table and "2.100 ± 0.173" in table and "3 seeds (0, 1, 2)" in table
-    assert group.ending == "2 trained, 1 plateau"  # a mean is over all that finished
+    assert ending([row.outcome for row in study.rows]) == "2 trained, 1 plateau"  # a mean is over all that finished
 
 
 def test_means_leave_out_seeds_that_did_not_finish_and_say_so(tmp_path):
@@ -221,7 +225,7 @@ def test_means_leave_out_seeds_that_did_not_finish_and_say_so(tmp_path):
     write_run(tmp_path / "1", losses=[2.0] * STEPS, seed=1)
     write_run(tmp_path / "2", losses=[9.0] * 4, seed=2, done=False)
     (write_run(tmp_path / "3", losses=[9.0] * 4, seed=3, done=False) / "DIVERGED").write_text('{"step": 5}')
-    (line,) = text_table(rows_of(tmp_path)).splitlines()[2:3]
+    (line,) = table_of(tmp_path).splitlines()[2:3]
     assert re.split(r"  +", line)[2:4] == ["2 of 4", "1.500 ± 0.707"]
     assert line.endswith("2 trained, 1 unfinished (step 4), 1 diverged (step 5)")
 
@@ -230,22 +234,21 @@ def test_a_mean_of_fewer_seeds_than_count_says_of_how_many(tmp_path):
     for seed, bits in enumerate([2.0, None, 2.2]):
         write_run(tmp_path / str(seed), seed=seed, bits=bits)
     write_run(tmp_path / "3", seed=3, bits=9.0, losses=[5.0], done=False)
-    cells = re.split(r"  +", text_table(rows_of(tmp_path)).splitlines()[2])
+    cells = re.split(r"  +", table_of(tmp_path).splitlines()[2])
     assert cells[2:5] == ["3 of 4", "3.150 ± 0.000", "2.100 ± 0.141 (2 of 3)"]
     (tmp_path / "2" / "eval.jsonl").unlink()
-    assert "2.000 (1 of 3)" in text_table(rows_of(tmp_path))
+    assert "2.000 (1 of 3)" in table_of(tmp_path)
 
 
 def test_differing_data_and_config_are_said_and_never_averaged(tmp_path):
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, fingerprint="beef")
     write_run(tmp_path / "c", seed=2, optim__lr=0.5)
-    rows = rows_of(tmp_path)
-    assert [len(group.rows) for group in over_seeds(rows)] == [1, 1, 1]
+    assert study_of(rows_of(tmp_path)).settings["runs"].to_list() == [1, 1, 1]
     data, uneven = texts(tmp_path, "warning")
     assert "same data" in data and "do not compare" in data and "f00d (2 runs)" in data and "beef (1 run)" in data
     assert uneven.startswith("Not every method was run at the same depths, widths and learning rates")
-    assert "optim.lr=0.5" in text_table(rows)
+    assert "optim.lr=0.5" in table_of(tmp_path)
 
 
 def test_axes_of_a_sweep_are_no_warning_unless_methods_were_run_at_different_ones(tmp_path):
@@ -259,11 +262,8 @@ def test_axes_of_a_sweep_are_no_warning_unless_methods_were_run_at_different_one
 def test_what_follows_from_an_axis_is_a_note_and_splits_no_method(tmp_path):
     for i, (width, ffn) in enumerate([(64, 176), (64, 176), (128, 352)]):
         write_run(tmp_path / str(i), seed=i % 2, model__width=width, model__ffn_dim=ffn)
-    groups = over_seeds(rows_of(tmp_path))
-    assert [(group.variant, len(group.rows)) for group in groups] == [
-        ((("model.width", "64"),), 2),
-        ((("model.width", "128"),), 1),
-    ]
+    settings = study_of(rows_of(tmp_path)).settings
+    assert settings.select("also", "runs").rows() == [("model.width=64", 2), ("model.width=128", 1)]
     assert texts(tmp_path, "warning") == []
     assert texts(tmp_path, "note")[0].startswith("Runs differ in model.ffn_dim: 176 (2 runs), 352 (1 run).")
 
@@ -271,24 +271,22 @@ def test_what_follows_from_an_axis_is_a_note_and_splits_no_method(tmp_path):
 def test_what_follows_from_an_earlier_key_is_a_note_and_experts_are_a_word(tmp_path):
     write_run(tmp_path / "dense", bits=2.0, model__moe__expert_dim=176)
     write_run(tmp_path / "experts", bits=1.9, model__moe__num_experts=8, model__moe__expert_dim=88)
-    table = text_table(rows_of(tmp_path))
+    table = table_of(tmp_path)
     assert [line.split()[2:4] for line in table.splitlines()[2:4]] == [["dense", "3.150"], ["8", "experts"]]
     assert "expert_dim" not in table
     assert texts(tmp_path, "warning") == ["Runs differ in model.moe.num_experts: 0 (1 run), 8 (1 run)."]
     (note,) = (text for text in texts(tmp_path, "note") if "expert_dim" in text)
     assert note.endswith("It is the same wherever these are: model.moe.num_experts.")
     write_run(tmp_path / "wide", bits=1.8, model__moe__num_experts=8, model__moe__expert_dim=176)  # it says more now
-    assert [group.other for group in over_seeds(rows_of(tmp_path))] == [
-        "dense, model.moe.expert_dim=176",
-        "8 experts, model.moe.expert_dim=176",
-        "8 experts, model.moe.expert_dim=88",
+    assert study_of(rows_of(tmp_path)).settings["other"].to_list() == [
+        *("dense, expert_dim=176", "8 experts, expert_dim=176", "8 experts, expert_dim=88")
     ]
 
 
 def test_what_is_compared_is_no_difference(tmp_path):
     for i, (placement, init) in enumerate([("pre", "plain"), ("span", "scale"), ("post", "gpt2")]):
         write_run(tmp_path / str(i), placement, init, data__cache_dir="")
-    assert notices(rows_of(tmp_path)) == []
+    assert notices(study_of(rows_of(tmp_path))) == []
 
 
 def test_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
@@ -297,7 +295,7 @@ def test_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
     assert texts(tmp_path, "warning") == []
     notes = " ".join(texts(tmp_path, "note"))
     assert "mesh.fsdp" in notes and "gpu" in notes
-    assert len(over_seeds(rows_of(tmp_path))) == 1
+    assert study_of(rows_of(tmp_path)).settings.height == 1
 
 
 def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):

@@ -114,7 +114,7 @@ def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
         for seed in range(2)
     ]
     found = results(tmp_path, "rivals", runs)
-    table = found.by_rate(0.01, "SpanNorm, plain", depth=found.about.rows[0].depth).splitlines()
+    table = found.by_rate(0.01, "SpanNorm, plain", depth=found.study.rows[0].depth).splitlines()
     ends = " (an end of the grid)"
     assert table[2:] == [
         "| SpanNorm, plain | 2.005 ± 0.007 | 0.01 |  | 2.005 ± 0.007 |",
@@ -164,7 +164,7 @@ def test_a_page_whose_sentence_does_not_hold_is_refused(tmp_path, monkeypatch):
 def test_what_the_device_chose_makes_no_other_method(tmp_path):
     dtypes = ("float32", "bfloat16")
     runs = [("pre", "plain", {"bits": 2.0, "model__dtype": dtype, "seed": i}) for i, dtype in enumerate(dtypes)]
-    assert [len(seeds) for seeds in results(tmp_path, "both", runs).about.cells.values()] == [2]
+    assert results(tmp_path, "both", runs).study.settings["runs"].to_list() == [2]
 
 
 def test_runs_of_two_machines_are_compared_by_name(tmp_path):
