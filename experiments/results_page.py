@@ -192,12 +192,9 @@ class Results:
           ValueError: a side has two runs of one seed.
         """
         both = [fixed | wanted for wanted in (ours, theirs)]
-        sides = [self.runs(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
-        for side, wanted in zip(sides, both, strict=True):
-            if side["seed"].is_duplicated().any():
-                raise ValueError(f"{self.name}: {wanted} is of several methods")
-        losses = [dict(side.select("seed", "loss").drop_nulls().iter_rows()) for side in sides]
-        found = stats.t_interval(stats.paired_differences(*losses))
+        both = [wanted | ({"lr": self.best_lr(**wanted)} if own_best else {}) for wanted in both]
+        sides = [self.runs(**wanted) for wanted in both]
+        found = stats.t_interval(stats.paired_differences(*(self.by_seed(**wanted) for wanted in both)))
         if found is None or any(set(side["outcome"]) != {"trained"} for side in sides):
             return found, False
         lrs = {lr for side in sides for lr in side["lr"]}
@@ -208,6 +205,13 @@ class Results:
         if not all(family in spreads for family in families):
             return found, False
         return stats.pooled_difference(found.mean, found.n, *(spreads[family] for family in families))[0], True
+
+    def by_seed(self, **wanted: Any) -> dict[int, float]:
+        """seed -> loss that is compared, of the runs with these values. Raises ValueError for two of one seed."""
+        runs = self.runs(**wanted)
+        if runs["seed"].is_duplicated().any():
+            raise ValueError(f"{self.name}: {wanted} is of several methods")
+        return dict(runs.select("seed", "loss").drop_nulls().iter_rows())
 
     def ahead(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> bool:
         """Whether the interval of ours less theirs lies below zero."""

@@ -24,18 +24,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("roots", metavar="ROOT", nargs="+", type=user_path, help="a run, or a folder that holds runs")
     parser.add_argument("--out", type=user_path, help="where the files go (default: ROOT/report)")
     parser.add_argument("--title", help="the page's title")
-    parser.add_argument(
-        "--baseline",
-        metavar="KEY=VALUE,...",
-        help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
-        "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one "
-        "initialisation, the first placement at each)",
-    )
-    parser.add_argument(
-        "--confirm",
-        metavar="KEY=VALUE,...",
-        help="methods whose comparison with the baseline was named before the runs; the others are exploratory",
-    )
+    form = "KEY=VALUE,..."
+    told = "what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
+    told += "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one "
+    told += "initialisation, the first placement at each)"
+    parser.add_argument("--baseline", metavar=form, help=told)
+    told = "methods whose comparison with the baseline was named before the runs; the others are exploratory"
+    parser.add_argument("--confirm", metavar=form, help=told)
     parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     args = parser.parse_args(argv)
     if args.out is None and len(args.roots) > 1 and not args.table:

@@ -111,10 +111,9 @@ def replicates(study: Study) -> dict[tuple[Method, Method], int]:
 
 
 def overall(study: Study) -> list[tuple[Method, Method, Interval, int, int]]:
-    """Methods less their baselines over all depths, widths and learning rates that both were run at, capped losses.
+    """Methods less their baselines over all settings that both were run at, in capped losses, where they are enough.
 
-    A line a method with enough settings in common with its baseline: both, the interval, the settings, and
-    in how many of them the method's mean is the lower.
+    A line holds both, the interval, the settings, and in how many of them the method's mean is the lower.
     """
     capped, lines = study.by_seed("capped"), []
     for i, method in enumerate(study.methods):

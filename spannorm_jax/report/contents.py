@@ -56,22 +56,12 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
     """All that the template shows but the figures."""
     header, body = table_cells(study)
     return {
-        "title": title,
-        "lead": _lead(study),
-        "notices": said,
-        "results": (header, body),
-        "looks": _looks(study),
-        "below": _below(study),
-        "baseline": study.baseline_text,
-        "measure": study.measure,
-        "several_lrs": study.varies("lr"),
+        **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
+        **{"results": (header, body), "looks": _looks(study)},
+        **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
         "confirm": ",".join(f"{key}={value}" for key, value in study.confirmed.items()),
-        "chosen_on": _chosen_on(study),
-        "errors": _errors(study),
-        "differences": _differences(study),
-        "learning_rates": _learning_rates(study),
-        "drifts": _drifts(study),
-        "overall": _overall(study),
+        **{"chosen_on": _chosen_on(study), "errors": _errors(study), "differences": _differences(study)},
+        **{"learning_rates": _learning_rates(study), "drifts": _drifts(study), "overall": _overall(study)},
         "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in header), "unigram entropy"]],
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
@@ -228,27 +218,19 @@ def _lead(study: Study) -> str:
     return " · ".join(parts)
 
 
+_FACTS = {  # of starts, by what the page calls them
+    **{"data": "data", "versions": "versions", "device": "device", "devices": "num_devices", "mesh": "mesh"},
+    **{"parameters": "num_params", "FLOPs per token": "flops_per_token", "git commit": "git_commit", "started": "time"},
+}
+
+
 def _run(row: Row, root: Path) -> dict[str, Any]:
     run = row.run
-    ended = str(row.outcome)
-    if run.diverged and run.diverged.get("where"):
-        ended += f", {run.diverged['where']}"
-    facts = {
-        "folder": os.path.relpath(run.folder, root),
-        "seed": run.seed,
-        "steps": f"{run.last_step} of {run.steps}",
-        "outcome": ended,
-        "data fingerprint": run.fingerprint or "not recorded",
-        "data": fact(run, "data"),
-        "versions": fact(run, "versions"),
-        "device": fact(run, "device"),
-        "devices": fact(run, "num_devices"),
-        "mesh": fact(run, "mesh"),
-        "parameters": fact(run, "num_params"),
-        "FLOPs per token": fact(run, "flops_per_token"),
-        "git commit": fact(run, "git_commit"),
-        "started": fact(run, "time"),
-    }
+    where = (run.diverged or {}).get("where")
+    ended = f"{row.outcome}, {where}" if where else str(row.outcome)
+    facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
+    facts |= {"outcome": ended, "data fingerprint": run.fingerprint or "not recorded"}
+    facts |= {name: fact(run, key) for name, key in _FACTS.items()}
     commands = list(dict.fromkeys(str(s["command"]) for s in run.starts if s.get("command")))
     return {"name": run_name(row), "command": "\n".join(commands) or "not recorded", "facts": facts}
 

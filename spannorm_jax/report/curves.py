@@ -24,14 +24,11 @@ _ALL_POINTS = 16_000  # of all curves together, which a page still draws in a mo
 _ARM: dict[str, Any] = {"method": pl.Int64, "depth": pl.Int64, "width": pl.Int64, "lr": pl.Float64}
 _BAND: dict[str, Any] = {"low": pl.Float64, "high": pl.Float64}
 _LOSS: dict[str, Any] = {
-    **{"curve": pl.Int32, **_ARM, "best_lr": pl.Boolean, "runs": pl.String, "alone": pl.Boolean},
-    **{"train_loss": pl.Float64, "crossed": pl.Boolean, "step": pl.Int64, "tokens": pl.Float64, "flops": pl.Float64},
-    **{"loss": pl.Float64, **_BAND},
+    **{"curve": pl.Int32, **_ARM, "best_lr": pl.Boolean, "runs": pl.String, "alone": pl.Boolean, "crossed": pl.Boolean},
+    **{"step": pl.Int64, **dict.fromkeys(("train_loss", "tokens", "flops", "loss"), pl.Float64), **_BAND},
 }
-_GAP: dict[str, Any] = {
-    **{**_ARM, "baseline_lr": pl.Float64, "step": pl.Float64, "tokens": pl.Float64, "gap": pl.Float64},
-    **{**_BAND, "seeds": pl.Int64},
-}
+_GAP: dict[str, Any] = _ARM | dict.fromkeys(("baseline_lr", "step", "tokens", "gap"), pl.Float64) | _BAND
+_GAP |= {"seeds": pl.Int64}
 _BLOCK: dict[str, Any] = {**_ARM, "when": pl.String, "block": pl.Int64, "norm": pl.Float64, **_BAND}
 
 
@@ -109,11 +106,9 @@ def loss_curves(study: Study, late: bool = False) -> pl.DataFrame:
 
 
 def gap_curves(study: Study) -> pl.DataFrame:
-    """Of each method its training loss less its baseline's along the run, at own best rates.
+    """Of each method its training loss less its baseline's along the run, at own best rates, seed by seed.
 
-    A point is of a window of steps that ends `WINDOW` times as far as it begins. The runs of a seed
-    see the same batches, so the noise cancels in their mean difference; a line has the mean, the
-    least and the greatest of these over seeds.
+    A point is of a window of steps that ends `WINDOW` times as far as it begins.
     """
     index, lines = study.by_seed("row", study.reported), []
     for pair in differences(study).filter(comparison=OWN).iter_rows(named=True):
@@ -142,12 +137,8 @@ def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
     gaps = losses[np.searchsorted(steps, shared)] - their_losses[np.searchsorted(others, shared)]
     asked = ours.run.steps
     windows = np.floor(np.log(asked / shared) / math.log(WINDOW) + 1e-9).astype(int)  # the end of one is in it
-    whole = [
-        k
-        for k in set(windows.tolist())
-        if asked / WINDOW**k < shared[-1] + 1 and asked / WINDOW ** (k + 1) > FIRST - 0.5
-    ]
-    return {k: float(gaps[windows == k].mean()) for k in whole}
+    whole = (asked / WINDOW**windows < shared.max(initial=0) + 1) & (asked / WINDOW ** (windows + 1) > FIRST - 0.5)
+    return {k: float(gaps[windows == k].mean()) for k in set(windows[whole].tolist())}
 
 
 def _block_norms(row: Row, last: bool) -> list[float | None]:

@@ -51,14 +51,8 @@ def write_report(
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
-    Args:
-      folders: run folders, or folders that hold some.
-      out: where the files go; it is made.
-      title: the page's.
-      baseline: config keys to values, what each method is compared with: {"placement": "pre"} compares
-        each with PreNorm at its own initialisation. None: PreNorm with plain initialisation, else
-        the first method.
-      confirmed: config keys to values of the methods whose comparison was named before the runs. None: no such.
+    `baseline` has the config keys of what methods are compared with, and `confirmed` those of the methods whose
+    comparison was named before the runs.
 
     Raises:
       UserError: there is nothing to report, no run has the baseline, or `out` cannot be written.
@@ -68,9 +62,7 @@ def write_report(
 
 
 def read_study(
-    folders: Sequence[Path],
-    baseline: Mapping[str, str] | None = None,
-    confirmed: Mapping[str, str] | None = None,
+    folders: Sequence[Path], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
 ) -> tuple[Study, Notices]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
@@ -128,21 +120,13 @@ def _html(shown: dict[str, Any], drawn: Sequence[Figure], left_out: Sequence[str
         loader=jinja2.PackageLoader("spannorm_jax.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     figures = {
-        figure.name: {
-            "views": figure.views,
-            "tables": {name: _columns(table) for name, table in figure.data.items()},
-        }
+        figure.name: {"views": figure.views, "tables": {name: _columns(table) for name, table in figure.data.items()}}
         for figure in drawn
     }
     # Within a script element nothing is escaped, but for what would end it.
     as_json = json.dumps(figures, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return environment.get_template("page.html").render(
-        **shown,
-        figures=drawn,
-        left_out=left_out,
-        figures_json=as_json.replace("<", "\\u003c"),
-        library=_library(),
-    )
+    more = {"figures": drawn, "left_out": left_out, "figures_json": as_json.replace("<", "\\u003c")}
+    return environment.get_template("page.html").render(**shown, **more, library=_library())
 
 
 @functools.cache

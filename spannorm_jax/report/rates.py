@@ -40,9 +40,8 @@ def _optima(study: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
 def rates(study: Study) -> pl.DataFrame:
     """Of each size and method its best learning rate, the optimum, and the sensitivity, null where there is none.
 
-    The optimum (`kind`, `at`, `low`, `high`, `n`) is that of least loss, with its interval over seeds or
-    the rates between which it lies. The sensitivity (with `least`, `most`, `seeds`) is over the rates
-    that all methods of a size share, if they are three or more.
+    `kind` to `n` are an `Optimum`, `sensitivity` to `seeds` an `Interval`, over the rates that all
+    methods of a size share, if they are three or more.
     """
     capped, starts = study.by_seed("capped"), study.by_seed("loss_at_init")
     lines = []
@@ -66,8 +65,7 @@ def rates(study: Study) -> pl.DataFrame:
 def drifts(study: Study) -> list[dict[str, Any]]:
     """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed.
 
-    A line a method with optima at two sizes or more: `axis`, the `other` and what it is `fixed` at, the
-    `sizes` at which no seed's best rate is an end of the range, the `factor`.
+    `sizes` are those at which no seed's best rate is an end of the range.
     """
     capped, lines = study.by_seed("capped"), []
     for axis, other in (("width", "depth"), ("depth", "width")):

@@ -73,7 +73,7 @@ class Row:
 
 
 def train_loss(run: Run) -> float | None:
-    """Mean loss over the last 10% of the steps taken (at least the last one), in nats per token."""
+    """Mean loss over the last 10% of the steps taken, at least the last one."""
     losses = run.metrics.loss[run.metrics.step > (1 - FINAL_FRACTION) * run.last_step + 1e-6]
     return math.fsum(losses) / len(losses) if len(losses) and np.isfinite(losses).all() else None
 
@@ -84,19 +84,15 @@ def held_out(run: Run) -> dict[str, Any] | None:
     Of a run that is done it is one of its last step, on the tokens that its config asks for: another is
     no result. Other splits count only when that one was never evaluated, the training split never.
     """
-    options = run.options
-    last = None if run.done is None else run.done.get("step", run.steps)
-    asked = {"asked_tokens": options.get("eval.tokens"), "fingerprint": run.fingerprint}
-    evals = [e for e in run.evals if last is None or (e["step"] == last and _says(e, asked))]
+    options, evals = run.options, list(run.evals)
+    if run.done is not None:
+        asked = {"asked_tokens": options.get("eval.tokens"), "fingerprint": run.fingerprint}
+        asked["step"] = run.done.get("step", run.steps)
+        # An evaluation from before a key came agrees with whatever is asked.
+        evals = [e for e in evals if all(e.get(key, value) == value for key, value in asked.items())]
     lines = [e for e in evals if e.get("split") in (None, options.get("data.eval_split"))]
-    if not lines:
-        lines = [e for e in evals if e.get("split") != options.get("data.train_split")]
+    lines = lines or [e for e in evals if e.get("split") != options.get("data.train_split")]
     return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
-
-
-def _says(line: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether an evaluation is of what was asked; one from before a key came agrees with whatever is."""
-    return all(line.get(key, value) == value for key, value in asked.items())
 
 
 def outcome(run: Run) -> Outcome:
@@ -114,14 +110,10 @@ def outcome(run: Run) -> Outcome:
     row, of 20 at least: fewer would call the noise of the batches a best.
     """
     last = run.last_step
-    if run.diverged is not None:
-        step = run.diverged.get("step")
+    if run.diverged is not None or (last and not np.isfinite(run.metrics.loss[-1])):
+        step = (run.diverged or {}).get("step")
         return Outcome("diverged", step if isinstance(step, int) else last, run.steps)
-    if last and not np.isfinite(run.metrics.loss[-1]):
-        return Outcome("diverged", last, run.steps)
-    if run.done is None:
-        return Outcome("unfinished", last, run.steps)
-    return Outcome(_how_it_trained(run), last, run.steps)
+    return Outcome("unfinished" if run.done is None else _how_it_trained(run), last, run.steps)
 
 
 def _how_it_trained(run: Run) -> str:
@@ -138,22 +130,16 @@ def _how_it_trained(run: Run) -> str:
     return "collapsed" if had_learnt >= LEARNT * entropy else "plateau"
 
 
-def _last_held_out(run: Run) -> dict[str, Any]:
-    """The evaluation that counts, or else the loss that training itself measured at its last step."""
-    evaluation = held_out(run)
-    if evaluation is None and run.last_step and run.metrics.step[-1] == run.steps:
-        return {"loss": run.metrics.held_out_loss[-1]}
-    return evaluation or {}
-
-
 def summarise(run: Run) -> Row:
     """The run's numbers, as `Row` defines them."""
     ended, metrics, options = outcome(run), run.metrics, run.options
     speeds = metrics.tokens_per_s[(metrics.step > WARMUP_STEPS) & np.isfinite(metrics.tokens_per_s)]
     norms = metrics.grad_norm[np.isfinite(metrics.grad_norm)]
-    clip = finite(options.get("optim.clip_norm"))
-    evaluation = _last_held_out(run)
-    diverged = ended.kind == "diverged"
+    clip, losses = finite(options.get("optim.clip_norm")), metrics.loss[np.isfinite(metrics.loss)]
+    evaluation, diverged = held_out(run) or {}, ended.kind == "diverged"
+    if not evaluation and 0 < run.last_step == run.steps:
+        evaluation = {"loss": metrics.held_out_loss[-1]}  # which training itself measured
+    floors = evaluation["floors"] if isinstance(evaluation.get("floors"), dict) else {}
     return Row(
         placement=run.placement,
         init=run.init,
@@ -165,20 +151,14 @@ def summarise(run: Run) -> Row:
         train_loss=None if diverged else train_loss(run),
         held_out_loss=None if diverged else finite(evaluation.get("loss")),
         bits_per_byte=finite(evaluation.get("bits_per_byte")),
-        floors=_floors(evaluation),
+        floors={name: value for name, value in floors.items() if finite(value) is not None},
         loss_at_init=finite(float(metrics.loss[0])) if run.last_step and metrics.step[0] == 1 else None,
         tokens_per_s=statistics.median(speeds.tolist()) if len(speeds) else None,
-        spikes=spikes(metrics.loss[np.isfinite(metrics.loss)], max(1, options.get("metrics.log_every") or 1)),
+        spikes=spikes(losses, max(1, options.get("metrics.log_every") or 1)),
         clipped_share=float((norms > clip).mean()) if clip and len(norms) else None,
         grad_norm_p999=float(np.quantile(norms, GRAD_NORM_QUANTILE)) if len(norms) else None,
         run=run,
     )
-
-
-def _floors(evaluation: dict[str, Any]) -> dict[str, float]:
-    floors = evaluation.get("floors")
-    found = {name: finite(value) for name, value in floors.items()} if isinstance(floors, dict) else {}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def fact(run: Run, key: str) -> str:

@@ -174,13 +174,12 @@ def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
     """The methods, and one line a run, both in the order of tables.
 
     Columns beside those of runs.csv:
-      method: its index among the methods; `also`: the keys that set its setting apart.
-      row: its index among the rows.
-      first: whether it is the first run of its seed with this method, depth, width and learning rate.
-      counted: whether its setting's means are over it: over finished runs, else unfinished, else diverged ones.
+      method, row: indices of its method and row; `also`: the keys that set its setting apart.
+      first: whether it is the first run of its seed in its setting.
+      counted: whether means are over it: over finished runs, else unfinished, else diverged ones.
       loss: the loss that is compared, of a run that finished.
-      capped: that, or the loss at initialisation if it is less; a run that diverged has the latter,
-        which is infinity where it is not recorded (null as `capped_loss`).
+      capped: that, or the loss at initialisation if it is less; of a run that diverged the latter,
+        infinity where it is not recorded (null as `capped_loss`).
     """
     apart = variants([row.run for row in rows])
     each = [_method(row, variant) for row, variant in zip(rows, apart, strict=True)]

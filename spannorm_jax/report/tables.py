@@ -132,24 +132,19 @@ def notices(study: Study, passed_over: Sequence[str] = ()) -> list[tuple[str, st
         notes.append("Not every setting has the same seeds.")
     unknown = sum(run.unigram_entropy is None for run in runs)
     if unknown:
-        notes.append(
-            f"Unigram entropy not recorded for {unknown} of {len(runs)} runs: whether they learnt more than that is "
-            "unknown."
-        )
-    warned, noted = _of_evaluations(rows)
-    for name, values in {
-        "device": [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs],
-        "git commit": [fact(run, "git_commit") for run in runs],
-        "library versions": [fact(run, "versions") for run in runs],
-    }.items():
+        text = f"Unigram entropy not recorded for {unknown} of {len(runs)} runs"
+        notes.append(f"{text}: whether they learnt more than that is unknown.")
+    _of_evaluations(rows, warnings, notes)
+    devices = [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs]
+    commits, versions = ([fact(run, key) for run in runs] for key in ("git_commit", "versions"))
+    for name, values in (("device", devices), ("git commit", commits), ("library versions", versions)):
         if len(set(values)) > 1:
-            noted.append(f"Runs differ in {name}: {_counted(values)}.")
-    return [("warning", w) for w in warnings + warned] + [("note", n) for n in notes + noted]
+            notes.append(f"Runs differ in {name}: {_counted(values)}.")
+    return [("warning", text) for text in warnings] + [("note", text) for text in notes]
 
 
-def _of_evaluations(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Warnings and notes on the runs' evaluations."""
-    warnings, notes = [], []
+def _of_evaluations(rows: Sequence[Row], warnings: list[str], notes: list[str]) -> None:
+    """Adds what is to be said of the runs' evaluations."""
     each = [(row, held_out(row.run)) for row in rows]
     evaluated = [(row, evaluation) for row, evaluation in each if evaluation is not None]
     for key in ("split", "tokens"):
@@ -161,16 +156,11 @@ def _of_evaluations(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     for row, evaluation in each:
         shared = (evaluation or {}).get("eval_overlap") or row.run.data.get("eval_overlap")
         if shared:
-            warnings.append(
-                f"{run_name(row)}: its held-out split shares {shared} examples with its training split, so its "
-                "held-out numbers are not held out."
-            )
+            text = f"its held-out split shares {shared} examples with its training split"
+            warnings.append(f"{run_name(row)}: {text}, so its held-out numbers are not held out.")
+    done = [row for row, evaluation in each if row.run.done is not None and row.run.evals and evaluation is None]
+    early = [(row, max(e["step"] for e in row.run.evals)) for row in done]
     steps = [(row, e["step"]) for row, e in evaluated if e["step"] != row.run.last_step]
-    early = [
-        (row, max(e["step"] for e in row.run.evals))
-        for row, evaluation in each
-        if row.run.done is not None and row.run.evals and evaluation is None
-    ]
     for said, of in (
         ("No evaluation of the last step, so no held-out numbers", early),
         ("Held-out numbers are those of step ..., not of the run's last", steps),
@@ -178,7 +168,6 @@ def _of_evaluations(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
         if of:
             names = [f"{run_name(row)} ({step} of {row.run.last_step})" for row, step in of]
             notes.append(f"{said}: {_listed(names, '; ')}.")
-    return warnings, notes
 
 
 def _of_options(study: Study) -> tuple[list[str], list[str]]:
@@ -188,10 +177,8 @@ def _of_options(study: Study) -> tuple[list[str], list[str]]:
     following = followers(differing)
     warnings, notes = [], []
     if "data.fingerprint" in differing:
-        seen = [run.fingerprint or "not recorded" for run in runs]
-        warnings.append(
-            f"The runs did not see the same data, so their losses do not compare. Fingerprints: {_counted(seen)}."
-        )
+        seen = _counted([run.fingerprint or "not recorded" for run in runs])
+        warnings.append(f"The runs did not see the same data, so their losses do not compare. Fingerprints: {seen}.")
     for key, values in differing.items():
         if key == "data.fingerprint" or key in AXES:
             continue
@@ -202,28 +189,17 @@ def _of_options(study: Study) -> tuple[list[str], list[str]]:
             notes.append(f"{text} It is the same wherever these are: {following[key]}.")
         else:
             warnings.append(text)
-    warnings += _uneven(study)
+    # Methods that were not run wherever others were: no best learning rate or profile is fair then.
+    own = study.settings.group_by("method", maintain_order=True).agg(at=pl.struct("depth", "width", "lr"))
+    total = study.runs.select("depth", "width", "lr").n_unique()
+    lacking = ((study.methods[i].label, total - len(at)) for i, at in own.iter_rows())
+    uneven = [f"{label} lacks {missing} of {total}" for label, missing in lacking if missing]
+    if uneven:
+        text = f"Not every method was run at the same depths, widths and learning rates: {_listed(uneven, '; ')}."
+        warnings.append(f"{text} Comparisons over them favour what was run more.")
     words = ("are older than some options, and did what was usual before", "hold options of another version")
     for said, each in zip(words, zip(*(run.of_another_version for run in runs), strict=True), strict=True):
         keys = list(dict.fromkeys(key for keys in each for key in keys))
         if keys:
             notes.append(f"{sum(map(bool, each))} of {len(runs)} runs {said}: {_listed(keys)}.")
     return warnings, notes
-
-
-def _uneven(study: Study) -> list[str]:
-    """Methods that were not run wherever others were: no best learning rate or profile is fair then."""
-    arms = study.settings.select(ARM).rows()
-    own = [{arm[1:] for arm in arms if arm[0] == i} for i in range(len(study.methods))]
-    everywhere = set().union(*own)
-    uneven = [
-        f"{method.label} lacks {len(everywhere - of)} of {len(everywhere)}"
-        for method, of in zip(study.methods, own, strict=True)
-        if of < everywhere
-    ]
-    if not uneven:
-        return []
-    return [
-        f"Not every method was run at the same depths, widths and learning rates: {_listed(uneven, '; ')}. "
-        "Comparisons over them favour what was run more."
-    ]

@@ -51,9 +51,8 @@ def test_folders_of_other_programs_are_passed_over_and_said_and_searched(tmp_pat
     assert main([str(tmp_path)]) == 0
     said, page = capsys.readouterr().err, (tmp_path / "report" / "report.html").read_text()
     assert len(why) == said.count("note: Passed over") == page.count("Passed over") == len(FOREIGN)
-    for name in FOREIGN:
-        assert any(str(tmp_path / name / "config.json") in line for line in why)
-        assert str(tmp_path / name / "config.json") in said
+    paths = [str(tmp_path / name / "config.json") for name in FOREIGN]
+    assert all(path in said and any(path in line for line in why) for path in paths)
 
 
 def test_a_run_folder_that_no_table_could_name_is_passed_over_and_said(tmp_path, capsys):
@@ -88,9 +87,8 @@ def test_a_report_needs_no_home(tmp_path):
     assert (tmp_path / "report" / "loss.png").exists()
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_root_of_other_programs_alone_is_one_line(tmp_path, name):
-    for number in range(3):
+def test_a_root_of_other_programs_alone_is_one_line(tmp_path):
+    for number, name in enumerate(list(FOREIGN)[:3]):
         write_foreign(tmp_path / str(number), name)
     with pytest.raises(UserError, match=r"no run below .*/0/config\.json .*\(and 2 more\)") as caught:
         main([str(tmp_path)])
@@ -162,17 +160,12 @@ def without_numbers(value, missing):
     return missing if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-LINE = {
-    **{"loss": 1.0, "accuracy": 0.1, "grad_norm": 1.0, "lr": 0.1, "z_loss": 0.0, "aux_loss": 0.0, "router_z_loss": 0.0},
-    **{"expert_load_max": [1.0, 1.5], "router_entropy": [1.0, 1.0], "expert_overflow": [0.0, 0.0], "tokens": 9},
-    **{"block_grad_norm": [1.0, 2.0, 3.0], "tokens_per_s": 9.0, "step_time_s": 1.0, "model_flops_per_s": 1e9},
-    "machine_s": {"mfu": 0.1, "memory_bytes": 9},
-}
-EVALUATION = {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "accuracy": 0.5, "tokens": 9, "bytes": 9}
+LINE = {"loss": 1.0, "grad_norm": 1.0, "block_grad_norm": [1.0, 2.0, 3.0], "tokens_per_s": 9.0, "lr": 0.1}
+EVALUATION = {"loss": 1.0, "bits_per_byte": 3.0, "tokens": 9}
 
 
 @pytest.mark.parametrize("from_step", [1, 2, 20])  # of 20: nothing but null, all but the first, the last alone
-@pytest.mark.parametrize("missing", [None, float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("missing", [None, float("nan"), -float("inf")], ids=str)
 def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step):
     def write_lines(path, lines):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -44,30 +44,25 @@ def test_the_compared_loss_is_held_out_where_all_that_finished_have_it(tmp_path,
     assert study.runs["loss"].to_list() == pytest.approx([3.15, 3.15])
 
 
-def test_a_run_that_diverged_counts_with_its_loss_at_initialisation(sweep):
-    runs = sweep.runs.filter(placement="post", lr=0.1)
-    assert runs.select("loss", "capped").rows() == [(None, 5.0)] * 3
-
-
-def test_an_unfinished_run_has_no_loss_and_one_above_its_start_is_capped(tmp_path):
+def test_a_run_that_diverged_or_ends_above_its_start_counts_with_its_loss_at_initialisation(tmp_path, sweep):
+    assert sweep.runs.filter(placement="post", lr=0.1).select("loss", "capped").rows() == [(None, 5.0)] * 3
     write_run(tmp_path / "a", losses=[5.0] * 4, done=False)
     write_run(tmp_path / "b", losses=[5.0] + [7.0] * 19, bits=7.0, seed=1)
     study = study_of(rows_of(tmp_path))
     assert study.runs.sort("seed")["capped"].to_list() == [None, 5.0]
 
 
-def test_each_method_has_its_best_learning_rate(sweep):
+def test_each_method_has_its_best_learning_rate_and_an_end_of_its_grid_is_told(sweep):
+    assert [sweep.at_an_end((0, *SIZE), lr) for lr in (1e-3, 1e-2, 1e-1)] == [True, False, True]
+    assert not study_of([row for row in sweep.rows if row.lr == 1e-2]).at_an_end((0, *SIZE), 1e-2)
     assert sweep.best == dict.fromkeys([(i, *SIZE) for i in range(3)], 1e-2)
 
 
 def test_differences_are_by_seed_at_the_best_and_at_the_baselines_learning_rate(tmp_path):
     root = write_lr_sweep(tmp_path)
-    # SpanNorm is best at 0.1 by a hair, where its seeds end otherwise.
-    for seed in range(3):
+    for seed in range(3):  # SpanNorm is best at 0.1 by a hair, where its seeds end otherwise
         shutil.rmtree(root / f"span-3-0.1-{seed}")
-        end = [1.4, 1.3, 1.35][seed]
-        losses = [5.0, *[end] * 19]
-        write_run(root / f"span-3-0.1-{seed}", "span", "plain", losses=losses, bits=end, optim__lr=0.1, seed=seed)
+    write_arms(root, {"span": [1.4, 1.3, 1.35]}, lrs=(1e-1,))
     study = study_of(rows_of(root))
     assert study.baseline == {"placement": "pre", "init": "plain"}
     own, shared = (compared(study, kind)["span / plain"] for kind in (OWN, SHARED))
@@ -130,13 +125,11 @@ def test_the_optimum_lies_between_and_not_at_an_end(sweep):
     found = rates_of(sweep, "pre")
     # Seed 0 is symmetric study 0.01; the others rise faster to the right, so their optimum is left of it.
     assert found["n"] == 3 and 1e-3 < found["at"] < 1e-2 and found["low"] < found["at"] < found["high"]
-    only = study_of([row for row in sweep.rows if row.seed == 0])
-    assert rates_of(only, "pre")["at"] == pytest.approx(1e-2)
+    assert rates_of(study_of([row for row in sweep.rows if row.seed == 0]), "pre")["at"] == pytest.approx(1e-2)
     # PostNorm diverges at 0.1, above its best rate: of where it is best only the two sides are known.
     cliff = rates_of(sweep, "post")
     assert [cliff[key] for key in ("kind", "at", "low", "high", "n")] == ["cliff", None, 1e-3, 1e-1, 3]
-    two = study_of([row for row in sweep.rows if row.lr > 1e-3])
-    assert rates_of(two, "pre")["kind"] is None
+    assert rates_of(study_of([row for row in sweep.rows if row.lr > 1e-3]), "pre")["kind"] is None
 
 
 def test_a_method_that_trains_nowhere_has_no_optimum(tmp_path):
@@ -144,11 +137,6 @@ def test_a_method_that_trains_nowhere_has_no_optimum(tmp_path):
     study = study_of(rows_of(tmp_path))
     assert {row.outcome.kind for row in study.rows} == {"plateau"}
     assert rates_of(study, "post")["kind"] is None
-
-
-def test_a_best_rate_at_an_end_of_its_grid_is_told(sweep):
-    assert [sweep.at_an_end((0, *SIZE), lr) for lr in (1e-3, 1e-2, 1e-1)] == [True, False, True]
-    assert not study_of([row for row in sweep.rows if row.lr == 1e-2]).at_an_end((0, *SIZE), 1e-2)
 
 
 def test_drifts_are_of_the_optima_and_say_only_their_cells_at_cliffs(tmp_path):
@@ -162,26 +150,23 @@ def test_drifts_are_of_the_optima_and_say_only_their_cells_at_cliffs(tmp_path):
 # ---- judging differences ----------------------------------------------------------------------
 
 
-def write_arms(root, losses, lrs=(1e-2,), **changes):
+def write_arms(root, losses, lrs=(1e-2,), first=0, **changes):
     """A run for each arm and seed: `losses` has an arm's by name; a rate further from the first costs 0.1 more."""
     for (placement, ends), (i, lr) in itertools.product(losses.items(), enumerate(lrs)):
-        for seed, end in enumerate(ends):
+        for seed, end in enumerate(ends, first):
             run = [5.0, *[end + 0.1 * i] * 19]
             settings = {"optim__lr": lr, "seed": seed} | changes
             write_run(root / f"{placement}-{lr}-{seed}", placement, "plain", losses=run, bits=run[-1], **settings)
     return root
 
 
+ENDS = {"pre": [2.00, 2.10, 2.05], "span": [1.90, 1.98, 1.99], "peri": [2.02, 2.09, 2.10]}
+
+
 def test_the_error_is_pooled_over_the_arms_that_trained_and_ps_are_holms(tmp_path):
     """Against two-way analysis by hand; PostNorm, of which a seed is on a plateau, is neither in it nor judged."""
-    ends = {
-        "pre": [2.00, 2.10, 2.05],
-        "span": [1.90, 1.98, 1.99],
-        "peri": [2.02, 2.09, 2.10],
-        "post": [2.5, 2.4, 3.95],
-    }
-    study = study_of(rows_of(write_arms(tmp_path, ends)))
-    table = np.array([ends[name] for name in ("pre", "span", "peri")])
+    study = study_of(rows_of(write_arms(tmp_path, ENDS | {"post": [2.5, 2.4, 3.95]})))
+    table = np.array(list(ENDS.values()))
     left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
     error = math.sqrt((left**2).sum() / 4)
     assert [(e.df, e.deviation) for _, _, e in errors(study)] == [(4, pytest.approx(error))]
@@ -198,8 +183,7 @@ def test_the_error_is_pooled_over_the_arms_that_trained_and_ps_are_holms(tmp_pat
 
 
 def test_comparisons_that_were_named_are_judged_apart(tmp_path):
-    ends = {"pre": [2.00, 2.10, 2.05], "span": [1.90, 1.98, 1.99], "peri": [2.02, 2.09, 2.10]}
-    rows = rows_of(write_arms(tmp_path, ends))
+    rows = rows_of(write_arms(tmp_path, ENDS))
     both, alone = compared(study_of(rows)), compared(study_of(rows, confirmed={"placement": "span"}))
     assert alone["span / plain"]["p"] == pytest.approx(both["span / plain"]["p"] / 2)
     assert {label: line["named"] for label, line in alone.items()} == {"span / plain": True, "peri / plain": False}
@@ -211,8 +195,7 @@ def test_rates_are_chosen_on_some_seeds_and_reported_on_others_where_there_are_e
     write_arms(tmp_path, {"pre": [2.0] * 6, "span": [1.5] * 3 + [1.9] * 3}, lrs=(1e-2, 1e-1))
     for seed in range(3, 6):
         shutil.rmtree(tmp_path / f"span-0.1-{seed}")
-        losses = [5.0, *[1.0] * 19]
-        write_run(tmp_path / f"s{seed}", "span", "plain", losses=losses, bits=1.0, optim__lr=1e-1, seed=seed)
+    write_arms(tmp_path, {"span": [1.0] * 3}, lrs=(1e-1,), first=3)
     study = study_of(rows_of(tmp_path))
     assert (sorted(study.choosing), sorted(study.reported)) == ([0, 1, 2], [3, 4, 5])
     (own,) = compared(study).values()
@@ -249,13 +232,9 @@ def test_the_outcome_map_has_no_hole(tmp_path):
     (root / "pre-3-0.01-0" / "DONE").unlink()
     table = frames.named(study := study_of(rows_of(root)), frames.endings(study))
     assert table.height == 2 * 2 * 3
-    cells = {
-        (p, d, lr): (o, t) for p, d, lr, o, t in table.select("placement", "depth", "lr", "outcome", "text").rows()
-    }
-    assert cells["pre", 6, 1e-3] == ("unfinished", "–")
-    assert cells["pre", 3, 1e-2] == ("unfinished", "1U 2T")
-    assert cells["post", 3, 1e-1] == ("diverged", "3D")
-    assert cells["pre", 6, 1e-1] == ("trained", "3T")
+    endings = {line[:3]: line[3:] for line in table.select("placement", "depth", "lr", "outcome", "text").iter_rows()}
+    assert endings["pre", 6, 1e-3] == ("unfinished", "–") and endings["pre", 3, 1e-2] == ("unfinished", "1U 2T")
+    assert endings["post", 3, 1e-1] == ("diverged", "3D") and endings["pre", 6, 1e-1] == ("trained", "3T")
 
 
 def test_the_forest_has_both_comparisons_of_each_method_and_place(tmp_path, sweep):
@@ -266,11 +245,8 @@ def test_the_forest_has_both_comparisons_of_each_method_and_place(tmp_path, swee
     assert table["difference"].to_list() == pytest.approx([0.5, 0.5, -0.5, -0.5])
     assert set(table["panel"]) == {""} and set(table["seeds"]) == {3}
     places = study_of(rows_of(write_lr_sweep(tmp_path, lrs=(1e-2,), depths=(3, 6))))
-    table = frames.forest(places)
-    assert table.select("panel", "comparison").unique(maintain_order=True).rows() == [
-        ("3 blocks", OWN),
-        ("6 blocks", OWN),
-    ]
+    pairs = frames.forest(places).select("panel", "comparison").unique(maintain_order=True)
+    assert pairs.rows() == [("3 blocks", OWN), ("6 blocks", OWN)]
 
 
 def test_the_profile_is_of_all_runs(sweep):
@@ -333,23 +309,12 @@ def test_the_gap_along_a_run_is_the_windows_mean_of_paired_losses_at_own_rates(t
     steps = np.arange(1, 513)
     for seed in (0, 1):
         noise = np.random.default_rng(seed).normal(size=512)
-        for placement, lr, gap in (
-            ("pre", 0.01, 0.0),
-            ("span", 0.01, 1.0),
-            ("span", 0.003, np.where(steps <= 256, -0.3, 0.1)),
-        ):
+        ahead = np.where(steps <= 256, -0.3, 0.1)
+        for placement, lr, gap in (("pre", 0.01, 0.0), ("span", 0.01, 1.0), ("span", 0.003, ahead)):
             losses = (3 + noise + gap + 0.01 * seed * (placement == "span")).tolist()
             stops = seed == 1 and lr == 0.003
-            folder = tmp_path / f"{placement}{lr}{seed}"
-            write_run(
-                folder,
-                placement,
-                losses=losses[: 300 if stops else 512],
-                done=not stops,
-                seed=seed,
-                optim__lr=lr,
-                training__steps=512,
-            )
+            run = {"losses": losses[: 300 if stops else 512], "done": not stops, "seed": seed}
+            write_run(tmp_path / f"{placement}{lr}{seed}", placement, **run, optim__lr=lr, training__steps=512)
     study = study_of(rows_of(tmp_path), {"placement": "pre"})
     table = gap_curves(study)
     assert (
