@@ -13,6 +13,7 @@ from spannorm_jax.report import curve_figures, frames
 from spannorm_jax.report.comparisons import OWN, SHARED
 from spannorm_jax.report.looks import Figure, Spec, alt, finished, in_panels, looks_of, tooltip, with_panels, with_scale
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
+from spannorm_jax.report.rates import rates
 from spannorm_jax.report.study import ARM, Study, settings_of
 
 _AXIS_TITLE = {"depth": "depth (blocks)", "width": "width", "lr": "peak learning rate"}
@@ -133,7 +134,8 @@ def lr_sensitivity(study: Study) -> Figure | None:
         "methods of a panel share. Mean over seeds and its 95% t interval. Less is steadier."
     )
     encoding = {"title": "sensitivity (nats/token)", "scale": alt.Scale(zero=True, nice=True, domainMin=0)}
-    table, title = frames.sensitivities(study), "Learning rate sensitivity"
+    table, title = rates(study).drop_nulls("sensitivity"), "Learning rate sensitivity"
+    table = table.select(*ARM[:3], "seeds", "sensitivity", low="least", high="most")
     return _by_size(study, table, "lr_sensitivity", title, "sensitivity", encoding, ".3f", caption)
 
 
@@ -195,7 +197,7 @@ def differences(study: Study) -> Figure | None:
     layers = [
         alt.Chart().mark_rule(color=GREY, strokeDash=[3, 3]).encode(x=alt.datum(0)),
         base.mark_rule(strokeWidth=2.2, clip=True).encode(x=alt.X("low:Q", **x), x2="high:Q"),
-        points.encode(fill=looks.fill(), fillOpacity=filled, shape=looks.shape(), tooltip=tips),
+        points.encode(fill=looks.colour(alt.Fill, legend=False), fillOpacity=filled, shape=looks.shape(), tooltip=tips),
     ]
     title = "Differences from the baseline"
     first = finished(in_panels(layers, panels), title)

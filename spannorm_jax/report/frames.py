@@ -69,11 +69,6 @@ def optima(study: Study) -> pl.DataFrame:
     return table.select(*ARM[:3], "low", "high", seeds="n", lr="at")
 
 
-def sensitivities(study: Study) -> pl.DataFrame:
-    table = rates(study).drop_nulls("sensitivity")
-    return table.select(*ARM[:3], "seeds", "sensitivity", low="least", high="most")
-
-
 def forest(study: Study) -> pl.DataFrame:
     """Of each method and size its difference from the baseline, of both comparisons where the learning rate varies.
 

@@ -42,15 +42,11 @@ class Looks:
         names = ("placement", "init")
         return [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
 
-    def colour(self, legend: bool = True) -> alt.Color:
+    def colour(self, channel: Any = alt.Color, legend: bool = True) -> Any:
         scale = alt.Scale(domain=self.placements, range=colours(self.placements))
         look: dict[str, Any] = {"symbolType": "stroke", "symbolStrokeWidth": 3, "symbolOpacity": 1}
         shown = alt.Legend(title="placement", **look) if legend else None
-        return alt.Color("placement:N", scale=scale, sort=self.placements, legend=shown)
-
-    def fill(self) -> alt.Fill:
-        scale = alt.Scale(domain=self.placements, range=colours(self.placements))
-        return alt.Fill("placement:N", scale=scale, sort=self.placements, legend=None)
+        return channel("placement:N", scale=scale, sort=self.placements, legend=shown)
 
     def dash(self) -> alt.StrokeDash:
         scale = alt.Scale(domain=self.inits, range=[list(dash) for dash in dashes(self.inits)])

@@ -1,10 +1,10 @@
 """The page and the files beside it: what they hold, and that nothing else is needed. test_pages.py opens pages."""
 
 import csv
+import html
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import vl_convert
@@ -19,42 +19,18 @@ SWEPT = FIGURES.keys() - {"loss_by_width"}
 TABLES = ("runs.csv", "curves.csv", "tables.md")
 
 
-class Page(HTMLParser):
-    """The page's text by table, its tags, and its scripts."""
+class Page:
+    """The page's text by table, its figures, and its markup without scripts."""
 
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.tables, self.scripts, self._table, self._script = [], {}, [], None, None
-        self.feed(html)
+    def __init__(self, text):
+        self.figures = json.loads(re.search(r'<script id="figures" type="application/json">(.*?)</script>', text)[1])
+        self.markup = re.sub(r"(<script\b[^>]*>).*?(</script>)", r"\1\2", text, flags=re.S)
+        found = re.findall(r'<table id="(\w+)">(.*?)</table>', self.markup, re.S)
+        self.tables = {name: [self._cells(row) for row in rows.split("<tr")[1:]] for name, rows in found}
 
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag == "table":
-            self._table = self.tables.setdefault(attrs["id"], [])
-        elif tag == "tr" and self._table is not None:
-            self._table.append([])
-        elif tag in ("td", "th") and self._table is not None:
-            self._table[-1].append("")
-        elif tag == "script":
-            self._script = attrs.get("id", "")
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        if tag == "table":
-            self._table = None
-        elif tag == "script":
-            self._script = None
-
-    def handle_data(self, data):
-        if self._script is not None:
-            self.scripts[-1] += data
-        elif self._table and self._table[-1]:
-            self._table[-1][-1] += data.strip()
-
-    @property
-    def figures(self):
-        return json.loads(self.scripts[0])
+    def _cells(self, row):
+        cells = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row, re.S)
+        return [html.unescape(re.sub(r"<[^>]*>", "", cell)).strip() for cell in cells]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +76,7 @@ def test_a_sweep_has_its_figures_and_tables(sweep):
 
 def test_every_view_compiles_and_its_data_hold_what_it_names(sweep):
     _, _, page = sweep
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    ids = re.findall(r'\sid="([^"]+)"', page.markup)
     assert "differences" in ids and "figure-differences" in ids and len(set(ids)) == len(ids)
     assert len(page.figures["loss"]["views"]) == 12 and len(page.figures["loss_by_lr"]["views"]) == 3
     for figure in page.figures.values():
@@ -129,25 +105,11 @@ def test_the_tables_beside_the_page_hold_the_runs_and_the_curves(sweep):
     assert [c["step"] for c in curves if c["curve"] == "0"] == [str(step) for step in range(1, STEPS + 1)]
 
 
-def test_the_tables_in_markdown_are_those_of_the_page(sweep):
-    _, path, page = sweep
-    sections = (path.parent / "tables.md").read_text(encoding="utf-8").split("\n## ")[1:]
-    written = {}
-    for section in sections:
-        title, *lines = section.strip().splitlines()
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
-        written[title.lower().replace(" ", "_")] = [rows[0], *rows[2:]]  # without the line below the header
-    assert written.keys() == page.tables.keys() - {"definitions"}
-    for name in ("results", "differences", "learning_rates", "drifts", "overall"):
-        assert written[name][1:] == page.tables[name][1:]
-
-
 def test_the_page_needs_nothing_beside_it_and_may_fetch_nothing(sweep):
     root, path, page = sweep
-    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    [policy] = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page.markup)
     assert policy.startswith("default-src 'none'; img-src data: blob:;") and "http" not in policy
-    assert not [a for _, a in page.tags if {"src", "href"} & set(a)]
-    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    assert not re.search(r"\s(src|href)=|<(link|img|iframe|object|embed|base)\b", page.markup)
     text = path.read_text(encoding="utf-8")
     assert str(root) not in text
     assert "<title>A &lt;title&gt;</title>" in text and "<title>A <title>" not in text
@@ -156,9 +118,9 @@ def test_the_page_needs_nothing_beside_it_and_may_fetch_nothing(sweep):
 
 def test_what_a_folder_says_is_never_markup(tmp_path):
     folder = write_run(tmp_path / "run", "</script><b>pre", init="<i>")
-    html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
-    assert "<b>pre" not in html and "<i>" not in html
-    assert Page(html).figures["loss"]["tables"]["main"]["placement"][0] == "</script><b>pre"
+    text = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
+    assert "<b>pre" not in text and "<i>" not in text
+    assert Page(text).figures["loss"]["tables"]["main"]["placement"][0] == "</script><b>pre"
 
 
 def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
@@ -172,17 +134,17 @@ def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
 def test_a_comparison_over_different_data_has_a_visible_warning(tmp_path):
     write_run(tmp_path / "a", "pre")
     write_run(tmp_path / "b", fingerprint="beef")
-    html = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text(encoding="utf-8")
-    warning = html.index('<li class="warning">The runs did not see the same data, so their losses do not compare.')
-    assert warning < html.index("<table")
+    text = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out").read_text(encoding="utf-8")
+    warning = text.index('<li class="warning">The runs did not see the same data, so their losses do not compare.')
+    assert warning < text.index("<table")
 
 
 def test_a_run_that_logged_nothing_still_has_a_page(tmp_path):
     folder = write_run(tmp_path / "run", losses=[], done=False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "loss.png").write_bytes(b"an older report's")
-    html = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
-    assert "unfinished (step 0 of 20)" in html and "Training loss: no run logged a step." in html
+    text = write_report([folder], tmp_path / "out").read_text(encoding="utf-8")
+    assert "unfinished (step 0 of 20)" in text and "Training loss: no run logged a step." in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", *TABLES}
 
 

@@ -90,11 +90,6 @@ def test_the_bootstrap_draws_settings_and_seeds():
     assert stats.bootstrap([[1.0, 2.0, 3.0]] * 5 + [[]]) is None  # few settings are no sample
 
 
-def test_lr_sensitivity_is_the_mean_excess_with_losses_capped_at_initialisation():
-    assert stats.lr_sensitivity([2.0, 2.5, 9.0, math.inf], 5.0) == pytest.approx((0 + 0.5 + 3 + 3) / 4)
-    assert stats.lr_sensitivity([3.0, 3.0], 5.0) == 0
-
-
 def test_the_parabola_finds_its_own_minimum_on_any_spacing():
     def parabola(x):
         return 3.0 + 0.7 * (x - 1.2) ** 2
