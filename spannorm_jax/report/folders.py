@@ -238,17 +238,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
       NotARun: its config is absent, is no JSON object, or lacks a key that a report needs.
     """
     reader = _Reader(Path(folder))
-    return Run(
-        folder=reader.folder,
-        config=_read_config(reader),
-        starts=tuple(reader.lines(STARTS)),
-        metrics=_columns(reader.lines(METRICS, with_steps=True)),
-        evals=tuple(reader.lines(EVAL, with_steps=True)),
-        done=reader.object(DONE),
-        diverged=reader.object(DIVERGED),
-        damage=tuple(reader.damage),
-        cut=tuple(reader.cut),
-    )
+    config, starts = _read_config(reader), tuple(reader.lines(STARTS))
+    metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
+    done, diverged = reader.object(DONE), reader.object(DIVERGED)
+    said = tuple(reader.damage), tuple(reader.cut)
+    return Run(reader.folder, config, starts, metrics, evals, done, diverged, *said)
 
 
 def find_runs(

@@ -134,7 +134,8 @@ def with_panels(study: Study, table: pl.DataFrame, without: Sequence[str] = ()) 
     placed = frames.panels(study, without)
     table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
     present = set(table["panel"])
-    return frames.named(study, table), [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
+    order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
+    return frames.named(study, table).drop("method"), order
 
 
 def tooltip(study: Study, **more: str) -> list[alt.Tooltip]:

@@ -164,13 +164,13 @@ def summarise(run: Run) -> Row:
 def fact(run: Run, key: str) -> str:
     """What each start recorded under `key`, told again wherever it changed between starts."""
     told = [_words(start[key]) for start in run.starts if start.get(key)]
-    return ", then ".join(dict.fromkeys(told)) or "not recorded"
+    return ", then ".join(dict.fromkeys(told)) or _NOT_RECORDED
 
 
 def _words(value: Any) -> str:
     """`value` in words: a dictionary as `name value, name value`, a large number with commas."""
     if value is None:
-        return "not recorded"
+        return _NOT_RECORDED
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(value[name])}" for name in sorted(value))
     if isinstance(value, float):

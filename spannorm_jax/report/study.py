@@ -32,7 +32,7 @@ class Method(NamedTuple):
 
     @property
     def label(self) -> str:
-        return ", ".join([f"{self.placement} / {self.init}", *([self.other] if self.others else [])])
+        return ", ".join([f"{self.placement} / {self.init}", *[self.other] * bool(self.others)])
 
     @property
     def keys(self) -> dict[str, str]:
@@ -156,15 +156,10 @@ def study_of(
     """Raises UserError if `baseline` or `confirmed` names what no run has."""
     finished = [row for row in rows if row.outcome.kind in FINISHED]
     held_out = bool(finished) and all(row.held_out_loss is not None for row in finished)
-    methods, runs = _runs(rows, "held_out_loss" if held_out else "train_loss")
-    return Study(
-        rows=list(rows),
-        methods=methods,
-        runs=runs,
-        measure="held-out" if held_out else "training",
-        baseline=_checked("--baseline", methods, baseline) if baseline else _default_baseline(methods),
-        confirmed=_checked("--confirm", methods, confirmed or {}),
-    )
+    measure, loss = ("held-out", "held_out_loss") if held_out else ("training", "train_loss")
+    methods, runs = _runs(rows, loss)
+    compared = _checked("--baseline", methods, baseline) if baseline else _default_baseline(methods)
+    return Study(list(rows), methods, runs, measure, compared, _checked("--confirm", methods, confirmed or {}))
 
 
 # ---- frames -----------------------------------------------------------------------------------
