@@ -40,10 +40,7 @@ from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import over_blocks
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
@@ -62,10 +59,8 @@ Sizes = dict[str, list[float]]  # what -> after each update, from 0
 
 def activations(decoder: Decoder, tokens_BxT: Array) -> dict[str, Array]:
     """SITES of a model: branches' outputs before any multiplier (L, B, T, D), features (B, T, D), logits (B, T, V)."""
-    cfg, placement = decoder.cfg, PLACEMENTS[decoder.cfg.placement]
-    angles = rotary_angles(tokens_BxT.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
 
-    def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, dict[str, Array], Any]:
+    def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, dict[str, Array], Any]:
         seen: dict[str, Array] = {}
 
         def attn(x: Array) -> Array:
@@ -79,9 +74,7 @@ def activations(decoder: Decoder, tokens_BxT: Array) -> dict[str, Array]:
         stream, stats = block(stream, layer, attn, ffn)
         return stream, seen, stats
 
-    stream = placement.enter(decoder.embeddings(tokens_BxT), decoder.ends)
-    stream, branches, _ = over_blocks(decoder.stacks, cfg, decoder.execution, step, stream, None)
-    features = placement.leave(stream, decoder.ends)
+    features, _, branches, _ = decoder.run(tokens_BxT, step)
     return branches | {"features": features, "logits": decoder.logits(features)}
 
 
@@ -95,8 +88,8 @@ def measure(config: Config, data: OpenData, seeds: int, steps: int) -> list[Size
         numbers = on_devices(numbers_of(config), mesh)
         for seed in range(seeds):
             loader = TrainLoader(data.train, config.data.seq_len, config.training.batch_size, seed)
-            batches = [jax.device_put(loader.rows(i), program.batch_sharding) for i in range(1, steps + 2)]
-            tokens = batches[-1][:_ROWS, :-1]
+            batches = [program.put({"tokens": loader.rows(i)}) for i in range(1, steps + 2)]
+            tokens = batches[-1]["tokens"][:_ROWS, :-1]
             state = program.init(seed)
             first = looked_at(state.params, state.model_state, tokens)
             sizes: Sizes = {name: [] for site in SITES for name in (site, f"change of {site}")}

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import polars as pl
 import vl_convert
 
 from spannorm_jax.errors import UserError
+from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.report import comparisons, stats
 from spannorm_jax.report.contents import contents, in_markdown
 from spannorm_jax.report.curves import gap_curves
@@ -29,14 +31,9 @@ Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
 FLOORS = Path("experiments/results/floors.json")
 FAILED = ("plateau", "collapsed", "diverged")
-NAMES = {
-    **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
-    **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
-    **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
-    **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN", "deepscale": "DeepScaleLM"},
-    **{"pre_embnorm": "PreNorm, normed embeddings", "ds": "DS-Init", "zero_out": "zero outputs"},
-    **{"plain": "plain", "gpt2": "GPT-2", "scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5"},
-    **{"xavier": "Xavier", "normal": "normal", "megatron": "Megatron", "muon": "Muon"},
+NAMES = {placement.name: placement.title for placement in PLACEMENTS.values()} | {
+    **{"ds": "DS-Init", "zero_out": "zero outputs", "gpt2": "GPT-2", "xavier": "Xavier", "megatron": "Megatron"},
+    **{"scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5", "muon": "Muon"},
 }
 
 
@@ -312,6 +309,7 @@ def claim(holds: bool, what: str) -> str:
     return ""
 
 
+@cache  # both pages are of the same runs
 def read(folder: Path) -> Study:
     """The runs below a folder. Those of a CPU and of a GPU are of one method, whose compute dtype follows the device.
 

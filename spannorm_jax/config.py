@@ -31,6 +31,8 @@ class Rule:
     choices: tuple[str, ...] = ()  # (): any text, or what the code that knows the names says (`config_file.py`)
     names_file: bool = False  # it becomes the name of a folder of token stores
     runtime: bool = False  # may change when a run is continued: it touches no number beyond float rounding
+    number: bool = False  # a number of the step (`training/numbers.py`): it changes no shape, and no program
+    beginning: bool = False  # of the weights that a run begins with, or of the order of its data
     inits: tuple[str, ...] = ()  # initialisations that read it; (): all
     before: Any = None  # what was done before the option came; None: the default
 
@@ -57,9 +59,9 @@ class MoEConfig:
     # aux_loss | bias (selection bias, moved by the loads, outside the optimiser) | none
     balance: str = option("aux_loss", choices=("aux_loss", "bias", "none"))
     # weight of the load-balance loss, summed over blocks; balance=aux_loss only
-    aux_loss: float = option(0.01, least=0)
-    bias_rate: float = option(1e-3, least=0)  # step of the selection bias; balance=bias only
-    router_z_loss: float = option(0.0, least=0)  # weight of the router's log(Z)^2, summed over blocks
+    aux_loss: float = option(0.01, least=0, number=True)
+    bias_rate: float = option(1e-3, least=0, number=True)  # step of the selection bias; balance=bias only
+    router_z_loss: float = option(0.0, least=0, number=True)  # weight of the router's log(Z)^2, summed over blocks
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,16 @@ class ModelConfig:
     ffn_dim: int = option(0, least=0)  # hidden units of the feed-forward; 0: `resolution.default_ffn_dim`
     vocab_size: int = option(0, least=0)  # rows of the embedding; 0: the tokenizer's
     placement: str = "span"  # a key of model.placement.PLACEMENTS
-    init: str = "scale"  # a key of model.initialisation.INITS, or published: that of the placement's authors
+    # a key of model.initialisation.INITS, or published: that of the placement's authors
+    init: str = option("scale", beginning=True)
     # ScaleInit's c: branch variance summed over the stream's additions
-    variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32", inits=SCALEINIT)
+    variance_budget: float = option(1.0, least=MIN_FLOAT, why="it vanishes in float32", inits=SCALEINIT, beginning=True)
     # ScaleInit's p: the budget is variance_budget x depth^-p
-    variance_exponent: float = option(1.0, least=-4.0, most=4.0, inits=SCALEINIT, before=0.0)
+    variance_exponent: float = option(1.0, least=-4.0, most=4.0, inits=SCALEINIT, before=0.0, beginning=True)
     # ScaleInit's factor: in the weight that a branch starts with, or a constant times the branch, which training keeps
-    depth_factor: str = option("weight", choices=("weight", "multiplier"))
+    depth_factor: str = option("weight", choices=("weight", "multiplier"), beginning=True)
     # weights ScaleInit damps with depth; (): the placement's branches
-    init_targets: tuple[str, ...] = option((), inits=SCALEINIT)
+    init_targets: tuple[str, ...] = option((), inits=SCALEINIT, beginning=True)
     # of placement mix: the part of the blocks, from the first, that are PostNorm's
     mix_share: float = option(0.25, least=0.0, most=1.0)
     # ProRes's T: what block l (from 1) adds is multiplied by min(1, t / (T l)) in update t; 0: by nothing
@@ -149,12 +152,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 300  # optimiser updates; 0: as many as training.tokens takes
+    steps: int = option(300, number=True)  # optimiser updates; 0: as many as training.tokens takes
     # tokens trained on, rounded up to whole updates; 0: training.steps decides. Never both
-    tokens: int = option(0, least=0, unbounded=True)
+    tokens: int = option(0, least=0, unbounded=True, number=True)
     batch_size: int = option(8, least=1)  # sequences an update, over all devices and microbatches
     num_microbatches: int = option(1, least=1)  # gradient accumulation; the result equals one full batch
-    z_loss: float = option(0.0, least=0)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
+    z_loss: float = option(0.0, least=0, number=True)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
     # without a step, after which the process ends itself (exit code 4); 0: never
     watchdog_minutes: float = option(30.0, least=0, runtime=True)
 
@@ -162,23 +165,25 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = option("adamw", choices=("adamw", "lion", "muon"))  # the keys of training.optimizer.OPTIMIZERS
-    lr: float = option(3e-3, least=0)  # peak learning rate; muon: of its matrices and of AdamW's weights alike
+    # peak learning rate; muon: of its matrices and of AdamW's weights alike
+    lr: float = option(3e-3, least=0, number=True)
     # cosine | wsd (warm-up, stable, decay); both warm up and end alike
     schedule: str = option("cosine", choices=("cosine", "wsd"))
-    warmup_fraction: float = option(0.1, least=0, most=1)  # of all updates, linear from 0
+    warmup_fraction: float = option(0.1, least=0, most=1, number=True)  # of all updates, linear from 0
     # of all updates, linear at the end; wsd only, the cosine takes all after warm-up
-    decay_fraction: float = option(0.2, least=0, most=1)
-    final_lr_fraction: float = option(0.1, least=0, most=1)  # of lr, where the decay ends
-    b1: float = option(0.9, least=0, below=1)
-    b2: float = option(0.95, least=0, below=1)
-    muon_momentum: float = option(0.95, least=0, below=1)  # of Muon's matrices; b1 and b2 are of AdamW's weights
-    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32")  # adamw, and muon's AdamW
+    decay_fraction: float = option(0.2, least=0, most=1, number=True)
+    final_lr_fraction: float = option(0.1, least=0, most=1, number=True)  # of lr, where the decay ends
+    b1: float = option(0.9, least=0, below=1, number=True)
+    b2: float = option(0.95, least=0, below=1, number=True)
+    # of Muon's matrices; b1 and b2 are of AdamW's weights
+    muon_momentum: float = option(0.95, least=0, below=1, number=True)
+    eps: float = option(1e-8, least=MIN_FLOAT, why="it vanishes in float32", number=True)  # adamw, and muon's AdamW
     # on hidden matrices and the head, tied or not; never on other embeddings, on gains by decay_gains
-    weight_decay: float = option(0.1, least=0)
+    weight_decay: float = option(0.1, least=0, number=True)
     # coupled: an update shrinks weights by lr x weight_decay | independent: by weight_decay times the schedule's shape
-    decay_coupling: str = option("coupled", choices=("coupled", "independent"))
+    decay_coupling: str = option("coupled", choices=("coupled", "independent"), number=True)
     decay_gains: tuple[str, ...] = ()  # gains that decay too, towards 0, by site (before_attn, final, ...); or all
-    clip_norm: float = option(1.0, least=0)  # global gradient norm; 0: no clipping
+    clip_norm: float = option(1.0, least=0, number=True)  # global gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = option(0, least=0)  # initialisation and data order
+    seed: int = option(0, least=0, beginning=True)  # initialisation and data order
     # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
     platform: str = option("auto", choices=("auto", "cpu", "gpu", "tpu"), runtime=True)
     model: ModelConfig = field(default_factory=ModelConfig)

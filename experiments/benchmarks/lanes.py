@@ -40,21 +40,21 @@ class Timed:
             if lanes:
                 made = LaneProgram(config, model, program, lanes)
                 self._state = made.stack(*(program.init(seed) for seed in range(lanes)))
-                self._tokens = jax.device_put(np.stack([tokens] * lanes), made.batch_sharding)
+                self._batch = jax.device_put({"tokens": np.stack([tokens] * lanes)}, made.batch_shardings)
                 self._numbers = on_devices(stacked_numbers([config] * lanes), mesh, ("lanes",))
                 train: Any = made.train
             else:
                 self._state, train = program.init(0), program.train
-                self._tokens = jax.device_put(tokens, program.batch_sharding)
+                self._batch = program.put({"tokens": tokens})
                 self._numbers = on_devices(numbers_of(config), mesh)
             began = time.perf_counter()
-            self._step = train.lower(self._state, self._tokens, self._numbers).compile()
+            self._step = train.lower(self._state, self._batch, self._numbers).compile()
             self.compile_s = time.perf_counter() - began
 
     def seconds(self, steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
-            self._state, metrics = self._step(self._state, self._tokens, self._numbers)
+            self._state, metrics = self._step(self._state, self._batch, self._numbers)
         jax.block_until_ready((self._state, metrics))
         return time.perf_counter() - began
 

@@ -26,7 +26,8 @@ from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
 from spannorm_jax.training.numbers import numbers_of, on_devices
-from spannorm_jax.training.step import make_program, num_loss_chunks, train_step
+from spannorm_jax.training.step import make_program, train_step
+from spannorm_jax.training.tasks.text import TEXT
 
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
@@ -58,12 +59,13 @@ def measure(config: Config, loader: TrainLoader, rounds: int, steps: int) -> dic
     with jax.set_mesh(mesh):
         model = define(config.model, config.execution)
         program, numbers = make_program(config, model, mesh), on_devices(numbers_of(config), mesh)
-        tokens = jax.device_put(loader.rows(1), program.batch_sharding)
-        chunks = num_loss_chunks(config, dict(mesh.shape), len(tokens) // config.training.num_microbatches)
+        batch = program.put({"tokens": loader.rows(1)})
+        rows = config.training.batch_size // config.training.num_microbatches
+        loss_sums = TEXT.loss_sums(config, dict(mesh.shape), rows)
 
-        def without(state: Any, tokens: Any, numbers: Any) -> Any:
+        def without(state: Any, batch: Any, numbers: Any) -> Any:
             """What is not returned is not computed."""
-            state, metrics = train_step(config, model, chunks, state, tokens, numbers)
+            state, metrics = train_step(config, model, loss_sums, state, batch, numbers)
             metrics.pop("signal")
             for name in ("log_z", "clip_factor"):
                 metrics["scalars"].pop(name)
@@ -74,8 +76,8 @@ def measure(config: Config, loader: TrainLoader, rounds: int, steps: int) -> dic
             "with": program.train,
             "without": jax.jit(without, out_shardings=program_shardings(program), donate_argnums=0),
         }
-        compiled = {name: fn.lower(states[name], tokens, numbers).compile() for name, fn in lowered.items()}
-        forward = program.signal.lower(states["with"].params, states["with"].model_state, tokens).compile()
+        compiled = {name: fn.lower(states[name], batch, numbers).compile() for name, fn in lowered.items()}
+        forward = program.signal.lower(states["with"].params, states["with"].model_state, batch).compile()
         times: dict[str, dict[str, list[float]]] = {
             clock: {"with": [], "without": [], "forward": []} for clock in CLOCKS
         }
@@ -90,13 +92,13 @@ def measure(config: Config, loader: TrainLoader, rounds: int, steps: int) -> dic
                     times[clock][name].append((now() - began[clock]) / steps)
 
         def step(name: str) -> Any:
-            states[name], metrics = compiled[name](states[name], tokens, numbers)
+            states[name], metrics = compiled[name](states[name], batch, numbers)
             return states[name], metrics
 
         for counted in (False, *[True] * rounds):
             timed("with", partial(step, "with"), counted)
             timed("without", partial(step, "without"), counted)
-            timed("forward", lambda: forward(states["with"].params, states["with"].model_state, tokens), counted)
+            timed("forward", lambda: forward(states["with"].params, states["with"].model_state, batch), counted)
     every = config.metrics.signal_every
     return {"every": every, "by": {clock: _ratios(times[clock], every) for clock in CLOCKS}}
 

@@ -21,7 +21,8 @@ from spannorm_jax.model.definition import ModelDef, count_params, define, flops_
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.training.numbers import numbers_of, on_devices
-from spannorm_jax.training.step import loss_sums, make_program
+from spannorm_jax.training.step import make_program
+from spannorm_jax.training.tasks.text import TEXT, loss_sums
 
 
 def write_record(
@@ -29,7 +30,7 @@ def write_record(
 ) -> None:
     """Writes a record with what made it, if it was asked for."""
     if path:
-        start = start_record(module, argv, data, {"config": to_dict(config)})
+        start = start_record(module, argv, TEXT.facts(data), {"config": to_dict(config)})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, start | record)
 
@@ -82,7 +83,6 @@ def step_times(
     loader: TrainLoader,
     rounds: int,
     steps: int,
-    between_rounds: Callable[[], None] = lambda: None,
     while_traced: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
@@ -90,8 +90,7 @@ def step_times(
     `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step: the
     median over rounds. `most_page_faults` is that of the worst round: a step's block of temporaries
     may still be held when the next step asks for one, and a second block is then faulted in, once.
-    `between_rounds` is called after each round, the first one included. A variant is traced within
-    `while_traced(its name)`.
+    A variant is traced within `while_traced(its name)`.
     """
     measured: dict[str, dict[str, Any]] = {}
     running: dict[str, Any] = {}
@@ -103,32 +102,32 @@ def step_times(
             began = time.perf_counter()
             state = jax.block_until_ready(program.init(config.seed))
             drawn_s = time.perf_counter() - began
-            tokens = jax.device_put(loader.rows(1), program.batch_sharding)
+            batch = program.put({"tokens": loader.rows(1)})
             numbers = on_devices(numbers_of(config), mesh)
             began = time.perf_counter()
             with while_traced(name):
-                lowered = program.train.lower(state, tokens, numbers)
+                lowered = program.train.lower(state, batch, numbers)
             compiled = lowered.compile()
             measured[name] = {
                 "num_params": count_params(model),
                 "active_params": count_params(model, active=True),
                 "compile_s": time.perf_counter() - began,
-                "memory": memory(config, model, compiled, state, tokens),
+                "memory": memory(config, model, compiled, state, batch),
                 "step_times_s": [],
                 "page_faults": [],
                 "system_s": [],
             }
             # On a GPU this takes minutes, in which nothing else is heard.
             print(f"{name}: drawn in {drawn_s:.1f} s, compiled in {measured[name]['compile_s']:.1f} s", file=sys.stderr)
-            state, _ = compiled(state, tokens, numbers)  # the first call allocates
-            running[name] = [compiled, state, tokens, numbers]
+            state, _ = compiled(state, batch, numbers)  # the first call allocates
+            running[name] = [compiled, state, batch, numbers]
         for counted in (False, *[True] * rounds):
             for name, now in running.items():
-                compiled, state, tokens, numbers = now
+                compiled, state, batch, numbers = now
                 jax.block_until_ready(state)
                 before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
                 for _ in range(steps):
-                    state, metrics = compiled(state, tokens, numbers)
+                    state, metrics = compiled(state, batch, numbers)
                 jax.block_until_ready((state, metrics))
                 elapsed, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
                 if counted:  # the first round fills caches and the allocator
@@ -137,7 +136,6 @@ def step_times(
                     got["page_faults"].append((after.ru_minflt - before.ru_minflt) / steps)
                     got["system_s"].append((after.ru_stime - before.ru_stime) / steps)
                 now[1] = state
-            between_rounds()
     for name, config in variants.items():
         step = statistics.median(measured[name]["step_times_s"])
         rate = config.training.batch_size * config.data.seq_len / step
@@ -152,20 +150,20 @@ def step_times(
     return measured
 
 
-def memory(config: Config, model: ModelDef, compiled: Any, state: Any, tokens: Any) -> dict[str, float | None]:
+def memory(config: Config, model: ModelDef, compiled: Any, state: Any, batch: Any) -> dict[str, float | None]:
     """Bytes on one device: of the compiled step, and as the shapes say: state + gradients + what backward needs."""
     analysis = compiled.memory_analysis()
 
-    def residuals(params: Any, tokens: Any) -> Any:
+    def residuals(params: Any, batch: Any) -> Any:
         def loss(params: Any) -> Any:
-            return loss_sums(model.bind(params), tokens, jnp.ones(tokens[:, 1:].shape), 1)["nll"]
+            return loss_sums(model.bind(params), batch)["nll"]
 
         return jax.vjp(loss, params)[1]
 
     def size(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    microbatch = tokens[:: config.training.num_microbatches]
+    microbatch = jax.tree.map(lambda x: x[:: config.training.num_microbatches], batch)
     kept = size(jax.eval_shape(residuals, state.params, microbatch))
     computed = size((state.params, state.opt_state)) + kept  # the kept ones hold the weights, as many as gradients
     used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else None

@@ -35,6 +35,7 @@ from spannorm_jax.run.state import TrainState
 from spannorm_jax.train import parse
 from spannorm_jax.training.optimizer import learning_rate
 from spannorm_jax.training.session import match_machine
+from spannorm_jax.training.task import abstract_batch
 
 FOLDER = "run"  # of the cases that are not about it
 BASE = ("depth=2", "width=32")
@@ -100,15 +101,13 @@ def start(argv: list[str]) -> None:
     config, program = session.config, session.program
     if workdir != Path(FOLDER):
         keep_and_find(workdir)
-    session.loader.rows(1, 0, 1)
+    session.rows(1, 0, 1)
     count_params(session.model), flops_per_token(session.model, config.data.seq_len)
     with jax.set_mesh(session.mesh):
-        rows = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
-        jax.eval_shape(program.train, program.abstract_state, rows, session.numbers)
-        rows = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len + 1), np.int32)
-        weights = jax.ShapeDtypeStruct((config.eval.batch_size, config.data.seq_len), np.float32)
-        state = program.abstract_state
-        jax.eval_shape(program.evaluate, state.params, state.model_state, rows, weights)
+        state, fields = program.abstract_state, session.task.eval_fields(config)
+        jax.eval_shape(program.train, state, program.abstract_batch, session.numbers)
+        held_out = abstract_batch(fields, session.mesh)
+        jax.eval_shape(program.evaluate, state.params, state.model_state, held_out)
     updates = (1, config.training.steps)
     rates = [float(learning_rate(config.optim.schedule, session.numbers, update)) for update in updates]
     stds = [np.float32(np.max(initial_size(config.model, spec))) for spec in session.model.specs()]

@@ -10,11 +10,9 @@ from spannorm_jax.analysis.tracked import run_block
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.kernels.attention_logits import entropies, largest_logit
-from spannorm_jax.model.layers import FeedForward, activation, rotary_angles
+from spannorm_jax.model.layers import FeedForward, activation
 from spannorm_jax.model.moe.experts import ExpertOps
 from spannorm_jax.model.moe.layer import MoE
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import over_blocks
 from spannorm_jax.training.step import router_metrics
 
 # ---- streams --------------------------------------------------------------------------------------
@@ -28,26 +26,6 @@ def first(stream: Any) -> Array:
 def with_first(stream: Any, x_BxTxD: Array) -> Any:
     leaves, structure = jax.tree.flatten(stream)
     return jax.tree.unflatten(structure, [x_BxTxD, *leaves[1:]])
-
-
-def angles_for(decoder: Decoder, tokens_BxT: Array) -> Array:
-    cfg = decoder.cfg
-    return rotary_angles(tokens_BxT.shape[1], cfg.width // cfg.num_heads, cfg.rope_theta)
-
-
-def enter(decoder: Decoder, tokens_BxT: Array) -> Any:
-    """The stream that enters block 1."""
-    return PLACEMENTS[decoder.cfg.placement].enter(decoder.embeddings(tokens_BxT), decoder.ends)
-
-
-def leave(decoder: Decoder, stream: Any) -> Array:
-    """What the head reads of the stream after the last block."""
-    return PLACEMENTS[decoder.cfg.placement].leave(stream, decoder.ends)
-
-
-def after(block: Block, stream: Any, layer: Any, angles_TxK2: Array) -> Any:
-    """The stream after a block."""
-    return block(stream, layer, lambda x_BxTxD: block.attn(x_BxTxD, angles_TxK2), block.feed_forward)[0]
 
 
 def mean_nll(decoder: Decoder, features_BxTxD: Array, targets_BxT: Array) -> Array:
@@ -186,20 +164,19 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
     `keys_LxP` are the random keys of each block's probes, as many as there are probes.
     """
     inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
-    angles = angles_for(decoder, inputs)
     T = inputs.shape[1]
     log_visible_T = jnp.log(jnp.arange(1, T + 1))
 
-    def step(block: Block, stream: Any, layer: Array, keys_P: Array) -> tuple[Any, dict[str, Array], Any]:
+    def step(block: Block, stream: Any, layer: Array, angles: Any, keys_P: Array) -> tuple[Any, dict[str, Array], Any]:
         got: dict[str, Array] = {}
         stats = None
 
         def attn(x_BxTxD: Array) -> Array:
             q, k, _ = block.attn.qkv(x_BxTxD, angles)
-            entropy_BxHxT = entropies(q, k)[:, :, 1:]
+            entropy_BxHxT = entropies(q, k, block.attn.causal)[:, :, 1:]
             got["attention_entropy"] = jnp.mean(entropy_BxHxT)
             got["attention_entropy_relative"] = jnp.mean(entropy_BxHxT / log_visible_T[1:])
-            got["attention_logit_max"] = largest_logit(q, k)
+            got["attention_logit_max"] = largest_logit(q, k, block.attn.causal)
             out = block.attn(x_BxTxD, angles)
             got["attn_variance"] = mean_square(out)
             return out
@@ -225,10 +202,9 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
         }
         return behind, got, stats
 
-    stream = enter(decoder, inputs)
-    entry = mean_square(first(stream))
-    stream, of_blocks, stats = over_blocks(decoder.stacks, decoder.cfg, decoder.execution, step, stream, keys_LxP)
-    whole = {"loss": mean_nll(decoder, leave(decoder, stream), targets), "entry_variance": entry}
+    entry = mean_square(first(decoder.enter(decoder.embeddings(inputs))))
+    features, _, of_blocks, stats = decoder.run(inputs, step, keys_LxP)
+    whole = {"loss": mean_nll(decoder, features, targets), "entry_variance": entry}
     if stats is None:
         return whole, of_blocks
     load = stats["counts"] / jnp.sum(stats["counts"], axis=-1, keepdims=True)
@@ -242,12 +218,9 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
 
 def traced(decoder: Decoder, tokens_BxT: Array) -> tuple[Any, Any]:
     """The stream that enters each block, (L, ...) leaves, and the stream after the last."""
-    angles = angles_for(decoder, tokens_BxT)
 
-    def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, Any, None]:
-        return after(block, stream, layer, angles), stream, None
+    def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, Any, None]:
+        return block.whole(stream, layer, angles)[0], stream, None
 
-    last, entering, _ = over_blocks(
-        decoder.stacks, decoder.cfg, decoder.execution, step, enter(decoder, tokens_BxT), None
-    )
-    return entering, last
+    passed = decoder.run(tokens_BxT, step)
+    return passed.ys, passed.stream

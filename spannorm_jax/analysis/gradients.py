@@ -3,7 +3,6 @@
 The backward pass is the scan's own, block by block: blocks are recomputed, and what is kept is one stream a block.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spannorm_jax.analysis.blocks import after, angles_for, enter, first, leave, mean_nll, with_first
+from spannorm_jax.analysis.blocks import first, mean_nll, with_first
 from spannorm_jax.config import Config
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import ModelDef
-from spannorm_jax.model.stack import over_blocks
-from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
 
 
@@ -34,16 +32,13 @@ _metered.defvjp(
 
 
 def metered_features(decoder: Decoder, tokens_BxT: Array, meters_L: Array) -> Array:
-    """`decoder.features`, whose gradient by meter l is the squared norm of that by what enters block l."""
-    angles = angles_for(decoder, tokens_BxT)
+    """The features, whose gradient by meter l is the squared norm of that by what enters block l."""
 
-    def step(block: Block, stream: Any, layer: Array, meter: Array) -> tuple[Any, None, None]:
+    def step(block: Block, stream: Any, layer: Array, angles: Any, meter: Array) -> tuple[Any, None, None]:
         stream = with_first(stream, _metered(first(stream), meter))
-        return after(block, stream, layer, angles), None, None
+        return block.whole(stream, layer, angles)[0], None, None
 
-    execution = dataclasses.replace(decoder.execution, remat="block")
-    stream, _, _ = over_blocks(decoder.stacks, decoder.cfg, execution, step, enter(decoder, tokens_BxT), meters_L)
-    return leave(decoder, stream)
+    return decoder.run(tokens_BxT, step, meters_L, remat="block").features
 
 
 def _squares(model: ModelDef, grads: Any) -> Any:
@@ -96,7 +91,7 @@ def of_probe(model: ModelDef, params: Any, model_state: Any, tokens_BxT: Array, 
 def updated(config: Config, model: ModelDef, params: Any, grads: Any) -> Any:
     """The weights after one step of the config's optimiser from moments of zero, at its peak learning rate."""
     at_peak = {"warmup_updates": np.int32(0), "stable_updates": np.int32(2**30), "decay_updates": np.int32(0)}
-    numbers = numbers_of(config)._replace(**at_peak)
+    numbers = Numbers(numbers_of(config).values | at_peak)
     optimizer = make_optimizer(config.optim, model, numbers)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     return jax.tree.map(jnp.add, params, updates)

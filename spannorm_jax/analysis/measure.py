@@ -27,6 +27,7 @@ from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.trained import open_trained
+from spannorm_jax.training.tasks.text import facts as data_facts
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,18 @@ def signal(
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         stack.enter_context(jax.set_mesh(mesh))
         facts: dict[str, Any] = {"config": to_dict(config)}
+        model = define(config.model, config.execution)
         if restore:
-            trained = restore(config, mesh)
+            trained = restore(config, model, mesh)
             what = Measured(config, trained.model, trained.params, trained.model_state)
             facts["step"] = trained.step
         else:
-            model = define(config.model, config.execution)
             params = jax.jit(model.init)(jax.random.key(config.seed))
             what = Measured(config, model, params, model.init_model_state())
             facts["step"] = 0
         tokens, fit_tokens, settings = probe_tokens(config, data, settings)
         facts["settings"] = settings.to_dict()
-        record = start_record("spannorm_jax.analysis.signal", argv, data, facts)
+        record = start_record("spannorm_jax.analysis.signal", argv, data_facts(data), facts)
         return record | measure(what, tokens, fit_tokens, settings)
 
 
@@ -90,7 +91,7 @@ def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np
     if "affine" not in settings.only:
         return tokens, None, settings.filled(T, 0)
     model = define(config.model)
-    shapes = jax.eval_shape(lambda p: blocks.enter(model.bind(p), jnp.zeros((1, T), jnp.int32)), _abstract(model))
+    shapes = jax.eval_shape(lambda p: model.bind(p).run(jnp.zeros((1, T), jnp.int32)).stream, _abstract(model))
     needed = replaced.unknowns(shapes)
     rows = -(-(settings.fit_tokens or 4 * needed) // T)
     replaced.check_tokens(rows * T, needed)
@@ -231,7 +232,7 @@ def _update(what: Measured, tokens: Array, grads: Any, trace: Any, before: Any) 
 
     def logits(params: Any, model_state: Any, stream: Any) -> Array:
         decoder = what.model.bind(params, model_state)
-        return decoder.logits(blocks.leave(decoder, stream))
+        return decoder.logits(decoder.leave(stream))
 
     @jax.jit
     def changes(params: Any, new_params: Any, model_state: Any, before: Any, new: Any) -> tuple[Array, Array]:

@@ -10,11 +10,10 @@ import numpy as np
 import scipy.linalg
 from jax import Array
 
-from spannorm_jax.analysis.blocks import after, angles_for, leave, mean_nll
+from spannorm_jax.analysis.blocks import mean_nll
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.stack import over_blocks
 
 USEFUL = 0.1  # a block whose affine map costs a larger share of the loss is useful
 
@@ -28,14 +27,13 @@ def chosen_blocks(depth: int, count: int) -> list[int]:
 
 def loss_from(decoder: Decoder, stream: Any, done: Array, tokens_BxT1: Array) -> Array:
     """Nats a token when `stream` is what leaves block `done` (from 0), whatever made it."""
-    angles = angles_for(decoder, tokens_BxT1[:, :-1])
+    angles = decoder.angles(tokens_BxT1.shape[1] - 1)
 
-    def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, None, None]:
-        run = jax.lax.cond(layer > done, lambda: after(block, stream, layer, angles), lambda: stream)
+    def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, None, None]:
+        run = jax.lax.cond(layer > done, lambda: block.whole(stream, layer, angles)[0], lambda: stream)
         return run, None, None
 
-    stream, _, _ = over_blocks(decoder.stacks, decoder.cfg, decoder.execution, step, stream, None)
-    return mean_nll(decoder, leave(decoder, stream), tokens_BxT1[:, 1:])
+    return mean_nll(decoder, decoder.run_from(stream, angles, step).features, tokens_BxT1[:, 1:])
 
 
 def side_by_side(stream: Any) -> np.ndarray:

@@ -7,9 +7,6 @@ import jax
 from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
-from spannorm_jax.data.floors import MOST_SCORED, floors
-from spannorm_jax.data.loader import check_held_out
-from spannorm_jax.data.open import OpenData, open_data, say_overlap
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
@@ -22,6 +19,7 @@ from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.run.trained import open_trained
 from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.step import make_evaluate
+from spannorm_jax.training.tasks import task_of
 
 
 def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out: Path | None) -> dict[str, Any]:
@@ -30,9 +28,8 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
     An `out` that is not the run's own eval.jsonl is refused before the work where it cannot be
     written. Of several processes (`flags`) each reads its own rows, and process 0 appends.
 
-    `loss` is in nats per token, `bits_per_byte` counts the bytes of the text that the predicted tokens stand for
-    (the cost of predicting where documents end is in the bits), `accuracy` is the share of next tokens ranked first.
-    `floors` are losses in nats per token that need no network, on the same predictions (`data.floors`).
+    Its measures are the task's, of text those of `training.tasks.text`; `floors` are losses that need no network, on
+    the same predictions.
 
     Raises:
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`
@@ -44,19 +41,20 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out:
     if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
         _check_writable(out)
     with open_trained(workdir, step, "evaluating") as restore:
+        task = task_of(config)
         data, config, mesh = distributed.run_on_all(lambda: _match_machine(config))
         check_agreement(config)
-        say_overlap(config, data)
+        task.warn(config, data)
         with jax.set_mesh(mesh), in_step():
-            trained = restore(config, mesh)
+            trained = restore(config, task.define(config), mesh)
             loss_sums = make_evaluate(config, trained.model, mesh)
             result = held_out(config, mesh, loss_sums, data, trained.params, trained.model_state)
     line: dict[str, Any] = {"step": trained.step, **result}
     line |= run_folder.what_is_evaluated(config, trained.step) | {"mesh": dict(mesh.shape)}
-    if data.eval_overlap:
-        line["eval_overlap"] = data.eval_overlap
-    if distributed.is_first() and result["tokens"] <= MOST_SCORED:
-        line["floors"] = floors(data.train, data.eval, data.tokenizer, config.data.seq_len, config.eval.tokens)
+    if overlap := task.facts(data).get("eval_overlap"):
+        line["eval_overlap"] = overlap
+    if distributed.is_first() and (floors := task.floors(config, data, result)):
+        line["floors"] = floors
     if out is not None:
         distributed.from_first(lambda: _append(out, line))
     return line
@@ -85,9 +83,8 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file, or none") from error
 
 
-def _match_machine(config: Config) -> tuple[OpenData, Config, Mesh]:
-    data, config = open_data(config)
-    check_held_out(data.eval, data.tokenizer)
+def _match_machine(config: Config) -> tuple[Any, Config, Mesh]:
+    data, config = task_of(config).open(config)
     mesh = make_mesh(config.mesh)
     check_divisible(config, dict(mesh.shape), "eval.batch_size", config.eval.batch_size)
     return data, config, mesh

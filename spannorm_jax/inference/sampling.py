@@ -19,7 +19,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.inference.options import SampleOptions, check_options
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
 from spannorm_jax.model.decoder import Decoder
-from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run import folder as run_folder
@@ -211,7 +211,7 @@ def sample(
         check_divisible(config, dict(mesh.shape), "rows", rows)
         _check_length(config, rows, max(map(len, ids)), options)
         with jax.set_mesh(mesh):
-            trained = restore(config, mesh)
+            trained = restore(config, define(config.model, config.execution), mesh)
             weights = (trained.params, trained.model_state)
             run = partial(generate, trained.model, *weights, tokenizer, ids, options, rows_multiple=rows_multiple)
             if len(ids) == 1:

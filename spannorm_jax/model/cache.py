@@ -15,10 +15,7 @@ from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.kernels.attention import cached_attention
-from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import over_blocks
 from spannorm_jax.parallel.mesh import constrain
 
 Cache = dict[str, Array]
@@ -39,30 +36,27 @@ def cache_bytes(cfg: ModelConfig, rows: int, slots: int) -> int:
 
 
 def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, cache: Cache) -> tuple[Array, Cache]:
-    """`decoder.features` of tokens at these positions (0..S-1), given the cache of the tokens before them.
+    """The features of tokens at these positions (0..S-1), given the cache of the tokens before them.
 
     Returns what the head reads, (B, T, D), and the cache with these tokens in it.
     """
-    cfg, placement = decoder.cfg, PLACEMENTS[decoder.cfg.placement]
-    slots = cache["k"].shape[2]
-    angles_BxTxK2 = rotary_angles(slots, cfg.width // cfg.num_heads, cfg.rope_theta)[positions_BxT]
+    angles_BxTxK2 = decoder.angles(cache["k"].shape[2])[positions_BxT]
 
-    def step(block: Block, stream: Any, layer: Array, cache: Cache) -> tuple[Any, Cache, Stats | None]:
+    def step(block: Block, stream: Any, layer: Array, angles: Any, cache: Cache) -> tuple[Any, Cache, Stats | None]:
         """The block itself; its attention also leaves the new cache of one layer, (B, S, G, K)."""
 
         def attn(x_BxTxD: Array) -> Array:
             nonlocal cache
             with jax.named_scope("attention"):
-                q, k, v = block.attn.qkv(x_BxTxD, angles_BxTxK2)
+                q, k, v = block.attn.qkv(x_BxTxD, angles)
                 cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
                 return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
 
         stream, stats = block(stream, layer, attn, block.feed_forward)
         return stream, cache, stats
 
-    stream = placement.enter(decoder.embeddings(tokens_BxT), decoder.ends)
-    stream, cache, _ = over_blocks(decoder.stacks, cfg, decoder.execution, step, stream, cache)
-    return placement.leave(stream, decoder.ends), cache
+    passed = decoder.run(tokens_BxT, step, cache, angles_BxTxK2)
+    return passed.features, passed.ys
 
 
 def _write(slots_BxSxGxK: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:

@@ -24,26 +24,20 @@ from spannorm_jax.model.branches import warmup_factor
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.initialisation import initial_size
 from spannorm_jax.model.stack import STACKS
+from spannorm_jax.model.trunk import Trunk
 from spannorm_jax.model.weights import ROLES, ModelState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
 @dataclass(frozen=True)
 class ModelDef:
-    """A model's structure.
-
-    Attributes:
-      cfg: what the model is.
-      graph: its modules, without arrays.
-      weights: the table of its weights, shaped like its parameter pytree, a nested dict.
-      model_state: shapes of what it keeps besides weights, a nested dict: the biases of routers that balance
-        their experts by one, and the blocks' `warmup_factor`; {} for most models.
-    """
+    """A model's structure."""
 
     cfg: ModelConfig
-    graph: nnx.GraphDef
-    weights: dict[str, Any]
-    model_state: dict[str, Any]
+    graph: nnx.GraphDef  # its modules, without arrays
+    causal: bool  # whether attention is: FLOPs count what is visible
+    weights: dict[str, Any]  # the table of its weights, WeightSpec, nested as its parameters are
+    model_state: dict[str, Any]  # shapes of what it keeps besides: biases of routers, blocks' `warmup_factor`; often {}
 
     def init(self, key: Array) -> dict[str, Any]:
         """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded.
@@ -76,7 +70,7 @@ class ModelDef:
 
         return jax.tree_util.tree_map_with_path(of, model_state)
 
-    def bind(self, params: dict[str, Any], model_state: dict[str, Any] | None = None) -> Decoder:
+    def bind(self, params: dict[str, Any], model_state: dict[str, Any] | None = None) -> Any:
         """The modules with these weights and this state, which most models lack."""
         return nnx.merge(self.graph, params, model_state or {})
 
@@ -105,17 +99,15 @@ def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarra
     return jax.vmap(lambda key: jax.random.normal(key, spec.shape[1:], jnp.float32))(keys) * per_layer
 
 
-def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelDef:
-    """The structure of the model of a resolved config (no zeros or 'auto' left), allocating nothing.
+def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: type[Trunk] = Decoder) -> ModelDef:
+    """The structure of a resolved config's model; allocates nothing, and `execution` changes no number of it.
 
-    `execution` says how it runs, and changes no number of it.
-
-    Raises:
-      ValueError: a weight was declared with an unknown role or logical axis.
+    `modules` are a trunk and its ends. Raises ValueError for a weight that was declared with an unknown role or logical
+    axis.
     """
     layers = stack_layers(cfg)
     # The modules declare one block of each kind; the tables stack as many as there are.
-    declared = nnx.eval_shape(lambda: Decoder(cfg, execution or ExecutionConfig()))
+    declared = nnx.eval_shape(lambda: modules(cfg, execution or ExecutionConfig()))
     graph, params, model_state = cast(
         tuple[nnx.GraphDef, nnx.State, nnx.State], nnx.split(declared, nnx.Param, ModelState)
     )
@@ -133,7 +125,7 @@ def define(cfg: ModelConfig, execution: ExecutionConfig | None = None) -> ModelD
     def stacked(path: tuple[Any, ...], state: nnx.Variable) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(layers[path[0]]), *state.shape), state.dtype)
 
-    return ModelDef(cfg, graph, _nested(params, spec_of), _nested(model_state, stacked))
+    return ModelDef(cfg, graph, declared.causal, _nested(params, spec_of), _nested(model_state, stacked))
 
 
 def stack_layers(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -178,11 +170,12 @@ def _count(model: ModelDef, spec: WeightSpec, active: bool) -> int:
 
 
 def flops_per_token(model: ModelDef, seq_len: int) -> int:
-    """Training FLOPs (forward and backward) a token: 6 an active matmul weight, plus causal attention's 6 L H K T.
+    """Training FLOPs (forward and backward) a token: 6 an active matmul weight, plus attention's.
 
-    A lookup in an untied embedding costs none; recomputation by remat is not counted (as for MFU,
-    Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    Those are 6 L H K T if it is causal, else twice as many.
+
+    Remat's recomputation is not counted (as for MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     roles = ("hidden", "output", "expert", "router")
     matmul = sum(_count(model, spec, active=True) for spec in model.specs() if spec.role in roles)
-    return 6 * matmul + 6 * model.cfg.depth * model.cfg.width * seq_len
+    return 6 * matmul + (6 if model.causal else 12) * model.cfg.depth * model.cfg.width * seq_len

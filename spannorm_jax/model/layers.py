@@ -14,8 +14,8 @@ from jax import Array
 from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.kernels.attention import attention
 from spannorm_jax.model.kernels.cpu import gelu, linear
-from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.placement import inner_norms
+from spannorm_jax.model.parametrisation import base_config, forward
+from spannorm_jax.model.placement import inner_norms, placement_of
 from spannorm_jax.model.weights import gain, weight
 
 
@@ -57,22 +57,15 @@ class Gain(nnx.Module):
 
 
 class Norms(nnx.Module):
-    """Norms of a block or of the model's ends, and gains without a norm (name -> start), named by the placement.
+    """Norms of a block or of the model's ends, and a block's gains without a norm, named by the placement."""
 
-    The gains that `scalars` names are one number each.
-    """
-
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        names: Iterable[str],
-        gains: dict[str, float] | None = None,
-        scalars: Iterable[str] = (),
-    ):
+    def __init__(self, cfg: ModelConfig, names: Iterable[str], gains: Iterable[str] = ()):
+        placement = placement_of(cfg)
         for name in names:
             setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
-        for name, start in (gains or {}).items():
-            setattr(self, name, Gain(1 if name in scalars else cfg.width, name, start))
+        for name in gains:
+            size = 1 if name in placement.scalar_gains else cfg.width
+            setattr(self, name, Gain(size, name, placement.block_gains[name](base_config(cfg))))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
@@ -90,17 +83,18 @@ def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention: RoPE, grouped queries, and the inner norms of the placement.
+    """Self-attention, causal or not: RoPE where there are angles, grouped queries, the placement's inner norms.
 
     Those are RMSNorms whatever `norm` is. Queries, keys and values are normed by head, with one
     gain for all heads (Henry et al. 2020); `heads` is a norm over all heads' outputs together,
     before their projection (SubLN, Wang et al. 2022, arXiv 2210.06423).
     """
 
-    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, causal: bool = True):
         D, H, G = cfg.width, cfg.num_heads, cfg.num_kv_heads
         K = D // H
-        self.implementation, self.logit_multiplier = execution.attention, forward(cfg).attention
+        self.implementation, self.causal = execution.attention, causal
+        self.logit_multiplier = forward(cfg).attention
         by_head, by_kv_head = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.q = weight((D, H, K), by_head, "hidden", "q", fan_in=D, fan_out=H * K)
         self.k = weight((D, G, K), by_kv_head, "hidden", "k", fan_in=D, fan_out=G * K)
@@ -113,13 +107,13 @@ class Attention(nnx.Module):
         if "heads" in norms:
             self.heads_norm = Norm("rmsnorm", H * K, cfg.norm_eps, "heads_norm", axis="heads")
 
-    def __call__(self, x_BxTxD: Array, angles_TxK2: Array) -> Array:
+    def __call__(self, x_BxTxD: Array, angles_TxK2: Array | None) -> Array:
         with jax.named_scope("attention"):
             q, k, v = self.qkv(x_BxTxD, angles_TxK2)
-            return self.project(attention(q, k, v, self.implementation))
+            return self.project(attention(q, k, v, self.implementation, self.causal))
 
-    def qkv(self, x_BxTxD: Array, angles: Array) -> tuple[Array, Array, Array]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2)."""
+    def qkv(self, x_BxTxD: Array, angles: Array | None) -> tuple[Array, Array, Array]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), turned by the angles (T, K/2) or (B, T, K/2), if any."""
         dtype = x_BxTxD.dtype
         with jax.named_scope("qkv"):
             heads = {name: linear(x_BxTxD, getattr(self, name)[...].astype(dtype)) for name in "qkv"}
@@ -127,8 +121,9 @@ class Attention(nnx.Module):
             heads[name] = getattr(self, f"{name}_norm")(heads[name])
         q, k, v = heads.values()
         with jax.named_scope("rope"):
-            q = rotate(q, angles)
-            return q if self.logit_multiplier == 1 else q * self.logit_multiplier, rotate(k, angles), v
+            if angles is not None:
+                q, k = rotate(q, angles), rotate(k, angles)
+            return q if self.logit_multiplier == 1 else q * self.logit_multiplier, k, v
 
     def project(self, heads_BxTxHxK: Array) -> Array:
         H, K, D = self.out.shape

@@ -21,11 +21,12 @@ from spannorm_jax.parallel.mesh import constrain
 ACTIVATION = ("batch", "time", "activation")
 STACKS = {False: "blocks", True: "moe_blocks"}  # has experts -> attribute of the stack
 Stacks = dict[bool, Block]  # has experts -> its blocks, every weight with a leading layer axis
-Step = Callable[[Block, Any, Array, Any], tuple[Any, Any, Stats | None]]
+BoundStep = Callable[[Block, Any, Array, Any], tuple[Any, Any, Stats | None]]
+Step = Callable[[Block, Any, Array, Array | None, Any], tuple[Any, Any, Stats | None]]  # with the angles
 
 
 @dataclass(frozen=True)
-class Place:
+class Stride:
     """A place in the pattern of blocks that a scan repeats: its layers, and their rows in the stack of their kind."""
 
     moe: bool
@@ -33,7 +34,7 @@ class Place:
     rows: range
 
 
-def scans(cfg: ModelConfig) -> list[list[Place]]:
+def scans(cfg: ModelConfig) -> list[list[Stride]]:
     """The scans that run all blocks in order, each the places of its pattern.
 
     Dense blocks that stand before the first period of dense and expert blocks are a scan of their
@@ -41,19 +42,19 @@ def scans(cfg: ModelConfig) -> list[list[Place]]:
     """
     depth, moe = cfg.depth, cfg.moe
     if not moe.num_experts:
-        return [[Place(False, range(depth), range(depth))]]
+        return [[Stride(False, range(depth), range(depth))]]
     lead, dense = moe.first_dense, moe.every - 1  # dense blocks at the start, and of a period
     periods = (depth - lead) // moe.every
     pattern = [
-        Place(False, range(lead + i, depth, moe.every), range(lead + i, lead + periods * dense, dense))
+        Stride(False, range(lead + i, depth, moe.every), range(lead + i, lead + periods * dense, dense))
         for i in range(dense)
     ]
-    pattern.append(Place(True, range(lead + dense, depth, moe.every), range(periods)))
-    return [[Place(False, range(lead), range(lead))], pattern] if lead else [pattern]
+    pattern.append(Stride(True, range(lead + dense, depth, moe.every), range(periods)))
+    return [[Stride(False, range(lead), range(lead))], pattern] if lead else [pattern]
 
 
 def over_blocks(
-    stacks: Stacks, cfg: ModelConfig, execution: ExecutionConfig, step: Step, stream: Any, per_layer: Any
+    stacks: Stacks, cfg: ModelConfig, execution: ExecutionConfig, step: BoundStep, stream: Any, per_layer: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Runs step(block, stream, layer, x) -> (stream, y, stats) over all blocks; x is a slice of `per_layer`, (L, ...).
 
@@ -69,7 +70,7 @@ def over_blocks(
 
 
 def _scan(
-    stacks: Stacks, execution: ExecutionConfig, step: Step, places: list[Place], stream: Any, per_layer: Any
+    stacks: Stacks, execution: ExecutionConfig, step: BoundStep, places: list[Stride], stream: Any, per_layer: Any
 ) -> tuple[Any, list[Any], Stats | None]:
     """Runs the blocks of all places, a period an iteration.
 
@@ -82,7 +83,7 @@ def _scan(
         for place in places
     ]
 
-    def run(place: Place, stream: Any, weights: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
+    def run(place: Stride, stream: Any, weights: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
         stream, y, stats = step(nnx.merge(parts[place.moe][0], weights), stream, layer, x)
         return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), y, stats
 

@@ -9,7 +9,6 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
+from spannorm_jax.model.definition import ModelDef, count_params, flops_per_token
 from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
@@ -28,7 +27,9 @@ from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh,
 from spannorm_jax.parallel.platform import fix_numerics
 from spannorm_jax.plan.collectives import KINDS, Collective, collectives
 from spannorm_jax.training.numbers import numbers_of
-from spannorm_jax.training.step import loss_sums, make_program, num_loss_chunks
+from spannorm_jax.training.step import make_program
+from spannorm_jax.training.task import Batch
+from spannorm_jax.training.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,25 @@ def _start_jax(num_devices: int) -> None:
 
 def measure(config: Config, mesh: Mesh) -> StepCost:
     """Compiles the step of a resolved config; `mesh` is of CPU devices, which are not used."""
-    model, seq_len, batch_size = define(config.model, config.execution), config.data.seq_len, config.training.batch_size
+    task = task_of(config)
+    model, positions, batch_size = task.define(config), task.positions(config), config.training.batch_size
     began = time.monotonic()
     with jax.set_mesh(mesh):
         compiled_as = config
         if config.model.dtype == "bfloat16":
             # A CPU computes and sends float32 in place of bfloat16, but float16, of the same size, as it is.
             compiled_as = replace(config, model__dtype="float16")
-        program = make_program(compiled_as, define(compiled_as.model, config.execution), mesh)
-        batch = jax.ShapeDtypeStruct((batch_size, seq_len + 1), jnp.int32, sharding=program.batch_sharding)
-        compiled: Any = program.train.lower(program.abstract_state, batch, numbers_of(config)).compile()
+        program = make_program(compiled_as, task.define(compiled_as), mesh)
+        args = program.abstract_state, program.abstract_batch, numbers_of(config)
+        compiled: Any = program.train.lower(*args).compile()
         activations = _activations(config, model, mesh)
     memory = compiled.memory_analysis()
     state = program.abstract_state
     return StepCost(
         params=count_params(model),
         active_params=count_params(model, active=True),
-        flops_per_token=flops_per_token(model, seq_len),
-        tokens=batch_size * seq_len,
+        flops_per_token=flops_per_token(model, positions),
+        tokens=batch_size * positions,
         state={"parameters": _bytes_here(state.params), "optimizer": _bytes_here(state.opt_state)},
         gradients=_bytes_here(state.params) * min(config.training.num_microbatches, 2),
         activations=activations,
@@ -127,17 +129,17 @@ def _bytes_here(tree: Any) -> int:
 def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
     """`StepCost.activations`, from the shapes of what `jax.vjp` keeps; under the mesh."""
     rows = config.training.batch_size // config.training.num_microbatches
-    num_chunks = num_loss_chunks(config, dict(mesh.shape), rows)
+    task = task_of(config)
+    loss_sums = task.loss_sums(config, dict(mesh.shape), rows)
     params = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
 
     def kept(rows: int) -> int:
-        def residuals(params: Any, model_state: Any, tokens: jax.Array) -> Any:
-            weights = jnp.ones(tokens[:, 1:].shape)
-            decoder = partial(model.bind, model_state=model_state)
-            return jax.vjp(lambda p: loss_sums(decoder(p), tokens, weights, num_chunks)["nll"], params)[1]
+        def residuals(params: Any, model_state: Any, batch: Batch) -> Any:
+            return jax.vjp(lambda p: loss_sums(model.bind(p, model_state), batch)["nll"], params)[1]
 
-        tokens = jax.ShapeDtypeStruct((rows, config.data.seq_len + 1), jnp.int32)
-        shapes = jax.eval_shape(residuals, params, model.model_state, tokens)
+        fields = task.train_fields(config).items()
+        batch = {name: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype) for name, field in fields}
+        shapes = jax.eval_shape(residuals, params, model.model_state, batch)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     # Weights are among the residuals, whatever the batch: the difference leaves them out.

@@ -11,8 +11,6 @@ from typing import Any
 import jax
 
 from spannorm_jax.config import Config, flatten
-from spannorm_jax.data.open import OpenData
-from spannorm_jax.data.tokens import fingerprint
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.platform import cpu_name, numerics_record
 
@@ -34,8 +32,8 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def start_record(module: str, argv: list[str], data: OpenData, facts: dict[str, Any]) -> dict[str, Any]:
-    """What it takes to repeat what `python -m module argv` does on `data`, besides its config; and `facts`.
+def start_record(module: str, argv: list[str], data: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to repeat what `python -m module argv` does, besides its config; what is said of its data; `facts`.
 
     It is a line of a run's starts.jsonl, and the head of a benchmark's record.
     """
@@ -44,14 +42,7 @@ def start_record(module: str, argv: list[str], data: OpenData, facts: dict[str, 
         "command": " ".join(["python", "-m", module, *argv]),
         **machine_facts(),
         "numerics": numerics_record(),
-        "data": {
-            "dataset": data.train.dataset,
-            "fingerprint": fingerprint(data.train, data.eval),
-            "train_tokens": data.train.num_tokens,
-            "eval_tokens": data.eval.num_tokens,
-            "eval_overlap": data.eval_overlap,
-            "unigram_entropy": data.train.unigram_entropy,
-        },
+        "data": data,
         **facts,
     }
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params, define
+from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, DIVERGED, read_config, read_mark
@@ -30,14 +30,14 @@ class Trained:
 
 
 @contextlib.contextmanager
-def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, Mesh], Trained]]:
+def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, ModelDef, Mesh], Trained]]:
     """Finds a checkpoint and yields a function that restores it.
 
     Without a step it is the newest sound one, or where the run diverged the last good one, which is
     said. The checkpoint is held until the end of the context: a trainer at work does not remove it.
     Newer ones that are damaged or not the run's are named on stderr, with what is done instead
-    (`doing`, as in "evaluating"). The function takes the run's resolved config and a mesh that divides its weights;
-    it reads what the model needs and nothing else. Every process calls both.
+    (`doing`, as in "evaluating"). The function takes the run's resolved config, its model and a mesh that divides
+    its weights; it reads what the model needs and nothing else. Every process calls both.
 
     Raises:
       UserError: there is no such sound checkpoint of this run, or it was removed where no lock could
@@ -51,8 +51,7 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
         for fault in faults:  # stdout may be one JSON line
             distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
-        def restore(config: Config, mesh: Mesh) -> Trained:
-            model = define(config.model, config.execution)
+        def restore(config: Config, model: ModelDef, mesh: Mesh) -> Trained:
             params, model_state = checkpoints.restore_model(
                 found, abstract_params(model, mesh), abstract_model_state(model, mesh)
             )

@@ -7,7 +7,6 @@ the arrays, and what is computed for it is dropped.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -20,97 +19,77 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spannorm_jax.config import Config
-from spannorm_jax.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError, one_line
+from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.liveness import Stop, Watchdog, stop_signals
 from spannorm_jax.parallel.mesh import LANE, partition_spec
 from spannorm_jax.run.state import TrainState
-from spannorm_jax.training import record
-from spannorm_jax.training.batches import Batches, Index
+from spannorm_jax.training.batches import Batches, Span
 from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.program_key import check_lanes
-from spannorm_jax.training.session import Session
+from spannorm_jax.training.record import Record, measured_at, saved_at
+from spannorm_jax.training.session import Session, open_session
 from spannorm_jax.training.signal import forward_signal
-from spannorm_jax.training.step import Program, num_loss_chunks, train_step
-from spannorm_jax.training.step_log import Diverged, Progress, StepLog
+from spannorm_jax.training.step import Program, train_step
+from spannorm_jax.training.step_log import Diverged
+from spannorm_jax.training.task import Rows
+from spannorm_jax.training.tasks import task_of
+from spannorm_jax.training.turn import compile_turn
 
 # ---- one lane -----------------------------------------------------------------------------------
 
 
 class Lane:
-    """A run among others: its folder, and how far it is.
+    """A run among others: its record, and how far it is.
 
     Attributes:
-      first: the step that it began with; turn n takes it to step first + n.
       code: its exit code once it has ended, as `loop.train` returns it; None while it is at work.
     """
 
-    def __init__(self, session: Session, check_own: Callable[[], None], lanes: int):
-        """Opens the run's checkpoints. `start` must follow, and `close`, also after an error."""
-        self.session, self.config = session, session.config
-        self.first = 1
+    def __init__(self, record: Record):
+        self.record, self.session, self.config = record, record.session, record.config
         self.code: int | None = None
-        self._lanes, self._open = lanes, ExitStack()
-        self._checkpoints = self._open.enter_context(closing(record.open_checkpoints(session, check_own)))
+
+    @property
+    def first(self) -> int:
+        """The step that it began with; turn n takes it to step first + n."""
+        return self.record.first
 
     @property
     def steps(self) -> int:
         return self.config.training.steps
 
-    def start(self, silent: bool) -> TrainState:
-        """Records the start, and returns the state to begin with, which has no lane axis."""
-        print(f"lane {self.session.workdir}", flush=True)
-        record.advise(self.config)
-        self.first, state = record.first_state(self.session, self._checkpoints)
-        start = record.start_of(self.session, self._lanes)
-        self._writer = self._open.enter_context(closing(record.open_log(self.session, start, self.first, None)))
-        self._progress = Progress(self.steps, self.config.metrics.console_every_s, silent)
-        self._log = StepLog(self.session, self._writer, self._progress)
-        return state
-
-    def rows(self, turn: int, start: int, stop: int) -> np.ndarray:
-        """Of its batch in a turn, int32 (stop - start, T + 1); after its end those of its last step again."""
-        return self.session.loader.rows(min(self.first + turn, self.steps), start, stop)
+    def rows(self, turn: int, start: int, stop: int) -> Rows:
+        """Rows start..stop of its batch in a turn. A lane that has ended repeats its last batch."""
+        return self.session.rows(min(self.first + turn, self.steps), start, stop)
 
     def takes_signal(self, turn: int) -> bool:
         """Whether the line of its step in a turn holds the early warnings."""
-        return self.code is None and self._log.takes_signal(self.first + turn)
+        return self.code is None and self.record.log.takes_signal(self.first + turn)
 
     def read(self, turn: int, metrics: dict[str, Any], measure: Callable[[], dict[str, float]] | None) -> None:
         """Logs a turn's step, with what `measure`, if given, finds of the weights after it. Divergence is an end."""
-        self._log.dispatched(self.first + turn, metrics)
+        self.record.log.dispatched(self.first + turn, metrics)
         try:
-            self._log.read_previous(measure)
+            self.record.log.read_previous(measure)
         except Diverged as diverged:
             with self._own_folder():
-                self._progress.end_line()
-                record.record_divergence(self.session.workdir, diverged, self._checkpoints)
-                self.close()
-                self.code = DIVERGED_EXIT
+                self.code = self.record.diverged(diverged)
 
     def save(self, turn: int, state: TrainState) -> None:
         with self._own_folder():
-            record.save(self.config, self._checkpoints, self._writer, self.first + turn, state)
+            self.record.save(self.first + turn, state)
 
     def end(self, turn: int, stopped_by: str) -> None:
         """Ends the run, whose save has been started, if it has taken its last step or a signal stops all."""
         step = self.first + turn
-        if step < self.steps and not stopped_by:
-            return
         with self._own_folder():
-            self._progress.end_line()
             if step == self.steps:
-                self._checkpoints.finish(step)
-                self.close()
-                record.record_end(self.session, self._checkpoints)
-                self.code = 0
-            else:
-                self._checkpoints.wait()
-                self.close()
-                print(f"stopped by {stopped_by}, {self.session.workdir} saved at step {step}; the same command goes on")
-                self.code = self.session.flags.stop_code
+                self.code = self.record.end()
+            elif stopped_by:
+                self.code = self.record.stop(step, stopped_by)
 
     @contextmanager
     def _own_folder(self) -> Iterator[None]:
@@ -118,14 +97,11 @@ class Lane:
         try:
             yield
         except UserError as error:
-            self._progress.end_line()
+            self.record.end_line()
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             self.code = USER_ERROR_EXIT
             with suppress(UserError):  # said already
-                self.close()
-
-    def close(self) -> None:
-        self._open.close()
+                self.record.close()
 
 
 # ---- what they share on the devices -----------------------------------------------------------------
@@ -134,8 +110,8 @@ class Lane:
 class LaneProgram:
     """The compiled functions of K lanes on a program's mesh; K is a multiple of its axis `lane`.
 
-    stack(*states) -> state with a lane axis; train(state, tokens_KxBxT1, numbers) -> (state, metrics), which donates
-    the state; signal(params, model_state, tokens_KxBxT1) -> `signal.forward_signal` of each lane; take(state, lane) ->
+    stack(*states) -> state with a lane axis; train(state, batch, numbers) -> (state, metrics), which donates the
+    state; signal(params, model_state, batch) -> `signal.forward_signal` of each lane; take(state, lane) ->
     the state of one lane, as a single run has it.
     """
 
@@ -144,23 +120,29 @@ class LaneProgram:
         mesh, shardings = program.mesh, jax.tree.map(lambda x: x.sharding, program.abstract_state)
         microbatch = config.training.batch_size // config.training.num_microbatches
         rows = microbatch * num_lanes // mesh.shape[LANE]  # of all lanes on a device
-        step = partial(train_step, config, model, num_loss_chunks(config, dict(mesh.shape), rows))
+        task = task_of(config)
+        signal = partial(forward_signal, model, task.inputs, config.training.num_microbatches)
+        step = partial(train_step, config, model, task.loss_sums(config, dict(mesh.shape), rows))
 
         def laned(sharding: NamedSharding) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*partition_spec(("lanes",)), *sharding.spec))
 
         in_lanes = jax.tree.map(laned, shardings)
         replicated = NamedSharding(mesh, PartitionSpec())
-        self.batch_sharding = laned(program.batch_sharding)
+        self.abstract_batch = {
+            name: jax.ShapeDtypeStruct((num_lanes, *x.shape), x.dtype, sharding=laned(x.sharding))
+            for name, x in program.abstract_batch.items()
+        }
+        self.batch_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_batch)
         self.train = jax.jit(
             jax.vmap(step, spmd_axis_name=LANE),
-            in_shardings=(in_lanes, self.batch_sharding, laned(replicated)),
+            in_shardings=(in_lanes, self.batch_shardings, laned(replicated)),
             out_shardings=(in_lanes, replicated),
             donate_argnums=0,
         )
         self.signal = jax.jit(
-            jax.vmap(partial(forward_signal, model, config.training.num_microbatches), spmd_axis_name=LANE),
-            in_shardings=(in_lanes.params, in_lanes.model_state, self.batch_sharding),
+            jax.vmap(signal, spmd_axis_name=LANE),
+            in_shardings=(in_lanes.params, in_lanes.model_state, self.batch_shardings),
             out_shardings=replicated,
         )
         self.stack = jax.jit(lambda *states: jax.tree.map(lambda *xs: jnp.stack(xs), *states), out_shardings=in_lanes)
@@ -189,33 +171,32 @@ def train_lanes(runs: Sequence[tuple[Config, Path, Flags]]) -> list[int]:
     if jax.process_count() > 1:
         raise UserError("lanes are for one process, and this is one of several; train the runs one by one")
     check_lanes({workdir.name: config for config, workdir, _ in runs})
-    sessions = [record.open_session(*run, lanes=len(runs)) for run in runs]
+    sessions = [open_session(*run, lanes=len(runs)) for run in runs]
     with ExitStack() as opened:
-        checks = [record.open_folder(opened, session)[0] for session in sessions]
+        records = [opened.enter_context(Record(session, len(runs))) for session in sessions]
         stop = opened.enter_context(stop_signals())
-        left = [
-            (session, check_own)
-            for session, check_own in zip(sessions, checks, strict=True)
-            if not record.is_done(session)
-        ]
-        codes = {lane.session.workdir: lane.code for lane in _train(left, stop)} if left else {}
-        return [codes.get(session.workdir) or 0 for session in sessions]
+        lanes = {record.workdir: Lane(record) for record in records if not record.is_done()}
+        if lanes:
+            _train(list(lanes.values()), stop)
+        return [lanes[record.workdir].code or 0 if record.workdir in lanes else 0 for record in records]
 
 
-def _train(sessions: Sequence[tuple[Session, Callable[[], None]]], stop: Stop) -> list[Lane]:
-    """Trains all of them to their ends. Beside each is what tells whether its folder is still its own."""
-    session = sessions[0][0]
+def _train(lanes: Sequence[Lane], stop: Stop) -> None:
+    """Trains all of them to their ends."""
+    session = lanes[0].session
     mesh = session.mesh
-    print(f"{len(sessions)} lanes of one program; what they share is said of the first, {session.workdir}")
-    record.announce(session, record.start_of(session, len(sessions)))
+    print(f"{len(lanes)} lanes of one program; what they share is said of the first, {session.workdir}")
+    lanes[0].record.announce()
     with ExitStack() as running:
         running.enter_context(jax.set_mesh(mesh))
         watchdog = running.enter_context(closing(Watchdog(session.config.training.watchdog_minutes)))
-        lanes = [running.enter_context(closing(Lane(*each, len(sessions)))) for each in sessions]
 
         # ---- states: each lane's own, then all of them with a lane axis
         longest = max(lanes, key=lambda lane: lane.steps)  # whose progress is shown
-        states = [lane.start(silent=lane is not longest) for lane in lanes]
+        states = []
+        for lane in lanes:
+            print(f"lane {lane.session.workdir}", flush=True)
+            states.append(lane.record.begin(silent=lane is not longest))
         watchdog.alive("the states were made")
         spare = -len(lanes) % mesh.shape[LANE]  # copies of the last lane, which fill the last devices
         seats = [*lanes, *lanes[-1:] * spare]
@@ -225,48 +206,39 @@ def _train(sessions: Sequence[tuple[Session, Callable[[], None]]], stop: Stop) -
         for lane in lanes:
             lane.end(-1, "")  # one whose last save was committed, and nothing after it
         if not _at_work(lanes):
-            return lanes
+            return
         numbers = on_devices(stacked_numbers([lane.config for lane in seats]), mesh, ("lanes",))
         turns = max(lane.steps - lane.first + 1 for lane in lanes)
         batches = running.enter_context(closing(_batches(program, seats, turns)))
+        turn = compile_turn(program, state, batches, numbers, bool(session.config.metrics.signal_every))
+        watchdog.alive("the step was compiled")
 
         # ---- turns: a step of every lane
-        began = time.monotonic()
-        step = program.train.lower(state, batches.abstract, numbers).compile()
-        if session.config.metrics.signal_every:
-            signal = program.signal.lower(state.params, state.model_state, batches.abstract).compile()
-        print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
-        watchdog.alive("the step was compiled")
+        for lane in lanes:
+            lane.record.log.start()
         pending: tuple[int, Any] | None = None  # the turn whose metrics are still to be read
-        for turn in range(turns):
+        for n in range(turns):
             with jax.transfer_guard("disallow"):
-                with jax.profiler.StepTraceAnnotation("train", step_num=turn):
-                    batch = next(batches)
-                    seen = {}
-                    if any(lane.takes_signal(turn) for lane in lanes):  # as in `loop.train`
-                        seen = jax.block_until_ready(signal(state.params, state.model_state, batch))
-                    state, metrics = step(state, batch, numbers)
-                    metrics["signal"] |= seen
+                state, metrics = turn(n, state, any(lane.takes_signal(n) for lane in lanes))
                 if pending:
                     _read(lanes, *pending)  # waits for the turn before, while the device works on this one
-            watchdog.alive(f"turn {turn - 1} of the lanes")
-            pending = turn, metrics
-            stopped_by = stop.at(turn)
-            saved = [i for i, lane in _at_work(lanes) if stopped_by or record.saved_at(lane.config, lane.first + turn)]
-            measured = [i for i, lane in _at_work(lanes) if record.measured_at(lane.config, lane.first + turn)]
+            watchdog.alive(f"turn {n - 1} of the lanes")
+            pending = n, metrics
+            stopped_by = stop.at(n)
+            saved = [i for i, lane in _at_work(lanes) if stopped_by or saved_at(lane.config, lane.first + n)]
+            measured = [i for i, lane in _at_work(lanes) if measured_at(lane.config, lane.first + n)]
             if saved or measured:
                 measures = {i: partial(_measure, program, session, lanes[i], state, i) for i in measured}
                 _read(lanes, *pending, measures)
                 pending = None
                 for i, lane in _at_work(lanes):
                     if i in saved:  # and has not diverged
-                        lane.save(turn, program.take(state, i))
-                watchdog.alive(f"what was due after turn {turn}")
+                        lane.save(n, program.take(state, i))
+                watchdog.alive(f"what was due after turn {n}")
                 for _, lane in _at_work(lanes):
-                    lane.end(turn, stopped_by)
+                    lane.end(n, stopped_by)
             if not _at_work(lanes):
                 break
-        return lanes
 
 
 def _at_work(lanes: Sequence[Lane]) -> list[tuple[int, Lane]]:
@@ -287,12 +259,10 @@ def _measure(program: LaneProgram, session: Session, lane: Lane, state: TrainSta
 
 
 def _batches(program: LaneProgram, lanes: Sequence[Lane], turns: int) -> Batches:
-    """Int32 (K, B, T + 1), one a turn."""
-    config = lanes[0].config
-    shape = (len(lanes), config.training.batch_size, config.data.seq_len + 1)
+    """Those of all lanes, (K, B, ...), one a turn."""
 
-    def read(turn: int, index: Index) -> np.ndarray:
-        start, stop, _ = index[1].indices(shape[1])
-        return np.stack([lane.rows(turn, start, stop) for lane in lanes[index[0]]])
+    def read(turn: int, lane_span: Span, rows: Span) -> Rows:
+        each = [lane.rows(turn, *rows) for lane in lanes[slice(*lane_span)]]
+        return jax.tree.map(lambda *xs: np.stack(xs), *each)
 
-    return Batches(jax.ShapeDtypeStruct(shape, "int32", sharding=program.batch_sharding), read, range(turns))
+    return Batches(program.abstract_batch, read, range(turns), leading=2)

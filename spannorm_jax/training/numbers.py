@@ -1,67 +1,58 @@
 """The numbers of a train step: options that change no shape, as one argument of the compiled program."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from spannorm_jax.config import Config
+from spannorm_jax.config import Config, flatten
 from spannorm_jax.parallel.mesh import sharding
+from spannorm_jax.training.program_key import NUMBERS
 
 Number = Array | np.number  # on devices, and on the host
 
+# Those that are no number by themselves: counts of updates are made of them, and the decay over the rate.
+_PARTS = ("training.steps", "training.tokens", "optim.warmup_fraction", "optim.decay_fraction", "optim.decay_coupling")
 
-class Numbers(NamedTuple):
-    """0-d arrays, or (K,) of K lanes, float32 but for the counts of updates, which are int32; each is an option of its
-    name, if no other is named. The three counts add up to the updates of the run.
 
-    A step reads them from here and never from a config: so a sweep over them compiles once.
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
+@dataclass(frozen=True)
+class Numbers:
+    """Attributes by the last part of an option's key, of every option with `number=True`: 0-d arrays, or (K,) of K
+    lanes, float32. But for `warmup_updates`, `stable_updates` and `decay_updates`, int32, which training.steps,
+    optim.warmup_fraction and optim.decay_fraction make, and which add up to the updates of the run.
+
+    `weight_decay` is over `lr` where optim.decay_coupling=independent; `clip_norm` is infinite where the option is 0.
+    A step reads numbers from here and never from a config: so a sweep over them compiles once.
     """
 
-    lr: Number
-    warmup_updates: Number  # training.steps, optim.warmup_fraction
-    stable_updates: Number  # what the other two leave
-    decay_updates: Number  # training.steps, optim.decay_fraction
-    final_lr_fraction: Number
-    b1: Number
-    b2: Number
-    muon_momentum: Number
-    eps: Number
-    weight_decay: Number  # over lr, where optim.decay_coupling=independent
-    clip_norm: Number  # infinite where the option is 0: nothing is clipped
-    z_loss: Number
-    aux_loss: Number
-    router_z_loss: Number
-    bias_rate: Number
+    values: dict[str, Number]
+
+    def __getattr__(self, name: str) -> Number:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(f"{name} is no number of a step") from None
 
 
 def numbers_of(config: Config) -> Numbers:
     """Those of a resolved config, on the host."""
-    optim, moe, steps = config.optim, config.model.moe, config.training.steps
+    optim, steps, options = config.optim, config.training.steps, flatten(config)
     warmup = round(optim.warmup_fraction * steps)
     decay = steps - warmup
     if optim.schedule == "wsd":
         decay = min(round(optim.decay_fraction * steps), decay)  # both may have been rounded up
-    return Numbers(
-        lr=np.float32(optim.lr),
-        warmup_updates=np.int32(warmup),
-        stable_updates=np.int32(steps - warmup - decay),
-        decay_updates=np.int32(decay),
-        final_lr_fraction=np.float32(optim.final_lr_fraction),
-        b1=np.float32(optim.b1),
-        b2=np.float32(optim.b2),
-        muon_momentum=np.float32(optim.muon_momentum),
-        eps=np.float32(optim.eps),
+    values = {key.rpartition(".")[2]: options[key] for key in NUMBERS if key not in _PARTS}
+    values["clip_norm"] = optim.clip_norm or np.inf  # 0: nothing is clipped
+    if optim.decay_coupling == "independent":
         # An update shrinks weights by the rate times this: over the peak rate, by the schedule's shape alone.
-        weight_decay=np.float32(optim.weight_decay / (optim.lr if optim.decay_coupling == "independent" else 1)),
-        clip_norm=np.float32(optim.clip_norm or np.inf),
-        z_loss=np.float32(config.training.z_loss),
-        aux_loss=np.float32(moe.aux_loss),
-        router_z_loss=np.float32(moe.router_z_loss),
-        bias_rate=np.float32(moe.bias_rate),
-    )
+        values["weight_decay"] = optim.weight_decay / optim.lr
+    counts = {"warmup_updates": warmup, "stable_updates": steps - warmup - decay, "decay_updates": decay}
+    numbers: dict[str, Number] = {name: np.float32(value) for name, value in values.items()}
+    return Numbers(numbers | {name: np.int32(count) for name, count in counts.items()})
 
 
 def on_devices(numbers: Numbers, mesh: Mesh, axes: tuple[str, ...] = ()) -> Numbers:

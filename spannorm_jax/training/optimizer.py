@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import NamedSharding
-from optax.transforms import MaskedNode
 
 from spannorm_jax.config import ModelConfig, OptimConfig
 from spannorm_jax.model.definition import ModelDef
@@ -119,14 +118,29 @@ def _times(factors: Any) -> list[optax.GradientTransformation]:
 
 
 def optimizer_shardings(
-    optimizer: optax.GradientTransformation, params: Any, shardings: Any, replicated: NamedSharding
-) -> Any:
-    """Shardings of the optimiser's state: moments lie as their weights do, counters are replicated."""
-    return optax.tree_map_params(
-        optimizer,
-        lambda moment, sharding: moment if isinstance(moment, MaskedNode) else sharding,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated,
-        is_leaf=lambda moment: isinstance(moment, MaskedNode),  # of a weight that another optimiser has
-    )
+    optimizer: optax.GradientTransformation, params: Any, replicated: NamedSharding
+) -> tuple[Any, int]:
+    """Shardings of the optimiser's state, and the bytes of it that every device holds whole.
+
+    What has a weight's path and shape, as moments have, lies as its weight does. All else is replicated: counters, and
+    what a factored or preconditioned optimiser keeps of a weight in another shape.
+
+    Args:
+      params: the weights' shapes, with their shardings.
+    """
+    weights = {_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    state = jax.eval_shape(optimizer.init, params)
+
+    def of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = _names(path)
+        parts = (names[i:j] for i in range(len(names)) for j in range(i + 1, len(names) + 1))
+        own = next((weights[part] for part in parts if part in weights), None)
+        return own.sharding if own is not None and own.shape == x.shape else replicated
+
+    shardings = jax.tree_util.tree_map_with_path(of, state)
+    whole = jax.tree.map(lambda x, s: x.size * x.dtype.itemsize if s is replicated and x.ndim else 0, state, shardings)
+    return shardings, sum(jax.tree.leaves(whole))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

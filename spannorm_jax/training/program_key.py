@@ -3,39 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from spannorm_jax.config import Config, flatten
+from spannorm_jax.config import Config, flatten, rules
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.initialisation import branch_multipliers
 
-# Options that `numbers.numbers_of` reads.
-NUMBERS = (
-    "optim.lr",
-    "optim.warmup_fraction",
-    "optim.decay_fraction",
-    "optim.final_lr_fraction",
-    "optim.b1",
-    "optim.b2",
-    "optim.muon_momentum",
-    "optim.eps",
-    "optim.weight_decay",
-    "optim.decay_coupling",
-    "optim.clip_norm",
-    "training.steps",
-    "training.tokens",
-    "training.z_loss",
-    "model.moe.aux_loss",
-    "model.moe.router_z_loss",
-    "model.moe.bias_rate",
-)
-# Options of the weights that a run begins with, and of the order of its data.
-BEGINNING = (
-    "seed",
-    "model.init",
-    "model.init_targets",
-    "model.variance_budget",
-    "model.variance_exponent",
-    "model.depth_factor",
-)
+NUMBERS = tuple(key for key, rule in rules().items() if rule.number)
+BEGINNING = tuple(key for key, rule in rules().items() if rule.beginning)
 
 
 def program_key(config: Config) -> tuple[tuple[str, Any], ...]:

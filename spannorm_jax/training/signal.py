@@ -4,6 +4,7 @@ What a step adds of its own is the norm of its update, which nothing else sees.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +14,8 @@ from jax import Array
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.kernels.attention_logits import largest_logit
-from spannorm_jax.model.layers import rotary_angles
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import STACKS, over_blocks
+from spannorm_jax.model.stack import STACKS
+from spannorm_jax.training.task import Batch
 
 
 def squares(tree: Any, keep: int) -> Array | int:
@@ -34,35 +34,36 @@ def block_squares(model: ModelDef, tree: Any) -> Array:
 
 
 def forward_signal(
-    model: ModelDef, num_microbatches: int, params: Any, model_state: Any, tokens_BxT1: Array
+    model: ModelDef,
+    inputs: Callable[[Batch], Array],
+    num_microbatches: int,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
 ) -> dict[str, Array]:
     """Of each block, (L,): `weight_norm`; and of the first microbatch, which takes no more memory than a step's,
     `stream_rms` of what leaves the block (of two streams the first) and `attention_logit_max`.
 
     Logits are computed from queries and keys a second time, since the kernels that run do not return them.
     """
-    cfg, decoder = model.cfg, model.bind(params, model_state)
-    B, T1 = tokens_BxT1.shape
-    tokens = tokens_BxT1.reshape(B // num_microbatches, num_microbatches, T1)[:, 0, :-1]
-    angles = rotary_angles(T1 - 1, cfg.width // cfg.num_heads, cfg.rope_theta)
+    first = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:])[:, 0], batch)
 
-    def step(block: Block, stream: Any, layer: Array, _: None) -> tuple[Any, dict[str, Array], None]:
+    def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, dict[str, Array], None]:
         logit = jnp.zeros(())
 
         def attn(x_BxTxD: Array) -> Array:
             nonlocal logit
             q, k, _ = block.attn.qkv(x_BxTxD, angles)
-            logit = largest_logit(q, k)
+            logit = largest_logit(q, k, block.attn.causal)
             return block.attn(x_BxTxD, angles)
 
         stream = block(stream, layer, attn, block.feed_forward)[0]
         x_BxTxD = jax.tree.leaves(stream)[0].astype(jnp.float32)
         return stream, {"rms": jnp.sqrt(jnp.mean(jnp.square(x_BxTxD))), "logit": logit}, None
 
-    stream = PLACEMENTS[cfg.placement].enter(decoder.embeddings(tokens), decoder.ends)
-    _, found, _ = over_blocks(decoder.stacks, cfg, decoder.execution, step, stream, None)
+    seen = model.bind(params, model_state).run(inputs(first), step).ys
     return OrderedDict(
         weight_norm=jnp.sqrt(block_squares(model, params)),
-        stream_rms=found["rms"],
-        attention_logit_max=found["logit"],
+        stream_rms=seen["rms"],
+        attention_logit_max=seen["logit"],
     )

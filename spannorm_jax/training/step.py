@@ -1,4 +1,4 @@
-"""The loss, the train step and the evaluation step: free functions over pytrees, jitted with shardings at the edge.
+"""The train step and the evaluation step: free functions over pytrees, jitted with shardings at the edge.
 
 Sums of losses and counts are carried everywhere and divided once, so that accumulation over microbatches, padding
 and any mesh give the mean of the full batch.
@@ -16,73 +16,18 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spannorm_jax.config import Config, divisors
-from spannorm_jax.model.decoder import Decoder
+from spannorm_jax.config import Config
 from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss
 from spannorm_jax.model.stack import STACKS
-from spannorm_jax.parallel.mesh import batch_shards, sharding
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from spannorm_jax.training.signal import block_squares, forward_signal, squares
+from spannorm_jax.training.task import Batch, LossSums, Rows, abstract_batch
+from spannorm_jax.training.tasks import task_of
 
 # ---- loss -------------------------------------------------------------------------------------
-
-
-def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> int:
-    """Pieces of the time axis whose float32 logits fit in execution.max_logits_mib on each device, as few as can be.
-
-    A few more, below twice as many, where those divide seq_len: then the last piece needs no padding.
-    """
-    seq_len, limit = config.data.seq_len, config.execution.max_logits_mib * 2**20
-    rows_here = -(-rows // batch_shards(mesh_shape))
-    per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
-    fewest = -(-seq_len // max(1, min(seq_len, limit // per_token)))
-    return next(n for n in (*divisors(seq_len), fewest) if fewest <= n < 2 * fewest)
-
-
-def loss_sums(decoder: Decoder, tokens_BxT1: Array, weights_BxT: Array, num_chunks: int) -> dict[str, Any]:
-    """Sums over the positions with weight 1: `nll` (nats), `log_z`, `z` (its square), `correct`, `count`; of a model
-    with experts also what its routers did with all positions, `router` (`model.moe.router_stats`, stacked over blocks).
-
-    tokens_BxT1 holds T + 1 tokens a row; position t predicts token t + 1. With num_chunks > 1 the logits exist
-    for one piece of the time axis at once, and are made again in the backward pass. Pieces are equal: the last one is
-    filled up with positions of weight 0.
-    """
-    inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
-    features, stats = decoder.features_and_router(inputs)
-    router = {"router": stats} if stats else {}
-
-    def sums(features: Array, targets: Array, weights: Array) -> dict[str, Array]:
-        with jax.named_scope("loss"):
-            logits = decoder.logits(features)
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            correct = jnp.argmax(logits, axis=-1) == targets
-            return {
-                "nll": jnp.sum((log_z - target_logits) * weights),
-                "log_z": jnp.sum(log_z * weights),
-                "z": jnp.sum(jnp.square(log_z) * weights),
-                "correct": jnp.sum(correct * weights),
-                "count": jnp.sum(weights),
-            }
-
-    if num_chunks == 1:
-        return sums(features, targets, weights_BxT) | router
-
-    def chunked(x: Array) -> Array:  # (B, T, ...) -> (chunks, B, T / chunks, ...): every chunk has every row
-        B, T, *rest = x.shape
-        size = -(-T // num_chunks)
-        padded = jnp.pad(x, [(0, 0), (0, num_chunks * size - T), *[(0, 0)] * len(rest)])
-        return padded.reshape(B, num_chunks, size, *rest).swapaxes(0, 1)
-
-    def add_chunk(total: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
-        return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None
-
-    zeros = dict.fromkeys(("nll", "log_z", "z", "correct", "count"), jnp.zeros(()))
-    total, _ = jax.lax.scan(add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT)))
-    return total | router
 
 
 def router_losses(balance: str, stats: Stats, numbers: Numbers) -> dict[str, Array]:
@@ -97,13 +42,18 @@ def router_losses(balance: str, stats: Stats, numbers: Numbers) -> dict[str, Arr
 # ---- steps ------------------------------------------------------------------------------------
 
 
+def microbatches(batch: Batch, k: int) -> Batch:
+    """(B, ...) -> (k, B / k, ...). Microbatch i takes rows i, i + k, ...: rows stay on the device that holds them."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def gradients(
     config: Config,
     model: ModelDef,
     params: Any,
     model_state: Any,
-    tokens_BxT1: Array,
-    num_chunks: int,
+    batch: Batch,
+    loss_sums: LossSums,
     numbers: Numbers,
 ) -> tuple[Any, dict[str, Any]]:
     """Gradient of the mean loss, and the loss sums, over `training.num_microbatches` pieces of the batch.
@@ -112,8 +62,8 @@ def gradients(
     """
     k = config.training.num_microbatches
 
-    def objective(params: Any, tokens: Array) -> tuple[Array, dict[str, Any]]:
-        sums = loss_sums(model.bind(params, model_state), tokens, jnp.ones(tokens[:, 1:].shape), num_chunks)
+    def objective(params: Any, batch: Batch) -> tuple[Array, dict[str, Any]]:
+        sums = loss_sums(model.bind(params, model_state), batch)
         total = sums["nll"] + numbers.z_loss * sums["z"]
         if "router" in sums:
             losses = router_losses(config.model.moe.balance, sums["router"], numbers)
@@ -125,18 +75,16 @@ def gradients(
 
     grad_fn = jax.grad(objective, has_aux=True)
     if k == 1:
-        grads, sums = grad_fn(params, tokens_BxT1)
+        grads, sums = grad_fn(params, batch)
     else:
-        # Microbatch i takes rows i, i + k, ...: rows stay on the device that holds them.
-        B, T1 = tokens_BxT1.shape
-        pieces = tokens_BxT1.reshape(B // k, k, T1).swapaxes(0, 1)
+        pieces = microbatches(batch, k)
 
-        def add_piece(total: Any, tokens: Array) -> tuple[Any, None]:
-            grads = grad_fn(params, tokens)
+        def add_piece(total: Any, piece: Batch) -> tuple[Any, None]:
+            grads = grad_fn(params, piece)
             with jax.named_scope("accumulate"):
                 return jax.tree.map(jnp.add, total, grads), None
 
-        shapes = jax.eval_shape(grad_fn, params, pieces[0])
+        shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], pieces))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(add_piece, zeros, pieces)
     with jax.named_scope("accumulate"):
@@ -154,9 +102,9 @@ def gradient_norms(model: ModelDef, grads: Any) -> tuple[Array, Array, dict[str,
 def train_step(
     config: Config,
     model: ModelDef,
-    num_chunks: int,
+    loss_sums: LossSums,
     state: TrainState,
-    tokens_BxT1: Array,
+    batch: Batch,
     numbers: Numbers,
 ) -> tuple[TrainState, dict[str, dict[str, Any]]]:
     """One update; `step` numbers updates from 1. Of `config` it reads what makes another program, and no number.
@@ -167,7 +115,7 @@ def train_step(
     no line: it names what is not finite.
     """
     optim = config.optim
-    grads, sums = gradients(config, model, state.params, state.model_state, tokens_BxT1, num_chunks, numbers)
+    grads, sums = gradients(config, model, state.params, state.model_state, batch, loss_sums, numbers)
     with jax.named_scope("optimizer"):
         optimizer = make_optimizer(optim, model, numbers)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -222,32 +170,40 @@ def init_state(model: ModelDef, optimizer: optax.GradientTransformation, seed: A
 class Program:
     """A model's compiled functions on a mesh, with the shardings that they share.
 
-    init(seed) -> state; train(state, tokens_BxT1, numbers) -> (state, metrics), which donates the
-    state; signal(params, model_state, tokens_BxT1) -> `signal.forward_signal` of its first microbatch, and
-    evaluate(params, model_state, tokens_BxT1, weights_BxT) -> loss sums, which donate nothing.
+    init(seed) -> state; train(state, batch, numbers) -> (state, metrics), which donates the state;
+    signal(params, model_state, batch) -> `signal.forward_signal` of its first microbatch, and
+    evaluate(params, model_state, batch) -> loss sums of a held-out batch, which donate nothing.
     """
 
     mesh: Mesh
     abstract_state: TrainState  # ShapeDtypeStructs with shardings: what a checkpoint is restored to
-    batch_sharding: NamedSharding
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # with shardings
+    replicated_bytes: int  # of the optimiser's arrays that have another shape than their weight
     init: Callable[[int], TrainState]
     train: jax.stages.Wrapped
     signal: jax.stages.Wrapped
-    evaluate: Callable[[Any, Any, Array, Array], dict[str, Array]]
+    evaluate: Callable[[Any, Any, Batch], dict[str, Any]]
+
+    def put(self, rows: Rows) -> Batch:
+        """A whole batch of training, from the host to the devices."""
+        return jax.device_put(rows, jax.tree.map(lambda x: x.sharding, self.abstract_batch))
 
 
 def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     """Binds the step functions of a resolved config to a mesh; compiles nothing yet."""
+    task = task_of(config)
     # Its state alone is made with this one, and that is the same for all numbers.
     optimizer = make_optimizer(config.optim, model, numbers_of(config))
     replicated = NamedSharding(mesh, PartitionSpec())
-    batch_sharding = sharding(mesh, ("batch", "time"))
+    batch = abstract_batch(task.train_fields(config), mesh)
+    batch_shardings = jax.tree.map(lambda x: x.sharding, batch)
     params = abstract_params(model, mesh)
     params_shardings = jax.tree.map(lambda x: x.sharding, params)
+    opt_shardings, replicated_bytes = optimizer_shardings(optimizer, params, replicated)
     shardings = TrainState(
         cast(Any, replicated),
         params_shardings,
-        optimizer_shardings(optimizer, params, params_shardings, replicated),
+        opt_shardings,
         jax.tree.map(lambda x: x.sharding, abstract_model_state(model, mesh)),
     )
     init = partial(init_state, model, optimizer)
@@ -257,43 +213,41 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
         shardings,
     )
     microbatch = config.training.batch_size // config.training.num_microbatches
-    train_chunks = num_loss_chunks(config, dict(mesh.shape), microbatch)
+    loss_sums = task.loss_sums(config, dict(mesh.shape), microbatch)
 
     return Program(
         mesh=mesh,
         abstract_state=abstract_state,
-        batch_sharding=batch_sharding,
+        abstract_batch=batch,
+        replicated_bytes=replicated_bytes,
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(
-            partial(train_step, config, model, train_chunks),
-            in_shardings=(shardings, batch_sharding, replicated),
+            partial(train_step, config, model, loss_sums),
+            in_shardings=(shardings, batch_shardings, replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         signal=jax.jit(
-            partial(forward_signal, model, config.training.num_microbatches),
-            in_shardings=(shardings.params, shardings.model_state, batch_sharding),
+            partial(forward_signal, model, task.inputs, config.training.num_microbatches),
+            in_shardings=(shardings.params, shardings.model_state, batch_shardings),
             out_shardings=replicated,
         ),
         evaluate=make_evaluate(config, model, mesh),
     )
 
 
-def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """evaluate(params, model_state, tokens_BxT1, weights_BxT) -> loss sums, jitted, for B = eval.batch_size.
-
-    It donates nothing.
-    """
-    num_chunks = num_loss_chunks(config, dict(mesh.shape), config.eval.batch_size)
+def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+    """evaluate(params, model_state, batch) -> loss sums, jitted, for a held-out batch. It donates nothing."""
+    task = task_of(config)
+    loss_sums = task.loss_sums(config, dict(mesh.shape), config.eval.batch_size)
     abstract = abstract_params(model, mesh), abstract_model_state(model, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    batch_sharding = sharding(mesh, ("batch", "time"))
+    batch = abstract_batch(task.eval_fields(config), mesh)
 
-    def evaluate(params: Any, model_state: Any, tokens: Array, weights: Array) -> dict[str, Array]:
-        return loss_sums(model.bind(params, model_state), tokens, weights, num_chunks)
+    def evaluate(params: Any, model_state: Any, batch: Batch) -> dict[str, Any]:
+        return loss_sums(model.bind(params, model_state), batch)
 
     return jax.jit(
         evaluate,
-        in_shardings=(*shardings, batch_sharding, batch_sharding),
+        in_shardings=jax.tree.map(lambda x: x.sharding, (*abstract, batch)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

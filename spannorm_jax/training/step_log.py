@@ -1,5 +1,6 @@
 """A step's metrics on the host: their line of metrics.jsonl, the line on the console."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -58,30 +59,32 @@ class Progress:
         self._total = total_steps
         self._terminal = sys.stdout.isatty()
         self._every_s = _TERMINAL_REFRESH_S if self._terminal else every_s
-        self._started = time.monotonic()
-        self._shown = self._started - self._every_s
-        self._first_step: int | None = None
+        self._shown, self._line_is_open = -math.inf, False
+        self._first: tuple[int, float] | None = None  # the step that was shown first, and when
 
     def show(self, step: int, loss: float, tokens_per_s: float) -> None:
         now = time.monotonic()
-        if self._first_step is None:
-            self._first_step = step
+        first_step, started = self._first = self._first or (step, now)
         if self._silent or (now - self._shown < self._every_s and step != self._total):
             return
         self._shown = now
-        done = step - self._first_step
-        left = (now - self._started) / done * (self._total - step) if done else None
+        done = step - first_step
+        left = (now - started) / done * (self._total - step) if done else None
         text = f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
         text += f"  {format_seconds(left)} left" if left is not None else ""
         if self._terminal:
-            print(f"\r{text:<78}", end="\n" if step == self._total else "", flush=True)
+            print(f"\r{text:<78}", end="", flush=True)
+            self._line_is_open = True
+            if step == self._total:
+                self.end_line()
         else:
             print(text, flush=True)
 
     def end_line(self) -> None:
         """Leaves the progress line, so that the next print starts on its own."""
-        if self._terminal and not self._silent:
+        if self._line_is_open:
             print(flush=True)
+        self._line_is_open = False
 
 
 def format_seconds(seconds: float) -> str:
@@ -97,10 +100,16 @@ class StepLog:
         config = session.config
         self._config, self._writer, self._progress = config, writer, progress
         self._device = session.mesh.local_devices[0]
-        self._tokens = config.training.batch_size * config.data.seq_len
-        self._flops = flops_per_token(session.model, config.data.seq_len) * self._tokens
+        positions = session.task.positions(config)
+        self._tokens = config.training.batch_size * positions
+        self._flops = flops_per_token(session.model, positions) * self._tokens
+        self._logged = session.task.logged
         self._peak = peak_flops(self._device, config.metrics.peak_flops)
         self._pending: tuple[int, dict[str, dict[str, Any]]] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """The first step's time begins here, after the compiler's."""
         self._last_read = time.monotonic()
 
     def takes_signal(self, step: int) -> bool:
@@ -144,7 +153,7 @@ class StepLog:
             line |= values["signal"] | {"update_ratio": np.divide(*norms).tolist()}
         if held_out is not None:
             measured = held_out()
-            line |= {f"held_out_{name}": measured[name] for name in ("loss", "bits_per_byte")}
+            line |= {f"held_out_{name}": measured[name] for name in self._logged}
             self._last_read = time.monotonic()
         flops_per_s = self._flops / step_time
         line |= {

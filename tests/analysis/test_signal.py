@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,10 +74,11 @@ def watched(placement, what):
     """A `Seen` for each block, from the equations of tests/reference.py."""
     cfg, params = what.model.cfg, reference.to_float64(what.params)
     options = reference.Options(placement, cfg.norm, cfg.ffn, cfg.norm_eps, cfg.rope_theta)
-    enter, equation, _ = reference.EQUATIONS[placement]
+    equation = reference.EQUATIONS[placement]
     seen = [Seen() for _ in range(cfg.depth)]
     for row in tokens()[:, :-1]:
-        stream = enter(params["embed"][row], lambda name, x: reference.rms_norm(x, params["ends"][name]["gain"], 1e-2))
+        end_norm = lambda name, x: reference.rms_norm(x, params["ends"][name]["gain"], 1e-2)  # noqa: E731
+        stream = equation.enter(params["embed"][row], end_norm)
         for layer in range(cfg.depth):
             w, got = jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"]), seen[layer]
 
@@ -97,7 +99,7 @@ def watched(placement, what):
             got.before.append(stream)
             attn = watch("attn", lambda x, w=w: reference.attention(w["attn"], x, options))
             ffn = watch("ffn", lambda x, w=w: reference.feed_forward(w["ffn"], x, options))
-            stream = equation(stream, attn, ffn, n, g, layer, cfg.depth)
+            stream = equation.block(stream, attn, ffn, n, g, layer, cfg.depth)
             got.after.append(stream)
     return seen
 
@@ -327,7 +329,7 @@ def test_gradient_norms_of_weights():
         np.testing.assert_allclose(norms[site], want, rtol=1e-4)
     for site, whole in (("embed", grads["embed"]), ("head", grads["head"]), ("entry", grads["ends"]["entry"]["gain"])):
         assert norms[site] == pytest.approx(np.linalg.norm(np.ravel(whole)), rel=1e-4)
-    jacobian = jax.jacobian(lambda p: what.model.bind(p).features(tokens()[:, :-1]))(what.params)
+    jacobian = jax.jacobian(lambda p: what.model.bind(p).run(tokens()[:, :-1]).features)(what.params)
     of_out = jacobian["blocks"]["ffn"]["out"]
     want = np.sqrt(np.sum(np.square(of_out), axis=(0, 1, 2, 4, 5)) / (B * T * WIDTH))
     np.testing.assert_allclose(got["weight_grad_norm"]["ffn_out"], want, rtol=0.05)
@@ -498,13 +500,13 @@ def test_a_row_of_zeros_through_128_blocks_has_finite_gradients(placement):
     @jax.jit
     def gradient(params):
         def loss(params):
-            features = model.bind(params).features(rows[:, :-1])
+            features = model.bind(params).run(rows[:, :-1]).features
             log_probs = jax.nn.log_softmax(model.bind(params).logits(features))
             return -jnp.mean(jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1))
 
         return jax.value_and_grad(loss)(params)
 
     loss, grads = gradient(what.params)
-    assert np.isfinite(loss) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite((loss, grads))
     norms = np.linalg.norm(grads["embed"], axis=1)
     assert norms[0] < 10 * norms[1:].max()

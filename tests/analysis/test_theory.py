@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.analysis import kernels, theory
+from spannorm_jax.analysis import covariances, theory
 from spannorm_jax.analysis.prediction import predict
 from spannorm_jax.command import run_command
 from spannorm_jax.config import ExecutionConfig, ModelConfig, MoEConfig
@@ -17,7 +17,6 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import INITS, plain
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.model.stack import over_blocks
 
 T = 16
 EXECUTION = ExecutionConfig(attention="xla")
@@ -31,23 +30,19 @@ def config(**changes):
 
 def measured(cfg, draws=4, rows=4):
     """What `Prediction` holds, of the model on random tokens: means of squares over draws of weights and rows."""
-    model, placement = define(cfg, EXECUTION), PLACEMENTS[cfg.placement]
-    angles = rotary_angles(T, cfg.width // cfg.num_heads, cfg.rope_theta)
+    model = define(cfg, EXECUTION)
 
     @jax.jit
     def one(key):
         of_weights, of_tokens, of_gradient = jax.random.split(key, 3)
         tokens = jax.random.randint(of_tokens, (rows, T), 0, cfg.vocab_size)
         params, model_state = model.init(of_weights), model.init_model_state()
-        entered = jax.eval_shape(
-            lambda p: placement.enter(model.bind(p, model_state).embeddings(tokens), model.bind(p, model_state).ends),
-            params,
-        )
+        entered = jax.eval_shape(lambda p: model.bind(p, model_state).run(tokens).stream, params)
 
         def run(params, added):
             decoder = model.bind(params, model_state)
 
-            def step(block, stream, layer, added):
+            def step(block, stream, layer, angles, added):
                 leaves, structure = jax.tree.flatten(stream)
                 stream = jax.tree.unflatten(structure, [leaves[0] + added, *leaves[1:]])
                 seen = {}
@@ -69,9 +64,8 @@ def measured(cfg, draws=4, rows=4):
                 seen["token_correlation"] = (jnp.sum(jnp.sum(unit, axis=1) ** 2) / rows - T) / (T * (T - 1))
                 return stream, seen, stats
 
-            stream = placement.enter(decoder.embeddings(tokens), decoder.ends)
-            stream, seen, _ = over_blocks(decoder.stacks, cfg, EXECUTION, step, stream, added)
-            return placement.leave(stream, decoder.ends), seen
+            features, _, seen, _ = decoder.run(tokens, step, added)
+            return features, seen
 
         added = jnp.zeros((cfg.depth, *jax.tree.leaves(entered)[0].shape))
         out, vjp, seen = jax.vjp(run, params, added, has_aux=True)
@@ -172,7 +166,7 @@ def with_placement(monkeypatch, block, base="pre", **changes):
 def test_a_linear_residual_network_in_closed_form(monkeypatch):
     """x += W N x and a final norm, tokens independent: variance 1 + l v after l blocks, and a block that is entered at
     variance s multiplies gradient energy by 1 + v / s. W is a feed-forward whose activation is the identity."""
-    monkeypatch.setattr(kernels, "activation", lambda kind, x: x)
+    monkeypatch.setattr(covariances, "activation", lambda kind, x: x)
     placement = with_placement(monkeypatch, lambda x, attn, ffn, n, layer, cfg: x + ffn(n.before_ffn(x)))
     cfg = config(placement=placement, depth=6, ffn="gelu", norm_eps=1e-12)
     got = predict(cfg, T)

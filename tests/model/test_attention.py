@@ -23,13 +23,13 @@ B, H, G, K = 2, 4, 2, 8
 IMPLEMENTATIONS = ("xla", "blocked", "splash")
 
 
-def reference(q, k, v):
+def reference(q, k, v, causal=True):
     out = np.zeros_like(q)
     for b, h, t in np.ndindex(q.shape[0], H, q.shape[1]):
-        g = h // (H // G)
-        logits = k[b, : t + 1, g] @ q[b, t, h] / K**0.5
+        g, seen = h // (H // G), slice(t + 1 if causal else None)
+        logits = k[b, seen, g] @ q[b, t, h] / K**0.5
         p = np.exp(logits - logits.max())
-        out[b, t, h] = p / p.sum() @ v[b, : t + 1, g]
+        out[b, t, h] = p / p.sum() @ v[b, seen, g]
     return out
 
 
@@ -43,29 +43,31 @@ def inputs(T, scale=1.0):
 LENGTHS = [1, 37, 128, 131, 192, 577, 600]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("name", "T"), [("splash", 128), ("splash", 384), *((n, T) for n in ("xla", "blocked") for T in LENGTHS)]
 )
-def test_output(name, T):
+def test_output(name, T, causal):
     q, k, v = inputs(T)
-    out = attention(*(jnp.float32(x) for x in (q, k, v)), name)
+    out = attention(*(jnp.float32(x) for x in (q, k, v)), name, causal)
     # Sums of up to 600 float32 terms of size 1 / T: largest error seen 4.7e-7.
-    np.testing.assert_allclose(out, reference(q, k, v), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out, reference(q, k, v, causal), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("name", "T"), [*((n, 128) for n in IMPLEMENTATIONS), ("blocked", 197), ("blocked", 577)])
-def test_gradients(name, T):
+def test_gradients(name, T, causal):
     exact, rng = inputs(T), np.random.default_rng(0)
     cotangent = rng.standard_normal(exact[0].shape)
 
     def value(*x):
-        return jnp.sum(attention(*x, name) * jnp.float32(cotangent))
+        return jnp.sum(attention(*x, name, causal) * jnp.float32(cotangent))
 
     grads = jax.grad(value, (0, 1, 2))(*(jnp.float32(x) for x in exact))
     for i, grad in enumerate(grads):
         direction = rng.standard_normal(exact[i].shape)
         moved = [[x + s * direction if j == i else x for j, x in enumerate(exact)] for s in (1e-5, -1e-5)]
-        difference = np.sum((reference(*moved[0]) - reference(*moved[1])) * cotangent) / 2e-5
+        difference = np.sum((reference(*moved[0], causal) - reference(*moved[1], causal)) * cotangent) / 2e-5
         # Terms of both signs: the error is float32's of the largest partial sum, largest seen 6.8e-6.
         assert np.vdot(np.float64(grad), direction) == pytest.approx(difference, abs=3e-5, rel=0)
 

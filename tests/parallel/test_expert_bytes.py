@@ -33,8 +33,7 @@ def compiled(mode, layout, **changes):
     mesh = make_mesh(MeshConfig(**layout), jax.devices()[:8])
     with jax.set_mesh(mesh):
         program = make_program(config, define(config.model, config.execution), mesh)
-        tokens = jax.ShapeDtypeStruct((ROWS, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
-        lowered = program.train.lower(program.abstract_state, tokens, numbers_of(config))
+        lowered = program.train.lower(program.abstract_state, program.abstract_batch, numbers_of(config))
         found = collectives(lowered.compile().as_text())
     return found, config
 

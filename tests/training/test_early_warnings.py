@@ -16,6 +16,7 @@ from spannorm_jax.sweep.expansion import identity
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.signal import forward_signal
 from spannorm_jax.training.step_log import StepLog, host_metrics
+from spannorm_jax.training.tasks.text import TEXT
 
 DEPTH = 2
 
@@ -45,17 +46,19 @@ def by_hand(placement, tokens):
 @pytest.mark.parametrize("placement", ["pre", "span", "siamese"])
 def test_the_forward_numbers_are_those_of_the_blocks(placement):
     model = define(configure(model__placement=placement).model)
-    got = jax.jit(lambda p, t: forward_signal(model, 1, p, {}, t))(drawn_params(placement), batch())
-    for name, want in by_hand(placement, batch()[:, :-1]).items():
+    got = jax.jit(lambda p, t: forward_signal(model, TEXT.inputs, 1, p, {}, t))(drawn_params(placement), batch())
+    for name, want in by_hand(placement, batch()["tokens"][:, :-1]).items():
         np.testing.assert_allclose(got[name], want, rtol=1e-5, err_msg=name)
 
 
 def test_of_microbatches_the_first_is_looked_at():
     """Rows 0, 4 of 8: the same rows that the step's first piece has."""
     model = define(configure().model)
-    got = jax.jit(lambda p, t: forward_signal(model, 4, p, {}, t))(drawn_params(), batch())
-    want = jax.jit(lambda p, t: forward_signal(model, 1, p, {}, t))(drawn_params(), batch()[::4])
-    assert len(batch()) == BATCH == 8
+    got = jax.jit(lambda p, t: forward_signal(model, TEXT.inputs, 4, p, {}, t))(drawn_params(), batch())
+    want = jax.jit(lambda p, t: forward_signal(model, TEXT.inputs, 1, p, {}, t))(
+        drawn_params(), {"tokens": batch()["tokens"][::4]}
+    )
+    assert len(batch()["tokens"]) == BATCH == 8
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 
@@ -73,7 +76,7 @@ def stepped():
 def test_norms_of_updates_and_weights_are_those_of_the_weights_before_and_after(stepped):
     """Differences of float32 weights round: 1e-7 of a weight."""
     config, before, after, metrics = stepped
-    got = forward_signal(define(config.model), 1, before, {}, batch())
+    got = forward_signal(define(config.model), TEXT.inputs, 1, before, {}, batch())
     for layer in range(DEPTH):
         flat = [np.concatenate([x[layer].ravel() for x in jax.tree.leaves(p["blocks"])]) for p in (before, after)]
         want = np.linalg.norm(np.float64(flat[1]) - flat[0])
@@ -83,7 +86,7 @@ def test_norms_of_updates_and_weights_are_those_of_the_weights_before_and_after(
 
 def test_log_z_and_the_clip_factor(stepped):
     config, before, _, metrics = stepped
-    logits = np.asarray(define(config.model).bind(before)(batch()[:, :-1]), np.float64)
+    logits = np.asarray(define(config.model).bind(before)(batch()["tokens"][:, :-1]), np.float64)
     got = metrics["scalars"]
     assert got["log_z"] == pytest.approx(np.mean(np.log(np.sum(np.exp(logits), axis=-1))), rel=1e-5)
     assert got["clip_factor"] == pytest.approx(0.01 / got["grad_norm"], rel=1e-6)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from spannorm_jax.run.folder import read_config
 from spannorm_jax.training import lanes, loop
 from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.lanes import LaneProgram, stacked_numbers, train_lanes
-from spannorm_jax.training.numbers import Numbers, numbers_of
+from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.program_key import check_lanes
 
 # ---- the step ---------------------------------------------------------------------------------------
@@ -35,14 +36,18 @@ def scalars(metrics):
     return loss, np.asarray(metrics["per_moe_block"].get("expert_load_max", np.zeros((*loss.shape, 0))))
 
 
+def stacked(batches):
+    return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+
+
 def trained_together(configs):
     """(losses (STEPS, K), loads (STEPS, K, L)) of so many lanes, each with its own numbers, weights and batches."""
     program = program_of(configs[0])
     made = LaneProgram(configs[0], define(configs[0].model, configs[0].execution), program, len(configs))
     state, numbers, seen = made.stack(*(program.init(c.seed) for c in configs)), stacked_numbers(configs), []
     for step in range(STEPS):
-        tokens = np.stack([batch(1000 * c.seed + step) for c in configs])
-        state, metrics = made.train(state, tokens, numbers)
+        batches = stacked([batch(1000 * c.seed + step) for c in configs])
+        state, metrics = made.train(state, batches, numbers)
         seen.append(scalars(metrics))
     assert made.train._cache_size() == 1
     return [np.stack(values) for values in zip(*seen, strict=True)]
@@ -84,9 +89,9 @@ def test_lanes_are_single_runs_whatever_number_or_seed_they_differ_in(shape):
 def test_each_number_is_a_lane_of_that_test():
     moved = set()
     for shape, key, value in CASES:
-        pairs = [numbers_of(configure(**SHAPES[shape] | change)) for change in ({}, {key: value})]
-        moved |= {n for n, a, b in zip(Numbers._fields, *pairs, strict=True) if a != b and shape != "cosine"}
-    assert moved == set(Numbers._fields)
+        usual, other = (numbers_of(configure(**SHAPES[shape] | change)).values for change in ({}, {key: value}))
+        moved |= {name for name in usual if usual[name] != other[name] and shape != "cosine"}
+    assert moved == set(usual)
 
 
 def test_a_lane_of_nan_harms_no_other():
@@ -101,12 +106,12 @@ def test_a_lane_of_nan_harms_no_other():
         for step in range(3):
             if spoilt:
                 numbers.lr[1] = np.nan
-            state, metrics = made.train(state, np.stack([batch(step), batch(step)]), numbers)
+            state, metrics = made.train(state, stacked([batch(step), batch(step)]), numbers)
         return jax.device_get((made.take(state, 0), made.take(state, 1).params, metrics["scalars"]["loss"]))
 
     (good, _, losses), (usual, _, usual_losses) = third(True), third(False)
     assert np.isnan(losses[1]) and losses[0] == usual_losses[0]
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, good, usual)))
+    chex.assert_trees_all_equal(good, usual)
 
 
 # ---- the runs, in their folders -----------------------------------------------------------------------

@@ -6,13 +6,21 @@ import jax
 import numpy as np
 import pytest
 import reference
-from small_model import BATCH, SEQ_LEN, assert_trees_close, batch, configure, drawn_params, program_of, start
+from small_model import (
+    BATCH,
+    SEQ_LEN,
+    assert_trees_close,
+    batch,
+    configure,
+    drawn_params,
+    gradients_of,
+    program_of,
+    start,
+)
 
 from spannorm_jax.config import rules
-from spannorm_jax.model.definition import define
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import OPTIMIZERS, learning_rate
-from spannorm_jax.training.step import gradients
 
 
 def test_each_optimizer_is_a_choice():
@@ -45,11 +53,6 @@ def test_learning_rate(steps, warmup):
         assert rates[-1] == pytest.approx(0.06)
 
 
-def gradient_of(config):
-    model = define(config.model, config.execution)
-    return jax.jit(lambda p, tokens: gradients(config, model, p, {}, tokens, 1, numbers_of(config))[0])
-
-
 def decayed(params, tied_head=False):
     """1 for each weight that decays, by its path: matrices and the head, which a tied embedding is."""
 
@@ -80,14 +83,14 @@ def test_updates_are_those_of_adamw(placement, tied_head, clip_norm):
         optim__eps=1e-4,
         optim__b1=0.8,
     )
-    optim, program, gradient = config.optim, program_of(config), gradient_of(config)
+    optim, program, gradient = config.optim, program_of(config), gradients_of(config)
     state = start(program, drawn_params(placement, tied_head))
     decay = decayed(drawn_params(placement, tied_head), tied_head)
     m = v = jax.tree.map(lambda p: np.zeros(p.shape), drawn_params(placement, tied_head))
     clipped = 0
     for update in range(1, 5):
         before = reference.to_float64(jax.device_get(state.params))
-        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))))
+        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))[0]))
         state, metrics = program.train(state, batch(update), numbers_of(config))
         rate = cosine_with_warmup(optim, 20, update)
         assert float(metrics["scalars"]["lr"]) == pytest.approx(rate, rel=1e-6)
@@ -119,12 +122,12 @@ def test_updates_are_those_of_lion():
     """
     changes = {"optim__lr": 0.03, "optim__weight_decay": 0.5, "optim__b1": 0.8, "optim__b2": 0.9}
     config = configure(optim__name="lion", optim__clip_norm=0.05, **changes)
-    program, gradient = program_of(config), gradient_of(config)
+    program, gradient = program_of(config), gradients_of(config)
     state, decay = start(program, drawn_params()), decayed(drawn_params())
     m = jax.tree.map(lambda p: np.zeros(p.shape), drawn_params())
     for update in range(1, 4):
         before = reference.to_float64(jax.device_get(state.params))
-        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))))
+        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))[0]))
         state, _ = program.train(state, batch(update), numbers_of(config))
         norm = math.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(g)))
         assert norm > 0.05
@@ -145,8 +148,8 @@ def test_the_embedding_of_an_unseen_token_stays_as_it_was():
     config = configure(optim__weight_decay=0.5)
     program = program_of(config)
     before = drawn_params()["embed"]
-    tokens = np.full((BATCH, SEQ_LEN + 1), 7, np.int32)
-    state, _ = program.train(start(program, drawn_params()), tokens, numbers_of(config))
+    alike = {"tokens": np.full((BATCH, SEQ_LEN + 1), 7, np.int32)}
+    state, _ = program.train(start(program, drawn_params()), alike, numbers_of(config))
     after = np.asarray(state.params["embed"])
     assert (after[7] != before[7]).any()
     np.testing.assert_array_equal(np.delete(after, 7, 0), np.delete(before, 7, 0))

@@ -20,8 +20,7 @@ def test_a_profile_of_the_train_step_reads_like_the_paper():
     config = replace(Config(), model__qk_norm=True, training__num_microbatches=2, **small)
     config = resolve(config, vocab_size=256, platform="cpu", fingerprint="")
     program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
-    tokens = jax.ShapeDtypeStruct((8, SEQ_LEN + 1), "int32", sharding=program.batch_sharding)
-    text = program.train.lower(program.abstract_state, tokens, numbers_of(config)).compile().as_text()
+    text = program.train.lower(program.abstract_state, program.abstract_batch, numbers_of(config)).compile().as_text()
     names = re.findall(r'op_name="(jit\(train_step\)[^"]*)"', text)
     stages = [
         "block/attention/" + s for s in ("qkv", "rope", "norm/q_norm", "norm/k_norm", "dot_product_attention", "out")

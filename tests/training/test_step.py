@@ -2,28 +2,41 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from jax.extend.core import jaxprs_in_params
-from small_model import BATCH, SEQ_LEN, VOCAB, assert_trees_close, batch, configure, drawn_params, program_of, start
+from small_model import (
+    BATCH,
+    SEQ_LEN,
+    VOCAB,
+    assert_trees_close,
+    batch,
+    configure,
+    drawn_params,
+    gradients_of,
+    program_of,
+    start,
+)
 
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.training.numbers import numbers_of, on_devices
-from spannorm_jax.training.step import gradients, loss_sums, make_program, num_loss_chunks
+from spannorm_jax.training.step import make_program
 from spannorm_jax.training.step_log import first_nonfinite, host_metrics
+from spannorm_jax.training.tasks.text import loss_sums, num_loss_chunks
 
 # ---- accumulation ------------------------------------------------------------------------------------------
 
 
 def one_step(config):
     """(gradients, loss sums, state after one update, metrics) from the drawn weights."""
-    model, program = define(config.model, config.execution), program_of(config)
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, batch(), 1, numbers_of(config)))(drawn_params())
+    program = program_of(config)
+    grads, sums = gradients_of(config)(drawn_params(), batch())
     state, metrics = program.train(start(program, drawn_params()), batch(), numbers_of(config))
     return grads, sums, state, metrics
 
@@ -52,9 +65,8 @@ def test_microbatches_equal_the_full_batch(k, full_batch):
 def test_the_gradient_is_that_of_the_mean(full_batch):
     """Not of the sum: the same rows twice over give the same gradient."""
     config = configure(**SMOOTH)
-    model = define(config.model, config.execution)
-    twice = np.concatenate([batch(), batch()])
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, twice, 1, numbers_of(config)))(drawn_params())
+    twice = {"tokens": np.concatenate([batch()["tokens"]] * 2)}
+    grads, sums = gradients_of(config)(drawn_params(), twice)
     assert float(sums["count"]) == 2 * BATCH * SEQ_LEN
     assert_trees_close(grads, full_batch[0], 5e-6)
 
@@ -82,8 +94,8 @@ def test_branches_come_in_update_by_update():
         factors = np.minimum(1, update / np.array([2.0, 4.0], np.float32))
         np.testing.assert_array_equal(state.model_state["blocks"]["warmup_factor"], factors)
         plain, fixed = jax.device_get((state.params, {"blocks": {"warmup_factor": factors}}))
-        log_probs = jax.nn.log_softmax(model.bind(plain, fixed)(batch()[:, :-1]))
-        nll = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()[:, 1:, None], axis=-1))
+        log_probs = jax.nn.log_softmax(model.bind(plain, fixed)(batch()["tokens"][:, :-1]))
+        nll = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["tokens"][:, 1:, None], axis=-1))
         state, metrics = program.train(state, batch(), numbers_of(config))
         assert metrics["scalars"]["loss"] == pytest.approx(nll, rel=1e-6)
 
@@ -101,7 +113,7 @@ def test_a_chunked_loss_is_the_whole_loss(seq_len, chunks, tied_head):
     tokens = rng.integers(VOCAB, size=(BATCH, seq_len + 1)).astype(np.int32)
 
     def loss(params, num_chunks):
-        sums = loss_sums(model.bind(params), tokens, weights, num_chunks)
+        sums = loss_sums(model.bind(params), {"tokens": tokens, "weights": weights}, num_chunks)
         return sums["nll"] + 0.1 * sums["z"], sums
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
@@ -118,7 +130,7 @@ def test_a_batch_of_padding_alone_adds_nothing(chunks):
     model, weights = define(configure().model), np.zeros((BATCH, SEQ_LEN), np.float32)
 
     def loss(params):
-        sums = loss_sums(model.bind(params), batch(), weights, chunks)
+        sums = loss_sums(model.bind(params), batch() | {"weights": weights}, chunks)
         return sums["nll"] + sums["z"], sums
 
     grads, sums = jax.jit(jax.grad(loss, has_aux=True))(drawn_params())
@@ -130,8 +142,8 @@ def test_sums_are_those_of_the_positions_with_weight():
     decoder = define(configure().model).bind(drawn_params())
     weights = np.zeros((BATCH, SEQ_LEN), np.float32)
     weights[:3, 2:] = 1
-    sums = loss_sums(decoder, batch(), weights, 1)
-    logits, targets = np.asarray(decoder(batch()[:, :-1]), np.float64), batch()[:, 1:]
+    sums = loss_sums(decoder, batch() | {"weights": weights})
+    logits, targets = np.asarray(decoder(batch()["tokens"][:, :-1]), np.float64), batch()["tokens"][:, 1:]
     log_z = np.log(np.sum(np.exp(logits), axis=-1))
     nll = log_z - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sums["nll"], np.sum(nll * weights), rtol=1e-6)
@@ -153,8 +165,7 @@ def test_no_more_logits_live_than_the_limit(microbatches):
     """With a vocabulary of 2^15 and 8 x 8 positions the logits are 8 MiB; a limit of 1 MiB holds for every array."""
     config = configure(model__vocab_size=2**15, execution__max_logits_mib=1, training__num_microbatches=microbatches)
     program = program_of(config)
-    tokens = jax.ShapeDtypeStruct((BATCH, SEQ_LEN + 1), "int32")
-    jaxpr = program.train.trace(program.abstract_state, tokens, numbers_of(config)).jaxpr.jaxpr
+    jaxpr = program.train.trace(program.abstract_state, program.abstract_batch, numbers_of(config)).jaxpr.jaxpr
     logits = {shape for shape, _ in arrays_in(jaxpr) if len(shape) == 3 and shape[-1] == 2**15}
     sizes = {math.prod(shape) * 4 for shape in logits}
     assert max(sizes) == 2**20  # and not smaller: chunks are no finer than needed
@@ -196,8 +207,8 @@ def test_z_loss_gradient_is_the_finite_difference():
     Difference error about 1e-10; float32's, largest seen, 1.2e-6 of |g| / sqrt(n), what a unit direction meets.
     """
     config = configure(training__z_loss=0.5)
-    model, tokens = define(config.model, config.execution), batch(rows=2)
-    grads, sums = jax.jit(lambda p: gradients(config, model, p, {}, tokens, 1, numbers_of(config)))(drawn_params())
+    tokens = batch(rows=2)["tokens"]
+    grads, sums = gradients_of(config)(drawn_params(), {"tokens": tokens})
     exact, options = reference.to_float64(drawn_params()), reference.Options("span")
 
     def objective(params):
@@ -234,12 +245,13 @@ def test_one_sequence_is_learnt_by_heart(placement):
     tokens = np.tile(np.array([5, 1, 5, 2, 5, 3, 5, 4, 5], np.int32), (BATCH, 1))
     losses = []
     for _ in range(80):
-        state, metrics = program.train(state, tokens, numbers)
+        state, metrics = program.train(state, {"tokens": tokens}, numbers)
         losses.append(metrics["scalars"]["loss"])
     assert float(losses[0]) > 3
     assert float(losses[-1]) < 0.05
     assert float(metrics["scalars"]["accuracy"]) == 1
-    sums = program.evaluate(state.params, state.model_state, tokens, np.ones((BATCH, SEQ_LEN), np.float32))
+    held_out = {"tokens": tokens, "weights": np.ones((BATCH, SEQ_LEN), np.float32)}
+    sums = program.evaluate(state.params, state.model_state, held_out)
     assert float(sums["correct"]) == float(sums["count"]) == BATCH * SEQ_LEN
 
 
@@ -250,7 +262,7 @@ def test_nothing_is_compiled_after_the_first_step(devices):
     program = make_program(
         config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:devices])
     )
-    batches = [jax.device_put(batch(i), program.batch_sharding) for i in range(5)]
+    batches = [program.put(batch(i)) for i in range(5)]
     numbers = on_devices(numbers_of(config), program.mesh)
     events = []
 
@@ -263,8 +275,8 @@ def test_nothing_is_compiled_after_the_first_step(devices):
         jax.monitoring.register_event_duration_secs_listener(on_event)
         try:
             counts = []
-            for tokens in batches:
-                state, _ = program.train(state, tokens, numbers)
+            for each in batches:
+                state, _ = program.train(state, each, numbers)
                 counts.append(len(events))
         finally:
             jax.monitoring.unregister_event_duration_listener(on_event)
@@ -290,8 +302,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not():
         state, metrics = program.train(program.init(seed), batch(), numbers_of(config))
         return jax.device_get((state.params, metrics["scalars"]["loss"]))
 
-    same = jax.tree.map(np.array_equal, run(3), run(3))
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(run(3), run(3))
     assert run(3)[1] != run(4)[1]
 
 

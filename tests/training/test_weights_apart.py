@@ -6,11 +6,12 @@ Each against its equations in float64, from the package's own gradients.
 import dataclasses
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
 import reference
-from small_model import assert_trees_close, batch, configure, program_of, start
+from small_model import assert_trees_close, batch, configure, gradients_of, program_of, start
 
 from spannorm_jax.config import replace
 from spannorm_jax.errors import UserError
@@ -21,7 +22,7 @@ from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.training.muon import matrix_axes, muon_multipliers
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer
-from spannorm_jax.training.step import gradients, make_program
+from spannorm_jax.training.step import make_program
 
 RATES = {"optim__lr": 0.03, "optim__weight_decay": 0.5, "optim__b1": 0.8, "optim__eps": 1e-3, "optim__clip_norm": 0.0}
 # m = 2, l = 2, a = 0.5: rate, decay and eps by hand, of gains and matrices in blocks, of others.
@@ -49,13 +50,13 @@ def gains_apart(model, seed=0):
 def run(config, updates):
     """Yields (weights before, gradient, weights after, number) of each update, in float64."""
     model, program = define(config.model, config.execution), program_of(config)
-    gradient = jax.jit(lambda p, tokens: gradients(config, model, p, {}, tokens, 1, numbers_of(config))[0])
+    gradient = gradients_of(config)
     # Muon keeps its coefficients in its state, so that zeros would not do for one.
     state = program.init(0)
     state = dataclasses.replace(state, params=start(program, gains_apart(model)).params)
     for update in range(1, updates + 1):
         before = reference.to_float64(jax.device_get(state.params))
-        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))))
+        g = reference.to_float64(jax.device_get(gradient(state.params, batch(update))[0]))
         state, _ = program.train(state, batch(update), numbers_of(config))
         yield before, g, reference.to_float64(jax.device_get(state.params)), update
 
@@ -186,8 +187,7 @@ def test_muon_goes_on_from_a_checkpoint(tmp_path):
     checkpoints.wait()
     restored = checkpoints.restore(1, program.abstract_state)
     checkpoints.close()
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), state, restored)
-    assert all(jax.tree.leaves(same)) and jax.tree.structure(state) == jax.tree.structure(restored)
+    chex.assert_trees_all_equal(state, restored)
 
 
 def test_muon_refuses_what_is_no_matrix():

@@ -1,7 +1,7 @@
-"""Causal attention behind one function, whatever implementation the device runs best."""
+"""Attention behind one function, whatever implementation the device runs best."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,16 +19,16 @@ from spannorm_jax.parallel.mesh import partition_spec
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
 
-def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    out = jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="xla")
+def _xla(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) -> Array:
+    out = jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=causal, implementation="xla")
     return checkpoint_name(out, SAVED)
 
 
-def _cudnn(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
-    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=True, implementation="cudnn")
+def _cudnn(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) -> Array:
+    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, is_causal=causal, implementation="cudnn")
 
 
-def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) -> Array:
     """JAX's TPU kernel, one call a device: the compiler cannot partition it. Elsewhere it is interpreted, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -38,9 +38,11 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
 
+    mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+
     def attention_on_one_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BxTxHxK.shape[2]),
+            splash.MultiHeadMask([mask] * q_BxTxHxK.shape[2]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
@@ -58,7 +60,7 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
     return attention_on_one_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, bool], Array]] = {
     "xla": _xla,
     "blocked": blocked_attention,
     "cudnn": _cudnn,
@@ -84,11 +86,7 @@ def attention_for(execution: ExecutionConfig, cfg: ModelConfig, seq_len: int) ->
 
 def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str, str]:
     best = _BEST[jax.default_backend()] if name == "auto" else name
-    problems: dict[str, Callable[[int, int, int, int, str], str]] = {
-        "cudnn": _cudnn_problem,
-        "splash": _splash_problem,
-    }
-    why = problems[best](T, H, G, K, dtype) if best in problems else ""
+    why = _cudnn_problem(T, H, G, K, dtype) if best == "cudnn" else _splash_problem(T) if best == "splash" else ""
     return ("xla" if why and name == "auto" else best), why
 
 
@@ -98,10 +96,10 @@ def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
     if jax.default_backend() != "gpu":
         return "there is no GPU"
     q, kv = (jax.ShapeDtypeStruct((1, T, heads, K), dtype) for heads in (H, G))
-    return compile_problem(_cudnn, q, kv, kv, gradients=3)
+    return compile_problem(partial(_cudnn, causal=True), q, kv, kv, gradients=3)
 
 
-def _splash_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
+def _splash_problem(T: int) -> str:
     if jax.default_backend() == "gpu":
         return "it is a TPU's kernel"
     return "" if T % 128 == 0 else f"it needs data.seq_len divisible by 128, not {T}"
@@ -115,15 +113,15 @@ def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == _CUDNN_FORWARD or (primitive.name == "name" and params["name"] == SAVED)
 
 
-def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementation: str) -> Array:
-    """Causal softmax attention with logits q.k / sqrt(K), softmax in float32.
+def attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, implementation: str, causal: bool = True) -> Array:
+    """Softmax attention with logits q.k / sqrt(K), softmax in float32; causal, or of every position to all.
 
     H query heads share G key-value heads (G divides H). Returns (B, T, H, K) in q's dtype.
     """
     _, T, H, K = q_BxTxHxK.shape
     name, _ = _choose(implementation, T, H, k_BxTxGxK.shape[2], K, np.dtype(q_BxTxHxK.dtype).name)
     with jax.named_scope("dot_product_attention"):
-        return IMPLEMENTATIONS[name](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+        return IMPLEMENTATIONS[name](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal)
 
 
 def cached_attention(q_BxTxHxK: Array, k_BxSxGxK: Array, v_BxSxGxK: Array, positions_BxT: Array) -> Array:

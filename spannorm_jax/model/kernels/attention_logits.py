@@ -1,4 +1,4 @@
-"""Causal attention's logits, for what is measured of them: never all at once."""
+"""Attention's logits, for what is measured of them: never all at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from jax import Array
 _QUERIES = 128  # at once
 
 
-def over_logits(fn: Callable[[Array, Array], Any], q_BxTxHxK: Array, k_BxTxGxK: Array) -> Any:
-    """fn(logits_BxHxCxT, visible_CxT) of the causal logits q.k / sqrt(K) in float32, a piece of C queries at a time.
+def over_logits(fn: Callable[[Array, Array], Any], q_BxTxHxK: Array, k_BxTxGxK: Array, causal: bool) -> Any:
+    """fn(logits_BxHxCxT, visible_CxT) of the logits q.k / sqrt(K) in float32, a piece of C queries at a time.
 
-    Returns what it returns, (B, H, C, ...) leaves joined to (B, H, T, ...). A query sees keys up to
-    its own position; other logits are there, and are not `visible`. Memory O(B H C T).
+    Returns what it returns, (B, H, C, ...) leaves joined to (B, H, T, ...). If `causal`, a query
+    sees keys up to its own position; other logits are there, and are not `visible`. Memory O(B H C T).
     """
     B, T, H, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
@@ -26,7 +26,7 @@ def over_logits(fn: Callable[[Array, Array], Any], q_BxTxHxK: Array, k_BxTxGxK: 
     def piece(args: tuple[Array, Array]) -> Any:
         q_BxCxGxRxK, first = args
         logits = jnp.einsum("bcgrk,btgk->bgrct", q_BxCxGxRxK, k_BxTxGxK, preferred_element_type=jnp.float32)
-        visible = jnp.arange(T) <= first + jnp.arange(size)[:, None]
+        visible = jnp.arange(T) <= first + jnp.arange(size)[:, None] if causal else jnp.ones((size, T), bool)
         return fn(logits.reshape(B, H, size, T) * K**-0.5, visible)
 
     def joined(x: Array) -> Array:  # (pieces, B, H, C, ...) -> (B, H, T, ...)
@@ -36,20 +36,20 @@ def over_logits(fn: Callable[[Array, Array], Any], q_BxTxHxK: Array, k_BxTxGxK: 
     return jax.tree.map(joined, jax.lax.map(piece, (pieces, jnp.arange(count) * size)))
 
 
-def largest_logit(q_BxTxHxK: Array, k_BxTxGxK: Array) -> Array:
-    """The largest logit that takes part in causal attention."""
+def largest_logit(q_BxTxHxK: Array, k_BxTxGxK: Array, causal: bool = True) -> Array:
+    """The largest logit that takes part in attention."""
 
     def of_query(logits: Array, visible: Array) -> Array:
         return jnp.max(jnp.where(visible, logits, -jnp.inf), axis=-1)
 
-    return jnp.max(over_logits(of_query, q_BxTxHxK, k_BxTxGxK))
+    return jnp.max(over_logits(of_query, q_BxTxHxK, k_BxTxGxK, causal))
 
 
-def entropies(q_BxTxHxK: Array, k_BxTxGxK: Array) -> Array:
+def entropies(q_BxTxHxK: Array, k_BxTxGxK: Array, causal: bool = True) -> Array:
     """(B, H, T): the entropy of each query's attention weights, in nats."""
 
     def of_query(logits: Array, visible: Array) -> Array:
         log_weights = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
         return -jnp.sum(jnp.where(visible, jnp.exp(log_weights) * log_weights, 0.0), axis=-1)
 
-    return over_logits(of_query, q_BxTxHxK, k_BxTxGxK)
+    return over_logits(of_query, q_BxTxHxK, k_BxTxGxK, causal)

@@ -1,6 +1,7 @@
-"""Causal attention in blocks of queries, in plain JAX: what a CPU runs best.
+"""Attention in blocks of queries, in plain JAX: what a CPU runs best.
 
-Each block of queries meets the keys up to the end of its span, so that half of the square is never computed. There are
+If it is causal, each block of queries meets the keys up to the end of its span, so that half of the square is never
+computed; else all keys. There are
 eight spans at most, and a loop over the blocks of each: a block's size is fixed, so memory is linear in time. As in
 FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4), backward makes the weights again from the log-sum-exp
 of each query's logits. Arrays are (B, G, R, T, K) inside: R = H / G query heads share a key-value head, and a block's
@@ -23,10 +24,10 @@ SAVED = "attention"  # what remat must keep of the forward pass, so as not to re
 _ROWS, _MAX_SPANS = 64, 8  # query positions a block, at least; loops over blocks, each with the keys up to its end
 
 
-@jax.custom_vjp
-def blocked_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked_attention(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool = True) -> Array:
     """(B, T, H, K) in q's dtype; softmax in float32. H query heads share G key-value heads."""
-    return _forward(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)[0]
+    return _forward(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, causal)[0]
 
 
 def _spans(T: int) -> tuple[int, list[tuple[int, int]]]:
@@ -83,7 +84,7 @@ def _for_blocks(
     return carry, jax.tree.map(join, found)
 
 
-def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) -> tuple[Array, tuple[Array, ...]]:
     _, T, _, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
     rows, spans = _spans(T)
@@ -92,7 +93,8 @@ def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Arra
 
     def attend(keys: Array, values: Array, _: None, positions: Array, queries: Array) -> tuple[None, Any]:
         logits = _dot(queries, keys, over=(3, 3))
-        logits = jnp.where(positions[:, None] >= jnp.arange(values.shape[2]), logits, -jnp.inf)
+        if causal:
+            logits = jnp.where(positions[:, None] >= jnp.arange(values.shape[2]), logits, -jnp.inf)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -101,7 +103,8 @@ def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Arra
 
     found = []
     for span in spans:
-        step = partial(attend, k[:, :, : span[1]], v[:, :, : span[1]])
+        seen = span[1] if causal else T
+        step = partial(attend, k[:, :, :seen], v[:, :, :seen])
         found.append(_for_blocks(step, None, rows, span, q)[1])
     out, log_sum = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
     out_BxTxHxK = checkpoint_name(_by_time(out, T), SAVED)
@@ -109,7 +112,7 @@ def _forward(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> tuple[Arra
     return out_BxTxHxK, (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum)
 
 
-def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Array, Array]:
+def _backward(causal: bool, residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Array, Array]:
     q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, out_BxTxHxK, log_sum = residuals
     _, T, _, K = q_BxTxHxK.shape
     G = k_BxTxGxK.shape[2]
@@ -122,19 +125,15 @@ def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Ar
     shared = _by_head(shared_BxTxH[..., None], G, length)[..., 0]
 
     def attend(
-        keys: Array,
-        values: Array,
-        dkv: tuple[Array, Array],
-        positions: Array,
-        queries: Array,
-        gs: Array,
-        log_sum: Array,
-        shared: Array,
+        keys: Array, values: Array, dkv: tuple[Array, Array], positions: Array, *of_queries: Array
     ) -> tuple[tuple[Array, Array], Array]:
         dk, dv = dkv
+        queries, gs, log_sum, shared = of_queries
         end = keys.shape[2]
         logits = _dot(keys, queries, over=(3, 3))
-        weights = jnp.where(jnp.arange(end)[:, None] <= positions, jnp.exp(logits - log_sum[:, :, None]), 0)
+        weights = jnp.exp(logits - log_sum[:, :, None])
+        if causal:
+            weights = jnp.where(jnp.arange(end)[:, None] <= positions, weights, 0)
         dweights = _dot(values, gs, over=(3, 3))
         dlogits = (weights * (dweights - shared[:, :, None])).astype(keys.dtype)
         dv = dv.at[:, :, :end].add(_dot(weights.astype(values.dtype), gs, over=(3, 2)))
@@ -145,7 +144,8 @@ def _backward(residuals: tuple[Array, ...], g_BxTxHxK: Array) -> tuple[Array, Ar
     dkv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     found = []
     for span in spans:
-        step = partial(attend, k[:, :, : span[1]], v[:, :, : span[1]])
+        seen = span[1] if causal else T
+        step = partial(attend, k[:, :, :seen], v[:, :, :seen])
         dkv, dq = _for_blocks(step, dkv, rows, span, q, g, log_sum, shared)
         found.append(dq)
     dk, dv = dkv

@@ -1,0 +1,71 @@
+"""What a model has between its ends: blocks, a scan over them all, and the placement's norms before and behind."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import nnx
+from jax import Array
+
+from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
+from spannorm_jax.model.block import Block
+from spannorm_jax.model.layers import Norms
+from spannorm_jax.model.moe.router import Stats
+from spannorm_jax.model.placement import placement_of
+from spannorm_jax.model.stack import STACKS, Stacks, Step, over_blocks
+
+
+class Pass(NamedTuple):
+    """What one pass over the blocks leaves."""
+
+    features: Array  # (B, T, D) in the compute dtype: what the head reads
+    stream: Any  # what leaves the last block
+    ys: Any  # (L, ...): what each step returns beside its stream
+    stats: Stats | None  # the router's sums of each block with experts, stacked; None without any
+
+
+class Trunk(nnx.Module):
+    """Embeddings -> features. A model adds its ends: what embeds its inputs, and what reads the features.
+
+    It declares one dense block and one with experts. `ModelDef.bind` fills them with the weights of all, stacked on a
+    layer axis.
+    """
+
+    def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, causal: bool = True):
+        self.cfg, self.execution, self.causal = cfg, execution, causal
+        kinds = moe_layers(cfg)
+        for moe, name in STACKS.items():
+            if moe in kinds:
+                setattr(self, name, Block(cfg, execution, moe, causal))
+        self.ends = Norms(cfg, placement_of(cfg).end_norms)
+
+    @property
+    def stacks(self) -> Stacks:
+        return {moe: getattr(self, name) for moe, name in STACKS.items() if hasattr(self, name)}
+
+    def enter(self, x_BxTxD: Array) -> Any:
+        """The stream that enters the first block, of the embeddings."""
+        return placement_of(self.cfg).enter(x_BxTxD, self.ends)
+
+    def leave(self, stream: Any) -> Array:
+        """What the head reads, (B, T, D), of the stream that leaves the last block."""
+        return placement_of(self.cfg).leave(stream, self.ends)
+
+    def run_from(
+        self, stream: Any, angles: Array | None, step: Step | None = None, per_layer: Any = None, remat: str = ""
+    ) -> Pass:
+        """Runs step(block, stream, layer, angles, x) -> (stream, y, stats) over all blocks, from `enter`'s stream on.
+
+        Args:
+          angles: of the rotary positions, (..., T, K / 2); every step gets them.
+          step: by default the block itself, `Block.whole`.
+          per_layer: a tree of (L, ...); x is a block's slice of it.
+          remat: instead of the execution's, if given.
+        """
+        execution = dataclasses.replace(self.execution, remat=remat) if remat else self.execution
+        step = step or Block.whole
+
+        def bound(block: Block, stream: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
+            return step(block, stream, layer, angles, x)
+
+        stream, ys, stats = over_blocks(self.stacks, self.cfg, execution, bound, stream, per_layer)
+        return Pass(self.leave(stream), stream, ys, stats)

@@ -1,0 +1,87 @@
+"""A task: what a run is trained on and judged by, behind one value."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from spannorm_jax.config import Config
+from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.parallel.mesh import sharding
+
+Batch = dict[str, Array]
+Rows = dict[str, np.ndarray]  # of a batch, on the host
+LossSums = Callable[[Any, Batch], dict[str, Any]]  # of a model with weights (`ModelDef.bind`) on a batch
+SUMMED = ("nll", "correct", "count")  # what held-out batches add up of the loss sums
+
+
+@dataclass(frozen=True)
+class Field:
+    """An array of a batch: its shape, its type and its logical axes, of which the first is `batch`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+
+
+Fields = dict[str, Field]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is trained on and judged by; the loop, the step, lanes and records know nothing else of it.
+
+    `config` is resolved everywhere but in `open`; `data` is what `open` returns.
+
+    Attributes:
+      open: config -> (data, the config resolved against them and the platform). Raises UserError if they are not those
+        asked for.
+      check: (config, data) raises UserError if they leave nothing to judge by, though only evaluation may ask for it.
+      define: config -> the model's structure.
+      positions: config -> T, what a row has for attention; `tokens` in metrics and FLOPs count these.
+      train_fields, eval_fields: config -> the arrays of a batch of training, and of a held-out one.
+      rows: (config, data) -> (step, start, stop) -> rows of a step's batch, a pure function of seed and step.
+      inputs: batch -> what the model's `run` takes.
+      loss_sums: (config, the mesh's shape, rows that pass at once) -> `LossSums`: sums over what counts, `nll` (nats),
+        `log_z`, `z` (its square), `correct` and `count`; of a model with experts also `router`, what its routers did.
+      held_out: (config, data) -> each held-out batch in turn, and counts of its own (`bytes`), always the same.
+      measures: the totals of SUMMED and of the counts -> what evaluation reports, by name.
+      logged: those of the measures that training logs, as held_out_NAME.
+      facts: data -> what a record says of them.
+      files: data -> what a run's folder keeps of them for evaluation, name -> text.
+      announced: (config, data) -> the line that says what is trained on.
+      warn: (config, data) says what speaks against a held-out measure.
+      floors: (config, data, measures) -> losses that need no network, on the same predictions, by name; {} if there
+        are too many.
+    """
+
+    name: str
+    open: Callable[[Config], tuple[Any, Config]]
+    check: Callable[[Config, Any], None]
+    define: Callable[[Config], ModelDef]
+    positions: Callable[[Config], int]
+    train_fields: Callable[[Config], Fields]
+    eval_fields: Callable[[Config], Fields]
+    rows: Callable[[Config, Any], Callable[[int, int, int], Rows]]
+    inputs: Callable[[Batch], Array]
+    loss_sums: Callable[[Config, dict[str, int], int], LossSums]
+    held_out: Callable[[Config, Any], Iterator[tuple[Rows, dict[str, int]]]]
+    measures: Callable[[dict[str, float]], dict[str, float]]
+    logged: tuple[str, ...]
+    facts: Callable[[Any], dict[str, Any]]
+    files: Callable[[Any], dict[str, str]]
+    announced: Callable[[Config, Any], str]
+    warn: Callable[[Config, Any], None]
+    floors: Callable[[Config, Any, dict[str, float]], dict[str, float]]
+
+
+def abstract_batch(fields: Fields, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch with their shardings."""
+    return {
+        name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=sharding(mesh, field.axes))
+        for name, field in fields.items()
+    }
