@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from run_folders import write_eval, write_run
 
-from experiments import sweep_records
+from experiments import claims, results_page, sweep_records
 from spannorm_jax.errors import UserError
 from spannorm_jax.report import page as report_page
 from spannorm_jax.sweep.expansion import expand
@@ -140,3 +140,8 @@ def test_a_damaged_archive_is_one_line(tmp_path, folder, damage):
 def test_a_mistyped_command_is_one_line(argv, says):
     with pytest.raises(UserError, match=says):
         sweep_records.main(argv)
+
+
+def test_the_pages_of_results_and_claims_read_a_sweep_once(tmp_path):
+    write_run(tmp_path / "runs" / "a", bits=2.0)
+    assert claims.read(tmp_path / "runs") is results_page.read(tmp_path / "runs")
