@@ -33,7 +33,8 @@ def test_cached_decoding_is_the_full_forward_pass(placement, variant, dtype, tol
     The padding of a prompt and the unused slots of the cache hold large values: none may be seen.
     """
     model, params, _, _ = make(placement, execution=XLA, dtype=dtype, **VARIANTS[variant])
-    decoder, tokens = model.bind(params), np.random.default_rng(0).integers(11, size=(len(PROMPTS), TOTAL))
+    params, tokens = jax.tree.map(jnp.asarray, params), np.random.default_rng(0).integers(11, size=(3, TOTAL))
+    decoder = model.bind(params)
     want = np.asarray(jax.jit(decoder)(tokens))
     cache = jax.tree.map(lambda x: jnp.full_like(x, 1e3), empty_cache(model.cfg, len(PROMPTS), SLOTS))
 
