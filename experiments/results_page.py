@@ -15,6 +15,7 @@ import polars as pl
 import vl_convert
 
 from spannorm_jax.errors import UserError
+from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.report import comparisons, markdown, stats
 from spannorm_jax.report.contents import contents, interval_text
 from spannorm_jax.report.curves import gap_curves
@@ -29,14 +30,9 @@ Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
 FLOORS = Path("experiments/results/floors.json")
 FAILED = ("plateau", "collapsed", "diverged")
-NAMES = {
-    **{"pre": "PreNorm", "post": "PostNorm", "span": "SpanNorm", "span_raw": "SpanNorm, raw skip", "peri": "Peri-LN"},
-    **{"hybrid": "HybridNorm", "layerscale": "LayerScale", "siamese": "SiameseNorm", "deepnorm": "DeepNorm"},
-    **{"olmo2": "OLMo 2", "b2t": "B2T", "residual": "ResiDual", "mix": "Mix-LN", "lns": "LayerNorm Scaling"},
-    **{"keel": "KEEL", "rezero": "ReZero", "subln": "SubLN", "deepscale": "DeepScaleLM"},
-    **{"pre_embnorm": "PreNorm, normed embeddings", "ds": "DS-Init", "zero_out": "zero outputs"},
-    **{"plain": "plain", "gpt2": "GPT-2", "scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5"},
-    **{"xavier": "Xavier", "normal": "normal", "megatron": "Megatron", "muon": "Muon"},
+NAMES = {placement.name: placement.title for placement in PLACEMENTS.values()} | {
+    **{"ds": "DS-Init", "zero_out": "zero outputs", "gpt2": "GPT-2", "xavier": "Xavier", "megatron": "Megatron"},
+    **{"scale-L1": "ScaleInit-L1", "scale-L0.5": "ScaleInit-L0.5", "muon": "Muon"},
 }
 
 

@@ -32,7 +32,7 @@ from spannorm_jax.config import (
 from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
-from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites
+from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites, placement_of
 from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
@@ -80,8 +80,7 @@ def _parse_text(text: str, kind: Any, where: str) -> Any:
     except (ValueError, KeyError, OverflowError):
         value = None
     if value is None or not matches(value, kind):
-        shown = _shown(text)
-        raise UserError(f"{where}={shown!r} must be {kind_name(kind)}")
+        raise UserError(f"{where}={_shown(text)!r} must be {kind_name(kind)}")
     return value
 
 
@@ -90,27 +89,25 @@ def _shown(text: str) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-def _apply_override(config: ConfigDict, key: str, text: str) -> None:
-    cls: Any = Config
-    node = config
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        kinds = typing.get_type_hints(cls)
+def _apply_override(config: Any, key: str, text: str) -> None:
+    """Sets a dotted key in a config's nested mapping."""
+    kind: Any = Config
+    *groups, last = key.split(".")
+    for i, part in enumerate((*groups, last)):
+        if not dataclasses.is_dataclass(kind):
+            raise UserError(f"unknown config key {_shown(key)}; {'.'.join(groups[:i])} holds no further keys")
+        kinds = typing.get_type_hints(kind)
         if part not in kinds:
             # The right name in the wrong group is likelier than another name of this group.
-            elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == parts[-1]]
+            elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == last]
             near = f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(part, kinds)
             raise UserError(f"unknown config key {_shown(key)}; {near}")
         kind = kinds[part]
-        group = dataclasses.is_dataclass(kind)
-        if i == len(parts) - 1:
-            if group:
-                raise UserError(f"config key {_shown(key)} is a group; set one of its keys: {key}.NAME=VALUE")
-            node[part] = _parse_text(text, kind, f"config key {key}")
-        elif not group:
-            raise UserError(f"unknown config key {_shown(key)}; {'.'.join(parts[: i + 1])} holds no further keys")
-        else:
-            node, cls = node[part], kind
+    if dataclasses.is_dataclass(kind):
+        raise UserError(f"config key {_shown(key)} is a group; set one of its keys: {key}.NAME=VALUE")
+    for group in groups:
+        config = config[group]
+    config[last] = _parse_text(text, kind, f"config key {key}")
 
 
 def run_file(path: str) -> types.ModuleType:
@@ -212,7 +209,7 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     Raises:
       UserError: with one line that names the key, the value and what to write instead.
     """
-    config = read_config_file(spec).copy_and_resolve_references()
+    config = read_config_file(spec).copy_and_resolve_references().to_dict()
     for key, text in overrides:
         _apply_override(config, key, text)
     return _checked(from_dict(config))
@@ -232,30 +229,24 @@ def resolve_without_data(config: Config, platform: str) -> Config:
 
 
 def _check_names(config: Config) -> None:
-    choices: dict[str, Collection[str]] = {
-        "model.placement": PLACEMENTS,
-        "model.init": (*INITS, PUBLISHED),
-    }
-    values = flatten(config)
-    for key, valid in choices.items():
-        if values[key] not in valid:
-            raise UserError(f"config key {key}={values[key]!r} is unknown; {did_you_mean(values[key], valid)}")
-    least = PLACEMENTS[config.model.placement].least_depth
-    if config.model.depth < least:
+    model = config.model
+
+    def check_known(key: str, names: Collection[str], valid: Collection[str]) -> None:
+        for name in names:
+            if name not in valid:
+                raise UserError(f"config key {key}={name!r} is unknown; {did_you_mean(name, valid)}")
+
+    check_known("model.placement", [model.placement], PLACEMENTS)
+    check_known("model.init", [model.init], (*INITS, PUBLISHED))
+    check_known("model.init_targets", model.init_targets, OUTPUT_SITES)
+    check_known("optim.decay_gains", config.optim.decay_gains, (EVERY_GAIN, *gain_sites(model)))
+    least = placement_of(model).least_depth
+    if model.depth < least:
         raise UserError(
-            f"config key model.depth={config.model.depth} is too small for model.placement={config.model.placement}, "
+            f"config key model.depth={model.depth} is too small for model.placement={model.placement}, "
             f"whose equation needs {least} blocks; write {least} or more"
         )
-    for target in config.model.init_targets:
-        if target not in OUTPUT_SITES:
-            raise UserError(
-                f"config key model.init_targets={target!r} is unknown; {did_you_mean(target, OUTPUT_SITES)}"
-            )
-    known = (EVERY_GAIN, *gain_sites(config.model))
-    for site in config.optim.decay_gains:
-        if site not in known:
-            raise UserError(f"config key optim.decay_gains={site!r} is unknown; {did_you_mean(site, known)}")
-    _check_multiplier(config.model)
+    _check_multiplier(model)
 
 
 def _check_multiplier(model: ModelConfig) -> None:
@@ -267,7 +258,7 @@ def _check_multiplier(model: ModelConfig) -> None:
             f"config key model.depth_factor=multiplier is ScaleInit's, and model.init={model.init}; "
             "write model.init=scale, or model.depth_factor=weight"
         )
-    sites = model.init_targets or tuple(PLACEMENTS[model.placement].additions.values())
+    sites = model.init_targets or tuple(placement_of(model).additions.values())
     inside = [site for site in sites if site not in ("attn_out", "ffn_out")]
     if inside:
         leave = ", or leave model.init_targets out" if model.init_targets else ""
@@ -308,7 +299,7 @@ def check_overridable(overrides: list[tuple[str, str]], allowed: tuple[str, ...]
 
 def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     """`config` with `(dotted key, text)` overrides, validated. Raises UserError."""
-    values = ConfigDict(to_dict(config))
+    values = to_dict(config)
     for key, text in overrides:
         _apply_override(values, key, text)
     return _checked(from_dict(values))
@@ -347,7 +338,7 @@ def _init(model: ModelConfig) -> str:
     """The name in INITS that a config means."""
     if model.init != PUBLISHED:
         return model.init
-    found = PLACEMENTS[model.placement].published_init
+    found = placement_of(model).published_init
     if not found:
         raise UserError(
             f"config key model.init={PUBLISHED}: what model.placement={model.placement} was published with is not "

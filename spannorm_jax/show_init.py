@@ -18,7 +18,7 @@ from spannorm_jax.model.initialisation import (
     residual_additions,
 )
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS, forward
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.validation import notices
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     variance = predicted_branch_variance(cfg, model.specs())
     words = [f"{branches[name]} {np.mean(values):.6f}" for name, values in variance.items()]
     words[0] += " (at the first position; less where values are averaged)"
-    additions = PLACEMENTS[cfg.placement].additions
+    additions = placement_of(cfg).additions
     print(
         f"\npredicted branch variance at unit-variance input: {', '.join(words)}"
         f"\nadded to the stream over its {residual_additions(cfg)} additions (sized by {', '.join(additions.values())})"

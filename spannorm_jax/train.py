@@ -6,7 +6,6 @@ from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.parallel import place
-from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.training.flags import Flags, parse_steps
 
@@ -21,7 +20,6 @@ def parse(argv: list[str]) -> tuple[Config, Path, Flags, place.Flags]:
     parser.add_argument(
         "--stop_code", type=int, default=0, help="exit code if a signal stops the run before its end (default 0)"
     )
-    parser.add_argument("--dry_run", action="store_true", help="train nothing: python -m spannorm_jax.plan")
     add_flags(parser)
     args = parser.parse_args(rest)
     if not 0 <= args.stop_code < 128:
@@ -32,8 +30,6 @@ def parse(argv: list[str]) -> tuple[Config, Path, Flags, place.Flags]:
 
 
 def main(argv: list[str]) -> int:
-    if "--dry_run" in argv:
-        return plan.main([item for item in argv if item != "--dry_run"])
     command = parse(argv)
     from spannorm_jax.training.loop import train  # JAX comes with it: a command that is mistyped does without
 

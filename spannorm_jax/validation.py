@@ -7,7 +7,7 @@ from typing import Any
 from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, divisors, flatten, rules, unread
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.resolution import num_steps
 
 
@@ -86,7 +86,7 @@ def notices(config: Config) -> list[str]:
     """What a user should know of a legal config before its results are believed, a line each."""
     model = config.model
     said = []
-    advice = PLACEMENTS[model.placement].not_with.get(model.init)
+    advice = placement_of(model).not_with.get(model.init)
     if advice:
         said.append(f"model.placement={model.placement} with model.init={model.init}: {advice}")
     values, default = flatten(config), flatten(Config())
@@ -130,34 +130,24 @@ def _validate_length(config: Config) -> None:
 
 
 def _validate_shapes(config: Config) -> None:
-    model, training, mesh = config.model, config.training, config.mesh
-    if model.width % model.num_heads:
-        fits = [h for h in divisors(model.width) if model.width // h % 2 == 0]
-        near = [*[h for h in fits if h < model.num_heads][-1:], *[h for h in fits if h > model.num_heads][:1]]
+    model, training = config.model, config.training
+    heads, kv_heads, unroll = model.num_heads, model.num_kv_heads, config.execution.scan_unroll
+    fits = [h for h in divisors(model.width) if model.width // h % 2 == 0]
+    near = [*[h for h in fits if h < heads][-1:], *[h for h in fits if h > heads][:1]]
+    others = f"write {' or '.join(map(str, near)) or 'an even model.width'}, or change the width"
+
+    def divides(key: str, value: int, of: str, whole: int, remedy: str = "write a divisor") -> None:
+        if whole % value:
+            raise UserError(f"config key {key}={value} does not divide {of}={whole}; {remedy}")
+
+    divides("model.num_heads", heads, "model.width", model.width, others)
+    divides("model.num_kv_heads", kv_heads or 1, "model.num_heads", heads, "write a divisor, or 0 for as many")
+    divides("execution.scan_unroll", unroll, "model.depth", model.depth, "write a divisor (1: a loop, the depth: none)")
+    divides("training.num_microbatches", training.num_microbatches, "training.batch_size", training.batch_size)
+    if model.width // heads % 2:
         raise UserError(
-            f"config key model.num_heads={model.num_heads} does not divide model.width={model.width}; "
-            f"write {' or '.join(map(str, near)) or 'an even model.width'}, or change the width"
-        )
-    head_dim = model.width // model.num_heads
-    if head_dim % 2:
-        raise UserError(
-            f"model.width / model.num_heads = {head_dim} is odd, and rotary embeddings turn pairs; "
+            f"model.width / model.num_heads = {model.width // heads} is odd, and rotary embeddings turn pairs; "
             "choose an even head size"
-        )
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"config key model.num_kv_heads={model.num_kv_heads} does not divide "
-            f"model.num_heads={model.num_heads}; write a divisor, or 0 for as many"
-        )
-    if model.depth % config.execution.scan_unroll:
-        raise UserError(
-            f"config key execution.scan_unroll={config.execution.scan_unroll} does not divide "
-            f"model.depth={model.depth}; write a divisor (1 for a loop, the depth for none)"
-        )
-    if training.batch_size % training.num_microbatches:
-        raise UserError(
-            f"config key training.num_microbatches={training.num_microbatches} does not divide "
-            f"training.batch_size={training.batch_size}; write a divisor"
         )
     for key, rows in (("training.batch_size", training.batch_size), ("eval.batch_size", config.eval.batch_size)):
         if rows * config.data.seq_len > MAX_INT:
@@ -165,9 +155,9 @@ def _validate_shapes(config: Config) -> None:
                 f"config key {key}={rows} x data.seq_len={config.data.seq_len} is above {MAX_INT} tokens a step; "
                 "make one of them smaller"
             )
-    axes = dataclasses.asdict(mesh)
+    axes = dataclasses.asdict(config.mesh)
     for axis, size in axes.items():
         if size == 0:
             raise UserError(f"config key mesh.{axis}=0 must be at least 1, or -1 for the devices that are left")
-    if sum(size == -1 for size in axes.values()) > 1:
+    if list(axes.values()).count(-1) > 1:
         raise UserError(f"config group mesh={axes} has more than one -1; only one axis can take what is left")

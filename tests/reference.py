@@ -12,6 +12,7 @@ or, with experts in every block, moe_blocks, whose ffn is {router (D,E), in_ (E,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -257,37 +258,68 @@ def final(X, N):
     return N("final", X)
 
 
+def two_streams(X, N):
+    return X, X
+
+
+def sum_of_two(stream, N):
+    return stream[0] + N("final", stream[1])
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A placement by hand: how the stream is entered, one block, how it is left, and what it owns."""
+
+    enter: Callable
+    block: Callable
+    leave: Callable
+    owned: int  # gains of size D in a block, of norms and without one
+    ends: tuple[str, ...] = ()  # norms at the ends
+    inner: tuple[str, ...] = ()  # what is normed within sub-layers
+    scalars: int = 0  # gains of size 1 in a block
+    added: tuple[str, ...] = ("A", "F")  # what is added to the stream: a sub-layer, or a norm of one
+
+    def gains(self, m):
+        """Numbers in a block's gains, of a model config."""
+        K = m.width // m.num_heads
+        inner = {*self.inner, *(("q", "k") if m.qk_norm else ())}
+        sizes = {"q": K, "k": K, "v": K, "heads": m.num_heads * K, "hidden": m.ffn_dim}
+        return self.owned * m.width + self.scalars + sum(sizes[name] for name in inner)
+
+
+NORMED = ("after_attn", "after_ffn")
 EQUATIONS = {
-    "pre": (as_it_is, pre, final),
-    "post": (as_it_is, post, as_it_is),
-    "span": (lambda X, N: N("entry", X), span, as_it_is),
-    "span_raw": (lambda X, N: (X, N("entry", X)), span_raw, lambda stream, N: stream[0]),
-    "peri": (as_it_is, peri, final),
-    "hybrid": (as_it_is, hybrid, as_it_is),
-    "layerscale": (as_it_is, layerscale, final),
-    "siamese": (lambda X, N: (X, X), siamese, lambda stream, N: stream[0] + N("final", stream[1])),
-    "deepnorm": (as_it_is, deepnorm, as_it_is),
-    "olmo2": (as_it_is, olmo2, final),
-    "b2t": (as_it_is, b2t, as_it_is),
-    "residual": (lambda X, N: (X, X), residual, lambda stream, N: stream[0] + N("final", stream[1])),
-    "mix": (as_it_is, mix, final),
-    "lns": (as_it_is, lns, final),
-    "keel": (as_it_is, keel, as_it_is),
-    "rezero": (as_it_is, rezero, as_it_is),
-    "subln": (as_it_is, pre, final),  # its other norms are in the sub-layers
-    "deepscale": (as_it_is, deepscale, final),
-    "pre_embnorm": (lambda X, N: N("entry", X), pre, final),
+    "pre": Equation(as_it_is, pre, final, 2, ("final",)),
+    "post": Equation(as_it_is, post, as_it_is, 2),
+    "span": Equation(lambda X, N: N("entry", X), span, as_it_is, 2, ("entry",), added=("F",)),
+    "span_raw": Equation(lambda X, N: (X, N("entry", X)), span_raw, lambda s, N: s[0], 2, ("entry",), added=("F",)),
+    "peri": Equation(as_it_is, peri, final, 4, ("final",), added=NORMED),
+    "hybrid": Equation(as_it_is, hybrid, as_it_is, 1, inner=("q", "k", "v")),
+    "layerscale": Equation(as_it_is, layerscale, final, 4, ("final",)),
+    "siamese": Equation(two_streams, siamese, sum_of_two, 6, ("final",)),
+    "deepnorm": Equation(as_it_is, deepnorm, as_it_is, 2),
+    "olmo2": Equation(as_it_is, olmo2, final, 2, ("final",), inner=("q", "k"), added=NORMED),
+    "b2t": Equation(as_it_is, b2t, as_it_is, 2),
+    "residual": Equation(two_streams, residual, sum_of_two, 2, ("final",)),
+    "mix": Equation(as_it_is, mix, final, 2, ("final",)),
+    "lns": Equation(as_it_is, lns, final, 2, ("final",)),
+    "keel": Equation(as_it_is, keel, as_it_is, 4),
+    "rezero": Equation(as_it_is, rezero, as_it_is, 0, scalars=2),
+    "subln": Equation(as_it_is, pre, final, 2, ("final",), inner=("heads", "hidden")),
+    "deepscale": Equation(as_it_is, deepscale, final, 2, ("final",)),
+    "pre_embnorm": Equation(lambda X, N: N("entry", X), pre, final, 2, ("entry", "final")),
 }
 
 
 def warmed(A, F, n, l, options):
     """ProRes: what is added to the stream times min(1, t / (T l)), l from 1."""
     T, t = options.warmup
-    a = min(1.0, t / (T * (l + 1)))
-    if options.placement in ("peri", "olmo2"):  # what is added is normed
-        return A, F, lambda name, x: n(name, x) * (a if name.startswith("after") else 1)
-    through_ffn = options.placement in ("span", "span_raw")  # attention is not added to the stream
-    return (A if through_ffn else lambda x: a * A(x)), (lambda x: a * F(x)), n
+    added, a = EQUATIONS[options.placement].added, min(1.0, t / (T * (l + 1)))
+    return (
+        (lambda x: a * A(x)) if "A" in added else A,
+        (lambda x: a * F(x)) if "F" in added else F,
+        lambda name, x: n(name, x) * (a if name in added else 1),
+    )
 
 
 def _stream(params, tokens_T, options, seen):
@@ -302,8 +334,8 @@ def _stream(params, tokens_T, options, seen):
     x = params["embed"][tokens_T]
     if "head" not in params:
         x = x * math.sqrt(x.shape[-1])
-    enter, block, leave = EQUATIONS[options.placement]
-    stream = enter(x, end_norm)
+    equation = EQUATIONS[options.placement]
+    stream = equation.enter(x, end_norm)
     for layer in range(depth):
         w = {
             part: {
@@ -328,8 +360,8 @@ def _stream(params, tokens_T, options, seen):
             return w["norms"][name] * x
 
         functions = warmed(attn, ffn, n, layer, options) if options.warmup else (attn, ffn, n)
-        stream = block(stream, *functions, g, layer, depth)
-    return leave(stream, end_norm)
+        stream = equation.block(stream, *functions, g, layer, depth)
+    return equation.leave(stream, end_norm)
 
 
 def _at(leaf, layer):

@@ -7,16 +7,12 @@ peak (6 x parameters x tokens, and with attention's FLOPs), compile seconds, mem
 step's time goes, compile seconds at 12 and 128 blocks, and how long a start with cached programs takes.
 """
 
-import contextlib
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,9 +57,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="steps a round")
     parser.add_argument("--placements", default=MAIN, help=f"beside pre, or all (default {MAIN})")
     parser.add_argument(
-        "--peer", metavar="PYTHON", help="also time the shape in PyTorch, in an interpreter that has it (GELU models)"
-    )
-    parser.add_argument(
         "--only_steps", action="store_true", help="neither parts of a step, nor a warm start, nor other depths"
     )
     args = parser.parse_args(rest)
@@ -72,8 +65,6 @@ def main(argv: list[str]) -> int:
     for name in names:
         if name not in PLACEMENTS:
             raise UserError(f"--placements {name!r} is no placement; {did_you_mean(name, PLACEMENTS)}")
-    if args.peer and (config.model.ffn != "gelu" or config.model.moe.num_experts):
-        raise UserError("--peer has dense models with GELU alone; write --config.model.ffn=gelu")
     more: dict[str, Any] = {}
     if not args.only_steps:  # before this process takes a GPU
         own = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in overrides)]
@@ -81,9 +72,7 @@ def main(argv: list[str]) -> int:
     start_jax(config.platform)
     jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are to be a compiler's
     data, config = open_data(config)
-    with contextlib.ExitStack() as stack:
-        peer = stack.enter_context(contextlib.closing(Peer(args.peer, config))) if args.peer else None
-        record = measure(config, data, names, args.rounds, args.steps, peer)
+    record = measure(config, data, names, args.rounds, args.steps)
     if not args.only_steps:
         with jax.set_mesh(make_mesh(config.mesh)):
             more["time_split_s"] = time_split(config, train_loader(config, data))
@@ -130,17 +119,12 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 # ---- the measurement ----------------------------------------------------------------------------
 
 
-def measure(
-    config: Config, data: OpenData, names: Sequence[str], rounds: int, steps: int, peer: "Peer | None" = None
-) -> dict[str, Any]:
-    """One record: `peak_flops_per_s`, `tokens_per_step`, `placements`, a dict of numbers for each, and the `peer`."""
+def measure(config: Config, data: OpenData, names: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+    """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
     loader = train_loader(config, data)
     variants = {placement: replace(config, model__placement=placement) for placement in dict.fromkeys(("pre", *names))}
     peak = matmul_peak(config.model.dtype) * jax.device_count()
-    of_peer: list[float] = []
-    placements = step_times(
-        variants, loader, rounds, steps, lambda: of_peer.append(peer.seconds_a_step(steps)) if peer else None
-    )
+    placements = step_times(variants, loader, rounds, steps)
     for got in placements.values():
         ratio = median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
         got |= {
@@ -149,59 +133,12 @@ def measure(
             "step_over_pre": ratio["median"],
             "step_over_pre_interval": [ratio["low"], ratio["high"]],
         }
-    record = {
+    return {
         "peak_flops_per_s": peak,
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
         "attention": attention_for(config.execution, config.model, config.data.seq_len)[0],
         "placements": placements,
     }
-    return record | {"peer": against(peer, of_peer[1:], record)} if peer else record
-
-
-# ---- the peer -----------------------------------------------------------------------------------
-
-
-class Peer:
-    """`peer.py` in an interpreter that has PyTorch, which waits while nothing is asked of it."""
-
-    def __init__(self, python: str, config: Config):
-        model = config.model
-        shape = {name: getattr(model, name) for name in ("depth", "width", "num_heads", "ffn_dim", "vocab_size")}
-        shape |= {"seq_len": config.data.seq_len, "batch_size": config.training.batch_size}
-        command = [python, str(Path(__file__).with_name("peer.py")), json.dumps(shape)]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            raise UserError(f"--peer {python} cannot be started ({error.strerror}); give an interpreter") from error
-        said = self._read()
-        if not said:
-            raise UserError(f"--peer {python} could not train (see above); it needs PyTorch: pip install torch")
-        self.facts = json.loads(said)
-
-    def _read(self) -> str:
-        assert self._process.stdout
-        return self._process.stdout.readline()
-
-    def seconds_a_step(self, steps: int) -> float:
-        assert self._process.stdin
-        print(steps, file=self._process.stdin, flush=True)
-        return float(self._read())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def against(peer: Peer, times: list[float], record: dict[str, Any]) -> dict[str, Any]:
-    """The peer's numbers, and our rate over its rate, in 6 x parameters x tokens a second, by placement."""
-    num_params = peer.facts["num_params"]
-    rate = 6 * num_params * record["tokens_per_step"] / statistics.median(times)
-    ours = {}
-    for name, got in record["placements"].items():
-        ratio = median_ratio(times, got["step_times_s"])
-        scale = got["num_params"] / num_params
-        ours[name] = {key: value and value * scale for key, value in ratio.items() if key != "pairs"}
-    return peer.facts | {"step_times_s": times, "flops_per_s_6N": rate, "our_rate_over_its": ours}
 
 
 # ---- where the time goes ------------------------------------------------------------------------
@@ -277,9 +214,6 @@ def print_table(record: dict[str, Any]) -> None:
             f"{(used or 0) / 2**20:>7,.0f} MiB{p['memory']['ratio'] or 0:>10.2f}"
             f"{p['page_faults']:>9,.0f}"
         )
-    for name, ratio in record.get("peer", {}).get("our_rate_over_its", {}).items():
-        interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio["low"] else ""
-        print(f"{name}: {ratio['median']:.3f}{interval} times the rate of PyTorch {record['peer']['torch']}")
     if "compile_s_by_depth" not in record:
         return
     by_depth = record["compile_s_by_depth"]

@@ -83,7 +83,6 @@ def step_times(
     loader: TrainLoader,
     rounds: int,
     steps: int,
-    between_rounds: Callable[[], None] = lambda: None,
     while_traced: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """The train step of each variant, measured in turn: its size, compile seconds, memory and seconds a step.
@@ -91,8 +90,7 @@ def step_times(
     `page_faults` (minor ones) and `system_s` (seconds in the kernel) are the process's, a step: the
     median over rounds. `most_page_faults` is that of the worst round: a step's block of temporaries
     may still be held when the next step asks for one, and a second block is then faulted in, once.
-    `between_rounds` is called after each round, the first one included. A variant is traced within
-    `while_traced(its name)`.
+    A variant is traced within `while_traced(its name)`.
     """
     measured: dict[str, dict[str, Any]] = {}
     running: dict[str, Any] = {}
@@ -138,7 +136,6 @@ def step_times(
                     got["page_faults"].append((after.ru_minflt - before.ru_minflt) / steps)
                     got["system_s"].append((after.ru_stime - before.ru_stime) / steps)
                 now[1] = state
-            between_rounds()
     for name, config in variants.items():
         step = statistics.median(measured[name]["step_times_s"])
         rate = config.training.batch_size * config.data.seq_len / step

@@ -23,7 +23,7 @@ from spannorm_jax.model.branches import multiplied_branches, warmup_factor
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import branch_multipliers, init_of, site_sizes, variance_factors
 from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.placement import PLACEMENTS, inner_norms
+from spannorm_jax.model.placement import inner_norms, placement_of
 
 SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
 COLLAPSED = 0.9  # token correlation above which a note says that finite width shows
@@ -73,7 +73,7 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
 
     Time is O(L^2 T + L T^3), memory O(L T^2).
     """
-    placement = PLACEMENTS[cfg.placement]
+    placement = placement_of(cfg)
     weights, multipliers = _Weights(cfg, tokens), branch_multipliers(cfg)
     tape = Tape()
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
@@ -162,7 +162,7 @@ class _Weights:
 
     def __init__(self, cfg: ModelConfig, tokens: int):
         specs = define(cfg).specs()
-        self.cfg, self.tokens, self.inner, self.experts = cfg, tokens, inner_norms(cfg), moe_layers(cfg)
+        self.cfg, self.tokens, self.experts = cfg, tokens, moe_layers(cfg)
         self._sizes, self._factors = site_sizes(cfg, specs), variance_factors(cfg, specs)
 
     def factor(self, site: str, layer: int = 0) -> float:
@@ -171,7 +171,7 @@ class _Weights:
 
     def norms(self, layer: int) -> SimpleNamespace:
         """The placement's norms and gains, of a block and of the ends, as functions of a field."""
-        placement, eps = PLACEMENTS[self.cfg.placement], self.cfg.norm_eps
+        placement, eps = placement_of(self.cfg), self.cfg.norm_eps
 
         def gain(name: str) -> float:
             return _at(self._sizes[name], layer)
@@ -180,19 +180,20 @@ class _Weights:
         return SimpleNamespace(**made | {name: _gain(gain(name)) for name in placement.block_gains})
 
     def attention(self, layer: int) -> AttentionKernel:
-        def projection(site: str, norm: str, norm_site: str) -> Projection:
-            return self._projection(site, norm, norm_site, layer)
-
-        q, multiplier = projection("q", "q", "q_norm"), forward(self.cfg).attention  # of the logits
+        q, k, v, out = (
+            self._projection(site, norm, layer)
+            for site, norm in (("q", "q_norm"), ("k", "k_norm"), ("v", "v_norm"), ("attn_out", "heads_norm"))
+        )
+        multiplier = forward(self.cfg).attention  # of the logits
         if q.gain is None:
             q = dataclasses.replace(q, factor=q.factor * multiplier**2)
         else:
             q = dataclasses.replace(q, gain=q.gain * multiplier)
         return AttentionKernel(
             q=q,
-            k=projection("k", "k", "k_norm"),
-            v=projection("v", "v", "v_norm"),
-            out=projection("attn_out", "heads", "heads_norm"),
+            k=k,
+            v=v,
+            out=out,
             head_dim=self.cfg.width // self.cfg.num_heads,
             rope_theta=self.cfg.rope_theta,
             draws=max(12, 512 // self.tokens),  # few tokens average less, and cost less
@@ -203,7 +204,7 @@ class _Weights:
         moe = self.cfg.moe
 
         def kernel(site: str, units: int) -> FeedForwardKernel:
-            out = self._projection(f"{site}_out", "hidden", f"{site}_hidden_norm", layer)
+            out = self._projection(f"{site}_out", f"{site}_hidden_norm", layer)
             into = self.factor(f"{site}_in", layer)
             return FeedForwardKernel(site, self.cfg.ffn, into, out, units / self.cfg.width)
 
@@ -213,8 +214,9 @@ class _Weights:
         shared = kernel("shared", moe.expert_dim) if moe.num_shared else None
         return MixtureKernel(moe, self.factor("router", layer), expert, shared)
 
-    def _projection(self, site: str, norm: str, norm_site: str, layer: int) -> Projection:
-        gain = _at(self._sizes[norm_site], layer) if norm in self.inner else None
+    def _projection(self, site: str, norm: str, layer: int) -> Projection:
+        """A matrix, and its inner norm if the model's table of weights has that."""
+        gain = _at(self._sizes[norm], layer) if norm in self._sizes else None
         return Projection(self.factor(site, layer), gain, self.cfg.norm_eps)
 
 

@@ -3,12 +3,15 @@
 `tokenizers` is imported where it is used, so that runs on bytes do not wait for it.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import pickle
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -21,22 +24,62 @@ _BOUNDED_RUNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}"
 ).replace(",N}", f",{_LONGEST_RUN}}}")
 _TELL_EVERY_S = 10.0
-_JOIN_S = 0.2  # Ctrl-C is heard as soon
 
 
 def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     """Returns the tokenizer.json of a BPE trained on `texts` (UTF-8), the same for the same texts.
 
-    In training, not in the tokenizer that comes of it, a run of more than 256 letters, digits,
-    other signs or white space is cut into runs of 256, since the trainer's time grows with the
-    square of the longest. So no token is longer than that, with a space before it. Progress is
-    told on stderr.
+    In training, not in the tokenizer that comes of it, a run of more than 256 letters, digits, other signs or white
+    space is cut into runs of 256, since the trainer's time grows with the square of the longest. So no token is longer
+    than that, with a space before it. Progress is told on stderr.
 
     Args:
       texts: documents.
       vocab_size: ids to make, end-of-text included; a short text may not yield as many.
       max_bytes: no further document is read after so many bytes; 0: all are.
     """
+    # A process of its own, since native code hears no Ctrl-C: this one hears it, and ends that one.
+    command = [sys.executable, "-c", "from spannorm_jax.data import bpe; bpe.trainer()", str(vocab_size)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    num_bytes, began = 0, time.monotonic()
+    told = began
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and its code says so
+                for text in texts:
+                    pickle.dump(text, process.stdin)
+                    num_bytes += len(text)
+                    if time.monotonic() - told >= _TELL_EVERY_S:
+                        told = _tell("reading", num_bytes, began)
+                    if max_bytes and num_bytes >= max_bytes:
+                        break
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    made, _ = process.communicate(timeout=_TELL_EVERY_S)
+                    break
+                _tell("merging", num_bytes, began)
+        except BaseException:
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"the process that trains the tokenizer ended with code {process.returncode}")
+    return made.decode()
+
+
+def _tell(doing: str, num_bytes: int, began: float) -> float:
+    now = time.monotonic()
+    said = f"training the tokenizer: {doing}, {num_bytes / 2**20:.1f} MiB read, {now - began:.0f} s"
+    print(said, file=sys.stderr, flush=True)
+    return now
+
+
+def trainer() -> None:
+    """The process of `train`: texts come by standard input, the tokenizer.json goes to standard output."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -47,18 +90,23 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(
+    made_of = trainers.BpeTrainer(
         # Without end-of-text: a special token is a string to `tokenizers`, and a text that holds
         # the string would be given its id. Ours is the id after the last one, and no string.
-        vocab_size=vocab_size - 1,
+        vocab_size=int(sys.argv[1]) - 1,
         special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any byte can be encoded
         show_progress=False,
     )
-    front = _Front(texts, max_bytes)
-    _wait_for(lambda: tokenizer.train_from_iterator(front, trainer), front)
+
+    def texts() -> Iterator[str]:
+        with contextlib.suppress(EOFError):
+            while True:
+                yield pickle.load(sys.stdin.buffer).decode("utf-8", errors="replace")
+
+    tokenizer.train_from_iterator(texts(), made_of)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return tokenizer.to_str()
+    sys.stdout.buffer.write(tokenizer.to_str().encode())
 
 
 def load(source: str, vocab_size: int) -> Tokenizer:
@@ -113,57 +161,6 @@ def load(source: str, vocab_size: int) -> Tokenizer:
         encode=encode,
         decode=decode,
     )
-
-
-class _Front:
-    """Iterates over the first texts, at least `max_bytes` of them (0: all), decoded."""
-
-    def __init__(self, texts: Iterable[bytes], max_bytes: int):
-        self.num_bytes, self.ended, self.stopped = 0, False, False
-        self._texts, self._max_bytes = texts, max_bytes
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            if self.stopped:
-                raise InterruptedError
-            yield text.decode("utf-8", errors="replace")
-            self.num_bytes += len(text)
-            if self._max_bytes and self.num_bytes >= self._max_bytes:
-                break
-        self.ended = True
-
-
-def _wait_for(train: Callable[[], None], front: _Front) -> None:
-    """Runs `train` in a thread, since native code hears no Ctrl-C, and tells of its progress."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            train()
-        except BaseException as error:  # raised again by the caller's thread
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="bpe")
-    thread.start()
-    began = told = time.monotonic()
-    try:
-        while thread.is_alive():
-            thread.join(_JOIN_S)
-            now = time.monotonic()
-            if now - told >= _TELL_EVERY_S:
-                told = now
-                doing = "merging" if front.ended else "reading"
-                print(
-                    f"training the tokenizer: {doing}, {front.num_bytes / 2**20:.1f} MiB read, {now - began:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    finally:
-        # After Ctrl-C a thread that reads ends at its next text, and one in native code with the process.
-        front.stopped = True
-        thread.join(_JOIN_S)
-    if raised:
-        raise raised[0]
 
 
 def _characters() -> list[str]:

@@ -29,10 +29,9 @@ def floors(
 ) -> dict[str, float]:
     """Names of ORDERS, and `gzip` -> losses in nats per token on the predictions of `eval_batches`.
 
-    The n-grams are counted on the training split, and their contexts end at a window's start as the
-    model's do. An order whose codes do not fit 63 bits is left out. `gzip` is the size of the predicted
-    text compressed alone (zlib, level 9). They are computed once for the same data and predictions, and
-    kept beside the held-out store where that can be written.
+    The n-grams are counted on the training split, and their contexts end at a window's start as the model's do. An
+    order whose codes do not fit 63 bits is left out. `gzip` is the size of the predicted text compressed alone (zlib,
+    level 9). They are computed once for the same data and predictions, and kept beside the held-out store if possible.
     """
     key = f"{train.sha256} {held_out.sha256} {COUNTED} {seq_len} {num_tokens}"
     path = held_out.path.parent / f"floors-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

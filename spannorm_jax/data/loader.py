@@ -13,9 +13,8 @@ from spannorm_jax.errors import UserError
 class TrainLoader:
     """Training batches without state: any process may ask for any rows of any step.
 
-    Row r of step s (the first is step 1) is element (s - 1) * batch_size + r of an infinite order
-    in which every epoch holds each window once, freshly shuffled from the seed. Batches run on
-    across epochs, so no window is dropped.
+    Row r of step s (the first is step 1) is element (s - 1) * batch_size + r of an infinite order in which every epoch
+    holds each window once, freshly shuffled from the seed. Batches run on across epochs, so no window is dropped.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int):
@@ -53,13 +52,9 @@ def eval_batches(
 
     weights[b, t] is 1 where predicting tokens[b, t + 1] counts; padding has weight 0 and token 0.
 
-    Args:
-      store: held-out tokens.
-      seq_len: T.
-      num_tokens: predictions to make, rounded up to full windows, which are spread evenly over the
-        split and taken at most once each. 0, or a split that is shorter than one window: every
-        token but the first exactly once, the short tail included.
-      batch_size: B.
+    `num_tokens` predictions are made, rounded up to full windows, which are spread evenly over the split and taken at
+    most once each. With 0, or in a split that is shorter than one window, every token but the first is predicted
+    exactly once, the short tail included.
     """
     tokens = np.asarray(store.tokens)
     if num_tokens == 0 or store.num_tokens <= seq_len:
@@ -68,12 +63,6 @@ def eval_batches(
         available = len(Windows(store, seq_len))
         wanted = min(-(-num_tokens // seq_len), available)
         starts = np.arange(wanted) * available // wanted * seq_len
-    return _batches(tokens, starts, seq_len, batch_size)
-
-
-def _batches(
-    tokens: np.ndarray, starts: np.ndarray, seq_len: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for first in range(0, len(starts), batch_size):
         batch = np.zeros((batch_size, seq_len + 1), np.int32)
         weights = np.zeros((batch_size, seq_len), np.float32)

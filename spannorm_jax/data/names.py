@@ -1,22 +1,20 @@
 """Names of datasets as TFDS spells them, read without TFDS, whose import takes its time."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import stdlib_files, sys_path_files
+from spannorm_jax.data import python_files
 from spannorm_jax.errors import UserError
 
 _VERSION = r"\d+\.\d+\.\d+"
 # A part that looks like a version is one, so that name/1.0.0 has no config.
-_NAME = re.compile(
-    rf"(?P<base>[A-Za-z_]\w*)(/(?P<config>(?!{_VERSION}\Z)[\w\-+.]+))?([:/](?P<version>{_VERSION}))?", re.ASCII
-)
+_NAME = re.compile(rf"([A-Za-z_]\w*)(?:/((?!{_VERSION}\Z)[\w\-+.]+))?(?:[:/]({_VERSION}))?", re.ASCII)
 _HASHED = re.compile(r"(stdlib|sys_path)_[0-9a-f]{8}")  # configs of python_source, each of one library
+_KINDS = {"": "stdlib", "sys_path": "sys_path"}  # of python_source as it is asked for: what lies here
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A dataset: parts that a user left out are ""."""
 
     base: str
@@ -25,8 +23,7 @@ class Name:
 
     def __str__(self) -> str:
         """As `tfds.builder` takes it."""
-        config, version = self.config and f"/{self.config}", self.version and f":{self.version}"
-        return self.base + config + version
+        return self.base + (self.config and f"/{self.config}") + (self.version and f":{self.version}")
 
 
 def parse(text: str, key: str) -> Name:
@@ -34,7 +31,7 @@ def parse(text: str, key: str) -> Name:
     match = _NAME.fullmatch(text)
     if not match:
         raise UserError(f"config key {key}={text!r} is not a TFDS name; write name, name/config or name/config:version")
-    return Name(match["base"], match["config"] or "", match["version"] or "")
+    return Name(*match.groups(default=""))
 
 
 def asked_for(data: DataConfig) -> tuple[str, str, Name]:
@@ -47,15 +44,12 @@ def asked_for(data: DataConfig) -> tuple[str, str, Name]:
     if not data.full_name:
         return "data.dataset", data.dataset, name
     exact = parse(data.full_name, "data.full_name")
-    if not exact.version:
+    fault = "has no version" if not exact.version else ""
+    if exact.version and not _may_be(name, exact):
+        fault = f"is not what data.dataset={data.dataset!r} names"
+    if fault:
         raise UserError(
-            f"config key data.full_name={data.full_name!r} has no version; write name/version or name/config/version, "
-            "or leave it out, and it is filled in"
-        )
-    if not _may_be(name, exact):
-        raise UserError(
-            f"config key data.full_name={data.full_name!r} is not what data.dataset={data.dataset!r} names; leave "
-            "data.full_name out, and it is filled in"
+            f"config key data.full_name={data.full_name!r} {fault}; leave data.full_name out, and it is filled in"
         )
     return "data.full_name", data.full_name, exact
 
@@ -71,7 +65,7 @@ def goes_on(data: DataConfig, old: DataConfig) -> bool:
 
 def made_here(data: DataConfig) -> bool:
     """Whether it is a `python_source`, which is named by what lies on the machine."""
-    return parse(data.dataset, "data.dataset").base == stdlib_files.DATASET
+    return parse(data.dataset, "data.dataset").base == python_files.DATASET
 
 
 def embedded(name: Name) -> str:
@@ -79,20 +73,19 @@ def embedded(name: Name) -> str:
 
     Without a hash in `name` it is what lies on this machine, and naming that reads all of it.
     """
-    if name.base != stdlib_files.DATASET:
+    if name.base != python_files.DATASET:
         return ""
     if _HASHED.fullmatch(name.config):
-        return f"{name.base}/{name.config}/{name.version or stdlib_files.VERSION}"
-    here = {"": stdlib_files, "sys_path": sys_path_files}
-    if name.config in here and name.version in ("", stdlib_files.VERSION):
-        return here[name.config].full_name()
+        return f"{name.base}/{name.config}/{name.version or python_files.VERSION}"
+    if name.config in _KINDS and name.version in ("", python_files.VERSION):
+        return python_files.full_name(_KINDS[name.config])
     return ""
 
 
 def _may_be(name: Name, exact: Name) -> bool:
     """Whether `name`, of which parts may be missing, can have been opened as `exact`."""
-    if name.base == stdlib_files.DATASET and name.config in ("", "sys_path"):
-        same_config = exact.config.startswith(f"{name.config or 'stdlib'}_")
+    if name.base == python_files.DATASET and name.config in _KINDS:
+        same_config = exact.config.startswith(f"{_KINDS[name.config]}_")
     else:
         same_config = name.config in ("", exact.config)
     return name.base == exact.base and same_config and name.version in ("", exact.version)

@@ -34,35 +34,27 @@ def parse(text: str) -> Shard:
 
 
 def write(store: Path, shard: Shard, chunks: Iterator[np.ndarray]) -> None:
-    """Writes the tokens of `shard` of the store in folder `store`, unless they are there.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Writes the tokens of `shard` of the store in folder `store`, unless they are there. Raises UserError."""
     target = _folder(store) / _name(shard)
     if target.is_dir():
         return
-    digest = hashlib.sha256()
-    num_bytes = 0
+    digest, num_bytes = hashlib.sha256(), 0
     with durable.temporary_folder(store.parent, "data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
             for tokens in chunks:
                 digest.update(tokens.tobytes())
                 num_bytes += file.write(tokens.tobytes())
-        (temp / _PART).write_text(
-            json.dumps({"num_bytes": num_bytes, "sha256": digest.hexdigest()}) + "\n", encoding="utf-8"
-        )
+        part = json.dumps({"num_bytes": num_bytes, "sha256": digest.hexdigest()})
+        (temp / _PART).write_text(part + "\n", encoding="utf-8")
         durable.publish(temp, target)
 
 
 def begun(store: Path) -> dict[int, list[int]]:
-    """Returns, for each n of which a shard is there, the shards that are still missing."""
+    """For each n of which a shard is there, the shards that are still missing."""
     made: dict[int, set[int]] = {}
-    folder = _folder(store)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"(\d+)-of-(\d+)", path.name)
-        if match:
-            made.setdefault(int(match[2]), set()).add(int(match[1]))
+    for path in _folder(store).glob("*-of-*"):
+        i, n = map(int, path.name.split("-of-"))
+        made.setdefault(n, set()).add(i)
     return {n: sorted(set(range(n)) - there) for n, there in made.items()}
 
 

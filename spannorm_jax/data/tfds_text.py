@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import damage, names, python_source, stdlib_files
+from spannorm_jax.data import damage, names, python_files, python_source
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.paths import below_home, user_path
 
@@ -36,29 +35,24 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     key, asked, name = names.asked_for(data)
     root = _data_dir(data)
     if full_name := names.embedded(name):
-        if not (root / full_name).is_dir() and (fault := _dataset_itself(root)):
-            raise UserError(f"dataset {full_name!r} cannot be made in {root}, {fault}")
         return python_source.prepare(root, full_name)
 
-    base, config, version = name.base, name.config, name.version
+    base, config, version = name
     builder_class = _builder_class(base)
     prepared = _prepared(root, base)
-    known = {*tfds.list_builders(with_community_datasets=False), *_folders(root)}
-    if not prepared and (fault := _no_folder(root) or _dataset_itself(root)):
-        hint, near = "", did_you_mean(base, known)
-        if builder_class and not root.exists():
-            hint = f", or run {_how_to_prepare(str(name), root)}"
-        elif builder_class is None and near.startswith("did you mean"):
-            hint = f"; {near}"
-        raise UserError(f"config key {key}={asked!r}: no dataset {base!r} lies in {root}, {fault}{hint}")
+    absent = "" if root.is_dir() else f", which {'is no folder' if root.exists() else 'does not exist'}"
+    own = next((f.parent for f in (root, *root.parents[:2]) if f.name == base and _prepared(f.parent, base)), None)
+    where = f"set config key data.data_dir{f'={own}' if own else ' to where it is'}"  # its own folder is named often
     if builder_class is None and not prepared:
+        known = {*tfds.list_builders(with_community_datasets=False), *(f.name for f in root.glob("[!.]*/"))}
+        hint = did_you_mean(base, known)
         raise UserError(
-            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies "
-            f"in {root}; {did_you_mean(base, known)}"
+            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies in {root}{absent}; "
+            f"{f'{where}; {hint}' if absent or own else hint}"
         )
     configs = {p.split("/")[1] for p in prepared if p.count("/") == 2}
     configs |= set(builder_class.builder_configs) if builder_class else set()
-    configs |= {"sys_path"} if base == stdlib_files.DATASET else set()
+    configs |= {"sys_path"} if base == python_files.DATASET else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
         raise UserError(f"config key {key}={asked!r}: {base!r} has no config {config!r}; {hint}")
@@ -69,27 +63,22 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
         builder = None
     if builder is None or not _is_prepared(Path(builder.data_dir)):
-        can_make = builder_class and base != stdlib_files.DATASET  # which is made here, or nowhere
-        how = f", or run {_how_to_prepare(str(name), root)}" if can_make else ""
+        can_make = builder_class and base != python_files.DATASET  # which is made here, or nowhere
+        there = ", ".join(prepared) or "nothing of that name"
         raise UserError(
-            f"dataset {asked!r} is not prepared in {root} (there: "
-            f"{', '.join(prepared) or 'nothing of that name'}); set config key data.data_dir to where it is{how}"
+            f"dataset {asked!r} is not prepared in {root}{absent or f' (there: {there})'}; {where}"
+            f"{f', or run {_how_to_prepare(name, root)}' if can_make else ''}"
         )
+    wrong = f"dataset {asked!r} is prepared in {builder.data_dir} as"
+    elsewhere = f"set config key data.data_dir to another folder DIR, and run {_how_to_prepare(name, 'DIR')}"
     if _format(builder) is None:
-        raise UserError(
-            f"dataset {asked!r} is prepared in {builder.data_dir} as "
-            f"{builder.info.file_format.value}, not as array_record or tfrecord; set config key data.data_dir "
-            f"to another folder DIR, and run {_how_to_prepare(str(name), 'DIR')}"
-        )
+        raise UserError(f"{wrong} {builder.info.file_format.value}, not as array_record or tfrecord; {elsewhere}")
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
         try:
             tensorflow = importlib.import_module("tensorflow")
         except ImportError as error:
-            raise UserError(
-                f"dataset {asked!r} is prepared in {builder.data_dir} as tfrecord, which takes TensorFlow to "
-                "read: pip install 'spannorm_jax[tf]'; or set config key data.data_dir to another folder DIR, and "
-                f"run {_how_to_prepare(str(name), 'DIR')}"
-            ) from error
+            extra = "pip install 'spannorm_jax[tf]'"
+            raise UserError(f"{wrong} tfrecord, which takes TensorFlow to read: {extra}; or {elsewhere}") from error
         tensorflow.config.set_visible_devices([], "GPU")  # it would take the accelerator's memory from JAX
     return builder
 
@@ -106,9 +95,8 @@ def open_split(
       shard: (i, n), the i-th (from 0) of n parts of the split, which in a row are all of it; None: all.
 
     Raises:
-      UserError: the split or the text feature is unknown, the feature is no text, or the split is
-        empty, or has lost or gained records. Raised at the call, not at the first text; a damaged
-        record, which only reading finds, is raised there.
+      UserError: at the call, the split or the text feature is unknown, the feature is no text, or the split is empty,
+        or has lost or gained records; at a text, a record is damaged.
     """
     key = "data.eval_split" if split == data.eval_split else "data.train_split"
     splits = builder.info.splits
@@ -133,10 +121,8 @@ def open_split(
             f"config key data.text_feature={data.text_feature!r} {fault} in {builder.info.full_name}; {hint}"
         )
     if _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
-        damage.check_counts(builder, split)
-    if shard is None:
-        return _texts(builder, split, data.text_feature)
-    part = tfds.even_splits(split, shard[1])[shard[0]]
+        damage.check_records(builder, split)
+    part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
     if not splits[part].num_examples:  # more shards than examples
         return iter(())
     return _texts(builder, part, data.text_feature)
@@ -165,12 +151,12 @@ def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Itera
         try:
             records = source.__getitems__(list(range(start, stop)))
             texts = [_text(record, feature) for record in records]
-        except (RuntimeError, ValueError, IndexError, TypeError, DecodeError) as error:
-            if found := damage.first_damaged(builder, split):
-                raise found from error
-            raise
+        except (RuntimeError, ValueError, IndexError, TypeError, DecodeError):
+            damage.check_records(builder, split, whole=True)
+            raise  # no file is damaged: it failed this once
         if not all(records):  # what the reader makes of a record that it cannot find
-            raise damage.first_damaged(builder, split) or damage.damaged(Path(builder.data_dir), "records are missing")
+            damage.check_records(builder, split, whole=True)
+            raise damage.damaged(Path(builder.data_dir), "records are missing")
         yield from texts
 
 
@@ -197,7 +183,7 @@ def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str)
 
 def identity(builder: tfds.core.DatasetBuilder) -> str:
     """Returns the full name, plus what tells apart two preparations that share name and version."""
-    if builder.name == stdlib_files.DATASET:  # its config name is a hash of the contents
+    if builder.name == python_files.DATASET:  # its config name is a hash of the contents
         return builder.info.full_name
     sizes = [(s.name, s.num_bytes, s.shard_lengths) for s in builder.info.splits.values()]
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
@@ -205,10 +191,8 @@ def identity(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def _data_dir(data: DataConfig) -> Path:
-    if data.data_dir:
-        return user_path(data.data_dir, "config key data.data_dir").absolute()
-    if os.environ.get("TFDS_DATA_DIR"):
-        return user_path(os.environ["TFDS_DATA_DIR"], "TFDS_DATA_DIR").absolute()
+    if text := data.data_dir or os.environ.get("TFDS_DATA_DIR"):
+        return user_path(text, "config key data.data_dir" if data.data_dir else "TFDS_DATA_DIR").absolute()
     return below_home("tensorflow_datasets", "set config key data.data_dir or the variable TFDS_DATA_DIR").absolute()
 
 
@@ -226,47 +210,15 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / _INFO).is_file()
 
 
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _prepared(root: Path, base: str) -> list[str]:
     """Full names, `base/version` and `base/config/version`, of what is complete below `root`."""
-    found = []
-    for outer in _folders(root / base):
-        names = [f"{base}/{outer}", *(f"{base}/{outer}/{v}" for v in _folders(root / base / outer))]
-        found += [name for name in names if _is_prepared(root / name)]
-    return found
+    infos = [info for depth in ("*", "*/*") for info in (root / base).glob(f"{depth}/{_INFO}")]
+    names = (info.parent.relative_to(root).as_posix() for info in infos)
+    return sorted(name for name in names if "/." not in name)
 
 
-def _no_folder(root: Path) -> str:
-    if root.is_dir():
-        return ""
-    return f"which {'is no folder' if root.exists() else 'does not exist'}; set config key data.data_dir to where it is"
-
-
-def _dataset_itself(root: Path) -> str:
-    """What to write instead if `root` is one dataset's own folder, or its config's or version's; "" if it is not."""
-    folders = [root, *(root / f for f in _folders(root))]
-    folders += [folder / f for folder in folders[1:] for f in _folders(folder)]
-    prepared = next(filter(_is_prepared, folders), None)
-    if prepared is None:
-        return ""
-    try:
-        name = json.loads((prepared / _INFO).read_text(encoding="utf-8"))["name"]
-    except (ValueError, KeyError, TypeError, OSError):
-        return ""
-    above = [folder for folder in (prepared.parent, prepared.parent.parent) if folder.name == name]
-    if not above or not root.is_relative_to(above[0]):
-        return ""
-    return f"which is the folder of dataset {name!r} itself; set config key data.data_dir={above[0].parent}"
-
-
-def _how_to_prepare(name: str, data_dir: Path | str) -> str:
-    # Not `tfds build`, which does not start without TensorFlow. The second import is for
-    # `_builder_class`'s reason.
+def _how_to_prepare(name: names.Name, data_dir: Path | str) -> str:
+    # Not `tfds build`, which does not start without TensorFlow. The second import has `_builder_class`'s reason.
     return (
         'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text; '
         f"tfds.builder('{name}', data_dir='{data_dir}')"

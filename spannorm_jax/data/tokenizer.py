@@ -13,31 +13,19 @@ from spannorm_jax.config import DataConfig
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """What the rest of the code needs to know of a tokenizer.
+    """What the rest of the code needs to know of a tokenizer."""
 
-    Attributes:
-      name: names it in token stores and fingerprints: `bytes`, or `bpe-<hash>`.
-      hash: 16 hex digits of the sha256 of `source`; "" for bytes, which are always the same.
-      source: content of its tokenizer.json; "" for bytes.
-      vocab_size: ids are 0 .. vocab_size - 1, some of which may never occur.
-      end_of_text: id that ends every document; `encode` never returns it.
-      dtype: numpy integer type that holds every id, used on disk.
-      token_bytes: int32 [vocab_size], bytes of text each id stands for (0 for end_of_text), so
-        that nats per token can be turned into bits per byte.
-      encode: UTF-8 text as bytes -> ids, `dtype` [num_tokens]. Bytes that are not UTF-8 stand for
-        U+FFFD, so any input is legal.
-      decode: sequence of ids -> text. end_of_text stands for no text; a character that is cut
-        at either end becomes U+FFFD. An id outside the vocabulary raises ValueError.
-    """
-
-    name: str
-    hash: str
-    source: str
-    vocab_size: int
-    end_of_text: int
-    dtype: np.dtype
-    token_bytes: np.ndarray
+    name: str  # in token stores and fingerprints: `bytes`, or `bpe-<hash>`
+    hash: str  # 16 hex digits of the sha256 of `source`; "" for bytes, which are always the same
+    source: str  # of its tokenizer.json; "" for bytes
+    vocab_size: int  # ids are 0 .. vocab_size - 1, some of which may never occur
+    end_of_text: int  # the id that ends every document; `encode` never returns it
+    dtype: np.dtype  # holds every id, on disk
+    token_bytes: np.ndarray  # int32 [vocab_size], bytes of text each id stands for (0 for end_of_text)
+    # UTF-8 text -> ids, `dtype` [num_tokens]. Bytes that are not UTF-8 stand for U+FFFD, so any input is legal.
     encode: Callable[[bytes], np.ndarray]
+    # Ids -> text. end_of_text stands for none; a character that is cut at either end becomes U+FFFD. An id outside the
+    # vocabulary raises ValueError.
     decode: Callable[[np.ndarray], str]
 
     @property
@@ -63,23 +51,17 @@ def _decode_bytes(tokens: np.ndarray) -> str:
     return text.decode("utf-8", errors="replace")
 
 
-def _byte_tokenizer() -> Tokenizer:
-    token_bytes = np.ones(256, np.int32)
-    token_bytes[_END_OF_BYTES] = 0
-    return Tokenizer(
-        name="bytes",
-        hash="",
-        source="",
-        vocab_size=256,
-        end_of_text=_END_OF_BYTES,
-        dtype=np.dtype(np.uint8),
-        token_bytes=token_bytes,
-        encode=_encode_bytes,
-        decode=_decode_bytes,
-    )
-
-
-BYTES = _byte_tokenizer()
+BYTES = Tokenizer(
+    name="bytes",
+    hash="",
+    source="",
+    vocab_size=256,
+    end_of_text=_END_OF_BYTES,
+    dtype=np.dtype(np.uint8),
+    token_bytes=(np.arange(256) != _END_OF_BYTES).astype(np.int32),
+    encode=_encode_bytes,
+    decode=_decode_bytes,
+)
 _ROWS_MULTIPLE = 128  # rows of the embedding that any usual mesh.tensor divides
 
 

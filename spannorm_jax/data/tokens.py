@@ -1,15 +1,16 @@
 """TFDS split -> token store on disk -> windows of sequence length + 1.
 
-A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each,
-`meta.json`, and `tokenizer.json` if the tokenizer was trained. It appears atomically and never
-changes, so any number of processes may share it. Each start checks that it has not: `meta.json` by
-a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`, by its hash.
+A store is a folder with `tokens.bin`, all documents in a row with an end-of-text token after each, `meta.json`, and
+`tokenizer.json` if the tokenizer was trained. It appears atomically and never changes, so any number of processes may
+share it. Each start checks it: `meta.json` by a hash of its own, `tokens.bin` by its size and, up to `data.verify_mib`,
+by its hash.
 """
 
 import functools
 import hashlib
 import json
 import sys
+import types
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,31 +36,18 @@ _WRITE_AT_ONCE = 1 << 20  # tokens held in memory before they are written
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The tokens of one split.
+    """The tokens of one split."""
 
-    Attributes:
-      path: folder of the store.
-      tokens: [num_tokens] of the tokenizer's dtype, memory-mapped, read only.
-      dataset: TFDS full name, with config and version.
-      split, text_feature: where the tokens come from, by name.
-      tokenizer: `Tokenizer.name`, which holds the hash of a trained one.
-      num_docs: documents, and so end-of-text tokens.
-      num_bytes: bytes of text that all tokens stand for.
-      sha256: hash of tokens.bin, hex.
-      unigram_entropy: nats per token of the token frequencies; the loss of a model that knows
-        nothing else.
-    """
-
-    path: Path
-    tokens: np.memmap
-    dataset: str
+    path: Path  # of its folder
+    tokens: np.memmap  # [num_tokens] of the tokenizer's dtype, read only
+    dataset: str  # TFDS's full name, with config and version
     split: str
     text_feature: str
-    tokenizer: str
-    num_docs: int
-    num_bytes: int
-    sha256: str
-    unigram_entropy: float
+    tokenizer: str  # `Tokenizer.name`, which holds the hash of a trained one
+    num_docs: int  # and so end-of-text tokens
+    num_bytes: int  # of text that all tokens stand for
+    sha256: str  # of tokens.bin, hex
+    unigram_entropy: float  # nats per token of the frequencies: the loss of a model that knows nothing else
 
     @property
     def num_tokens(self) -> int:
@@ -74,43 +62,36 @@ class _Source:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        from spannorm_jax.data import tfds_text
-
-        return tfds_text.open_dataset(self._data)
+        return _tfds().open_dataset(self._data)
 
     @functools.cached_property
     def identity(self) -> str:
         """Name that no other contents have, for folders."""
         _, _, name = names.asked_for(self._data)
-        if full_name := names.embedded(name):
-            return full_name
-        from spannorm_jax.data import tfds_text
-
-        return tfds_text.identity(self._builder)
+        return names.embedded(name) or _tfds().identity(self._builder)
 
     @property
     def full_name(self) -> str:
         return self._builder.info.full_name
 
     def texts(self, split: str, shard: Shard | None = None) -> Iterator[bytes]:
-        from spannorm_jax.data import tfds_text
+        return _tfds().open_split(self._builder, self._data, split, shard)
 
-        return tfds_text.open_split(self._builder, self._data, split, shard)
+
+def _tfds() -> types.ModuleType:
+    from spannorm_jax.data import tfds_text
+
+    return tfds_text
 
 
 def open_store(data: DataConfig, split: str) -> TokenStore:
-    """Opens the token store of `split`, building it first if it is not in `data.cache_dir`.
-
-    If all of its shards are there, it is built by joining them.
+    """Opens the token store of `split`. One that is not there is built first, of its shards if they are there.
 
     Raises:
-      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split
-        holds no text, a folder cannot be written, a store on disk is damaged, or some but not all
-        of its shards are there.
+      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split holds no text, a
+        folder cannot be written, a store on disk is damaged, or some but not all of its shards are there.
     """
-    source = _Source(data)
-    tokenizer = _open_tokenizer(data, source)
-    path = _folder(data, source.identity, tokenizer.name, split)
+    source, tokenizer, path = _place(data, split)
     # Before the store is looked for: who joins shards publishes the store first, then removes them.
     left = shards.begun(path)
     store = _read(path, data.verify_mib)
@@ -122,7 +103,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
         if complete:
             _join(path, complete[0], tokenizer, facts)
         else:
-            _build(path, source.texts(split), tokenizer, facts)
+            _write(path, _chunks(source.texts(split), tokenizer), tokenizer, facts)
         store = _read(path, data.verify_mib)
         if store is None:
             raise UserError(f"{path} was removed as soon as it was made; repeat the command")
@@ -130,53 +111,43 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
 
 
 def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
-    """Makes one part of the token store of `split`, and the store if this part was the last one.
+    """Makes one part of the token store of `split`, and the store if this part was the last; returns those missing.
 
     Any processes that share `data.cache_dir` may make any parts, also the same one, at any time.
-
-    Returns:
-      Shards that are still missing; [] if the store is there.
 
     Raises:
       UserError: as `open_store`, and if a part on disk is damaged.
     """
-    source = _Source(data)
-    tokenizer = _open_tokenizer(data, source)
-    path = _folder(data, source.identity, tokenizer.name, split)
+    source, tokenizer, path = _place(data, split)
     if not path.is_dir():
         shards.write(path, shard, _chunks(source.texts(split, shard), tokenizer))
     left = shards.begun(path)
     if path.is_dir():  # meanwhile joined by another process, which did not need this part
         shards.remove(path)
         return []
-    if left[shard[1]]:
-        return left[shard[1]]
-    _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
-    return []
+    if not left[shard[1]]:
+        _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
+    return left[shard[1]]
 
 
-def open_tokenizer(data: DataConfig) -> Tokenizer:
-    """Returns the tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
+def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer:
+    """The tokenizer of `data`; BPE is trained on the training split if it is not in `data.cache_dir`.
 
     Raises:
       UserError: the hash is not `data.tokenizer_hash`, a file is damaged, or as `open_store`.
     """
-    return _open_tokenizer(data, _Source(data))
-
-
-def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
     if data.tokenizer == "bytes":
         return BYTES
+    source = source or _Source(data)
     name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
     folder = _folder(data, source.identity, name, data.train_split)
+    path = folder / _TOKENIZER
     if not folder.is_dir():
         texts = source.texts(data.train_split)
         with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
-            (temp / _TOKENIZER).write_text(
-                bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20), encoding="utf-8"
-            )
+            trained = bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20)
+            (temp / _TOKENIZER).write_text(trained, encoding="utf-8")
             durable.publish(temp, folder)
-    path = folder / _TOKENIZER
     try:
         opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
     except (OSError, ValueError) as error:
@@ -192,7 +163,7 @@ def _open_tokenizer(data: DataConfig, source: _Source) -> Tokenizer:
 
 
 def fingerprint(*stores: TokenStore) -> str:
-    """Returns 16 hex digits that change with any token, tokenizer or the order of the stores."""
+    """16 hex digits that change with any token, tokenizer or the order of the stores."""
     facts = "\n".join(f"{store.tokenizer} {store.sha256}" for store in stores)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -200,11 +171,8 @@ def fingerprint(*stores: TokenStore) -> str:
 class Windows:
     """Random access to a store's full windows: window i is int32 [seq_len + 1].
 
-    Window i starts at token i * seq_len, so neighbours share one token: the last target of one is
-    the first input of the next, and each token is predicted once.
-
-    Raises:
-      UserError: the store is shorter than one window.
+    Window i starts at token i * seq_len, so neighbours share one token: the last target of one is the first input of
+    the next, and each token is predicted once. Raises UserError if the store is shorter than one window.
     """
 
     def __init__(self, store: TokenStore, seq_len: int):
@@ -228,6 +196,13 @@ class Windows:
         return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
 
 
+def _place(data: DataConfig, split: str) -> tuple[_Source, Tokenizer, Path]:
+    """What the store of `split` is made from, and its folder."""
+    source = _Source(data)
+    tokenizer = open_tokenizer(data, source)
+    return source, tokenizer, _folder(data, source.identity, tokenizer.name, split)
+
+
 def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
     if data.cache_dir:
         cache = user_path(data.cache_dir, "config key data.cache_dir").absolute()
@@ -240,13 +215,9 @@ def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> 
 
 
 def _facts(data: DataConfig, source: _Source, tokenizer: Tokenizer, split: str) -> dict:
-    return {
-        "format": FORMAT,
-        "dataset": source.full_name,
-        "split": split,
-        "text_feature": data.text_feature,
-        "tokenizer": tokenizer.name,
-    }
+    feature = data.text_feature
+    named = {"dataset": source.full_name, "split": split, "text_feature": feature, "tokenizer": tokenizer.name}
+    return {"format": FORMAT, **named}
 
 
 def _read(path: Path, verify_mib: int) -> TokenStore | None:
@@ -282,10 +253,6 @@ def _read(path: Path, verify_mib: int) -> TokenStore | None:
 
 def _meta_sha256(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _build(path: Path, texts: Iterator[bytes], tokenizer: Tokenizer, facts: dict) -> None:
-    _write(path, _chunks(texts, tokenizer), tokenizer, facts)
 
 
 def _join(path: Path, n: int, tokenizer: Tokenizer, facts: dict) -> None:

@@ -14,21 +14,17 @@ from spannorm_jax.model.initialisation import branch_multipliers
 from spannorm_jax.model.layers import Attention, FeedForward, Norms
 from spannorm_jax.model.moe.layer import MoE
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.model.parametrisation import base_config
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.model.weights import ModelState
 
 
 class Block(nnx.Module):
-    """One Transformer block: two sub-layers, and the norms where the placement puts them."""
-
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False, causal: bool = True):
         self.cfg = cfg
         self.attn = Attention(cfg, execution, causal)
         self.ffn = MoE(cfg, execution) if moe else FeedForward(cfg)
-        placement = PLACEMENTS[cfg.placement]
-        gains = {name: start(base_config(cfg)) for name, start in placement.block_gains.items()}
-        self.norms = Norms(cfg, placement.block_norms, gains, placement.scalar_gains)
+        placement = placement_of(cfg)
+        self.norms = Norms(cfg, placement.block_norms, placement.block_gains)
         if cfg.branch_warmup_steps:
             self.warmup_factor = ModelState(jnp.zeros(()))
 
@@ -60,7 +56,7 @@ class Block(nnx.Module):
         with jax.named_scope("block"):
             warmup = self.warmup_factor[...] if self.cfg.branch_warmup_steps else 1.0
             own = multiplied_branches(self.cfg, branch_multipliers(self.cfg), warmup, attn, branch, self.norms)
-            return PLACEMENTS[self.cfg.placement].block(stream, *own, layer, self.cfg), stats
+            return placement_of(self.cfg).block(stream, *own, layer, self.cfg), stats
 
     def whole(self, stream: Any, layer: Any, angles: Array | None, _: None = None) -> tuple[Any, None, Stats | None]:
         """The block itself, as a step of `Trunk.run_from`: the stream after it, nothing, what its router did."""

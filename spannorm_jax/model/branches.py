@@ -1,6 +1,7 @@
 """What multiplies a block's branches on their way to the stream: constants of the model, and a warm-up in training."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.typing import ArrayLike
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 
 
 def warmup_factor(cfg: ModelConfig, update: ArrayLike, layer: ArrayLike) -> Array:
@@ -31,7 +32,7 @@ def multiplied_branches(
     attention is not: it reaches the stream through the feed-forward alone. A branch that ends in a
     norm is multiplied after the norm.
     """
-    placement, constant = PLACEMENTS[cfg.placement], forward(cfg).branch
+    placement, constant = placement_of(cfg), forward(cfg).branch
 
     def added(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return _times(_times(layer, constant), warmup)
@@ -43,11 +44,9 @@ def multiplied_branches(
         multiplied = _times(layer, factors.get(name, 1.0))
         return added(multiplied) if name in own else multiplied
 
-    return (
-        of_branch("attn", attn),
-        of_branch("ffn", ffn),
-        _Multiplied(norms, {name: added(getattr(norms, name)) for name in after_norm}),
-    )
+    own_norms = {name: getattr(norms, name) for name in (*placement.block_norms, *placement.block_gains)}
+    own_norms |= {name: added(own_norms[name]) for name in after_norm}
+    return of_branch("attn", attn), of_branch("ffn", ffn), SimpleNamespace(**own_norms)
 
 
 def _times(layer: Callable[[Any], Any], factor: Any) -> Callable[[Any], Any]:
@@ -59,13 +58,3 @@ def _times(layer: Callable[[Any], Any], factor: Any) -> Callable[[Any], Any]:
         return out * factor.astype(out.dtype)  # a float32 factor would turn a bfloat16 stream into float32
 
     return multiplied
-
-
-class _Multiplied:
-    """Norms, some of them replaced."""
-
-    def __init__(self, norms: Any, replaced: dict[str, Any]):
-        self._norms, self._replaced = norms, replaced
-
-    def __getattr__(self, name: str) -> Any:
-        return self._replaced.get(name) or getattr(self._norms, name)

@@ -31,22 +31,13 @@ from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 @dataclass(frozen=True)
 class ModelDef:
-    """A model's structure.
-
-    Attributes:
-      cfg: what the model is.
-      graph: its modules, without arrays.
-      weights: the table of its weights, shaped like its parameter pytree, a nested dict.
-      causal: whether attention is; FLOPs count what is visible.
-      model_state: shapes of what it keeps besides weights, a nested dict: the biases of routers that balance
-        their experts by one, and the blocks' `warmup_factor`; {} for most models.
-    """
+    """A model's structure."""
 
     cfg: ModelConfig
-    graph: nnx.GraphDef
-    causal: bool
-    weights: dict[str, Any]
-    model_state: dict[str, Any]
+    graph: nnx.GraphDef  # its modules, without arrays
+    causal: bool  # whether attention is: FLOPs count what is visible
+    weights: dict[str, Any]  # the table of its weights, WeightSpec, nested as its parameters are
+    model_state: dict[str, Any]  # shapes of what it keeps besides: biases of routers, blocks' `warmup_factor`; often {}
 
     def init(self, key: Array) -> dict[str, Any]:
         """Draws the weights, a nested dict of float32 arrays; call it under jit to make them sharded.
@@ -109,12 +100,10 @@ def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarra
 
 
 def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: type[Trunk] = Decoder) -> ModelDef:
-    """The structure of the model of a resolved config (no zeros or 'auto' left), allocating nothing.
+    """The structure of a resolved config's model; allocates nothing, and `execution` changes no number of it.
 
-    `execution` says how it runs, and changes no number of it. `modules` are a trunk and its ends.
-
-    Raises:
-      ValueError: a weight was declared with an unknown role or logical axis.
+    `modules` are a trunk and its ends. Raises ValueError for a weight that was declared with an unknown role or logical
+    axis.
     """
     layers = stack_layers(cfg)
     # The modules declare one block of each kind; the tables stack as many as there are.
@@ -185,8 +174,7 @@ def flops_per_token(model: ModelDef, seq_len: int) -> int:
 
     Those are 6 L H K T if it is causal, else twice as many.
 
-    A lookup in an untied embedding costs none; recomputation by remat is not counted (as for MFU,
-    Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    Remat's recomputation is not counted (as for MFU, Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
     roles = ("hidden", "output", "expert", "router")
     matmul = sum(_count(model, spec, active=True) for spec in model.specs() if spec.role in roles)

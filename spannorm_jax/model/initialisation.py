@@ -4,20 +4,13 @@ An initialisation is a function (model config, WeightSpec) -> the std that a wei
 where a gain starts; a number, or one for each of the weight's layers, (L,). It reads the
 weight's site and fans, so any initialisation goes with any placement.
 
-ScaleInit (Wang et al. 2026, arXiv 2601.22580; its exact published form is not public, so the principle is stated
-here with its free choices as config keys):
-  base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input;
-         the activation's second moment comes from Gauss-Hermite quadrature.
-  depth  what sets the size of each branch that the stream is added (`Placement.additions`) is multiplied by
-         sqrt(c L^-p / n): c = `variance_budget`, p = `variance_exponent`, n = the number of residual additions the
-         stream passes. SpanNorm's stream is added to once a block (n = L), by the feed-forward; PreNorm's and
-         PostNorm's twice (n = 2L). Where a branch ends in a norm, or in a gain of its own, its weights do not set its
-         size: that gain starts at sqrt(c L^-p / n). `init_targets` names weights instead. With
-         `depth_factor=multiplier` the factor stands in the forward pass, a constant times the branch, and not in the
-         weight that starts it: Adam's steps do not grow a weight back past it.
-A Mixture of Experts is a feed-forward branch like any other: expert_out and shared_out have the gain that makes the
-weighted sum of a token's experts, which are independent, a branch of unit variance, and they are damped where ffn_out
-is. So a block with experts adds to the stream what a dense one adds, under either router.
+ScaleInit (Wang et al. 2026, arXiv 2601.22580) has no public exact form; docs/design.md says how it is read here:
+  base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input.
+  depth  what sets the size of each branch added to the stream (`Placement.additions`: a weight, or the gain that the
+         branch ends in) is multiplied by sqrt(c L^-p / n), with c = `variance_budget`, p = `variance_exponent` and n
+         the number of additions. `init_targets` names weights instead. With `depth_factor=multiplier` the factor
+         stands in the forward pass.
+A Mixture of Experts is a branch like any other: a block with experts adds to the stream what a dense one adds.
 """
 
 import dataclasses
@@ -31,14 +24,12 @@ import numpy as np
 
 from spannorm_jax.config import SCALEINIT, ModelConfig, MoEConfig, moe_layers
 from spannorm_jax.model.parametrisation import at_base, base_config, forward, multipliers
-from spannorm_jax.model.placement import PLACEMENTS, inner_norms
+from spannorm_jax.model.placement import has_normed_input, placement_of
 
 if TYPE_CHECKING:  # a command that is mistyped asks for the names here, and does without JAX
     from spannorm_jax.model.weights import WeightSpec
 
 OUTPUT_SITES = ("v", "attn_out", "ffn_in", "ffn_out")  # what `init_targets` may name
-
-
 Size = float | np.ndarray  # one number, or one for each layer, (L,)
 
 
@@ -83,9 +74,18 @@ def mixture_gain(moe: MoEConfig, logit_std: float) -> float:
     return float(np.mean(np.sum(chosen**2, axis=1))) + moe.num_shared
 
 
+# Weights of dense blocks -> the same weights, dense and of experts.
+BRANCH_OUTPUTS = {
+    "ffn_in": ("ffn_in", "expert_in", "shared_in"),
+    "ffn_out": ("ffn_out", "expert_out", "shared_out"),
+}
+_OUTPUTS = ("attn_out", *BRANCH_OUTPUTS["ffn_out"])
+_VALUE_PATH = ("v", *BRANCH_OUTPUTS["ffn_in"], *_OUTPUTS)  # not queries and keys
+
+
 def residual_additions(cfg: ModelConfig) -> int:
     """Times that the stream is added to on its way through the model: n of ScaleInit."""
-    return len(PLACEMENTS[cfg.placement].additions) * cfg.depth
+    return len(placement_of(cfg).additions) * cfg.depth
 
 
 def depth_factor(cfg: ModelConfig) -> float:
@@ -93,48 +93,66 @@ def depth_factor(cfg: ModelConfig) -> float:
     return math.sqrt(cfg.variance_budget * cfg.depth**-cfg.variance_exponent / residual_additions(cfg))
 
 
+def _targets(cfg: ModelConfig) -> tuple[str, ...]:
+    """What ScaleInit damps: `init_targets`, or what sizes the placement's additions."""
+    return cfg.init_targets or tuple(placement_of(cfg).additions.values())
+
+
+def _with_experts(sites: Iterable[str]) -> set[str]:
+    return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
+
+
 def branch_multipliers(cfg: ModelConfig) -> dict[str, float]:
     """Branch (`attn`, `ffn`) -> the constant that its output is multiplied by, where there is one."""
     if cfg.init != "scale" or cfg.depth_factor != "multiplier":
         return {}
-    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
-    return {site.removesuffix("_out"): depth_factor(base_config(cfg)) for site in sites}
+    return {site.removesuffix("_out"): depth_factor(base_config(cfg)) for site in _targets(cfg)}
 
 
+Init = Callable[[ModelConfig, "WeightSpec"], Size]
+
+
+def _of_matrices(init: Init) -> Init:
+    """Decorates an initialisation that says nothing of gains: they start where they are declared to."""
+
+    @functools.wraps(init)
+    def size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
+        return init(cfg, spec) if spec.start is None else spec.start
+
+    return size
+
+
+@_of_matrices
 def plain(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """1 / sqrt(fan_in) everywhere (LeCun et al. 1998), nothing scaled by depth."""
-    return spec.fan_in**-0.5 if spec.start is None else spec.start
+    return spec.fan_in**-0.5
 
 
+@_of_matrices
 def gpt2(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere, output projections times 1 / sqrt(2L) (Radford et al. 2019, section 2.3)."""
-    if spec.start is not None:
-        return spec.start
-    return 0.02 * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+    return 0.02 * ((2 * cfg.depth) ** -0.5 if spec.site in _OUTPUTS else 1.0)
 
 
-def _by_outputs(spec: "WeightSpec", factor: float) -> float:
-    """The factor, of output projections alone."""
-    return factor if spec.site in ("attn_out", *BRANCH_OUTPUTS["ffn_out"]) else 1.0
-
-
+@_of_matrices
 def normal(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """0.02 everywhere (OLMo 2, arXiv 2501.00656, section 3.1)."""
-    return 0.02 if spec.start is None else spec.start
+    return 0.02
 
 
+@_of_matrices
 def megatron(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """sqrt(2 / (5 D)) everywhere, output projections times 1 / sqrt(2L) (HybridNorm, arXiv 2503.04598)."""
-    size = math.sqrt(2 / (5 * cfg.width))
-    return spec.start if spec.start is not None else size * _by_outputs(spec, (2 * cfg.depth) ** -0.5)
+    return math.sqrt(2 / (5 * cfg.width)) * ((2 * cfg.depth) ** -0.5 if spec.site in _OUTPUTS else 1.0)
 
 
+@_of_matrices
 def xavier(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """sqrt(2 / (fan_in + fan_out)) (Glorot & Bengio 2010, equation 12); embedding and head as `plain`.
 
     The two halves of SwiGLU's first weight are two matrices.
     """
-    if spec.start is not None or spec.role in ("embedding", "output"):
+    if spec.role in ("embedding", "output"):
         return plain(cfg, spec)
     halves = 2 if spec.site in BRANCH_OUTPUTS["ffn_in"] and cfg.ffn == "swiglu" else 1
     return math.sqrt(2 / (spec.fan_in + spec.fan_out / halves))
@@ -153,28 +171,26 @@ def subln(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 def ds(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """Xavier, and every matrix of block l, from 1, times 1 / sqrt(l) (DS-Init, Zhang et al. 2019, arXiv 1908.11365).
 
-    That is the paper's range of a uniform draw, with its alpha of 1. Its code hands l^(-1/2) to an initialiser that
-    scales the variance, and so draws with l^(-1/4). It has no experts: here they and their router are of their block.
+    That is the paper's range of a uniform draw, with its alpha of 1; its code in effect draws with l^(-1/4). The paper
+    has no experts: here they and their router belong to their block.
     """
-    size = xavier(cfg, spec)
-    return size if spec.start is not None or not spec.layers else size * (1.0 + np.array(spec.layers)) ** -0.5
+    in_block = spec.layers and spec.start is None
+    return xavier(cfg, spec) * ((1.0 + np.array(spec.layers)) ** -0.5 if in_block else 1.0)
 
 
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """ScaleInit: unit-variance branches, and what sets the size of an addition times `depth_factor`."""
-    damped = spec.site in damped_sites(cfg)
+    damped = cfg.depth_factor != "multiplier" and spec.site in _with_experts(_targets(cfg))
     if spec.start is not None:
         return depth_factor(cfg) if damped else spec.start
     return _unit_variance(cfg, spec) * (depth_factor(cfg) if damped else 1.0)
 
 
+@_of_matrices
 def shrink(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """A control for ScaleInit: all six matrices of a block damped alike, by as much in all as ScaleInit damps some."""
-    if spec.start is not None:
-        return spec.start
-    damped = len(cfg.init_targets or PLACEMENTS[cfg.placement].additions)
-    matrices = ("q", "k", *_VALUE_PATH)
-    return _unit_variance(cfg, spec) * (depth_factor(cfg) ** (damped / 6) if spec.site in matrices else 1.0)
+    factor = depth_factor(cfg) ** (len(_targets(cfg)) / 6)
+    return _unit_variance(cfg, spec) * (factor if spec.site in ("q", "k", *_VALUE_PATH) else 1.0)
 
 
 def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
@@ -183,8 +199,7 @@ def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     That is an output projection, or the gain that a branch ends in: a zero weight before a norm would
     never move. Of SpanNorm it is the feed-forward's alone, as in ScaleInit.
     """
-    sites = PLACEMENTS[cfg.placement].additions.values()
-    if spec.site in {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}:
+    if spec.site in _with_experts(placement_of(cfg).additions.values()):
         return 0.0
     return _unit_variance(cfg, spec) if spec.start is None else spec.start
 
@@ -199,39 +214,17 @@ def _unit_variance(cfg: ModelConfig, spec: "WeightSpec") -> float:
     return size
 
 
-# Weights of dense blocks -> the same weights, dense and of experts.
-BRANCH_OUTPUTS = {
-    "ffn_in": ("ffn_in", "expert_in", "shared_in"),
-    "ffn_out": ("ffn_out", "expert_out", "shared_out"),
-}
-_VALUE_PATH = ("v", "attn_out", *BRANCH_OUTPUTS["ffn_in"], *BRANCH_OUTPUTS["ffn_out"])  # not queries and keys
-
-
-def damped_sites(cfg: ModelConfig) -> set[str]:
-    """What ScaleInit starts times its depth factor: `init_targets`, or what sizes the placement's additions."""
-    if cfg.depth_factor == "multiplier":
-        return set()
-    sites = cfg.init_targets or PLACEMENTS[cfg.placement].additions.values()
-    return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
-
-
-Init = Callable[[ModelConfig, "WeightSpec"], Size]
-INITS: dict[str, Init] = {
-    **{"plain": plain, "gpt2": gpt2, "scale": scale},
-    **{"normal": normal, "xavier": xavier, "megatron": megatron, "deepnorm": deepnorm, "subln": subln},
-    **{"shrink": shrink, "zero_out": zero_out, "ds": ds},
-}
+_ALL = (plain, gpt2, scale, normal, xavier, megatron, deepnorm, subln, shrink, zero_out, ds)
+INITS: dict[str, Init] = {init.__name__: init for init in _ALL}  # in the order of tables and figures
 PUBLISHED = "published"  # in a config: what the placement was published with
-
-
 _READING = re.compile(r"(?P<init>[a-z]+)-L(?P<power>\d+(\.\d+)?)(?P<mult>-mult)?")
 
 
 def reading(init: str, exponent: float, place: str) -> str:
     """The name of an initialisation, which for ScaleInit says its reading: `scale-L1`, `scale-L0.5-mult`.
 
-    The number is the power of the depth that the factor of a branch falls with, (1 + p) / 2, and
-    `-mult` says that it is a multiplier of the branch (`depth_factor`).
+    The number is the power of depth by which a branch's factor falls, (1 + p) / 2; `-mult` says that
+    the factor is a multiplier of the branch (`depth_factor`).
     """
     if init not in SCALEINIT:
         return init
@@ -261,16 +254,13 @@ def initial_size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 
 
 def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
-    """Output variance of the attention and feed-forward branches at initialisation, for unit-variance input, (L,).
+    """Output variance of the branches `attn`, `ffn` and `moe` at initialisation, for unit-variance input, (L,).
 
-    `specs` is the model's table of weights. The feed-forward's (`ffn`, and `moe` with experts) holds
-    at every position. The attention's holds where a token attends to itself alone (the first
-    position) and bounds the others: averaging unrelated values over t positions lowers it towards
-    1/t.
+    Attention's is that of the first position, where a token attends to itself alone, and bounds the
+    others: averaging unrelated values over t positions lowers it towards 1/t.
     """
     gain = variance_factors(cfg, specs)
-    norms = inner_norms(cfg)
-    value = 1.0 if {"v", "heads"} & set(norms) else gain["v"]
+    value = 1.0 if has_normed_input(cfg, "attn_out") else gain["v"]
     variance = {"attn": value * gain["attn_out"]}
     if "ffn_out" in gain:
         variance["ffn"] = _hidden_variance(cfg, np.sqrt(gain["ffn_in"])) * gain["ffn_out"]
@@ -289,7 +279,7 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     placement's block (DeepScaleLM's beta) are left out.
     """
     specs = list(specs)
-    placement, variance = PLACEMENTS[cfg.placement], predicted_branch_variance(cfg, specs)
+    placement, variance = placement_of(cfg), predicted_branch_variance(cfg, specs)
     sizes = site_sizes(cfg, specs)
     if "moe" in variance:
         variance["ffn"] = np.where(moe_layers(cfg), variance["moe"], variance.get("ffn", 0.0))
@@ -317,6 +307,6 @@ def variance_factors(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[st
 
 def _hidden_variance(cfg: ModelConfig, pre_activation_std: Size) -> Any:
     """Mean square of what a feed-forward's output projection reads."""
-    if "hidden" in inner_norms(cfg):
+    if has_normed_input(cfg, "ffn_out"):
         return 1.0
     return np.vectorize(functools.partial(hidden_second_moment, cfg.ffn))(pre_activation_std)

@@ -14,8 +14,8 @@ from jax import Array
 from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.kernels.attention import attention
 from spannorm_jax.model.kernels.cpu import gelu, linear
-from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.placement import inner_norms
+from spannorm_jax.model.parametrisation import base_config, forward
+from spannorm_jax.model.placement import inner_norms, placement_of
 from spannorm_jax.model.weights import gain, weight
 
 
@@ -57,22 +57,15 @@ class Gain(nnx.Module):
 
 
 class Norms(nnx.Module):
-    """Norms of a block or of the model's ends, and gains without a norm (name -> start), named by the placement.
+    """Norms of a block or of the model's ends, and a block's gains without a norm, named by the placement."""
 
-    The gains that `scalars` names are one number each.
-    """
-
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        names: Iterable[str],
-        gains: dict[str, float] | None = None,
-        scalars: Iterable[str] = (),
-    ):
+    def __init__(self, cfg: ModelConfig, names: Iterable[str], gains: Iterable[str] = ()):
+        placement = placement_of(cfg)
         for name in names:
             setattr(self, name, Norm(cfg.norm, cfg.width, cfg.norm_eps, name))
-        for name, start in (gains or {}).items():
-            setattr(self, name, Gain(1 if name in scalars else cfg.width, name, start))
+        for name in gains:
+            size = 1 if name in placement.scalar_gains else cfg.width
+            setattr(self, name, Gain(size, name, placement.block_gains[name](base_config(cfg))))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> Array:

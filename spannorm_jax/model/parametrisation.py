@@ -7,12 +7,10 @@ Notation: m = width / base_width, l = depth / base_depth, a = `depth_exponent`. 
 width to something: roles hidden, expert and router. Multipliers are for optimisers whose updates have entries of one
 size (AdamW, Lion); Muon's learning rates are `training/muon.py`'s.
 
-An initialisation is asked for the BASE size (`at_base`), and the parametrisation goes on from there. So a factor of
-depth that an initialisation has (ScaleInit's sqrt(c / n), GPT-2's 1 / sqrt(2L)) is under `completep` that of the base
-depth, one number at all depths, and depth is counted once: by the multiplier of the branches. A factor of a block's
-position (DS-Init's 1 / sqrt(l)) is that of the base's block in its place, ceil(l base_depth / depth): a model of twice
-the depth has each factor twice. `mup` and `everett` say nothing of depth, and leave the initialisation's own factor in
-force.
+An initialisation is asked for the BASE size (`at_base`), and the parametrisation goes on from there. So under
+`completep` an initialisation's factor of depth (ScaleInit's, GPT-2's 1 / sqrt(2L)) is that of the base depth, and depth
+is counted once: by the multiplier of the branches. A factor of a block's position (DS-Init's 1 / sqrt(l)) is that of
+the base's block in its place, ceil(l base_depth / depth). `mup` and `everett` leave such factors in force.
 
 Heads: the presets add heads of one size when the width grows, so attention logits q.k / sqrt(K) keep their size. Where
 heads grow instead (`base_head_dim`), muP's rule q.k / K is met at the base: q.k / sqrt(K) times sqrt(K0 / K).
@@ -77,8 +75,7 @@ def _mup_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
     """muP for Adam (Yang et al. 2022, arXiv 2203.03466, table 8): a matrix's variance and learning rate / m.
 
     Decay is x m where the rate is / m: their product, by which a weight shrinks, stays. A gradient's entries are / m,
-    and eps with them (Dey et al. 2025, arXiv 2505.01618, table 1). Embeddings, gains and the output matrix, whose
-    variance stays, since its product is / m (`_mup_forward`), have the base's rate.
+    and eps with them (Dey et al. 2025, arXiv 2505.01618, table 1). Others have the base's rate and variance.
     """
     m = _width_ratio(cfg)
     if spec.role in MATRICES:
@@ -99,9 +96,8 @@ def _everett_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
     """Standard parametrisation with a learning rate for each layer (Everett et al. 2024, arXiv 2407.05872, Adam with
     full alignment): matrices and the head have variance 1 / n and rate 1 / n, embeddings and gains the base's rate.
 
-    The head's variance stays 1 / n, so the gradient's entries are m^-1/2 of the base's but for the head's own; eps goes
-    with them. A tied embedding goes by the head's rule, and as a lookup moves by m^-1/2 less than the base's: no one
-    rate serves both.
+    The gradient's entries, and eps with them, are m^-1/2 of the base's but for the head's own. A tied embedding goes by
+    the head's rule, and as a lookup moves by m^-1/2 less than the base's: no one rate serves both.
     """
     m = _width_ratio(cfg)
     if spec.role in (*MATRICES, "output"):

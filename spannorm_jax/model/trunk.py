@@ -10,7 +10,7 @@ from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
 from spannorm_jax.model.block import Block
 from spannorm_jax.model.layers import Norms
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.model.placement import placement_of
 from spannorm_jax.model.stack import STACKS, Stacks, Step, over_blocks
 
 
@@ -32,12 +32,11 @@ class Trunk(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, causal: bool = True):
         self.cfg, self.execution, self.causal = cfg, execution, causal
-        self._placement = PLACEMENTS[cfg.placement]
         kinds = moe_layers(cfg)
         for moe, name in STACKS.items():
             if moe in kinds:
                 setattr(self, name, Block(cfg, execution, moe, causal))
-        self.ends = Norms(cfg, self._placement.end_norms)
+        self.ends = Norms(cfg, placement_of(cfg).end_norms)
 
     @property
     def stacks(self) -> Stacks:
@@ -45,11 +44,11 @@ class Trunk(nnx.Module):
 
     def enter(self, x_BxTxD: Array) -> Any:
         """The stream that enters the first block, of the embeddings."""
-        return self._placement.enter(x_BxTxD, self.ends)
+        return placement_of(self.cfg).enter(x_BxTxD, self.ends)
 
     def leave(self, stream: Any) -> Array:
         """What the head reads, (B, T, D), of the stream that leaves the last block."""
-        return self._placement.leave(stream, self.ends)
+        return placement_of(self.cfg).leave(stream, self.ends)
 
     def run_from(
         self, stream: Any, angles: Array | None, step: Step | None = None, per_layer: Any = None, remat: str = ""

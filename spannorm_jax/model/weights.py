@@ -13,28 +13,16 @@ ROLES = ("embedding", "hidden", "output", "norm", "expert", "router")
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What is known of a weight before it exists.
+    """What is known of a weight before it exists. Gains have no fans."""
 
-    Attributes:
-      shape: with a leading layer axis for a weight of stacked blocks.
-      axes: logical axes, one a dimension; sharding reads them.
-      role: one of ROLES; weight decay, FLOP counting and compute dtypes read it.
-      site: the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it.
-      fan_in: inputs that one output sums; 0 for gains.
-      fan_out: outputs that one input reaches; 0 for gains. Both are whole, but for what `parametrisation.at_base` makes
-        of them.
-      start: where every number of a gain starts; None for weights that are drawn.
-      layers: the blocks that own the slices of a stacked weight; () outside of blocks.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    role: str
-    site: str
-    fan_in: float
-    fan_out: float
-    start: float | None
-    layers: tuple[int, ...] = ()
+    shape: tuple[int, ...]  # with a leading layer axis for a weight of stacked blocks
+    axes: tuple[str, ...]  # logical axes, one a dimension; sharding reads them
+    role: str  # one of ROLES; weight decay, FLOP counting and compute dtypes read it
+    site: str  # the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it
+    fan_in: float  # inputs that one output sums; an integer, except after `parametrisation.at_base` rescaled it
+    fan_out: float  # outputs that one input reaches
+    start: float | None  # where every number of a gain starts; None for weights that are drawn
+    layers: tuple[int, ...] = ()  # the blocks that own the slices of a stacked weight; () outside of blocks
 
 
 class ModelState(nnx.Variable):
@@ -45,16 +33,13 @@ def weight(
     shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, *, fan_in: int, fan_out: int
 ) -> nnx.Param:
     """Declares a weight that is drawn; an initialisation says with what standard deviation."""
-    return _declare(shape, axes, role, site, fan_in, fan_out, None)
+    return _declared(WeightSpec(shape, axes, role, site, fan_in, fan_out, None))
 
 
 def gain(shape: tuple[int, ...], axes: tuple[str, ...], site: str, start: float = 1.0) -> nnx.Param:
     """Declares a gain, of a norm or by itself."""
-    return _declare(shape, axes, "norm", site, 0, 0, start)
+    return _declared(WeightSpec(shape, axes, "norm", site, 0, 0, start))
 
 
-def _declare(
-    shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, fan_in: int, fan_out: int, start: float | None
-) -> nnx.Param:
-    spec = WeightSpec(shape, axes, role, site, fan_in, fan_out, start)
-    return nnx.Param(jnp.full(shape, start or 0.0, jnp.float32), spec=spec)
+def _declared(spec: WeightSpec) -> nnx.Param:
+    return nnx.Param(jnp.full(spec.shape, spec.start or 0.0, jnp.float32), spec=spec)

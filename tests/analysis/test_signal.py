@@ -73,10 +73,11 @@ def watched(placement, what):
     """A `Seen` for each block, from the equations of tests/reference.py."""
     cfg, params = what.model.cfg, reference.to_float64(what.params)
     options = reference.Options(placement, cfg.norm, cfg.ffn, cfg.norm_eps, cfg.rope_theta)
-    enter, equation, _ = reference.EQUATIONS[placement]
+    equation = reference.EQUATIONS[placement]
     seen = [Seen() for _ in range(cfg.depth)]
     for row in tokens()[:, :-1]:
-        stream = enter(params["embed"][row], lambda name, x: reference.rms_norm(x, params["ends"][name]["gain"], 1e-2))
+        end_norm = lambda name, x: reference.rms_norm(x, params["ends"][name]["gain"], 1e-2)  # noqa: E731
+        stream = equation.enter(params["embed"][row], end_norm)
         for layer in range(cfg.depth):
             w, got = jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"]), seen[layer]
 
@@ -97,7 +98,7 @@ def watched(placement, what):
             got.before.append(stream)
             attn = watch("attn", lambda x, w=w: reference.attention(w["attn"], x, options))
             ffn = watch("ffn", lambda x, w=w: reference.feed_forward(w["ffn"], x, options))
-            stream = equation(stream, attn, ffn, n, g, layer, cfg.depth)
+            stream = equation.block(stream, attn, ffn, n, g, layer, cfg.depth)
             got.after.append(stream)
     return seen
 

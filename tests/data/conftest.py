@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_lines import prepare_tiny
+from tiny import prepare
 
 import spannorm_jax
+from spannorm_jax.command import run_command
 from spannorm_jax.config import DataConfig
+from spannorm_jax.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -22,20 +24,15 @@ def source_data(tmp_path_factory) -> DataConfig:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("tiny")
-    prepare_tiny(root)
+    prepare(root)
     return str(root)
 
 
 @pytest.fixture
 def tiny(tiny_dir, tmp_path) -> DataConfig:
     """The tiny dataset with a cache of the test's own."""
-    return DataConfig(
-        dataset="tiny_lines",
-        text_feature="line",
-        eval_split="test",
-        data_dir=tiny_dir,
-        cache_dir=str(tmp_path / "cache"),
-    )
+    names = {"dataset": "tiny_lines", "text_feature": "line", "eval_split": "test"}
+    return DataConfig(**names, data_dir=tiny_dir, cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -43,14 +40,37 @@ def start_python():
     """Starts `python -c code args...` with the package importable."""
 
     def start(code, *args):
-        root = Path(spannorm_jax.__file__).parents[1]
-        env = os.environ | {"PYTHONPATH": str(root)}
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        env = os.environ | {"PYTHONPATH": str(Path(spannorm_jax.__file__).parents[1])}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, **pipes)
 
     return start
+
+
+@pytest.fixture
+def refused():
+    """The one line that a function is refused with."""
+
+    def line_of(function, *args):
+        with pytest.raises(UserError) as refusal:
+            function(*args)
+        line = str(refusal.value)
+        assert "\n" not in line and len(line) < 1000
+        return line
+
+    return line_of
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """The one line that a command line is refused with."""
+
+    def run(command, *argv):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as exit_:
+            run_command(command.main)
+        line = capsys.readouterr().err
+        assert exit_.value.code == 2 and line.count("\n") == 1, line
+        return line
+
+    return run

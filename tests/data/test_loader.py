@@ -73,9 +73,6 @@ def test_the_order_is_the_published_one(counting_store):
 def test_rows_that_do_not_exist_are_refused(store, rows):
     with pytest.raises(ValueError, match="no rows"):
         TrainLoader(store, T, B, seed=0).rows(*rows)
-
-
-def test_too_short_a_split_is_the_users_to_mend(store):
     with pytest.raises(UserError, match=r"data\.seq_len"):
         TrainLoader(store, store.num_tokens, B, seed=0)
 
@@ -95,33 +92,22 @@ def predicted(batches, seq_len):
 
 @pytest.mark.parametrize("seq_len", [1, 16, 27, 999, 2000])  # 27 and 999 divide: no tail
 def test_a_whole_evaluation_predicts_each_token_once(counting_store, seq_len):
-    counts = predicted(eval_batches(counting_store, seq_len, 0, B), seq_len)
-    assert counts[0] == 0  # nothing comes before it
-    assert (counts[1:] == 1).all()
+    for num_tokens in (0, 1, 10**6) if seq_len >= 1000 else (0,):  # a split shorter than a window is taken whole
+        counts = predicted(eval_batches(counting_store, seq_len, num_tokens, B), seq_len)
+        assert counts[0] == 0  # nothing comes before it
+        assert (counts[1:] == 1).all()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 17, 100, 500])
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 100, 500, 10**6])
 def test_a_partial_evaluation_is_spread_over_the_split(counting_store, num_tokens):
     counts = predicted(eval_batches(counting_store, T, num_tokens, B), T)
     assert counts.max() == 1
-    windows = -(-num_tokens // T)
+    windows = min(-(-num_tokens // T), 62)  # every full window, if more is asked for
     assert counts.sum() == windows * T
     starts = np.flatnonzero(np.diff(counts, prepend=0) == 1)
     if windows <= 30:  # apart from each other: no longer gap than an even spread needs
         assert np.diff(starts).max(initial=0) <= T * -(-62 // windows)
         assert starts[-1] >= 1000 * (1 - 1 / windows) - 2 * T
-
-
-def test_asking_for_more_than_there_is_takes_every_full_window(counting_store):
-    counts = predicted(eval_batches(counting_store, T, 10**6, B), T)
-    assert (counts[1 : 62 * T + 1] == 1).all() and counts.sum() == 62 * T
-
-
-@pytest.mark.parametrize("num_tokens", [1, 16, 10**6])
-@pytest.mark.parametrize("seq_len", [1000, 1001, 5000])
-def test_a_split_shorter_than_a_window_is_evaluated_whole(counting_store, seq_len, num_tokens):
-    counts = predicted(eval_batches(counting_store, seq_len, num_tokens, B), seq_len)
-    assert counts[0] == 0 and (counts[1:] == 1).all()
 
 
 def test_padding_is_all_zero(counting_store):

@@ -1,90 +1,166 @@
+"""TFDS datasets by name, version, format and feature: what is opened, and what is refused in one line."""
+
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tiny_lines import TINY_TRAIN, prepare_tiny
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tiny import LINES, prepare
 
+from spannorm_jax.config import DataConfig
+from spannorm_jax.data import names
 from spannorm_jax.data.tokens import open_store, write_shard
+from spannorm_jax.durable import unwritable
 from spannorm_jax.errors import UserError
 
-
-def error_of(data, split="train", **changes):
-    with pytest.raises(UserError) as error:
-        open_store(dataclasses.replace(data, **changes), split)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-def test_unknown_dataset_names_the_nearest(tiny):
-    message = error_of(tiny, dataset="tiny_line")
-    assert "data.dataset='tiny_line'" in message and "'tiny_lines'" in message
-    assert tiny.data_dir in message
-    assert "did you mean 'wiki40b'" in error_of(tiny, dataset="wiki40/en")
-
-
-def test_a_name_that_is_none(tiny):
-    assert "name/config" in error_of(tiny, dataset="huggingface:squad")
+F = tfds.features
+BESIDE = {
+    "dict": (
+        F.FeaturesDict({"id": np.int32, "inner": F.FeaturesDict({"tag": F.Text()})}),
+        {"id": 1, "inner": {"tag": "t"}},
+    ),
+    "translation": (F.Translation(languages=["en", "de"]), {"en": "one", "de": "eins"}),
+    "sequence_of_dict": (F.Sequence({"start": np.int32, "answer": F.Text()}), [{"start": 1, "answer": "a"}] * 2),
+    "empty": (F.Sequence({"start": np.int32, "answer": F.Text()}), []),
+    "sequence_of_text": (F.Sequence(F.Text()), ["x", "yy"]),
+    "tensor": (F.Tensor(shape=(2, 3), dtype=np.float32), np.ones((2, 3), np.float32)),
+    "compressed": (F.Tensor(shape=(2,), dtype=np.int32, encoding="zlib"), np.arange(2, dtype=np.int32)),
+}
 
 
-def test_unknown_config_names_the_nearest(tiny):
-    assert "did you mean 'webtextlike'" in error_of(tiny, dataset="c4/webtext")
-    assert "write 'tiny_lines' alone" in error_of(tiny, dataset="tiny_lines/large")
-    assert "stdlib_" in error_of(tiny, dataset="python_source/stdlib_00000000")
-    assert "did you mean 'sys_path'" in error_of(tiny, dataset="python_source/syspath")
+def documents(store):
+    return sorted(part.decode() for part in store.tokens.tobytes().split(b"\xff")[:-1])
 
 
-def test_known_but_not_prepared_says_where_it_looked_and_how_to_prepare(tiny):
-    message = error_of(tiny, dataset="lm1b")
-    assert f"not prepared in {tiny.data_dir}" in message and "data.data_dir" in message
-    assert "tfds.builder('lm1b'" in message and "file_format='array_record'" in message
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        # A name that is none, unknown or not prepared; a config or version that is not there.
+        ({"dataset": "huggingface:squad"}, ["not a TFDS name", "name/config"]),
+        ({"dataset": "tiny_line"}, ["data.dataset='tiny_line'", "did you mean 'tiny_lines'", "DIR"]),
+        ({"dataset": "wiki40/en"}, ["did you mean 'wiki40b'"]),
+        ({"dataset": "c4/webtext"}, ["did you mean 'webtextlike'"]),
+        ({"dataset": "tiny_lines/large"}, ["write 'tiny_lines' alone"]),
+        ({"dataset": "python_source/stdlib_00000000"}, ["stdlib_", "data.data_dir"]),
+        ({"dataset": "python_source/syspath"}, ["did you mean 'sys_path'"]),
+        ({"dataset": "lm1b"}, ["not prepared in DIR", "data.data_dir", "tfds.builder('lm1b'", "'array_record'"]),
+        ({"dataset": "tiny_lines:9.0.0"}, ["tiny_lines/1.2.3"]),
+        ({"full_name": "tiny_lines/9.0.0"}, ["tiny_lines/1.2.3"]),
+        ({"full_name": "tiny_lines"}, ["data.full_name='tiny_lines'", "no version"]),
+        ({"full_name": "other/1.0.0"}, ["data.full_name='other/1.0.0'", "is not what data.dataset='tiny_lines' names"]),
+        ({"dataset": "tiny_lines:1.2.3", "full_name": "tiny_lines/2.0.0"}, ["is not what"]),
+        ({"dataset": "python_source", "full_name": "python_source/sys_path_01234567/1.0.0"}, ["is not what"]),
+        ({"full_name": "../tiny_lines/1.0.0"}, ["not a TFDS name"]),
+        # Folders that are not where datasets are.
+        ({"data_dir": "DIR/tiny_lines"}, ["data.data_dir=DIR"]),
+        ({"data_dir": "DIR/tiny_lines/1.2.3"}, ["data.data_dir=DIR"]),
+        ({"data_dir": "DIR/none"}, ["DIR/none, which does not exist", "data.data_dir"]),
+        ({"data_dir": "DIR/none", "dataset": "lm1b"}, ["does not exist", "tfds.builder('lm1b'"]),
+        ({"data_dir": "DIR/none", "dataset": "lm1"}, ["does not exist", "did you mean 'lm1b'"]),
+        ({"data_dir": "DIR/tiny_lines/1.2.3/features.json"}, ["is no folder"]),
+        # Splits and features.
+        ({"train_split": "trian"}, ["data.train_split='trian'", "did you mean 'train'"]),
+        ({"train_split": "validation", "eval_split": "validation"}, ["data.eval_split=", "blank, test, train"]),
+        ({"train_split": "train[:0]"}, ["holds no examples", "train[:0]"]),
+        ({"train_split": "blank"}, ["holds no text", "blank"]),
+        ({"text_feature": "text"}, ["data.text_feature='text' is unknown", "line"]),
+        ({"text_feature": "number"}, ["data.text_feature='number' is not text", "line"]),
+        ({"cache_dir": "DIR/tiny_lines/1.2.3/features.json"}, ["data.cache_dir"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_opened_is_one_line(tiny, tiny_dir, refused, changes, says):
+    before = sorted(os.walk(tiny_dir))
+    data = dataclasses.replace(tiny, **{key: value.replace("DIR", tiny_dir) for key, value in changes.items()})
+    line = refused(open_store, data, data.train_split)
+    assert all(part.replace("DIR", tiny_dir) in line for part in says), line
+    assert sorted(os.walk(tiny_dir)) == before
 
 
-def test_a_version_that_is_not_there_names_those_that_are(tiny):
-    assert "tiny_lines/1.2.3" in error_of(tiny, dataset="tiny_lines:9.0.0")
-    assert open_store(dataclasses.replace(tiny, dataset="tiny_lines:1.2.3"), "train").num_docs == 100
+@pytest.mark.parametrize("text", ["", "a/b/c", "a:1.0", "a:", "a/1.0.0/b", "a/../b", "a/..:1.0", "1a", "a/1.0.0\n"])
+def test_what_is_no_name(text):
+    with pytest.raises(UserError, match=r"data\.dataset=.*not a TFDS name"):
+        names.parse(text, "data.dataset")
 
 
-def as_format(data_dir, name):
+def test_a_version_and_a_config_are_opened_by_each_of_their_spellings(tmp_path):
+    for version in ("1.0.0", "2.0.0", "11.0.0"):
+        for config in ("", "en", "en.big"):
+            splits = {"train": [f"{config or 'plain'} in version {version}"]}
+            prepare(tmp_path / config, "many" if config else "one", splits, version=version, config=config, text="text")
+    for config in ("en", "en.big"):
+        shutil.copytree(tmp_path / config / "many", tmp_path / "many", dirs_exist_ok=True)
+    where = DataConfig(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    for base in ("one", "many/en", "many/en.big"):
+        assert open_store(dataclasses.replace(where, dataset=base), "train").dataset == f"{base}/11.0.0"
+        for version in ("1.0.0", "2.0.0"):
+            spellings = [{"dataset": f"{base}:{version}"}, {"dataset": f"{base}/{version}"}]
+            spellings += [{"dataset": base, "full_name": f"{base}{sign}{version}"} for sign in "/:"]
+            stores = [open_store(dataclasses.replace(where, **changes), "train") for changes in spellings]
+            assert {store.dataset for store in stores} == {f"{base}/{version}"}
+            assert len({store.path for store in stores}) == 1
+            assert f"in version {version}".encode() in stores[0].tokens.tobytes()
+
+
+# ---- features ----------------------------------------------------------------------------------
+
+
+def test_what_nests_or_repeats_beside_the_text_is_left_alone_and_is_no_text(tmp_path, refused):
+    prepare(tmp_path / "tfds", text="text", beside=BESIDE)
+    data = DataConfig(dataset="tiny_lines", data_dir=str(tmp_path / "tfds"), cache_dir=str(tmp_path / "cache"))
+    assert documents(open_store(data, "train")) == sorted(LINES["train"])
+    for name in BESIDE:
+        line = refused(open_store, dataclasses.replace(data, text_feature=name), "train")
+        assert f"data.text_feature='{name}' is not text" in line and "valid ones are text" in line
+
+
+@pytest.mark.parametrize("kind", [F.Scalar(np.str_), F.Tensor(shape=(), dtype=np.bytes_)], ids=["scalar", "tensor"])
+def test_a_scalar_of_a_strings_type_is_text(tmp_path, kind):
+    prepare(tmp_path / "tfds", text="text", kind=kind)
+    data = DataConfig(dataset="tiny_lines", data_dir=str(tmp_path / "tfds"), cache_dir=str(tmp_path / "cache"))
+    assert documents(open_store(data, "train")) == sorted(LINES["train"])
+
+
+# ---- formats -----------------------------------------------------------------------------------
+
+
+def as_format(tiny, root, name):
     """The tiny dataset as if prepared in another format, writing which takes other packages."""
-    folder = prepare_tiny(data_dir)
+    folder = prepare(root)
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = name
     (folder / "dataset_info.json").write_text(json.dumps(info))
     for file in folder.glob("*.array_record*"):
         shutil.move(file, str(file).replace("array_record", name))
-    return str(data_dir)
+    return dataclasses.replace(tiny, data_dir=str(root))
 
 
-def test_another_file_format_says_so(tiny, tmp_path):
-    message = error_of(tiny, data_dir=as_format(tmp_path / "tfds", "riegeli"))
-    assert "as riegeli" in message and "file_format='array_record'" in message
-
-
-def test_tfrecord_without_tensorflow_names_the_extra(tiny, tmp_path, monkeypatch):
-    data_dir = as_format(tmp_path / "tfds", "tfrecord")
+def test_a_format_that_cannot_be_read_says_so(tiny, tmp_path, monkeypatch, refused):
+    riegeli, tfrecord = (as_format(tiny, tmp_path / name, name) for name in ("riegeli", "tfrecord"))
+    line = refused(open_store, riegeli, "train")
+    assert "as riegeli" in line and "file_format='array_record'" in line
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # the import fails, installed or not
-    message = error_of(tiny, data_dir=data_dir)
-    assert "as tfrecord" in message and "pip install 'spannorm_jax[tf]'" in message
+    line = refused(open_store, tfrecord, "train")
+    assert "as tfrecord" in line and "pip install 'spannorm_jax[tf]'" in line
 
 
 def test_tfrecord_is_read_file_by_file_through_tensorflow(tiny, tmp_path, monkeypatch):
     """TensorFlow is played by a stand-in that holds the examples and keeps what TFDS was asked for."""
-    data = dataclasses.replace(tiny, data_dir=as_format(tmp_path / "tfds", "tfrecord"))
+    data = as_format(tiny, tmp_path / "tfds", "tfrecord")
     asked, hidden = {}, []
 
     def as_dataset(self, *, split, **options):
         asked.update(options)
-        rows = list(range(100)) if split == "train" else tfds_rows(self, split)
-        return [{"line": TINY_TRAIN[i].encode(), "number": b"not decoded"} for i in rows]
-
-    def tfds_rows(builder, part):
-        ((start, stop),) = [(f.skip, f.skip + f.take) for f in builder.info.splits[part].file_instructions]
-        return range(start, stop)
+        ((start, stop),) = [(f.skip, f.skip + f.take) for f in self.info.splits[split].file_instructions]
+        stop = stop if stop > 0 else 100
+        return [{"line": line.encode(), "number": b"not decoded"} for line in LINES["train"][start:stop]]
 
     config = types.SimpleNamespace(set_visible_devices=lambda devices, kind: hidden.append((devices, kind)))
     monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=config))
@@ -93,36 +169,55 @@ def test_tfrecord_is_read_file_by_file_through_tensorflow(tiny, tmp_path, monkey
     monkeypatch.setattr(tfds, "as_numpy", iter)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "as_dataset", as_dataset)
     store = open_store(data, "train")
-    assert store.tokens.tobytes() == b"".join(line.encode() + b"\xff" for line in TINY_TRAIN)
+    assert store.tokens.tobytes() == b"".join(line.encode() + b"\xff" for line in LINES["train"])
     assert asked["shuffle_files"] is False and asked["read_config"] == {"interleave_cycle_length": 1}
     assert asked["decoders"] == {"line": True}
     assert hidden[0] == ([], "GPU")  # TensorFlow must leave the accelerator to JAX
 
     sharded = dataclasses.replace(data, cache_dir=str(tmp_path / "sharded"))
-    left = [write_shard(sharded, "train", (i, 3)) for i in (2, 0, 1)]
-    assert left == [[0, 1], [1], []]
+    assert [write_shard(sharded, "train", (i, 3)) for i in (2, 0, 1)] == [[0, 1], [1], []]
     assert open_store(sharded, "train").sha256 == store.sha256
 
 
-def test_unknown_split_names_the_splits_and_the_key(tiny):
-    message = error_of(tiny, split="validation", eval_split="validation")
-    assert "data.eval_split='validation'" in message and "blank, test, train" in message
-    message = error_of(tiny, split="trian", train_split="trian")
-    assert "data.train_split='trian'" in message and "did you mean 'train'" in message
+# ---- damage ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "blank"])
-def test_a_split_without_text_is_refused(tiny, split):
-    message = error_of(tiny, split=split)
-    assert "holds no" in message and split in message
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("*train.array_record*", lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:]),
+        ("*train.array_record*", lambda content: content[: len(content) // 2]),
+        ("*train.array_record*", lambda content: None),
+        ("dataset_info.json", lambda content: content[:-20]),
+        ("features.json", lambda content: b"\xff" + content),
+    ],
+    ids=["a bit", "a half", "gone", "info", "features"],
+)
+def test_a_dataset_file_that_changed_is_named(tiny, tmp_path, refused, file, damage):
+    (path,) = prepare(tmp_path / "tfds").glob(file)
+    changed = damage(path.read_bytes())
+    path.unlink()
+    if changed is not None:
+        path.write_bytes(changed)
+    line = refused(open_store, dataclasses.replace(tiny, data_dir=str(tmp_path / "tfds")), "train")
+    assert f"dataset file {path} is damaged" in line and f"delete {path.parent}" in line
 
 
-@pytest.mark.parametrize(("feature", "fault"), [("text", "unknown"), ("number", "not text")])
-def test_a_feature_that_is_no_text_names_those_that_are(tiny, feature, fault):
-    message = error_of(tiny, text_feature=feature)
-    assert f"data.text_feature='{feature}'" in message and fault in message and "line" in message
+def test_a_read_that_fails_once_is_told_as_it_was(tiny, monkeypatch):
+    def fail(self, keys):
+        raise RuntimeError("the wire was cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayRecordDataSource, "__getitems__", fail)
+        with pytest.raises(RuntimeError, match="the wire was cut"):
+            open_store(tiny, "train")
+    assert documents(open_store(tiny, "train")) == sorted(LINES["train"])
 
 
-def test_an_unwritable_cache_names_the_key(tiny, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "data.cache_dir" in error_of(tiny, cache_dir=str(tmp_path / "file"))
+def test_causes_that_go_in_a_ring_have_an_end():
+    ring = [RuntimeError(str(i)) for i in range(3)]
+    for i, error in enumerate(ring):
+        error.__cause__ = ring[(i + 1) % 3]
+    assert unwritable(ring[0]) is None
+    ring[-1].__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert unwritable(ring[0]) == "the disk is full"

@@ -1,18 +1,27 @@
 import dataclasses
 import json
 import math
-import tokenize
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import LIMIT_S
-from tiny_lines import TINY_TEST, TINY_TRAIN, prepare_tiny
+from tiny import LINES, prepare
 
-from spannorm_jax.data import stdlib_files, tokens
+from spannorm_jax.data import python_files, tokens
 from spannorm_jax.data.tokens import Windows, fingerprint, open_store
 from spannorm_jax.errors import UserError
+
+BUILD = """
+import os, signal, sys
+from spannorm_jax.config import DataConfig
+from spannorm_jax.data import tokens
+data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1], cache_dir=sys.argv[2])
+if sys.argv[3] == 'die':
+    tokens.durable.publish = lambda folder, target: os.kill(os.getpid(), signal.SIGKILL)
+print(tokens.open_store(data, 'train').sha256)
+"""
 
 
 def documents(store):
@@ -25,11 +34,8 @@ def documents(store):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_store_holds_the_library_itself(source_data, split):
     store = open_store(source_data, split)
-    root, expected = stdlib_files.stdlib_root(), Counter()
-    for path in stdlib_files.list_files(root):
-        if stdlib_files.split_of(path) == split:
-            with tokenize.open(root / path) as file:
-                expected[file.read().encode()] += 1
+    files = [file for name, file in python_files.here("stdlib")[0] if python_files.split_of(name) == split]
+    expected = Counter(text.encode() for text in map(python_files.read_source, files) if text is not None)
     assert documents(store) == expected
     assert store.num_docs == expected.total()
     assert store.num_bytes == sum(len(text) * n for text, n in expected.items())
@@ -37,17 +43,15 @@ def test_a_store_holds_the_library_itself(source_data, split):
 
 
 def test_a_dataset_of_ones_own_by_name(tiny):
-    store = open_store(tiny, "train")
-    assert documents(store) == Counter(line.encode() for line in TINY_TRAIN)
-    assert (store.dataset, store.split) == ("tiny_lines/1.2.3", "train")
-    assert documents(open_store(tiny, "test")) == Counter(line.encode() for line in TINY_TEST)
-
-
-def test_the_entropy_is_that_of_the_frequencies(tiny):
-    store = open_store(tiny, "test")
-    text = b"".join(line.encode() + b"\xff" for line in TINY_TEST)
+    for split in ("train", "test"):
+        store = open_store(tiny, split)
+        assert documents(store) == Counter(line.encode() for line in LINES[split])
+        assert (store.dataset, store.split) == ("tiny_lines/1.2.3", split)
+    text = b"".join(line.encode() + b"\xff" for line in LINES["test"])
     p = [n / len(text) for n in Counter(text).values()]
     assert store.unigram_entropy == pytest.approx(-sum(q * math.log(q) for q in p), rel=1e-12)
+    with pytest.raises(ValueError, match="read-only"):
+        store.tokens[0] = 1
 
 
 def test_a_slice_of_a_split_has_a_store_of_its_own(tiny):
@@ -63,11 +67,6 @@ def test_documents_longer_than_the_buffer_are_written_in_order(tiny, monkeypatch
     other = open_store(dataclasses.replace(tiny, cache_dir=tiny.cache_dir + "2"), "train")
     np.testing.assert_array_equal(whole.tokens, other.tokens)
     assert (whole.sha256, whole.unigram_entropy) == (other.sha256, other.unigram_entropy)
-
-
-def test_tokens_cannot_be_written(tiny):
-    with pytest.raises(ValueError, match="read-only"):
-        open_store(tiny, "train").tokens[0] = 1
 
 
 def test_the_default_dataset_opens_without_tfds(source_data, start_python):
@@ -89,70 +88,44 @@ def test_the_default_cache_follows_xdg(tiny, tmp_path, monkeypatch):
     assert store.path.is_relative_to(tmp_path / "xdg" / "spannorm_jax" / "tokens")
 
 
-def test_two_processes_build_one_store(tiny, start_python):
-    code = """
-import sys
-from spannorm_jax.config import DataConfig
-from spannorm_jax.data.tokens import open_store
-data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1],
-                  cache_dir=sys.argv[2])
-print(open_store(data, 'train').sha256)
-"""
-    both = [start_python(code, tiny.data_dir, tiny.cache_dir) for _ in range(2)]
+def test_a_killed_build_is_never_trusted_and_two_processes_build_one_store(tiny, start_python):
+    killed = start_python(BUILD, tiny.data_dir, tiny.cache_dir, "die")
+    killed.communicate(timeout=LIMIT_S)
+    assert killed.returncode == -9
+    assert list(Path(tiny.cache_dir).rglob("tokens.bin")), "the kill came too early to test anything"
+    both = [start_python(BUILD, tiny.data_dir, tiny.cache_dir, "live") for _ in range(2)]
     outputs = [p.communicate(timeout=LIMIT_S) for p in both]
     store = open_store(tiny, "train")
-    assert outputs == [(store.sha256 + "\n", "")] * 2
-    assert [p.name for p in store.path.parent.iterdir()] == ["train"]
+    assert store.num_docs == 100 and outputs == [(store.sha256 + "\n", "")] * 2
 
 
 def test_the_loser_of_a_race_uses_the_winners_store(tiny, monkeypatch):
-    build = tokens._build
+    write = tokens._write
 
-    def lose(path, texts, tokenizer, facts):
-        build(path, iter([b"the winner was here"]), tokenizer, facts)
-        build(path, texts, tokenizer, facts)
+    def lose(path, chunks, tokenizer, facts):
+        write(path, iter([tokenizer.encode(b"the winner was here"), np.array([0xFF], np.uint8)]), tokenizer, facts)
+        write(path, chunks, tokenizer, facts)
 
-    monkeypatch.setattr(tokens, "_build", lose)
+    monkeypatch.setattr(tokens, "_write", lose)
     store = open_store(tiny, "train")
     assert documents(store) == Counter([b"the winner was here"])
     assert [p.name for p in store.path.parent.iterdir()] == ["train"]
-
-
-def test_a_killed_build_is_never_trusted(tiny, start_python):
-    code = """
-import os, signal, sys
-from spannorm_jax.config import DataConfig
-from spannorm_jax.data import tokens
-from spannorm_jax.data.tokens import open_store
-def die(folder, target):
-    os.kill(os.getpid(), signal.SIGKILL)
-tokens.durable.publish = die
-data = DataConfig(dataset='tiny_lines', text_feature='line', data_dir=sys.argv[1],
-                  cache_dir=sys.argv[2])
-open_store(data, 'train')
-"""
-    process = start_python(code, tiny.data_dir, tiny.cache_dir)
-    process.communicate(timeout=LIMIT_S)
-    assert process.returncode == -9
-    assert list(Path(tiny.cache_dir).rglob("tokens.bin")), "the kill came too early to test anything"
-    assert open_store(tiny, "train").num_docs == len(TINY_TRAIN)
 
 
 def test_a_failed_build_leaves_nothing(tiny, monkeypatch):
     def fail(text):
         raise RuntimeError("disk on fire")
 
-    broken = dataclasses.replace(tokens.BYTES, encode=fail)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "BYTES", broken)
+        patch.setattr(tokens, "BYTES", dataclasses.replace(tokens.BYTES, encode=fail))
         with pytest.raises(RuntimeError, match="on fire"):
             open_store(tiny, "train")
     assert not [p for p in Path(tiny.cache_dir).rglob("*") if p.is_file() or "incomplete" in p.name]
-    assert open_store(tiny, "train").num_docs == len(TINY_TRAIN)
+    assert open_store(tiny, "train").num_docs == 100
 
 
 def test_the_same_name_with_other_contents_is_another_store(tiny, tmp_path):
-    prepare_tiny(tmp_path / "other", train=["other text"])
+    prepare(tmp_path / "other", splits={"train": ["other text"]})
     first = open_store(tiny, "train")
     second = open_store(dataclasses.replace(tiny, data_dir=str(tmp_path / "other")), "train")
     assert documents(second) == Counter([b"other text"])
@@ -165,21 +138,22 @@ def test_fingerprints_tell_stores_and_their_order_apart(tiny):
     prints.append(fingerprint(dataclasses.replace(train, tokenizer="other")))
     assert len(set(prints)) == 4
     assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
-    assert fingerprint(open_store(tiny, "train"), open_store(tiny, "test")) == prints[0]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove_meta", "garble_meta"])
-def test_a_damaged_store_names_the_file_and_the_remedy(tiny, damage):
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove_meta", "garble_meta", "change_meta"])
+def test_a_damaged_store_names_the_file_and_the_remedy(tiny, refused, damage):
     path = open_store(tiny, "train").path
+    data, meta = path / "tokens.bin", path / "meta.json"
     if damage == "truncate":
-        (path / "tokens.bin").write_bytes(b"short")
+        data.write_bytes(b"short")
+    elif damage == "flip":
+        data.write_bytes(b"L" + data.read_bytes()[1:])
     elif damage == "remove_meta":
-        (path / "meta.json").unlink()
+        meta.unlink()
     else:
-        (path / "meta.json").write_text(json.dumps({"format": 1})[:-1])
-    with pytest.raises(UserError, match=f"delete {path}") as error:
-        open_store(tiny, "train")
-    assert "\n" not in str(error.value)
+        new = json.dumps({"format": 1})[:-1] if damage == "garble_meta" else meta.read_text().replace("100", "101")
+        meta.write_text(new)
+    assert f"delete {path}" in refused(open_store, tiny, "train")
 
 
 def test_windows_predict_each_token_once(tiny):
@@ -194,9 +168,5 @@ def test_windows_predict_each_token_once(tiny):
         assert store.num_tokens - 1 - len(targets) < seq_len
     with pytest.raises(IndexError):
         windows[len(windows)]
-
-
-def test_a_window_longer_than_the_split_names_the_key(tiny):
-    store = open_store(tiny, "test")
     with pytest.raises(UserError, match=rf"data\.seq_len={store.num_tokens} .*{store.num_tokens - 1}"):
         Windows(store, store.num_tokens)

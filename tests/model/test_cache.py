@@ -4,35 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_placement import TINY, make
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, MoEConfig
 from spannorm_jax.model.cache import cache_bytes, cached_features, empty_cache
-from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 
-# theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
-TINY = {"depth": 3, "width": 16, "num_heads": 4, "ffn_dim": 24, "vocab_size": 11, "rope_theta": 20.0, "norm_eps": 1e-2}
 VARIANTS = {
-    "plain": {"num_kv_heads": 4},
+    "plain": {},
     "gqa_qk_norm_tied": {"num_kv_heads": 2, "qk_norm": True, "tied_head": True},
-    "moe": {"num_kv_heads": 4, "moe": MoEConfig(num_experts=4, expert_dim=12, num_shared=1, first_dense=1)},
+    "moe": {"moe": MoEConfig(num_experts=4, expert_dim=12, num_shared=1, first_dense=1)},
 }
 PROMPTS, TOTAL, SLOTS = np.array([1, 4, 7]), 10, 13
-
-
-def make(placement, variant, dtype):
-    """(model, params, tokens): weights of a size that bends every nonlinearity, gains apart."""
-    # The implementation that decoding uses: in bfloat16 two of them round differently, which these weights amplify.
-    cfg = ModelConfig(placement=placement, dtype=dtype, **TINY | VARIANTS[variant])
-    model = define(cfg, ExecutionConfig(attention="xla"))
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.role == "norm":
-            return jnp.asarray(rng.uniform(0.5, 1.5, spec.shape), jnp.float32)
-        return jnp.asarray(0.4 * rng.standard_normal(spec.shape), jnp.float32)
-
-    return model, model.map_weights(draw), rng.integers(11, size=(len(PROMPTS), TOTAL)).astype(np.int32)
+# The implementation that decoding uses: in bfloat16 two of them round differently, which these weights amplify.
+XLA = ExecutionConfig(attention="xla")
 
 
 # Rounding in another order through three blocks, as a share of the largest logit: seen are 3.5e-6 in float32, and in
@@ -47,8 +32,8 @@ def test_cached_decoding_is_the_full_forward_pass(placement, variant, dtype, tol
 
     The padding of a prompt and the unused slots of the cache hold large values: none may be seen.
     """
-    model, params, tokens = make(placement, variant, dtype)
-    decoder = model.bind(params)
+    model, params, _, _ = make(placement, execution=XLA, dtype=dtype, **VARIANTS[variant])
+    decoder, tokens = model.bind(params), np.random.default_rng(0).integers(11, size=(len(PROMPTS), TOTAL))
     want = np.asarray(jax.jit(decoder)(tokens))
     cache = jax.tree.map(lambda x: jnp.full_like(x, 1e3), empty_cache(model.cfg, len(PROMPTS), SLOTS))
 
@@ -73,6 +58,6 @@ def test_cached_decoding_is_the_full_forward_pass(placement, variant, dtype, tol
 
 
 def test_the_cache_is_as_large_as_was_said():
-    cfg = ModelConfig(**TINY, num_kv_heads=2, dtype="bfloat16")
+    cfg = ModelConfig(**TINY | {"num_kv_heads": 2, "dtype": "bfloat16"})
     cache = empty_cache(cfg, 3, 5)
     assert cache_bytes(cfg, 3, 5) == sum(x.nbytes for x in jax.tree.leaves(cache)) == 2 * 3 * 3 * 5 * 2 * 4 * 2

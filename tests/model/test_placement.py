@@ -1,7 +1,9 @@
 """Placements against the equations: in the whole model, and as functions of plain callables."""
 
 import dataclasses
+import re
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ import reference
 
 from spannorm_jax.config import Config, ModelConfig, MoEConfig
 from spannorm_jax.model.definition import define
-from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
+from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS, declare
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import gradients
 from spannorm_jax.training.tasks.text import loss_sums
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "placements.md"
 TINY = {"depth": 3, "width": 16, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 24, "vocab_size": 11, "dtype": "float32"}
 # theta is small, so that all pairs of a head turn visibly in a few positions; eps is large, so that it matters.
 TINY |= {"rope_theta": 20.0, "norm_eps": 1e-2, "mix_share": reference.MIX_SHARE}
@@ -56,12 +59,11 @@ def state_of(model):
     )
 
 
-def make(placement, variant="plain", **changes):
+def make(placement, variant="plain", execution=None, **changes):
     """(model, params, tokens, reference options): weights of a size that bends every nonlinearity, gains apart."""
     cfg = ModelConfig(placement=placement, **TINY | VARIANTS[variant] | changes)
-    model = define(cfg)
+    model = define(cfg, execution)
     rng = np.random.default_rng(0)
-
     scalars = PLACEMENTS[placement].scalar_gains
 
     def draw(spec):
@@ -97,7 +99,7 @@ def test_branches_that_come_in_while_the_model_trains(placement, variant):
 @pytest.mark.parametrize("variant", ["mqa_qk_norm", "moe", "moe_sigmoid"])
 def test_norms_inside_sub_layers(variant, monkeypatch):
     """PreNorm with every inner norm: heads before their projection, hidden units before theirs, of experts too."""
-    normed = dataclasses.replace(PLACEMENTS["pre"], name="pre_normed", inner_norms=INNER_NORMS)
+    normed = dataclasses.replace(PLACEMENTS["pre"], name="pre_normed", inner_norms=tuple(INNER_NORMS))
     monkeypatch.setitem(PLACEMENTS, "pre_normed", normed)
     monkeypatch.setitem(reference.EQUATIONS, "pre_normed", reference.EQUATIONS["pre"])
     check_against_the_reference("pre_normed", variant)
@@ -163,9 +165,10 @@ def test_the_reference_tells_placements_apart(placement):
             params["blocks"]["norms"].setdefault(name, {"gain": rng.uniform(0.5, 1.5, (3, 16))})
     exact = reference.to_float64(params)
     mine = reference.logits(exact, tokens, reference.Options(placement))
-    for other in PLACEMENTS:
-        if reference.EQUATIONS[other] == reference.EQUATIONS[placement]:  # of SubLN and PreNorm, which differ inside
-            continue
+    own = reference.EQUATIONS[placement]
+    for other, equation in reference.EQUATIONS.items():
+        if (equation.enter, equation.block, equation.leave) == (own.enter, own.block, own.leave):
+            continue  # of SubLN and PreNorm, which differ inside
         difference = np.abs(mine - reference.logits(exact, tokens, reference.Options(other))).max()
         assert difference > 1e-2 * np.abs(mine).max(), other
 
@@ -175,251 +178,60 @@ def test_the_reference_tells_placements_apart(placement):
 # Sub-layers and norms as affine maps with coprime numbers: every path through a block leaves its own trace.
 attn = lambda x: 2 * x + 3  # noqa: E731
 ffn = lambda x: 5 * x + 7  # noqa: E731
+NAMES = sorted({name for p in PLACEMENTS.values() for name in (*p.block_norms, *p.block_gains, *p.end_norms)})
+MAPS = {name: lambda x, a=11 + 6 * i, b=13 + i: a * x + b for i, name in enumerate(NAMES)}
 
 
-def number(a, b):
-    return lambda x: a * x + b
+def run_block(placement, x, ffn=ffn, layer=0, **norms):
+    return PLACEMENTS[placement].block(x, attn, ffn, types.SimpleNamespace(**MAPS | norms), layer, ModelConfig(depth=4))
 
 
-block_norms = types.SimpleNamespace(
-    before_attn=number(41, 43), after_attn=number(11, 13), before_ffn=number(47, 53), after_ffn=number(17, 19)
-)
-block_norms.side_attn, block_norms.side_ffn = number(59, 61), number(67, 71)
-block_norms.scale_attn, block_norms.scale_ffn = number(73, 0), number(79, 0)
-end_norms = types.SimpleNamespace(entry=lambda x: 23 * x + 29, final=lambda x: 31 * x + 37)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_blocks_of_plain_functions_and_numbers_are_those_of_the_equations(placement):
+    """As theory runs them: a layer's index is Python's, and the stream no array."""
+    values, equation, norms = PLACEMENTS[placement], reference.EQUATIONS[placement], types.SimpleNamespace(**MAPS)
+    cfg = ModelConfig(depth=3, mix_share=reference.MIX_SHARE)
+    apply = lambda name, x: MAPS[name](x)  # noqa: E731
+    stream, want = values.enter(1.0, norms), equation.enter(1.0, apply)
+    for layer in range(3):
+        stream = values.block(stream, attn, ffn, norms, layer, cfg)
+        want = equation.block(want, attn, ffn, apply, apply, layer, 3)
+    assert values.leave(stream, norms) == pytest.approx(equation.leave(want, apply), rel=1e-12)
 
 
-def run_block(placement, stream):
-    return PLACEMENTS[placement].block(stream, attn, ffn, block_norms, 0, ModelConfig(depth=1))
-
-
-def test_a_pre_block_adds_twice_to_an_unnormed_stream():
-    x = 1.0
-    y = x + (2 * (41 * x + 43) + 3)
-    assert run_block("pre", x) == y + (5 * (47 * y + 53) + 7)
-
-
-def test_a_post_block_norms_each_sum():
-    x = 1.0
-    y = 11 * (x + (2 * x + 3)) + 13
-    assert run_block("post", x) == 17 * (y + (5 * y + 7)) + 19
-
-
-def test_a_span_block_skips_from_its_input():
-    x = 1.0
-    y = 11 * (x + (2 * x + 3)) + 13
-    assert run_block("span", x) == 17 * (x + (5 * y + 7)) + 19
-    assert run_block("span", x) != run_block("post", x)
-
-
-def test_without_a_feed_forward_a_span_block_forgets_its_attention():
-    """The second skip starts at the block input: with F = 0 the block is n.ffn(x), whatever attention did."""
-    out = PLACEMENTS["span"].block(1.0, attn, lambda y: 0.0, block_norms, 0, ModelConfig(depth=1))
-    assert out == 17 * 1.0 + 19
-    assert PLACEMENTS["post"].block(1.0, attn, lambda y: 0.0, block_norms, 0, ModelConfig(depth=1)) != out
-
-
-def test_a_peri_block_norms_what_its_branches_read_and_what_they_add():
-    x = 1.0
-    y = x + (11 * (2 * (41 * x + 43) + 3) + 13)
-    assert run_block("peri", x) == y + (17 * (5 * (47 * y + 53) + 7) + 19)
-
-
-def test_a_hybrid_block_adds_its_feed_forward_to_a_normed_sum():
-    x = 1.0
-    z = 11 * (x + (2 * x + 3)) + 13
-    assert run_block("hybrid", x) == z + (5 * z + 7)
-    assert PLACEMENTS["hybrid"].inner_norms == ("q", "k", "v")
-
-
-def test_a_layerscale_block_is_a_pre_block_with_gains_on_its_branches():
-    x = 1.0
-    y = x + 73 * (2 * (41 * x + 43) + 3)
-    assert run_block("layerscale", x) == y + 79 * (5 * (47 * y + 53) + 7)
-
-
-@pytest.mark.parametrize("layer", [1, jnp.int32(1)], ids=["a number of Python", "an array"])
-def test_a_siamese_block_has_a_normed_stream_and_one_that_is_not(layer):
-    """Its factor is 1 / sqrt(2 (l + 1)), a half in block 1; a layer's index may be a number or a traced one."""
-    x, y = 1.0, 2.0
-    o = 2 * (41 * (x + (59 * y + 61)) + 43) + 3
-    x, y = 11 * (x + o / 2) + 13, y + o
-    o = 5 * (47 * (x + (67 * y + 71)) + 53) + 7
-    x, y = 17 * (x + o / 2) + 19, y + o
-    # float32 holds some of these numbers to 2^-24.
-    assert PLACEMENTS["siamese"].block(
-        (1.0, 2.0), attn, ffn, block_norms, layer, ModelConfig(depth=4)
-    ) == pytest.approx((x, y), rel=1e-6)
-    assert PLACEMENTS["siamese"].leave((x, y), end_norms) == x + (31 * y + 37)
-
-
-def test_span_and_span_raw_differ_in_the_first_skip_alone():
-    x = 1.0
-    normed = 23 * x + 29
-    span, raw = PLACEMENTS["span"], PLACEMENTS["span_raw"]
-    assert span.enter(x, end_norms) == normed
-    y = 11 * (x + (2 * normed + 3)) + 13
-    x2 = 17 * (x + (5 * y + 7)) + 19
-    stream = raw.block(raw.enter(x, end_norms), attn, ffn, block_norms, 0, ModelConfig(depth=2))
-    assert raw.leave(stream, end_norms) == x2
-    # From the second block on they are the same function.
-    stream = raw.block(stream, attn, ffn, block_norms, 1, ModelConfig(depth=2))
-    assert raw.leave(stream, end_norms) == run_block("span", x2)
-
-
-@pytest.mark.parametrize(
-    ("placement", "entered", "left"),
-    [
-        ("pre", 1.0, 31 * 1.0 + 37),
-        ("post", 1.0, 1.0),
-        ("span", 23 * 1.0 + 29, 1.0),
-        ("pre_embnorm", 23 * 1.0 + 29, 31 * 1.0 + 37),
-    ],
-)
-def test_how_the_stream_is_entered_and_left(placement, entered, left):
-    assert PLACEMENTS[placement].enter(1.0, end_norms) == entered
-    assert PLACEMENTS[placement].leave(1.0, end_norms) == left
-
-
-# ---- rivals, and what they are in the limit -------------------------------------------------------------
-
-
-def test_a_deepnorm_block_is_a_post_block_with_a_heavier_skip():
-    x, alpha = 1.0, 2.0  # (2 x 8)^(1/4)
-    y = 11 * (alpha * x + (2 * x + 3)) + 13
-    got = PLACEMENTS["deepnorm"].block(x, attn, ffn, block_norms, 0, ModelConfig(depth=8))
-    assert got == 17 * (alpha * y + (5 * y + 7)) + 19
-
-
-def test_an_olmo2_block_norms_what_its_branches_add():
-    x = 1.0
-    y = x + (11 * (2 * x + 3) + 13)
-    assert run_block("olmo2", x) == y + (17 * (5 * y + 7) + 19)
-    assert PLACEMENTS["olmo2"].inner_norms == ("q", "k")
-
-
-def test_a_b2t_block_without_the_skip_from_its_middle_is_a_span_block():
-    without = PLACEMENTS["b2t"].block(1.0, attn, lambda y: ffn(y) - y, block_norms, 0, ModelConfig(depth=1))
-    assert without == run_block("span", 1.0) != run_block("b2t", 1.0)
-
-
-def test_a_residual_block_is_a_post_block_and_the_sum_of_its_branches():
-    x, r = PLACEMENTS["residual"].enter(1.0, end_norms)
-    x, r = PLACEMENTS["residual"].block((x, r), attn, ffn, block_norms, 0, ModelConfig(depth=1))
-    y = 11 * (1.0 + 5.0) + 13
-    assert (x, r) == (run_block("post", 1.0), 1.0 + 5.0 + (5 * y + 7))
-    assert PLACEMENTS["residual"].leave((x, r), end_norms) == x + (31 * r + 37)
+def test_in_their_limits_blocks_are_each_others():
+    one = {name: lambda x: x for name in ("scale_attn", "scale_ffn")}
+    none = {name: lambda x: 0 * x for name in ("scale_attn", "scale_ffn")}
+    assert run_block("layerscale", 1.0, **one) == run_block("lns", 1.0) == run_block("pre", 1.0)
+    assert run_block("rezero", 1.0, **none) == 1.0
+    assert run_block("b2t", 1.0, ffn=lambda y: ffn(y) - y) == run_block("span", 1.0) != run_block("b2t", 1.0)
+    assert run_block("residual", (1.0, 0.0))[0] == run_block("post", 1.0)
+    assert run_block("span_raw", (1.0, 1.0)) == (run_block("span", 1.0),) * 2
+    # The second skip starts at the block's input: with F = 0 a SpanNorm block is n.ffn(x), whatever attention did.
+    assert run_block("span", 1.0, ffn=lambda y: 0.0) == MAPS["after_ffn"](1.0)
 
 
 @pytest.mark.parametrize("layer", [int, jnp.int32], ids=["a number of Python", "an array"])
 @pytest.mark.parametrize(("share", "post"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.74, 2), (1.0, 4)])
 def test_a_mix_has_post_blocks_first_then_pre_blocks(layer, share, post):
-    norms = types.SimpleNamespace(attn=number(3, 1), ffn=number(2, 5))
-    names = {"before_attn": norms.attn, "after_attn": norms.attn, "before_ffn": norms.ffn, "after_ffn": norms.ffn}
+    norms = {f"{where}_{name}": MAPS[name] for where in ("before", "after") for name in ("attn", "ffn")}
     cfg = ModelConfig(depth=4, mix_share=share)
     for l in range(4):
-        pure = PLACEMENTS["post" if l < post else "pre"]
-        want = pure.block(1.0, attn, ffn, types.SimpleNamespace(**names), l, cfg)
-        assert PLACEMENTS["mix"].block(1.0, attn, ffn, norms, layer(l), cfg) == want
+        block = PLACEMENTS["mix"].block(1.0, attn, ffn, types.SimpleNamespace(**MAPS), layer(l), cfg)
+        assert block == run_block("post" if l < post else "pre", 1.0, **norms)
 
 
-def test_an_lns_block_is_a_pre_block_with_normed_inputs_over_the_root_of_its_number():
-    x, cfg = 1.0, ModelConfig(depth=4)
-    assert PLACEMENTS["lns"].block(x, attn, ffn, block_norms, 0, cfg) == run_block("pre", x)
-    y = x + (2 * (41 * x + 43) / 2 + 3)
-    assert PLACEMENTS["lns"].block(x, attn, ffn, block_norms, 3, cfg) == y + (5 * (47 * y + 53) / 2 + 7)
+@pytest.mark.parametrize("again", [{"name": "pre"}, {"name": "mine", "inner_norms": ("q", "head")}])
+def test_a_declaration_that_would_be_lost_is_refused(again):
+    with pytest.raises(ValueError, match=again["name"]):
+        declare(title="Again", **again)(PLACEMENTS["pre"].block)
 
 
-def test_a_keel_block_becomes_its_norms_of_the_skip_as_the_depth_grows():
-    """Scale-free norms of 2L x + f: the branch's part falls as 1 / 2L, and at great depth a block passes x on."""
-    sign = types.SimpleNamespace(
-        before_attn=np.tanh, before_ffn=np.tanh, after_attn=lambda v: v / abs(v[0]), after_ffn=lambda v: v / abs(v[0])
-    )
-    x = np.array([1.0, -0.4, 0.2])
-    moved = []
-    for depth in (10, 1000):
-        y = PLACEMENTS["keel"].block(x, lambda v: v[::-1], lambda v: v**2, sign, 0, ModelConfig(depth=depth))
-        moved.append(np.abs(y - x).max())
-    assert moved[1] == pytest.approx(moved[0] / 100, rel=0.1)
-
-
-def test_gains_of_one_make_a_layerscale_block_a_pre_block_and_of_zero_a_rezero_block_nothing():
-    ones = types.SimpleNamespace(**vars(block_norms) | {"scale_attn": number(1, 0), "scale_ffn": number(1, 0)})
-    zeros = types.SimpleNamespace(**vars(block_norms) | {"scale_attn": number(0, 0), "scale_ffn": number(0, 0)})
-    cfg = ModelConfig(depth=1)
-    assert PLACEMENTS["layerscale"].block(1.0, attn, ffn, ones, 0, cfg) == run_block("pre", 1.0)
-    assert PLACEMENTS["rezero"].block(1.0, attn, ffn, zeros, 0, cfg) == 1.0
-    assert PLACEMENTS["rezero"].block(1.0, attn, ffn, block_norms, 0, cfg) == 1 + 73 * 5 + 79 * (5 * 366 + 7)
-
-
-def test_pre_embnorm_is_pre_but_for_the_norm_of_its_embeddings():
-    assert run_block("pre_embnorm", 1.0) == run_block("pre", 1.0)
-    pre, normed = PLACEMENTS["pre"], PLACEMENTS["pre_embnorm"]
-    assert (normed.block_norms, normed.additions) == (pre.block_norms, pre.additions)
-
-
-@pytest.mark.parametrize("depth", [2, 3, 24, 1000])
-def test_a_deepscale_block_keeps_a_streams_variance_where_its_branches_have_the_streams(depth):
-    """x and what two branches add as three orthogonal vectors of one length: the sum has that length, at any depth."""
-    x, a, f = np.eye(3)
-    same = types.SimpleNamespace(before_attn=lambda v: v, before_ffn=lambda v: v)
-    y = PLACEMENTS["deepscale"].block(x, lambda v: a, lambda v: f, same, 0, ModelConfig(depth=depth))
-    assert np.linalg.norm(y) == pytest.approx(1, rel=1e-12)
-    assert y == pytest.approx([1 - 2 / depth, ((1 - 2 / depth) * 2 / depth) ** 0.5, (2 / depth) ** 0.5])
-
-
-OWNED = {
-    "pre": (2, {"final"}),
-    "post": (2, set()),
-    "span": (2, {"entry"}),
-    "span_raw": (2, {"entry"}),
-    "peri": (4, {"final"}),
-    "hybrid": (1, set()),
-    "layerscale": (4, {"final"}),
-    "siamese": (6, {"final"}),
-    "deepnorm": (2, set()),
-    "olmo2": (2, {"final"}),
-    "b2t": (2, set()),
-    "residual": (2, {"final"}),
-    "mix": (2, {"final"}),
-    "lns": (2, {"final"}),
-    "keel": (4, set()),
-    "rezero": (2, set()),
-    "subln": (2, {"final"}),
-    "deepscale": (2, {"final"}),
-    "pre_embnorm": (2, {"entry", "final"}),
-}
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_norms_and_gains_owned(placement):
-    """SpanNorm has as many as PreNorm and PostNorm: two a block, and one at an end or none."""
-    weights = define(ModelConfig(placement=placement, **TINY)).weights
-    number, ends = OWNED[placement]
-    assert len(weights["blocks"]["norms"]) == number and set(weights.get("ends", {})) == ends
-    gains = [
-        spec.shape for spec in jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "role")) if spec.role == "norm"
-    ]
-    inner = [{"heads": (3, 16), "hidden": (3, 24)}.get(name, (3, 4)) for name in PLACEMENTS[placement].inner_norms]
-    scalars = len(PLACEMENTS[placement].scalar_gains)
-    own = [(3, 1)] * scalars + [(3, 16)] * (number - scalars)
-    assert sorted(gains) == sorted(own + [(16,)] * len(ends) + inner)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_norm_is_where_its_name_says(placement):
-    """`before_attn` norms what attention reads, `after_ffn` what the feed-forward made or the sum with it.
-
-    Where a norm stands depends on the block, it has the branch's name alone.
-    """
-    for name in PLACEMENTS[placement].block_norms:
-        *where, branch = name.split("_")
-        where = where[0] if where else "before"
-        assert branch in ("attn", "ffn") and where in ("before", "after", "side"), name
-
-
-def test_the_reference_has_an_equation_for_every_placement():
+def test_every_placement_has_an_equation_in_the_reference_and_a_line_in_the_documents():
     assert set(reference.EQUATIONS) == set(PLACEMENTS)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|[^|]*\|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    published = {name: init.strip().strip("`") for name, init in rows}
+    assert published.items() >= {p.name: p.published_init for p in PLACEMENTS.values()}.items()
 
 
 # ---- causality ----------------------------------------------------------------------------------------
@@ -430,10 +242,8 @@ def test_the_reference_has_an_equation_for_every_placement():
 def test_position_t_sees_positions_up_to_t_and_no_more(placement, variant):
     """d logits[t] / d input[s] is exactly 0 for s > t and is not 0 for s <= t.
 
-    The row holds every token once and the head is separate, so the gradient by row s of the embedding is the gradient
-    by the input at position s. A masked logit gets the probability exp(-large) = 0 exactly, and what multiplies 0 has
-    the gradient 0 exactly: one wrong position in the mask, or a norm or mean over time, gives a number. The logits are
-    summed with random weights, since the plain sum of a normed vector may have no gradient.
+    The row holds every token once and the head is separate, so the gradient by row s of the embedding is that by the
+    input at position s. The logits are summed with random weights: the plain sum of a normed vector may have none.
     """
     model, params, _, _ = make(placement, variant, tied_head=False)
     T = model.cfg.vocab_size

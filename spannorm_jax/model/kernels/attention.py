@@ -86,11 +86,7 @@ def attention_for(execution: ExecutionConfig, cfg: ModelConfig, seq_len: int) ->
 
 def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str, str]:
     best = _BEST[jax.default_backend()] if name == "auto" else name
-    problems: dict[str, Callable[[int, int, int, int, str], str]] = {
-        "cudnn": _cudnn_problem,
-        "splash": _splash_problem,
-    }
-    why = problems[best](T, H, G, K, dtype) if best in problems else ""
+    why = _cudnn_problem(T, H, G, K, dtype) if best == "cudnn" else _splash_problem(T) if best == "splash" else ""
     return ("xla" if why and name == "auto" else best), why
 
 
@@ -103,7 +99,7 @@ def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
     return compile_problem(partial(_cudnn, causal=True), q, kv, kv, gradients=3)
 
 
-def _splash_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
+def _splash_problem(T: int) -> str:
     if jax.default_backend() == "gpu":
         return "it is a TPU's kernel"
     return "" if T % 128 == 0 else f"it needs data.seq_len divisible by 128, not {T}"

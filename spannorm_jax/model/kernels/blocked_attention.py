@@ -124,16 +124,10 @@ def _backward(causal: bool, residuals: tuple[Array, ...], g_BxTxHxK: Array) -> t
     shared = _by_head(shared_BxTxH[..., None], G, length)[..., 0]
 
     def attend(
-        keys: Array,
-        values: Array,
-        dkv: tuple[Array, Array],
-        positions: Array,
-        queries: Array,
-        gs: Array,
-        log_sum: Array,
-        shared: Array,
+        keys: Array, values: Array, dkv: tuple[Array, Array], positions: Array, *of_queries: Array
     ) -> tuple[tuple[Array, Array], Array]:
         dk, dv = dkv
+        queries, gs, log_sum, shared = of_queries
         end = keys.shape[2]
         logits = _dot(keys, queries, over=(3, 3))
         weights = jnp.exp(logits - log_sum[:, :, None])

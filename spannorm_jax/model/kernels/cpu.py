@@ -44,10 +44,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype.
-
-    Backward keeps x alone, for memory.
-    """
+    """x Phi(x), exact (Hendrycks & Gimpel 2016, arXiv 1606.08415), in x's dtype. Backward keeps x alone."""
     return _gelu_forward(x)[0]
 
 

@@ -25,21 +25,13 @@ KEPT = ("expert_rows", "expert_hidden", "expert_out")
 
 @dataclass(frozen=True)
 class ExpertOps:
-    """How experts compute.
+    """How experts compute."""
 
-    Attributes:
-      kind: of their activation.
-      matmul: the implementation of `grouped_matmul`.
-      norm_eps: hidden units are divided by their root mean square, with this eps; 0: they are not.
-      hidden_axes: mesh axes that split the hidden units.
-      named: whether what KEPT lists bears its name.
-    """
-
-    kind: str
-    matmul: str
-    norm_eps: float = 0.0
-    hidden_axes: tuple[str, ...] = ()
-    named: bool = True
+    kind: str  # of their activation
+    matmul: str  # the implementation of `grouped_matmul`
+    norm_eps: float = 0.0  # hidden units are divided by their root mean square, with this eps; 0: they are not
+    hidden_axes: tuple[str, ...] = ()  # mesh axes that split the hidden units
+    named: bool = True  # whether what KEPT lists bears its name
 
     def normed(self, hidden_PxF: Array) -> Array:
         if not self.norm_eps:
@@ -194,16 +186,8 @@ def all_to_all(
         return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, replace(how, named=False))
 
     # The ring is rare, and must not keep its many rows: a branch that is not taken returns as much, in zeros.
-    out = jax.lax.cond(
-        jax.lax.pmax(overflow, AXIS) > 0,
-        jax.checkpoint(around),
-        exchanged,
-        x_NxD,
-        weights_Nxk,
-        w_in_ExDxPxF,
-        w_out_ExFxD,
-    )
-    return out, overflow
+    args = (x_NxD, weights_Nxk, w_in_ExDxPxF, w_out_ExFxD)
+    return jax.lax.cond(jax.lax.pmax(overflow, AXIS) > 0, jax.checkpoint(around), exchanged, *args), overflow
 
 
 def moved_bytes(

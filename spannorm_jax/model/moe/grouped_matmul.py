@@ -99,11 +99,8 @@ def _tokamax(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
     return ragged_dot(x_PxD, w_ExDxF, sizes_E, implementation=("mosaic", "triton"))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "padded": _padded,
-    "ragged_dot": jax.lax.ragged_dot,
-    "tokamax": _tokamax,
-}
+_Product = Callable[[Array, Array, Array], Array]
+IMPLEMENTATIONS: dict[str, _Product] = {"padded": _padded, "ragged_dot": jax.lax.ragged_dot, "tokamax": _tokamax}
 # XLA turns ragged_dot into a dense product over all groups, but for TPUs; tokamax is for NVIDIA's Hopper.
 _BEST = {"cpu": "padded", "gpu": "tokamax", "tpu": "ragged_dot"}
 

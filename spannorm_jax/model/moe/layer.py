@@ -3,7 +3,7 @@
 Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, else 1), F hidden units of an expert.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -65,17 +65,15 @@ class MoE(nnx.Module):
     def _experts(self, x_BxTxD: Array, weights_Nxk: Array, ids_Nxk: Array) -> tuple[Array, Array]:
         """The routed experts, each device with its own tokens, experts and part of the hidden units; and the number of
         assignments beyond the capacity of `all_to_all`."""
-        dtype = x_BxTxD.dtype
+        dtype, execution = x_BxTxD.dtype, self.execution
         routing = (a.reshape(*x_BxTxD.shape[:2], -1) for a in (weights_Nxk, ids_Nxk))
-        out_ExFxD = self.out[...]
-        norm_eps = 0.0
+        how, out_ExFxD = experts.ExpertOps(self.cfg.ffn, execution.grouped_matmul), self.out[...]
         if hasattr(self, "hidden_gain"):  # rows are normed without it: on their way out it is a factor of the matrix
-            norm_eps, out_ExFxD = self.cfg.norm_eps, out_ExFxD * self.hidden_gain[...][..., None]
+            how, out_ExFxD = replace(how, norm_eps=self.cfg.norm_eps), out_ExFxD * self.hidden_gain[...][..., None]
         args = (x_BxTxD, *routing, self.in_[...].astype(dtype), out_ExFxD.astype(dtype))
-        run: Callable[..., tuple[Array, Array]] = partial(_experts_on_one_device, self.cfg, self.execution, norm_eps)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
-            return run(*args)
+            return _experts_on_one_device(execution, how, 1, *args)
         rows, hidden = partition_spec(("batch", "time", "activation")), LOGICAL_AXES["ffn"]
         # Weights come whole but for experts and hidden units: what fsdp splits is gathered here, where it is used.
         specs = (
@@ -83,30 +81,20 @@ class MoE(nnx.Module):
             PartitionSpec(LOGICAL_AXES["experts"], None, None, hidden),
             PartitionSpec(LOGICAL_AXES["experts"], hidden, None),
         )
-        run = partial(run, shards=mesh.shape[experts.AXIS], sum_over=hidden, count_over=LOGICAL_AXES["batch"])
+        run = partial(_experts_on_one_device, execution, replace(how, hidden_axes=hidden), mesh.shape[experts.AXIS])
         return jax.shard_map(run, in_specs=specs, out_specs=(rows, PartitionSpec()), check_vma=False)(*args)
 
 
 def _experts_on_one_device(
-    cfg: ModelConfig,
-    execution: ExecutionConfig,
-    norm_eps: float,
-    x_BxTxD: Array,
-    weights_BxTxk: Array,
-    ids_BxTxk: Array,
-    w_in: Array,
-    w_out: Array,
-    shards: int = 1,
-    sum_over: tuple[str, ...] = (),
-    count_over: tuple[str, ...] = (),
+    execution: ExecutionConfig, how: experts.ExpertOps, shards: int, *arrays: Array
 ) -> tuple[Array, Array]:
-    x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in (x_BxTxD, weights_BxTxk, ids_BxTxk))
-    how = experts.ExpertOps(cfg.ffn, execution.grouped_matmul, norm_eps=norm_eps, hidden_axes=sum_over)
-    args = (x, weights, ids, w_in, w_out, how)
-    capacity = experts.capacity_rows(execution.capacity, x.shape[0] * cfg.moe.top_k, shards)
+    x, weights, ids = (a.reshape(-1, a.shape[-1]) for a in arrays[:3])
+    w_in, w_out = arrays[3:]
+    args, top_k = (x, weights, ids, w_in, w_out, how), ids.shape[1]
+    capacity = experts.capacity_rows(execution.capacity, ids.size, shards)
     mode = execution.expert_parallel
     if mode == "auto" or shards == 1:
-        mode = experts.exchange_for(cfg.moe.top_k, capacity, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
+        mode = experts.exchange_for(top_k, capacity, x.shape[0], shards, x.shape[1], x.dtype.itemsize)
     overflow = jnp.zeros((), jnp.int32)
     if mode == "local":
         out = experts.local(*args)
@@ -114,6 +102,6 @@ def _experts_on_one_device(
         out = experts.ring(*args)
     else:
         out, overflow = experts.all_to_all(*args, capacity)
-    if sum_over:
-        out, overflow = jax.lax.psum(out, sum_over), jax.lax.psum(overflow, count_over)
-    return out.reshape(x_BxTxD.shape), overflow.astype(jnp.float32)
+    if how.hidden_axes:
+        out, overflow = jax.lax.psum(out, how.hidden_axes), jax.lax.psum(overflow, LOGICAL_AXES["batch"])
+    return out.reshape(arrays[0].shape), overflow.astype(jnp.float32)
