@@ -1,13 +1,15 @@
-# make demo | demo-smoke | test | test-quick | test-process | test-pages | test-slow | lint | env.
 # PYTHON is the interpreter that .venv is made with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: env demo demo-smoke test test-quick test-process test-pages test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-slow lint
 
-env: .venv/installed
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+
+env: .venv/installed ## .venv, with what is pinned in requirements.txt
 
 .venv/installed: setup.cfg requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spannorm_jax needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -15,38 +17,32 @@ env: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
 	touch $@
 
-demo: env
+demo: env ## nine runs, and a report on them; goes on where it was stopped
 	$(BIN)/python -m spannorm_jax.sweep demo local --out runs/demo
 	$(BIN)/python -m spannorm_jax.sweep demo report --out runs/demo
 
-demo-smoke: env
+demo-smoke: env ## the demo with twelve steps a run
 	rm -rf runs/demo-smoke
 	$(BIN)/python -m spannorm_jax.sweep demo local $(SMOKE)
 	$(BIN)/python -m spannorm_jax.sweep demo report $(SMOKE)
 
-lint: env
+lint: env ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What each tier holds:
-#   test-quick    the model, the train step, bad input
-#   test          everything within the tests' own process, and short commands
-#   test-process  runs of whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
-#   test-pages    report pages in a browser (chromium): that of demo-smoke, which it does first, and of each sweep's archive
-#   test-slow     test-process, the whole fault campaign, and the commands of experiments/launch/README.md
-test: lint
+test: lint ## lint, and all tests within the tests' own process, and short commands
 	$(BIN)/python -m pytest
 
-test-quick: env
+test-quick: env ## the model, the train step, bad input
 	$(BIN)/python -m pytest tests/model tests/training tests/test_bad_input.py
 
-test-process: env
+test-process: env ## whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
 	$(BIN)/python -m pytest -m "process and not slow"
 
 # A file's tests on both workers, for each opens a browser of its own.
-test-pages: demo-smoke
+test-pages: demo-smoke ## pages in a browser (chromium): demo-smoke's, and of each sweep's archives
 	$(BIN)/python -m pytest -m pages --dist load tests/report/test_pages.py
 
-test-slow: env
+test-slow: env ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"

@@ -372,7 +372,7 @@ def table(made: list[Claim], floor: float) -> str:
 def write_page(runs: Path, page: Path, readme: Path) -> Path:
     """docs/claims.md, and the verdicts in the README; `runs` holds a folder of run folders for each sweep."""
     sweeps = {folder.name: Results(folder.name, read(folder), runs, "") for folder in sorted(runs.iterdir())}
-    sweeps["experts"] = Results("experts", read(RECORDS / "demo/moe"), runs, "")
+    sweeps["experts"] = sweeps["demo"].where(**{"model.moe.num_experts": 8})
     floor = json.loads((RECORDS / "floors.json").read_text(encoding="utf-8"))["bits_per_byte"]["fourgram"]
     made = claims(sweeps)
     text = TEMPLATE.read_text(encoding="utf-8").replace("{{ table }}", table(made, floor))

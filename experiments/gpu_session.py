@@ -5,14 +5,13 @@
 
 `--prepare` packs the token stores that the runs read into WORK/data.tar.xz. The session unpacks it and does the parts
 of PLAN in their order, as lanes of one program each. After each part, and at its end, it packs what has ended into
-OUT/NAME.tar.xz. It ends before its minutes do: runs at work save their step, and the same command goes on.
+a new archive in OUT. It ends before its minutes do: runs at work save their step, and the same command goes on.
 `--config.a.b=c` is one of every run, as for sweeps: with a tiny model on a CPU it is a rehearsal.
 """
 
 import contextlib
 import dataclasses
 import io
-import lzma
 import os
 import signal
 import tarfile
@@ -23,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.sweep_records import pack, unpack
+from experiments.sweep_records import ended, keep, unpack
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import split_overrides
@@ -100,10 +99,7 @@ def carried(work: Path) -> Overrides:
     """Unpacks the data, and returns the overrides by which runs find them, whatever sources this machine has."""
     if not (work / _DATA).exists():
         raise UserError(f"there is no {work / _DATA}; make it: python -m experiments.gpu_session --prepare")
-    try:
-        unpack(work / _DATA, work)
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{work / _DATA} is damaged ({error}); carry it again") from error
+    unpack(work / _DATA, work)
     full_name = (work / _FULL_NAME).read_text(encoding="utf-8")
     return ("data.cache_dir", str(work / _TOKENS)), ("data.full_name", full_name)
 
@@ -140,8 +136,7 @@ def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
             if signals or INTERRUPTED_EXIT in codes:
                 continue
             codes.append(local(part.of(whole), runs, jobs, False, part.lanes))
-            names = [run.name for run in whole.runs]
-            kept.append(packer.submit(pack, names, runs, out / f"{part.sweep}.tar.xz", preset=1))
+            kept.append(packer.submit(keep, part.sweep, ended(whole, runs), runs, out, preset=1))
     for packed in kept:
         packed.result()
     print(f"records of what has ended are in {out}; what is left goes on with the same command")
@@ -162,7 +157,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.gpu_session", description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="make WORK/data.tar.xz, and say what the parts take")
     parser.add_argument("--minutes", type=float, metavar="M", help="after which the session has ended")
-    parser.add_argument("--out", type=user_path, help="folder of the records, an archive a sweep")
+    parser.add_argument("--out", type=user_path, help="folder of the records")
     parser.add_argument("--work", type=user_path, default=Path("runs/gpu_session"), help="folder of data and runs")
     args = parser.parse_args(rest)
     if args.prepare:

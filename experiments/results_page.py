@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,7 @@ def claim(holds: bool, what: str) -> str:
     return ""
 
 
+@cache  # both pages are of the same runs
 def read(folder: Path) -> Study:
     """The runs below a folder. Those of a CPU and of a GPU are of one method, whose compute dtype follows the device.
 

@@ -1,8 +1,12 @@
 """What tests of whole processes share: a limit for those that hang, and a moment that waits until a test has acted."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 LIMIT_S = 600  # for one process; only one that hangs takes so long, however busy the machine is
 
@@ -59,3 +63,47 @@ def paused(process: subprocess.Popen[str]) -> None:
     assert state is not None
     if state.si_code != os.CLD_STOPPED:
         raise AssertionError(f"it ended before that: {process.communicate()}")
+
+
+def user_env(home: Path, *modules: str | Path) -> dict[str, str]:
+    """The environment of a user with CPUs and caches of their own, who has `modules` on the path."""
+    others = ("JAX_", "SLURM_", "XLA_", "PYTHONUTF8", "PYTHONIOENCODING")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(others)}
+    if modules:
+        env["PYTHONPATH"] = os.pathsep.join([*map(str, modules), env.get("PYTHONPATH", "")])
+    return env | {"XDG_CACHE_HOME": f"{home}/cache", "TFDS_DATA_DIR": f"{home}/tfds", "JAX_PLATFORMS": "cpu"}
+
+
+def launch(
+    env: dict[str, str],
+    module: str,
+    *argv: object,
+    devices: int = 1,
+    pause_at: str | None = None,
+    under: Sequence[str] = (),
+    cwd: Path | None = None,
+) -> subprocess.Popen[str]:
+    """A command of the package in a process of its own; `pause_at`: see `pausing`; `under`: what starts it."""
+    name = f"spannorm_jax.{module}"
+    begin = pausing(pause_at, name) if pause_at else [sys.executable, "-m", name]
+    env = {**env, **(THREADS if devices > 1 else {}), "XLA_FLAGS": xla_flags(devices)}
+    command = [*under, *begin, *map(str, argv)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of a process that must end with `code`."""
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the machine and the moment."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+
+
+def values_of(path: Path, key: str) -> list[Any]:
+    """Of each line of a file of JSON lines its value of `key`."""
+    return [json.loads(line)[key] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -6,7 +6,8 @@ before it does and ends in a colon. Such a block, and any other that wants to be
     <!-- numbers: cpu.config.model.depth, cpu.peak_flops_per_s / 1e9 -->
 
 that says in Python, number by number, what the record has; a template writes {# numbers: ... #}. A record has the name
-of its file: an object or a list of them from JSON, `Results` of run folders. A string stands for the numbers in it.
+of its file: an object or a list of them from JSON, or of NAME-runs.csv `Results` of the archives beside it. A string
+stands for the numbers in it.
 The document's digits are those of the rounded value. Numbers in words and in `code` are not looked at.
 """
 
@@ -18,13 +19,16 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from test_documents import DOCUMENTS, ROOT
 
 from experiments import claims, results_page, signal_records, sweep_records
 from experiments.results_page import Results
 
 RECORDS, PAGE, CLAIMS = ROOT / "experiments/results", ROOT / "docs/results.md", ROOT / "docs/claims.md"
+SWEEPS = ROOT / sweep_records.RECORDS
 COMMENT = re.compile(r"(?:<!--|\{#) numbers: (.*?)(?:-->|#\})", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 MADE = re.compile(r"<!-- \w+: made by .*?<!-- end -->|\{\{.*?\}\}|\{%.*?%\}", re.DOTALL)
@@ -51,14 +55,12 @@ def record(path):
             json.loads(part, object_hook=Record) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])
         ]
         return found if path.suffix == ".jsonl" else found[0]
-    folder = path if path.is_dir() else Path(scratch().name) / name_of(path)
-    if folder != path:
-        sweep_records.unpack(path, folder)
+    folder = sweep_records.unpack_sweep(name_of(path), Path(scratch().name), SWEEPS)
     return Results(name_of(path), results_page.read(folder), folder, "")
 
 
 def name_of(path):
-    return re.sub(r"\W", "_", path.name.partition(".")[0])
+    return re.sub(r"\W", "_", path.name.partition(".")[0].removesuffix("-runs"))
 
 
 def pick(records, **wanted):
@@ -158,7 +160,7 @@ def test_the_pages_of_results_and_claims_are_what_their_templates_make_of_the_re
 
     template = (ROOT / results_page.TEMPLATE).read_text(encoding="utf-8")
     assert list(wrong(template, ROOT / "docs")) == []
-    for path in (RECORDS / "sweeps").glob("*.tar.xz"):
+    for path in SWEEPS.glob("*-runs.csv"):
         record(path)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Results, "figure", figure)
@@ -169,3 +171,11 @@ def test_the_pages_of_results_and_claims_are_what_their_templates_make_of_the_re
     made = claims.write_page(Path(scratch().name), tmp_path / "claims.md", tmp_path / "README.md")
     assert made.read_text(encoding="utf-8") == CLAIMS.read_text(encoding="utf-8")
     assert (tmp_path / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", sorted(sweep_records.archives(SWEEPS)))
+def test_the_table_of_a_sweeps_runs_is_that_of_its_archives(name):
+    of_archives = sweep_records.table(record(SWEEPS / f"{name}-runs.csv").figures)
+    kept = pl.read_csv(SWEEPS / f"{name}-runs.csv", schema=of_archives.schema)
+    assert_frame_equal(kept, of_archives, rel_tol=1e-9)  # sums of another processor

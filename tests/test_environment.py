@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import LIMIT_S
+from processes import LIMIT_S, metrics, user_env
 
 from spannorm_jax.errors import UserError
 
@@ -36,15 +36,7 @@ ENDLESS = ("--config.training.steps=1000000", "--config.metrics.console_every_s=
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
     """A user with one CPU device and caches of their own, shared by this module's processes."""
-    home = tmp_path_factory.mktemp("home")
-    dropped = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "PYTHONUTF8", "PYTHONIOENCODING")
-    return {
-        **{key: value for key, value in os.environ.items() if key not in dropped},
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
-    }
+    return user_env(tmp_path_factory.mktemp("home"), os.getcwd())
 
 
 def command(module, *argv):
@@ -63,11 +55,6 @@ def in_shell(env, redirection, module, *argv):
     shell = ["sh", "-c", f'"$@" {redirection}', "sh", *command(module, *argv)]
     done = subprocess.run(shell, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     return done.returncode, done.stderr
-
-
-def metrics(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 
 @pytest.fixture(scope="module")

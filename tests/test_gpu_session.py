@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import tarfile
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 import pytest
 
 from experiments import gpu_session
+from experiments.sweep_records import archives, runs_in
 from spannorm_jax.errors import UserError
 from spannorm_jax.sweep.display import Display
 from spannorm_jax.sweep.expansion import expand
@@ -56,11 +56,7 @@ def session(work):
 
 def ended():
     """Runs in the archives of records/, by sweep."""
-    found = {}
-    for path in sorted(Path("records").glob("*.tar.xz")):
-        with tarfile.open(path) as archive:
-            found[path.name.removesuffix(".tar.xz")] = len({name.split("/")[0] for name in archive.getnames()})
-    return found
+    return {name: sum(len(runs_in(path)) for path in paths) for name, paths in archives(Path("records")).items()}
 
 
 def test_a_part_is_lanes_of_few_programs_and_all_parts_read_the_same_data():

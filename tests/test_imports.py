@@ -1,7 +1,13 @@
-"""The house's floors: a module imports from its own floor and those below it, and never in a circle."""
+"""The house's floors: a module imports from its own floor and those below it, and never in a circle. And what is
+imported from elsewhere is declared.
+"""
 
 import ast
+import configparser
+import re
+import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,3 +67,45 @@ def test_imports_go_in_no_circle():
 
 def test_every_room_is_on_a_floor_and_every_floor_has_its_rooms():
     assert {room(module) for module in MODULES if module != "spannorm_jax"} == set(RANK)
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that setup.cfg asks for, with these extras."""
+    package = configparser.ConfigParser()
+    package.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = [package["options"]["install_requires"], *(package["options.extras_require"][extra] for extra in extras)]
+    return {_plain(name) for text in listed for name in re.findall(r"^[\w-]+", text, re.MULTILINE)}
+
+
+def foreign(folder: str) -> set[str]:
+    """Names of packages that the Python files of a folder import, which are neither Python's nor of this repository."""
+    paths = list((ROOT / folder).rglob("*.py"))
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    own = {"spannorm_jax", "experiments", "configs", "_typeshed"} | {path.stem for path in paths}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+DISTRIBUTIONS = packages_distributions()
+
+
+def of(name: str) -> set[str]:
+    """Distributions that may hold a package."""
+    return {_plain(distribution) for distribution in DISTRIBUTIONS.get(name, [name])}
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("spannorm_jax", []), ("configs", []), ("experiments", ["peer"]), ("tests", ["test"])]
+)
+def test_what_is_imported_is_declared(folder, extras):
+    assert {name for name in foreign(folder) if not of(name) & declared(*extras)} == set()
+
+
+def test_what_the_library_declares_it_imports():
+    """But for what tensorflow-datasets imports without declaring it."""
+    assert declared() - set.union(*map(of, foreign("spannorm_jax"))) == {"importlib-resources"}

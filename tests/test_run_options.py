@@ -1,13 +1,12 @@
 """One run, as a user starts it, with the options that add records: tokens, wsd, a profiler trace, wandb."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from processes import LIMIT_S
+from processes import LIMIT_S, user_env
 
 pytestmark = pytest.mark.process
 
@@ -51,14 +50,7 @@ OPTIONS = (
 def train(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / "wandb.py").write_text(WANDB)
-    usual = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    env = usual | {
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]),
-        "FAKE_WANDB": str(home / "seen.jsonl"),
-    }
+    env = user_env(home, home) | {"FAKE_WANDB": str(home / "seen.jsonl")}
 
     def run(workdir, *options, code=0, **more_env):
         command = [sys.executable, "-m", "spannorm_jax.train", *OPTIONS, "--workdir", str(workdir), *options]

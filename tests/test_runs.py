@@ -1,7 +1,6 @@
 """Runs as a user sees them: whole processes, killed, stopped, continued, evaluated."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from processes import LIMIT_S, THREADS, paused, pausing, xla_flags
+from processes import LIMIT_S, finish, launch, metrics, paused, user_env
 
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
@@ -37,53 +36,24 @@ TINY = (
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
     """A user with one CPU device and caches of their own, shared by this module's processes."""
-    home = tmp_path_factory.mktemp("home")
-    return {
-        **{key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")},
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-    }
-
-
-def start(env, module, *argv, devices=1, pause_at=None):
-    name = f"spannorm_jax.{module}"
-    return subprocess.Popen(
-        [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
-        env={**env, **(THREADS if devices > 1 else {}), "XLA_FLAGS": xla_flags(devices)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == code, out + err
-    return out, err
+    return user_env(tmp_path_factory.mktemp("home"))
 
 
 def train(env, workdir, *overrides, code=0):
-    return finish(start(env, "train", *TINY, "--workdir", workdir, *overrides), code)
+    return finish(launch(env, "train", *TINY, "--workdir", workdir, *overrides), code)
 
 
 def train_until(env, workdir, text, number, *overrides):
     """A training process that gets a signal at the moment when it has printed a line that starts with `text`."""
-    process = start(env, "train", *TINY, "--workdir", workdir, *overrides, pause_at=text)
+    process = launch(env, "train", *TINY, "--workdir", workdir, *overrides, pause_at=text)
     paused(process)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     return process
 
 
-def metrics(workdir):
-    """The lines of metrics.jsonl without what depends on the machine and the moment."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
-
-
 def evaluate(env, workdir, *argv, devices=1):
-    out, _ = finish(start(env, "evaluate", "--workdir", workdir, "--json", *argv, devices=devices))
+    out, _ = finish(launch(env, "evaluate", "--workdir", workdir, "--json", *argv, devices=devices))
     assert out.count("\n") == 1
     return json.loads(out)
 
@@ -114,7 +84,7 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
     """Of a model that has all of them. A metric that is new in train_step needs no other line of code."""
     options = ("--config.training.steps=2", "--config.metrics.block_grad_every=1", "--config.metrics.tensorboard=false")
     model = "--config=configs/moe.py:depth=2,width=32"
-    finish(start(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
+    finish(launch(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
     config = read_config(tmp_path / "run")
     program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
@@ -150,7 +120,7 @@ def test_the_held_out_loss_of_training_is_that_of_evaluation_also_over_a_kill(en
 
 def test_held_out_rows_that_the_mesh_does_not_divide_are_refused_before_the_first_step(env, tmp_path):
     argv = (*TINY, "--workdir", tmp_path / "run", "--config.eval.every_steps=9", "--config.eval.batch_size=12")
-    _, err = finish(start(env, "train", *argv, devices=8), code=2)
+    _, err = finish(launch(env, "train", *argv, devices=8), code=2)
     assert err.count("\n") == 1 and "eval.batch_size=12" in err
     assert not (tmp_path / "run").exists()
 
@@ -283,7 +253,7 @@ def test_evaluation_on_another_mesh_gives_the_same_loss(env, unbroken):
 
 
 def test_a_checkpoint_that_is_not_there(env, unbroken):
-    _, err = finish(start(env, "evaluate", "--workdir", unbroken, "--step", 12), code=2)
+    _, err = finish(launch(env, "evaluate", "--workdir", unbroken, "--step", 12), code=2)
     assert err.count("\n") == 1 and "step 12" in err and "35, 40" in err
 
 

@@ -3,7 +3,7 @@
 At initialisation and large width each number of a stream is a Gaussian field over the tokens, alike and independent
 across the width (Neal 1996; Schoenholz et al. 2017, arXiv 1611.01232; Yang 2019, arXiv 1910.12478). All that matters
 of it is its covariance over tokens, (T, T). The output of a branch is a new field, independent of the branch's input
-since its weights are, and with a covariance that follows from the input's (`kernels.py`). So a stream is a sum of
+since its weights are, and with a covariance that follows from the input's (`covariances.py`). So a stream is a sum of
 independent fields, each times a factor a token, and a `Field` holds that sum. A gradient has the same form: going
 back through a branch it meets the same weights transposed, which act on it as if they were drawn anew.
 """

@@ -1,7 +1,7 @@
 """A placement's own equation run on covariances: the signal and the gradient that a model starts with, block by block.
 
 Nothing here knows a placement: `enter`, `block` and `leave` are those that train the model, `fields.py` stands for
-their arrays, and `kernels.py` for their sub-layers. Sizes of weights and gains come from the initialisation.
+their arrays, and `covariances.py` for their sub-layers. Sizes of weights and gains come from the initialisation.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import numpy as np
 from numpy import ndarray
 
 from spannorm_jax.analysis import fields
+from spannorm_jax.analysis.covariances import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
 from spannorm_jax.analysis.fields import Field, Mixture, Tape
-from spannorm_jax.analysis.kernels import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
 from spannorm_jax.config import ModelConfig, moe_layers
 from spannorm_jax.model.branches import multiplied_branches, warmup_factor
 from spannorm_jax.model.definition import define

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -506,6 +507,6 @@ def test_a_row_of_zeros_through_128_blocks_has_finite_gradients(placement):
         return jax.value_and_grad(loss)(params)
 
     loss, grads = gradient(what.params)
-    assert np.isfinite(loss) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite((loss, grads))
     norms = np.linalg.norm(grads["embed"], axis=1)
     assert norms[0] < 10 * norms[1:].max()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spannorm_jax.analysis import kernels, theory
+from spannorm_jax.analysis import covariances, theory
 from spannorm_jax.analysis.prediction import predict
 from spannorm_jax.command import run_command
 from spannorm_jax.config import ExecutionConfig, ModelConfig, MoEConfig
@@ -166,7 +166,7 @@ def with_placement(monkeypatch, block, base="pre", **changes):
 def test_a_linear_residual_network_in_closed_form(monkeypatch):
     """x += W N x and a final norm, tokens independent: variance 1 + l v after l blocks, and a block that is entered at
     variance s multiplies gradient energy by 1 + v / s. W is a feed-forward whose activation is the identity."""
-    monkeypatch.setattr(kernels, "activation", lambda kind, x: x)
+    monkeypatch.setattr(covariances, "activation", lambda kind, x: x)
     placement = with_placement(monkeypatch, lambda x, attn, ffn, n, layer, cfg: x + ffn(n.before_ffn(x)))
     cfg = config(placement=placement, depth=6, ffn="gelu", norm_eps=1e-12)
     got = predict(cfg, T)

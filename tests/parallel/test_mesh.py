@@ -1,17 +1,20 @@
 """The same training on one device and on eight, in every kind of layout; and meshes that cannot be."""
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import optax
 import pytest
+from small_model import assert_trees_close, configure, start
 
 from spannorm_jax import config as configs
-from spannorm_jax.config import Config, MeshConfig, replace
+from spannorm_jax.config import MeshConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
@@ -24,8 +27,6 @@ from spannorm_jax.parallel.mesh import (
     partition_spec,
     sharding,
 )
-from spannorm_jax.resolution import resolve
-from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import OPTIMIZERS, Optimizer
 from spannorm_jax.training.step import gradients, make_program
@@ -72,17 +73,8 @@ VARIANTS |= {
 
 
 def make_config(**changes):
-    small = {
-        "model__depth": 2,
-        "model__width": 32,
-        "model__num_heads": 8,
-        "model__vocab_size": 4096,
-        "data__seq_len": 16,
-        "training__batch_size": 8,
-        "training__steps": 10,
-        "optim__lr": 1e-2,
-    }
-    return resolve(replace(Config(), **small | changes), vocab_size=256, platform="cpu", fingerprint="")
+    small = {"model__width": 32, "model__num_heads": 8, "model__vocab_size": 4096, "data__seq_len": 16}
+    return configure(**small | {"training__steps": 10, "optim__lr": 1e-2} | changes)
 
 
 def drawn(model):
@@ -94,13 +86,6 @@ def drawn(model):
         return (drawn * (0.1 if w.site in scalars else 1)).astype(np.float32)  # no norm holds what those multiply
 
     return model.map_weights(draw)
-
-
-def start(program, params):
-    """The state of a run that starts from these weights, on the program's mesh."""
-    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), program.abstract_state)
-    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, program.abstract_state.params)
-    return TrainState(state.step, params, state.opt_state, state.model_state)
 
 
 def trajectory(config, layout, num_devices):
@@ -182,13 +167,8 @@ def test_an_optimiser_whose_state_is_factored_trains_as_on_one_device(layout, mo
     assert program.replicated_bytes == sum(x.nbytes for x in whole) > 0
 
 
-def assert_close(got, want):
-    """Each gradient within 1e-5 of its weight's largest (largest error seen: 2.2e-6)."""
-
-    def close(path, a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(close, got, want)
+# Of each weight's largest gradient: the largest error seen was 2.2e-6.
+same_gradients = functools.partial(assert_trees_close, tolerance=1e-5)
 
 
 def gradients_on(config, layout, num_devices, tokens, num_chunks=1):
@@ -218,7 +198,7 @@ def test_every_gradient_is_that_of_one_device(layout, tied_head):
     one, eight = gradients_on(config, {"data": 1}, 1, tokens), gradients_on(config, LAYOUTS[layout], 8, tokens)
     if not tied_head:
         assert set(np.flatnonzero(np.any(eight["embed"], axis=1))) == set(tokens[:, :-1].ravel())
-    assert_close(eight, one)
+    same_gradients(eight, one)
     assert np.any(one["embed"])
 
 
@@ -227,7 +207,7 @@ def test_every_gradient_is_that_of_one_device(layout, tied_head):
 def test_a_loss_in_pieces_of_a_prime_length_is_that_of_one_device_at_once(layout, num_chunks):
     config = make_config(model__vocab_size=256, data__seq_len=13)
     tokens = np.random.default_rng(0).integers(256, size=(8, 14)).astype(np.int32)
-    assert_close(
+    same_gradients(
         gradients_on(config, LAYOUTS[layout], 8, tokens, num_chunks), gradients_on(config, {"data": 1}, 1, tokens)
     )
 
@@ -285,7 +265,7 @@ def test_a_new_state_does_not_depend_on_the_mesh():
         with jax.set_mesh(mesh):
             return jax.device_get(make_program(config, define(config.model, config.execution), mesh).init(3).params)
 
-    jax.tree.map(np.testing.assert_array_equal, weights({"data": 1}, 1), weights(LAYOUTS["all_three"], 8))
+    chex.assert_trees_all_equal(weights({"data": 1}, 1), weights(LAYOUTS["all_three"], 8))
 
 
 def test_minus_one_takes_the_devices_that_are_left():

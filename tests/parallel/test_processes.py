@@ -1,19 +1,16 @@
 """Two processes of four devices each, as a user or a scheduler starts them: the same training, and every way to end."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import LIMIT_S, THREADS, paused, pausing, xla_flags
+from processes import LIMIT_S, THREADS, launch, metrics, paused, user_env
 
 import spannorm_jax
 
@@ -45,25 +42,11 @@ ROOT = Path(spannorm_jax.__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    return {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "SLURM_", "XLA_"))},
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-    }
+    return user_env(tmp_path_factory.mktemp("home"))
 
 
 def start(env, module, *argv, devices=4, cwd=ROOT, pause_at=None):
-    name = f"spannorm_jax.{module}"
-    return subprocess.Popen(
-        [*(pausing(pause_at, name) if pause_at else (sys.executable, "-m", name)), *map(str, argv)],
-        env={**env, **THREADS, "XLA_FLAGS": xla_flags(devices)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-    )
+    return launch(env | THREADS, module, *argv, devices=devices, cwd=cwd, pause_at=pause_at)
 
 
 def free_port():
@@ -111,10 +94,6 @@ def until(process, text):
         if text in line:
             return
     raise AssertionError(f"it ended before {text!r}: {process.stderr.read()}")
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def trajectory(workdir):
@@ -284,15 +263,11 @@ def test_a_folder_in_use_ends_both(env, two, tmp_path):
     assert "is not a run" in first and second.startswith("error: process 0 stopped: ") and "is not a run" in second
 
 
-def test_a_coordinator_that_is_not_there(env):
+@pytest.mark.parametrize(
+    ("process", "says"), [(0, "not all of them came to {} within 1 s"), (1, "address {} after 1 s")], ids=str
+)
+def test_a_process_that_the_others_do_not_meet_ends_in_one_line(env, process, says):
     address = f"localhost:{free_port()}"
-    flags = ("--coordinator", address, "--num_processes", 2, "--process_id", 1, "--start_timeout_s", 1)
+    flags = ("--coordinator", address, "--num_processes", 2, "--process_id", process, "--start_timeout_s", 1)
     (_, err) = finish([start(env, "train", *TINY, "--workdir", "never", *flags)], (2,))[0]
-    assert err.count("\n") == 1 and address in err and "after 1 s" in err
-
-
-def test_a_process_that_does_not_come(env):
-    address = f"localhost:{free_port()}"
-    flags = ("--coordinator", address, "--num_processes", 2, "--process_id", 0, "--start_timeout_s", 1)
-    (_, err) = finish([start(env, "train", *TINY, "--workdir", "never", *flags)], (2,))[0]
-    assert err.count("\n") == 1 and f"not all of them came to {address} within 1 s" in err
+    assert err.count("\n") == 1 and says.format(address) in err

@@ -1,4 +1,4 @@
-"""Pages in a browser: `make test-pages`. That of `make demo-smoke`, one of each sweep's archive, and a broken one."""
+"""Pages in a browser: `make test-pages`. That of `make demo-smoke`, one of each sweep's archives, and a broken one."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from browser import assert_whole, opened
 from run_folders import write_lr_sweep, write_run
 
-from experiments.sweep_records import ARCHIVES, unpack
+from experiments.sweep_records import archives, unpack_sweep
 from spannorm_jax.report import page as page_module
 from spannorm_jax.report.page import write_report
 
@@ -37,10 +37,9 @@ def test_the_page_of_the_demo_is_whole(tmp_path):
     assert views(assert_whole(DEMO, tmp_path)).keys() == {"loss", "differences", "block_grad_norm"}
 
 
-@pytest.mark.parametrize("archive", sorted(ARCHIVES.glob("*.tar.xz")), ids=lambda path: path.name.split(".")[0])
-def test_the_page_of_each_sweeps_archive_is_whole(archive, tmp_path, report):
-    unpack(archive, tmp_path / "runs")
-    seen = views(assert_whole(report(tmp_path / "runs"), tmp_path))
+@pytest.mark.parametrize("sweep", sorted(archives()))
+def test_the_page_of_each_sweeps_archives_is_whole(sweep, tmp_path, report):
+    seen = views(assert_whole(report(unpack_sweep(sweep, tmp_path / "runs")), tmp_path))
     assert {"loss", "block_grad_norm"} <= seen.keys() and len(seen["loss"]) >= 12
 
 

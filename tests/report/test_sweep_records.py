@@ -1,70 +1,15 @@
-"""Records of sweeps: what is kept, that it is the same again, that a sweep goes on from it, and the page made of it."""
+"""The page of results that is made of the records of sweeps."""
 
-import hashlib
 import itertools
 import math
-import tarfile
 
 import numpy as np
 import pytest
 import scipy.stats
-from run_folders import write_eval, write_run
+from run_folders import write_run
 
-from experiments import results_page, sweep_records
+from experiments import results_page
 from spannorm_jax.errors import UserError
-from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import NEW, TRAINED, Place
-
-
-@pytest.fixture
-def out(tmp_path):
-    """The first run of a sweep has ended, the second is at work, the third is not there."""
-    first, second, *_ = (run.name for run in expand("init_targets", "cpu").runs)
-    write_run(tmp_path / "runs" / first, "pre", "plain", bits=2.0)
-    (tmp_path / "runs" / first / "checkpoints").mkdir()
-    write_run(tmp_path / "runs" / second, "pre", "plain", done=False)
-    return tmp_path / "runs"
-
-
-def test_what_has_ended_is_kept_without_checkpoints_and_the_same_again(out, tmp_path):
-    names = [run.name for run in expand("init_targets", "cpu").runs]
-    assert sweep_records.keep("init_targets", out, tmp_path / "kept") == 1
-    path = tmp_path / "kept" / "init_targets.tar.xz"
-    with tarfile.open(path) as archive:
-        assert sorted(archive.getnames()) == [
-            f"{names[0]}/{file}" for file in ("DONE", "config.json", "eval.jsonl", "metrics.jsonl", "starts.jsonl")
-        ]
-    before = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (
-        sweep_records.keep("init_targets", tmp_path / "nothing", tmp_path / "kept") == 1
-    )  # what was kept before stays
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
-    (out / names[1] / "DONE").write_text('{"step": 20}')
-    assert sweep_records.keep("init_targets", out, tmp_path / "kept") == 1  # it is not evaluated
-    write_eval(out / names[1], 20, 2.0)
-    assert sweep_records.keep("init_targets", out, tmp_path / "kept") == 2
-
-
-def test_unpacked_records_are_done_for_the_runner(out, tmp_path):
-    sweep_records.keep("init_targets", out, tmp_path / "kept")
-    sweep_records.unpack(tmp_path / "kept" / "init_targets.tar.xz", tmp_path / "again")
-    states = [Place(tmp_path / "again", run.name).state_at_rest() for run in expand("init_targets", "cpu").runs]
-    assert states == [TRAINED, *[NEW] * 17]
-
-
-def test_nothing_to_keep_is_one_line(tmp_path):
-    with pytest.raises(
-        UserError, match=r"no run of sweep init_targets has ended in .*; do them: sweep init_targets local"
-    ):
-        sweep_records.keep("init_targets", tmp_path, tmp_path / "kept")
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"), [(["kep"], "did you mean .keep"), (["keep"], "needs the names"), (["page", "lr"], "takes none")]
-)
-def test_a_mistyped_command_is_one_line(argv, says):
-    with pytest.raises(UserError, match=says):
-        sweep_records.main(argv)
 
 
 def test_the_page_has_each_losss_mean_spread_and_failures(tmp_path, monkeypatch):

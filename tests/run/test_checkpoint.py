@@ -1,9 +1,11 @@
 """Checkpoints on disk: whole whatever their folder is called, and safe from a trainer while they are read."""
 
+import contextlib
 import fcntl
 import json
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -29,48 +31,27 @@ def state(step):
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state(0))
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def opened(folder, run=None, **options):
+    """Checkpoints as a reader opens them, or with options as a trainer does, until the end of a block."""
+    return contextlib.closing(Checkpoints(folder, CheckpointConfig(**options) if options else None, run))
 
 
-def save(folder, *steps, keep_last=5):
-    saving = Checkpoints(folder, CheckpointConfig(keep_last=keep_last))
-    try:
+def save(folder, *steps):
+    with opened(folder, keep_last=5) as saving:
         for step in steps:
             saving.save(step, state(step), {"step": step})
         saving.wait()
-    finally:
-        saving.close()
 
 
-NAMES = [
-    "plain",
-    "seed[0]",
-    "team [ml]/run",
-    "a*b?",
-    "[!x]",
-    "a b",
-    "a%20b",
-    "a#b",
-    "a:b",
-    "{x}",
-    "é",
-    "line\nend",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["seed[0]", "team [ml]/run", "a*b?", "[!x]", "a b", "a%20b#c", "a:b", "{x}", "é\nend"])
 def test_what_is_saved_is_read_whatever_the_folder_is_called(tmp_path, name):
     folder = tmp_path / name / "checkpoints"
     folder.mkdir(parents=True)
     save(folder, 3)
-    reading = Checkpoints(folder)
-    try:
+    with opened(folder) as reading:
         assert reading.find(None) == (3, [])
-        same(reading.restore(3, ABSTRACT), state(3))
-        same(reading.restore_model(3, ABSTRACT.params, {})[0], state(3).params)
-    finally:
-        reading.close()
+        chex.assert_trees_all_equal(reading.restore(3, ABSTRACT), state(3))
+        chex.assert_trees_all_equal(reading.restore_model(3, ABSTRACT.params, {})[0], state(3).params)
 
 
 def test_a_folder_by_way_of_its_parent(tmp_path):
@@ -83,9 +64,8 @@ def test_a_save_that_is_not_whole_is_never_sealed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "join_parts", lambda folder: None)
     with pytest.raises(RuntimeError, match=r"save of step 2 failed.*never joined"):
         save(tmp_path / "[x]", 2)
-    reading = Checkpoints(tmp_path / "[x]")
-    assert reading.steps() == []
-    reading.close()
+    with opened(tmp_path / "[x]") as reading:
+        assert reading.steps() == []
 
 
 def test_what_was_sealed_without_its_arrays_is_refused(tmp_path, monkeypatch):
@@ -94,10 +74,11 @@ def test_what_was_sealed_without_its_arrays_is_refused(tmp_path, monkeypatch):
         before.setattr(checkpoint, "join_parts", lambda folder: None)
         before.setattr(checkpoint, "incomplete", lambda folder: None)
         save(folder, 2)
-    reading = Checkpoints(folder)
-    with pytest.raises(UserError, match="opt_state is not whole: its parts were never joined"):
+    with (
+        opened(folder) as reading,
+        pytest.raises(UserError, match="opt_state is not whole: its parts were never joined"),
+    ):
         reading.find(None)
-    reading.close()
 
 
 @pytest.mark.parametrize(
@@ -117,51 +98,51 @@ def test_an_array_that_is_not_there_is_named(tmp_path, key, says):
 
 
 def test_a_reader_keeps_its_checkpoint_from_a_trainer(tmp_path):
-    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
-    saving.save(1, state(1), {"step": 1})
-    saving.wait()
-    reading = Checkpoints(tmp_path)
-    assert reading.find(None) == (1, [])
-    for step in (2, 3):
-        saving.save(step, state(step), {"step": step})
-        saving.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]  # 3 may be bad, and 2 is good
-    same(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
-    reading.close()
-    saving.save(4, state(4), {"step": 4})
-    saving.finish(4)
-    saving.close()
+    save(tmp_path, 1)
+    with opened(tmp_path, keep_last=1) as saving:
+        with opened(tmp_path) as reading:
+            assert reading.find(None) == (1, [])
+            for step in (2, 3):
+                saving.save(step, state(step), {"step": step})
+                saving.wait()
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]  # 3 may be bad, and 2 is good
+            chex.assert_trees_all_equal(reading.restore_model(1, ABSTRACT.params, {})[0], state(1).params)
+        saving.save(4, state(4), {"step": 4})
+        saving.finish(4)
     assert [p.name for p in tmp_path.iterdir()] == ["4"]
 
 
 def test_what_the_newest_has_not_proved_is_kept_with_keep_last_1_and_no_more(tmp_path):
     """The weights of the newest may be bad, as only the step after it tells."""
-    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=1))
-    for step in (1, 2, 3, 4):
-        saving.save(step, state(step), {"step": step})
-        assert len([p for p in tmp_path.iterdir() if (p / "manifest.json").exists()]) <= 2
-        saving.wait()
-        assert saving.steps() == list(range(max(1, step - 1), step + 1))
-        assert saving.newest_sound(before=step) == (step - 1 or None, [])
-    saving.finish(4)
-    saving.close()
+    with opened(tmp_path, keep_last=1) as saving:
+        for step in (1, 2, 3, 4):
+            saving.save(step, state(step), {"step": step})
+            assert len([p for p in tmp_path.iterdir() if (p / "manifest.json").exists()]) <= 2
+            saving.wait()
+            assert saving.steps() == list(range(max(1, step - 1), step + 1))
+            assert saving.newest_sound(before=step) == (step - 1 or None, [])
+        saving.finish(4)
     assert [p.name for p in tmp_path.iterdir()] == ["4"]
+
+
+@contextlib.contextmanager
+def being_removed(checkpoint):
+    """As a trainer holds it."""
+    with open(checkpoint / "manifest.json", "r+b") as trainer:
+        fcntl.flock(trainer, fcntl.LOCK_EX)
+        yield
 
 
 def test_a_reader_passes_over_what_a_trainer_is_removing(tmp_path):
     save(tmp_path, 1, 2)
-    reading = Checkpoints(tmp_path)
-    with open(tmp_path / "2" / "manifest.json", "r+b") as trainer:
-        fcntl.flock(trainer, fcntl.LOCK_EX)
+    with opened(tmp_path) as reading, being_removed(tmp_path / "2"):
         assert reading.find(None) == (1, [])
         with pytest.raises(UserError, match="2 is being removed by a trainer; choose another --step"):
             reading.find(2)
-    reading.close()
 
 
 def test_a_reader_takes_the_newest_again_where_a_trainer_is_removing_all_that_it_found(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    reading = Checkpoints(tmp_path)
     waits = []
 
     def wait(seconds):
@@ -169,19 +150,13 @@ def test_a_reader_takes_the_newest_again_where_a_trainer_is_removing_all_that_it
         if len(waits) == 2:
             save(tmp_path, 2)
 
-    with open(tmp_path / "1" / "manifest.json", "r+b") as trainer:
-        fcntl.flock(trainer, fcntl.LOCK_EX)
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "time", SimpleNamespace(sleep=wait))
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=wait))
+    with being_removed(tmp_path / "1"):
+        with opened(tmp_path) as reading:
             assert reading.find(None) == (2, []) and len(waits) == 2
-        reading.close()
-        reading = Checkpoints(tmp_path)
-        with open(tmp_path / "2" / "manifest.json", "r+b") as too:
-            fcntl.flock(too, fcntl.LOCK_EX)
-            monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=waits.append))
-            with pytest.raises(UserError, match="being removed by a trainer; repeat the command"):
-                reading.find(None)
-    reading.close()
+        refusal = pytest.raises(UserError, match="being removed by a trainer; repeat the command")
+        with opened(tmp_path) as reading, being_removed(tmp_path / "2"), refusal:
+            reading.find(None)
 
 
 # ---- what a folder's name says, and what its meta does ---------------------------------------------------
@@ -199,10 +174,9 @@ NOT_ITS_OWN = {
 def with_meta(folder, name, changes, step=2):
     """A sound checkpoint of step 1, and one of `step` as step `name` whose config has changes."""
     folder.mkdir()
-    saving = Checkpoints(folder, CheckpointConfig(keep_last=5))
-    saving.save(1, state(1), {"step": 1, "config": to_dict(RUN)})
-    saving.save(step, state(step), {"step": step, "config": to_dict(replace(RUN, **changes))})
-    saving.close()
+    with opened(folder, keep_last=5) as saving:
+        saving.save(1, state(1), {"step": 1, "config": to_dict(RUN)})
+        saving.save(step, state(step), {"step": step, "config": to_dict(replace(RUN, **changes))})
     (folder / str(step)).rename(folder / str(name))
 
 
@@ -211,16 +185,14 @@ def test_a_checkpoint_that_does_not_belong_is_passed_over_refused_by_name_and_mo
     changes, says = NOT_ITS_OWN[what]
     name, folder = 3 if what == "another name" else 2, tmp_path / "checkpoints"
     with_meta(folder, name, changes)
-    reading = Checkpoints(folder, run=RUN)
-    found, [fault] = reading.find(None)
-    assert found == 1 and says in fault and str(folder / str(name)) in fault
-    with pytest.raises(UserError, match=r"choose another --step \(there: 1") as refused:
-        reading.find(name)
-    assert says in str(refused.value)
-    reading.close()
-    training = Checkpoints(folder, CheckpointConfig(), RUN)
-    assert training.resume(tmp_path / "damaged") == (1, [fault])
-    training.close()
+    with opened(folder, run=RUN) as reading:
+        found, [fault] = reading.find(None)
+        assert found == 1 and says in fault and str(folder / str(name)) in fault
+        with pytest.raises(UserError, match=r"choose another --step \(there: 1") as refused:
+            reading.find(name)
+        assert says in str(refused.value)
+    with opened(folder, run=RUN, keep_last=3) as training:
+        assert training.resume(tmp_path / "damaged") == (1, [fault])
     assert [p.name for p in folder.iterdir()] == ["1"] and (tmp_path / "damaged" / str(name) / "manifest.json").exists()
 
 
@@ -234,37 +206,32 @@ def test_a_checkpoint_that_does_not_belong_is_passed_over_refused_by_name_and_mo
 )
 def test_what_may_change_when_a_run_goes_on_makes_no_other_run(tmp_path, changes):
     with_meta(tmp_path / "checkpoints", 2, changes)
-    reading = Checkpoints(tmp_path / "checkpoints", run=RUN)
-    assert reading.find(None) == (2, [])
-    reading.close()
+    with opened(tmp_path / "checkpoints", run=RUN) as reading:
+        assert reading.find(None) == (2, [])
 
 
 def test_options_that_are_younger_than_a_checkpoint_make_it_no_other_run(tmp_path):
     saved = to_dict(RUN)
     del saved["model"]["variance_exponent"], saved["optim"]["name"]
-    saving = Checkpoints(tmp_path, CheckpointConfig())
-    saving.save(1, state(1), {"step": 1, "config": saved})
-    saving.close()
-    reading = Checkpoints(tmp_path, run=replace(RUN, model__variance_exponent=0.0))  # what was done before it came
-    assert reading.find(None) == (1, [])
-    reading.close()
+    with opened(tmp_path, keep_last=3) as saving:
+        saving.save(1, state(1), {"step": 1, "config": saved})
+    with opened(tmp_path, run=replace(RUN, model__variance_exponent=0.0)) as reading:  # what was done before it came
+        assert reading.find(None) == (1, [])
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_one_line(tmp_path):
     """Where no lock holds it, as on a file system without them."""
     save(tmp_path, 1)
-    reading = Checkpoints(tmp_path)
-    (tmp_path / "1").rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="was removed while it was read"):
-        reading.restore_model(1, ABSTRACT.params, {})
-    reading.close()
+    with opened(tmp_path) as reading:
+        (tmp_path / "1").rename(tmp_path / "gone")
+        with pytest.raises(UserError, match="was removed while it was read"):
+            reading.restore_model(1, ABSTRACT.params, {})
 
 
 def test_multiples_of_keep_every_stay(tmp_path):
-    saving = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=4))
-    for step in range(1, 10):
-        saving.save(step, state(step), {"step": step})
-    saving.close()
+    with opened(tmp_path, keep_last=2, keep_every=4) as saving:
+        for step in range(1, 10):
+            saving.save(step, state(step), {"step": step})
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 9]
 
 
@@ -274,10 +241,9 @@ def test_what_orbax_adds_to_its_own_file_after_the_seal_is_no_damage_and_half_of
     about = tmp_path / "1" / "_CHECKPOINT_METADATA"
     facts = json.loads(about.read_text())
     about.write_text(json.dumps(facts | {"item_handlers": None, "commit_timestamp_nsecs": 0}))
-    reading = Checkpoints(tmp_path)
-    assert reading.find(None) == (1, [])
-    same(reading.restore(1, ABSTRACT), state(1))
-    about.write_text(about.read_text()[:20])
-    with pytest.raises(UserError, match="_CHECKPOINT_METADATA is damaged"):
-        reading.find(None)
-    reading.close()
+    with opened(tmp_path) as reading:
+        assert reading.find(None) == (1, [])
+        chex.assert_trees_all_equal(reading.restore(1, ABSTRACT), state(1))
+        about.write_text(about.read_text()[:20])
+        with pytest.raises(UserError, match="_CHECKPOINT_METADATA is damaged"):
+            reading.find(None)

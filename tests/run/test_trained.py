@@ -1,5 +1,6 @@
 """The way to a trained model: its parameters alone, onto any mesh, whatever newer checkpoints have become."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_the_newest_is_restored_onto_the_mesh_that_is_here(workdir, capsys):
         trained = restore(CONFIG, mesh)
     assert (trained.step, trained.mesh, capsys.readouterr()) == (2, mesh, ("", ""))
     drawn = jax.jit(trained.model.init)(jax.random.key(2))
-    jax.tree.map(np.testing.assert_array_equal, trained.params, drawn)
+    chex.assert_trees_all_equal(trained.params, drawn)
     assert {x.sharding.mesh for x in jax.tree.leaves(trained.params)} == {mesh}
     assert not trained.params["blocks"]["ffn"]["out"].is_fully_replicated
 

@@ -1,6 +1,11 @@
 """A config file with sweeps of runs that take a moment, and a user's home with caches of its own."""
 
+import os
+
 import pytest
+from processes import user_env
+
+from spannorm_jax.parallel.platform import start_jax
 
 CONFIG = """
 from spannorm_jax.config_file import default_config, parse_arg
@@ -56,3 +61,35 @@ def tiny(home):
     """The path of the config file."""
     (home / "tiny.py").write_text(CONFIG)
     return str(home / "tiny.py")
+
+
+@pytest.fixture
+def started(monkeypatch, home):
+    """This process as a runner's worker: JAX is started, with the caches of that home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+    start_jax("auto")
+
+
+@pytest.fixture(scope="module")
+def env(home):
+    """The environment of a process with one device and the caches of that home."""
+    return user_env(home, home) | {"FIFO": str(home / "fifo")}
+
+
+@pytest.fixture
+def worker_that_waits(env):
+    """A worker that writes its pid into FIFO and then opens FIFO.go waits there; a function returns the first's pid."""
+    paths = [env["FIFO"], env["FIFO"] + ".go"]
+    for path in paths:
+        os.mkfifo(path)
+
+    def wait():
+        with open(paths[0], encoding="utf-8") as file:
+            pid = int(file.read())
+        os.unlink(paths[0])
+        return pid
+
+    yield wait
+    for path in filter(os.path.exists, paths):
+        os.unlink(path)

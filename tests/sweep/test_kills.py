@@ -1,14 +1,11 @@
 """The runner as a user starts it: killed, with workers that are killed, and two at once."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from processes import LIMIT_S, paused, pausing, xla_flags
+from processes import LIMIT_S, finish, launch, paused, values_of
 
 from spannorm_jax.durable import exclusive
 from spannorm_jax.sweep.expansion import expand
@@ -40,18 +37,9 @@ STEPS = 60
 OVERRIDES = [("metrics.wandb_project", "norms"), ("training.steps", str(STEPS))]
 
 
-@pytest.fixture(scope="module")
-def env(home):
+@pytest.fixture(scope="module", autouse=True)
+def wandb(home):
     (home / "wandb.py").write_text(WANDB)
-    usual = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    return usual | {
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags(1),
-        "PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]),
-        "FIFO": str(home / "fifo"),
-    }
 
 
 @pytest.fixture
@@ -59,32 +47,10 @@ def sweep(env, tiny, tmp_path):
     """sweep(arguments) starts a runner of three runs."""
 
     def start(*arguments, names="lr", pause_at=None, under=()):
-        module = "spannorm_jax.sweep"
-        begin = pausing(pause_at, module) if pause_at else [sys.executable, "-m", module]
         where = ["--config", tiny, "--out", str(tmp_path), *(f"--config.{key}={text}" for key, text in OVERRIDES)]
-        command = [*under, *begin, names, *arguments, *where]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return launch(env, "sweep", names, *arguments, *where, pause_at=pause_at, under=under)
 
     return start
-
-
-@pytest.fixture
-def worker_at_step_9(env):
-    """Makes the first worker that comes to its ninth step wait there; a function returns its pid."""
-    go = env["FIFO"] + ".go"
-    os.mkfifo(env["FIFO"])
-    os.mkfifo(go)
-
-    def wait():
-        with open(env["FIFO"], encoding="utf-8") as file:
-            pid = int(file.read())
-        os.unlink(env["FIFO"])
-        return pid
-
-    yield wait
-    for path in (env["FIFO"], go):
-        if os.path.exists(path):
-            os.unlink(path)
 
 
 @pytest.fixture
@@ -98,28 +64,21 @@ def places(tiny, tmp_path):
     return [Place(tmp_path, run.name) for run in expand("lr", "cpu", tiny, OVERRIDES).runs]
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == code, out + err
-    return out, err
-
-
 def first_steps(place):
     """Of each start of a run, the step that it began with."""
-    return [json.loads(line)["first_step"] for line in (place.workdir / "starts.jsonl").read_text().splitlines()]
+    return values_of(place.workdir / "starts.jsonl", "first_step")
 
 
 def assert_whole(places):
     for place in places:
         assert place.state() == TRAINED
-        steps = [json.loads(line)["step"] for line in (place.workdir / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, STEPS + 1))
-        assert len((place.workdir / "eval.jsonl").read_text().splitlines()) == 1
+        assert values_of(place.workdir / "metrics.jsonl", "step") == list(range(1, STEPS + 1))
+        assert values_of(place.workdir / "eval.jsonl", "step") == [STEPS]
 
 
-def test_a_runner_that_is_killed_goes_on_inside_a_run(sweep, places, worker_at_step_9, let_go):
+def test_a_runner_that_is_killed_goes_on_inside_a_run(sweep, places, worker_that_waits, let_go):
     runner = sweep("local")
-    worker_at_step_9()
+    worker_that_waits()
     runner.kill()
     let_go()  # it hears that its runner has gone, saves and ends
     runner.communicate(timeout=LIMIT_S)
@@ -133,9 +92,9 @@ def test_a_runner_that_is_killed_goes_on_inside_a_run(sweep, places, worker_at_s
     assert [first_steps(place) for place in places[1:]] == [[1], [1]]
 
 
-def test_a_runner_that_is_interrupted_saves_what_it_is_at(sweep, places, worker_at_step_9, let_go):
+def test_a_runner_that_is_interrupted_saves_what_it_is_at(sweep, places, worker_that_waits, let_go):
     runner = sweep("local")
-    worker_at_step_9()
+    worker_that_waits()
     runner.send_signal(signal.SIGINT)
     let_go()
     out, _ = finish(runner, code=130)
@@ -145,9 +104,9 @@ def test_a_runner_that_is_interrupted_saves_what_it_is_at(sweep, places, worker_
     assert len(first_steps(places[0])) <= 2
 
 
-def test_a_runner_says_that_it_waits_and_that_a_second_signal_has_killed(sweep, places, worker_at_step_9):
+def test_a_runner_says_that_it_waits_and_that_a_second_signal_has_killed(sweep, places, worker_that_waits):
     runner = sweep("local")
-    worker_at_step_9()
+    worker_that_waits()
     runner.send_signal(signal.SIGTERM)
     for line in runner.stdout:
         if "a second signal kills them" in line:
@@ -175,9 +134,9 @@ def test_a_runner_that_has_no_room_says_so_and_goes_on_when_there_is(sweep, plac
     assert_whole(places)
 
 
-def test_a_worker_that_is_killed_fails_its_run_alone(sweep, places, worker_at_step_9):
+def test_a_worker_that_is_killed_fails_its_run_alone(sweep, places, worker_that_waits):
     runner = sweep("local")
-    os.kill(worker_at_step_9(), signal.SIGKILL)
+    os.kill(worker_that_waits(), signal.SIGKILL)
     out, _ = finish(runner, code=1)
     assert f"[0] {places[0].name}: failed: the process at work on it ended by SIGKILL" in out
     assert "3 runs: 2 done, 1 failed" in out
@@ -192,9 +151,9 @@ def test_a_worker_that_is_killed_fails_its_run_alone(sweep, places, worker_at_st
     assert first_steps(places[0]) in ([1, 7], [1, 9])  # the save of step 8 may not have been complete
 
 
-def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, places, worker_at_step_9, let_go):
+def test_two_runners_share_a_sweep_and_one_takes_over_from_the_other(sweep, places, worker_that_waits, let_go):
     killed = sweep("local")
-    worker = worker_at_step_9()
+    worker = worker_that_waits()
     other = sweep("local", pause_at=f"[0] {places[0].name}: started  (waits")
     paused(other)  # it has nothing else left
     assert_whole(places[1:])

@@ -3,14 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from processes import LIMIT_S, xla_flags
+from processes import finish, launch, values_of
 
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep import __main__ as command
 from spannorm_jax.sweep.expansion import expand
@@ -68,15 +65,8 @@ def test_mistakes_are_one_line_and_leave_nothing(argv, says, tiny, tmp_path):
 # ---- what becomes of each -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def started(monkeypatch, home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
-    start_jax("auto")
-
-
 def evaluated_at(place):
-    return [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()]
+    return values_of(place.workdir / "eval.jsonl", "step")
 
 
 def test_each_lane_has_its_own_end_and_what_others_work_on_is_left_out(tiny, tmp_path, started):
@@ -91,7 +81,7 @@ def test_each_lane_has_its_own_end_and_what_others_work_on_is_left_out(tiny, tmp
     # Again: what has ended is left as it is, and the one that is left is trained alone.
     assert work_in_lanes(sweep.runs, tmp_path, retry=False) == [good, off, (TRAINED, "")]
     assert [evaluated_at(place) for place in places] == [[6], [at], [6]]
-    assert [len((place.workdir / "starts.jsonl").read_text().splitlines()) for place in places] == [1, 1, 1]
+    assert [values_of(place.workdir / "starts.jsonl", "lanes") for place in places] == [[2], [2], [1]]
 
 
 def test_what_cannot_be_a_lane_fails_alone(tiny, tmp_path, started, capsys):
@@ -125,39 +115,21 @@ Record.save = _saved
 
 @pytest.mark.process
 @pytest.mark.parametrize("killed", ["both", "worker"])
-def test_a_group_that_is_killed_goes_on(tiny, home, tmp_path, killed):
+def test_a_group_that_is_killed_goes_on(tiny, env, tmp_path, worker_that_waits, killed):
     """With its runner, by the same command. Alone, in the same runner: nobody knows which lane was at fault."""
     paused = tmp_path / "paused.py"
     with open(tiny, encoding="utf-8") as file:
         paused.write_text(PAUSED + file.read())
-    fifo = tmp_path / "fifo"
-    for path in (fifo, f"{fifo}.go"):
-        os.mkfifo(path)
-    usual = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    env = usual | {
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "TFDS_DATA_DIR": str(home / "tfds"),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": xla_flags(1),
-        "FIFO": str(fifo),
-    }
-    arguments = ["lr", "local", "--lanes", "3", "--config", str(paused), "--out", str(tmp_path / "out")]
-
-    def start():
-        argv = [sys.executable, "-m", "spannorm_jax.sweep", *arguments]
-        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    runner = start()
-    worker = int(fifo.read_text())
-    fifo.unlink()
+    where = ("--lanes", 3, "--config", paused, "--out", tmp_path / "out")
+    runner = launch(env, "sweep", "lr", "local", *where)
+    worker = worker_that_waits()
     if killed == "both":
         runner.kill()
     os.kill(worker, signal.SIGKILL)
-    out, err = runner.communicate(timeout=LIMIT_S)
     if killed == "both":
-        runner = start()
-        out, err = runner.communicate(timeout=LIMIT_S)
-    assert runner.returncode == 0, out + err
+        runner.wait()
+        runner = launch(env, "sweep", "lr", "local", *where)
+    out, _ = finish(runner)
     assert "3 runs: 3 done" in out and out.count("(one of 3 lanes)") == 3
     assert out.count("each is taken up again alone") == (killed == "worker")
     places = [Place(tmp_path / "out", run.name) for run in expand("lr", "cpu", str(paused)).runs]
@@ -167,8 +139,7 @@ def test_a_group_that_is_killed_goes_on(tiny, home, tmp_path, killed):
     assert all("nats/token" in log for log in logs)  # each is evaluated by itself
     for place in places:
         assert place.state() == TRAINED and evaluated_at(place) == [6]
-        lines = (place.workdir / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-        starts = [json.loads(line) for line in (place.workdir / "starts.jsonl").read_text().splitlines()]
-        assert [start["first_step"] for start in starts] in ([1, 3], [1, 1])  # the save of step 2 may not be complete
-        assert [start["lanes"] for start in starts] == ([3, 3] if killed == "both" else [3, 1])
+        assert values_of(place.workdir / "metrics.jsonl", "step") == [1, 2, 3, 4, 5, 6]
+        starts = place.workdir / "starts.jsonl"
+        assert values_of(starts, "first_step") in ([1, 3], [1, 1])  # the save of step 2 may not be complete
+        assert values_of(starts, "lanes") == ([3, 3] if killed == "both" else [3, 1])

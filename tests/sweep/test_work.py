@@ -5,18 +5,16 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from processes import values_of
 
 from spannorm_jax import durable, evaluate
 from spannorm_jax.durable import InUse, exclusive
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.sweep import __main__ as command
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.sweep.records import (
@@ -48,11 +46,17 @@ SMALLEST = {
 EXPERTS = {"model.moe.num_experts": "2", "model.moe.expert_dim": "16"}
 
 
-@pytest.fixture(autouse=True)
-def start(monkeypatch, home):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
-    start_jax("auto")
+pytestmark = pytest.mark.usefixtures("started")
+
+
+@pytest.fixture
+def run(tiny):
+    return expand("lr", "cpu", tiny).runs[0]
+
+
+@pytest.fixture
+def place(run, tmp_path):
+    return Place(tmp_path, run.name)
 
 
 def run_all(sweep, out):
@@ -60,7 +64,7 @@ def run_all(sweep, out):
 
 
 def evaluated_at(place):
-    return [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()]
+    return values_of(place.workdir / "eval.jsonl", "step")
 
 
 def files(folder):
@@ -69,30 +73,20 @@ def files(folder):
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "size"),
+    "sweep",
     [
-        *(
-            ("dense", name, "cpu")
-            for name in (
-                *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "rivals"),
-                *("depth_factor", "depth_lr", "warmup"),
-            )
-        ),
-        *(("moe", name, "cpu") for name in ("experts", "demo")),
-        ("dense", "seed", "cpu"),
-        ("dense", "depth", "gpu"),
-        ("moe", "experts", "gpu"),
+        *("placement_init", "depth", "width", "lr", "fixed_budget", "init_targets", "rivals", "depth_factor"),
+        *("depth_lr", "warmup", "experts", "demo", "depth (gpu)", "experts (gpu)"),
     ],
 )
-def test_the_first_run_of_each_shipped_sweep_takes_a_step(file, name, size, tmp_path):
-    run = expand(name, size, f"configs/{file}.py").runs[0]
+def test_the_first_run_of_each_shipped_sweep_takes_a_step(sweep, tmp_path):
+    run = expand(sweep.removesuffix(" (gpu)"), "gpu" if sweep.endswith("(gpu)") else "cpu").runs[0]
     experts = EXPERTS if run.config.model.moe.num_experts else {}
     run = dataclasses.replace(run, overrides=tuple((dict(run.overrides) | SMALLEST | experts).items()))
     place = Place(tmp_path, run.name)
     assert work(run, place, retry=False) == (TRAINED, "")
     assert place.last_step() == 1
-    [line] = (place.workdir / "eval.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 1
+    assert evaluated_at(place) == [1]
 
 
 def test_runs_that_differ_in_numbers_compile_once_in_a_process(tiny, tmp_path):
@@ -140,9 +134,7 @@ def test_a_failure_and_a_divergence_are_ends_and_the_others_go_on(tiny, tmp_path
     assert (tmp_path / "reports" / "mixed-cpu" / "report.html").exists()
 
 
-def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
+def test_what_was_trained_and_not_evaluated_is_evaluated(run, place):
     assert work(run, place, retry=False) == (TRAINED, "")
     metrics = (place.workdir / "metrics.jsonl").read_bytes()
     (place.workdir / "eval.jsonl").unlink()
@@ -151,39 +143,24 @@ def test_what_was_trained_and_not_evaluated_is_evaluated(tiny, tmp_path):
     assert (place.workdir / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_done_run_whose_last_checkpoint_is_damaged_is_trained_from_the_one_before(tiny, tmp_path):
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
+def test_a_done_run_whose_last_checkpoint_is_damaged_is_trained_from_the_one_before(run, place):
     assert work(run, place, retry=False) == (TRAINED, "")
-
-    def losses():
-        return [json.loads(line)["loss"] for line in (place.workdir / "metrics.jsonl").read_text().splitlines()]
-
-    before, steps = losses(), run.config.training.steps
+    before, steps = values_of(place.workdir / "metrics.jsonl", "loss"), run.config.training.steps
     (place.workdir / "eval.jsonl").unlink()
     manifest = place.workdir / "checkpoints" / str(steps) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-5])
     assert work(run, place, retry=False) == (TRAINED, "")
-    assert losses() == before and (place.workdir / "damaged" / str(steps)).is_dir()
-    assert [json.loads(line)["step"] for line in (place.workdir / "eval.jsonl").read_text().splitlines()] == [steps]
+    assert values_of(place.workdir / "metrics.jsonl", "loss") == before and evaluated_at(place) == [steps]
+    assert (place.workdir / "damaged" / str(steps)).is_dir()
 
 
-def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(tiny, tmp_path):
+def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(run, place):
     """By hand another step, or other tokens, is evaluated; a crash leaves half a line or none."""
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
     assert work(run, place, retry=False) == (TRAINED, "")
     evaluations = place.workdir / "eval.jsonl"
     own = evaluations.read_text()
-    others = [
-        "",
-        "{",
-        "[]\n",
-        own[:-9],
-        own.replace("validation", "train"),
-        own.replace('"fingerprint": "', '"fingerprint": "0'),
-    ]
-    for text in others:
+    not_its_own = own.replace("validation", "train"), own.replace('"fingerprint": "', '"fingerprint": "0')
+    for text in ("", "{", "[]\n", own[:-9], *not_its_own):
         evaluations.write_text(text)
         assert place.state() == STOPPED and place.to_evaluate() == 6
     evaluations.unlink()
@@ -196,9 +173,7 @@ def test_only_the_evaluation_that_the_run_asks_for_is_the_runs(tiny, tmp_path):
     assert not place.trained() and place.state() == NEW
 
 
-def test_a_run_that_is_claimed_is_left_alone(tiny, tmp_path):
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
+def test_a_run_that_is_claimed_is_left_alone(run, place):
     with place.claim():
         assert place.state() == RUNNING
         with pytest.raises(InUse, match="in use by process"):
@@ -236,10 +211,8 @@ def full(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["asked.json", "config.json", "DONE"])
-def test_a_full_disk_is_no_failure_of_a_run(tiny, tmp_path, full, name):
+def test_a_full_disk_is_no_failure_of_a_run(run, place, tmp_path, full, name):
     """It is said, wherever it is met, and the same command goes on once there is room."""
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
     full(name, "FAILED")
     with pytest.raises(UserError, match=f"cannot write in --.* {tmp_path}.* mend that|{tmp_path}.*No space left"):
         work(run, place, retry=False)
@@ -266,51 +239,13 @@ def test_a_failure_that_cannot_be_recorded_is_said_with_its_reason(tiny, tmp_pat
         work(run, Place(tmp_path, run.name), retry=False)
 
 
-def test_an_evaluation_that_is_not_recorded_is_no_reason_to_start_again_for_ever(tiny, tmp_path, monkeypatch):
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
+def test_an_evaluation_that_is_not_recorded_is_no_reason_to_start_again_for_ever(run, place, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "main", lambda argv: 0)
         with pytest.raises(UserError, match=r"eval\.jsonl cannot be written"):
             work(run, place, retry=False)
     assert place.state() == STOPPED
     assert work(run, place, retry=False) == (TRAINED, "")
-
-
-STEPS = """
-import ctypes, json, os, resource, threading
-from spannorm_jax.sweep import worker
-
-libc = ctypes.CDLL(None)
-libc.malloc.argtypes, libc.malloc.restype, libc.free.argtypes = [ctypes.c_size_t], ctypes.c_void_p, [ctypes.c_void_p]
-faults = []
-
-def steps():
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        block = libc.malloc(2**27)
-        ctypes.memset(block, 1, 2**27)
-        libc.free(block)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-def hello(platform):
-    threads = [threading.Thread(target=steps) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-        thread.join()
-    os.write(2, json.dumps(faults).encode())
-    os._exit(0)
-
-worker._hello = hello
-worker.main([json.dumps({"cores": [], "platform": "cpu", "out": "."})])
-"""
-
-
-def test_a_worker_keeps_the_block_that_a_step_frees():
-    """Whatever thread asks for it: 2^27 bytes are 32,768 pages, and were faulted in at each step."""
-    done = subprocess.run([sys.executable, "-c", STEPS], stdin=subprocess.PIPE, capture_output=True, text=True)
-    faults = json.loads(done.stderr)
-    assert len(faults) == 12 and sum(faults[1:]) < 2**15, faults
 
 
 def test_a_run_leaves_no_thread_and_no_handler_behind(tiny, tmp_path):
@@ -325,9 +260,7 @@ def test_a_run_leaves_no_thread_and_no_handler_behind(tiny, tmp_path):
     assert ends_of_runs(tmp_path / "second") == first
 
 
-def test_status_says_which_key_has_changed_since_a_run_had_another_name(tiny, tmp_path, capsys):
-    run = expand("lr", "cpu", tiny).runs[0]
-    place = Place(tmp_path, run.name)
+def test_status_says_which_key_has_changed_since_a_run_had_another_name(run, place, tiny, tmp_path, capsys):
     with place.claim():
         write_asked(place, run)
     changed = tmp_path / "changed.py"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_a_lane_of_nan_harms_no_other():
 
     (good, _, losses), (usual, _, usual_losses) = third(True), third(False)
     assert np.isnan(losses[1]) and losses[0] == usual_losses[0]
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, good, usual)))
+    chex.assert_trees_all_equal(good, usual)
 
 
 # ---- the runs, in their folders -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,8 +302,7 @@ def test_the_same_seed_is_the_same_run_and_another_is_not():
         state, metrics = program.train(program.init(seed), batch(), numbers_of(config))
         return jax.device_get((state.params, metrics["scalars"]["loss"]))
 
-    same = jax.tree.map(np.array_equal, run(3), run(3))
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(run(3), run(3))
     assert run(3)[1] != run(4)[1]
 
 

@@ -6,6 +6,7 @@ Each against its equations in float64, from the package's own gradients.
 import dataclasses
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -186,8 +187,7 @@ def test_muon_goes_on_from_a_checkpoint(tmp_path):
     checkpoints.wait()
     restored = checkpoints.restore(1, program.abstract_state)
     checkpoints.close()
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), state, restored)
-    assert all(jax.tree.leaves(same)) and jax.tree.structure(state) == jax.tree.structure(restored)
+    chex.assert_trees_all_equal(state, restored)
 
 
 def test_muon_refuses_what_is_no_matrix():
