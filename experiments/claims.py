@@ -8,17 +8,17 @@ norm fixes.
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.results_page import FAILED, Results, Wanted, read
-from spannorm_jax.report import markdown, stats
-from spannorm_jax.report.contents import interval_text
+from spannorm_jax.report import stats
 from spannorm_jax.report.rates import drifts
 from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import Interval
+from spannorm_jax.report.tables import interval, markdown, number
 
 HOLDS, FAILS, NOT_TOLD, NOT_TESTED = "holds", "fails", "not told", "not tested"
 TRANSFER = 1.25  # by how much a best learning rate may move a doubling, either way, and still be said to stay
@@ -38,7 +38,7 @@ MULTIPLIER = "scale-L1-mult"
 class Verdict:
     word: str = NOT_TESTED
     effect: str = ""
-    rows: tuple[Row, ...] = ()  # the runs it is of, whose regime is told
+    rows: Sequence[Row] = ()  # the runs it is of, whose regime is told
 
     def __str__(self) -> str:
         return f"**{self.word}**" + (f": {self.effect}" if self.effect else "")
@@ -55,12 +55,12 @@ class Claim:
 # ---- how a verdict follows from numbers ---------------------------------------------------------
 
 
-def _of_seeds(word: str, effect: str, rows: tuple[Row, ...]) -> Verdict:
+def _of_seeds(word: str, effect: str, rows: Sequence[Row]) -> Verdict:
     """A verdict on how runs ended; of one seed nothing is told."""
     return Verdict(word if len({row.seed for row in rows}) > 1 else NOT_TOLD, effect, rows)
 
 
-def below_zero(found: Interval | None, effect: str, rows: tuple[Row, ...] = ()) -> Verdict:
+def below_zero(found: Interval | None, effect: str, rows: Sequence[Row] = ()) -> Verdict:
     """Holds where the interval lies below zero, fails where above; of one pair nothing is told."""
     if found is None:
         return Verdict()
@@ -74,7 +74,7 @@ def less(sweep: Results, ours: Wanted, theirs: Wanted, own_best: bool = False, *
     both = [fixed | ours, fixed | theirs]
     if own_best:
         both = [wanted | {"lr": sweep.best_lr(**wanted)} for wanted in both]
-    rows = [tuple(sweep.rows(**wanted)) for wanted in both]
+    rows = [sweep.rows(**wanted) for wanted in both]
     if not all(rows):
         return Verdict()
     if own_best and len({tuple(sorted({row.lr for row in sweep.rows(**fixed | w)})) for w in (ours, theirs)}) > 1:
@@ -87,23 +87,20 @@ def less(sweep: Results, ours: Wanted, theirs: Wanted, own_best: bool = False, *
 
 def trains_where(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
     """Whether ours trains with every seed where theirs trains with none; not told where theirs trains too."""
-    both = [fixed | wanted for wanted in (ours, theirs)]
-    if not all(sweep.rows(**wanted) for wanted in both):
+    here, there = fixed | ours, fixed | theirs
+    if not sweep.ends(**here) or not sweep.ends(**there):
         return Verdict()
-    word = HOLDS if sweep.trains(**both[0]) else FAILS
-    if not sweep.fails(**both[1]) and word == HOLDS:
-        word = NOT_TOLD
-    effect = f"it {_ends(sweep, both[0])}, the other {_ends(sweep, both[1])}"
-    return _of_seeds(word, effect, tuple(sweep.rows(**both[0])))
+    word = FAILS if not sweep.trains(**here) else HOLDS if sweep.fails(**there) else NOT_TOLD
+    return _of_seeds(word, f"it {_ends(sweep, here)}, the other {_ends(sweep, there)}", sweep.rows(**here))
 
 
 def trains_too(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
     """Whether ours trains with every seed where theirs does; not told where theirs does not."""
-    both = [fixed | wanted for wanted in (ours, theirs)]
-    if not all(sweep.rows(**wanted) for wanted in both):
+    here, there = fixed | ours, fixed | theirs
+    if not sweep.ends(**here) or not sweep.ends(**there):
         return Verdict()
-    word = NOT_TOLD if not sweep.trains(**both[1]) else HOLDS if sweep.trains(**both[0]) else FAILS
-    return _of_seeds(word, f"it {_ends(sweep, both[0])}", tuple(sweep.rows(**both[0])))
+    word = NOT_TOLD if not sweep.trains(**there) else HOLDS if sweep.trains(**here) else FAILS
+    return _of_seeds(word, f"it {_ends(sweep, here)}", sweep.rows(**here))
 
 
 def _ends(sweep: Results, wanted: Wanted) -> str:
@@ -111,7 +108,7 @@ def _ends(sweep: Results, wanted: Wanted) -> str:
     return f"trained with {ends['trained']} of {sum(ends.values())} seeds"
 
 
-def stays(low: float, high: float, rows: tuple[Row, ...] = ()) -> Verdict:
+def stays(low: float, high: float, rows: Sequence[Row] = ()) -> Verdict:
     """Whether a best learning rate stays where a size doubles, given the range of factors that it may move by."""
     inside, outside = low >= 1 / TRANSFER and high <= TRANSFER, high < 1 / TRANSFER or low > TRANSFER
     return Verdict(HOLDS if inside else FAILS if outside else NOT_TOLD, f"times {low:.2f} to {high:.2f}", rows)
@@ -120,23 +117,21 @@ def stays(low: float, high: float, rows: tuple[Row, ...] = ()) -> Verdict:
 def drift(sweep: Results, axis: str, **wanted: Any) -> Verdict:
     """`stays` of SpanNorm's best learning rate over depth or width."""
     part = sweep.where(**SPAN, **wanted)
-    found = [drift["factor"] for drift in drifts(part.about) if drift["axis"] == axis]
+    found = [drift["factor"] for drift in drifts(part.study) if drift["axis"] == axis]
     if not found or found[0].low is None or found[0].high is None:
-        return Verdict() if not part.about.rows else Verdict(NOT_TOLD, "no range", tuple(part.about.rows))
-    return stays(found[0].low, found[0].high, tuple(part.about.rows))
+        return Verdict() if not part.study.rows else Verdict(NOT_TOLD, "no range", part.study.rows)
+    return stays(found[0].low, found[0].high, part.study.rows)
 
 
 def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wanted) -> Verdict:
     """Whether ours less theirs grows from one place to the other, seed by seed: then the lead falls (fails)."""
     gaps = []
     for place in (one, other):
-        losses = [
-            dict(sweep.runs(**place, **w).select("seed", "loss").drop_nulls().iter_rows()) for w in (ours, theirs)
-        ]
-        gaps.append({s: losses[0][s] - losses[1][s] for s in losses[0].keys() & losses[1].keys()})
-    found = stats.t_interval([gaps[1][seed] - gaps[0][seed] for seed in sorted(gaps[0].keys() & gaps[1].keys())])
-    effect = "" if found is None else f"{interval_text(found.mean, found.low, found.high)}, n {found.n}"
-    return below_zero(found, effect, tuple(sweep.rows(**one, **ours) + sweep.rows(**other, **ours)))
+        ends, others = (sweep.by_seed(**place, **wanted) for wanted in (ours, theirs))
+        gaps.append({seed: ends[seed] - others[seed] for seed in ends.keys() & others.keys()})
+    found = stats.t_interval(stats.paired_differences(gaps[1], gaps[0]))
+    effect = "" if found is None else f"{interval(found.mean, found.low, found.high)}, n {found.n}"
+    return below_zero(found, effect, sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
 
 
 def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
@@ -146,7 +141,7 @@ def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verd
         return Verdict()
     here, there = (math.exp(statistics.fmean(map(math.log, ratios))) for ratios in each)
     effect = f"{here:.2g} of the last block's (the other's {there:.2g})"
-    return _of_seeds(HOLDS if min(each[0]) >= VANISHED else FAILS, effect, tuple(sweep.rows(**fixed, **ours)))
+    return _of_seeds(HOLDS if min(each[0]) >= VANISHED else FAILS, effect, sweep.rows(**fixed, **ours))
 
 
 def _first_over_last(rows: list[Row]) -> list[float]:
@@ -341,19 +336,19 @@ def _cost() -> Verdict:
 COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in ("scale-L0.5", "scale-L1", MULTIPLIER)}}
 
 
-def regime(rows: tuple[Row, ...], floor: float) -> str:
+def regime(rows: Sequence[Row], floor: float) -> str:
     """Tokens a parameter, and held-out bits per byte over a 4-gram's of the best of the runs."""
     bits = [row.bits_per_byte for row in rows if row.bits_per_byte]
     if not bits:
         return ""
     each = [row.run.last_step * (row.run.tokens_per_step or 0) / row.run.starts[0]["num_params"] for row in rows]
-    return f"{statistics.median(each):.2g}; {min(bits) - floor:+.2f}".replace("-", "−")
+    return f"{statistics.median(each):.2g}; {number(min(bits) - floor, '+.2f')}"
 
 
 def short_table(made: list[Claim]) -> str:
     """The verdicts alone."""
     lines = [[claim.text, *(claim.verdicts.get(c, Verdict()).word for c in COLUMNS)] for claim in made]
-    return markdown.table([(head, False) for head in ("claim of SpanNorm", *COLUMNS.values())], lines)
+    return markdown([(head, False) for head in ("claim of SpanNorm", *COLUMNS.values())], lines)
 
 
 def table(made: list[Claim], floor: float) -> str:
@@ -362,11 +357,11 @@ def table(made: list[Claim], floor: float) -> str:
         [
             *(claim.text, claim.test, claim.named),
             *(str(claim.verdicts.get(column, Verdict())) for column in COLUMNS),
-            regime(tuple(row for verdict in claim.verdicts.values() for row in verdict.rows), floor),
+            regime([row for verdict in claim.verdicts.values() for row in verdict.rows], floor),
         ]
         for claim in made
     ]
-    return markdown.table([(head, False) for head in heads], lines)
+    return markdown([(head, False) for head in heads], lines)
 
 
 def write_page(runs: Path, page: Path, readme: Path) -> Path:

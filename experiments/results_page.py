@@ -4,9 +4,8 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,17 @@ import vl_convert
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.report import comparisons, markdown, stats
-from spannorm_jax.report.contents import contents, interval_text
+from spannorm_jax.report import comparisons, stats
+from spannorm_jax.report.contents import contents, in_markdown
 from spannorm_jax.report.curves import gap_curves
 from spannorm_jax.report.figures import FIGURES
-from spannorm_jax.report.folders import Run, find_runs
+from spannorm_jax.report.folders import find_runs
+from spannorm_jax.report.frames import named
 from spannorm_jax.report.page import print_svg
 from spannorm_jax.report.rows import FINISHED, Row, summarise
 from spannorm_jax.report.stats import Interval
-from spannorm_jax.report.study import ARM, Method, Study, study
+from spannorm_jax.report.study import ARM, Study, by_loss, study_of
+from spannorm_jax.report.tables import interval, markdown, spread
 
 Wanted = dict[str, Any]  # what `Results.rows` takes
 TEMPLATE = Path("experiments/results.md")
@@ -41,54 +42,50 @@ class Results:
     """A sweep's runs, as a template asks for them. Losses are held-out bits per byte."""
 
     name: str
-    about: Study
+    study: Study
     figures: Path  # folder of the figures
     beside: str  # the same, as the page links to it
 
-    def rows(self, **wanted: Any) -> list[Row]:
-        """The runs with these values, of Row (placement, init, depth, lr, seed, ...) or of the config (`optim.eps`)."""
-        return [row for row in self._ordered if all(_value(row, key) == value for key, value in wanted.items())]
-
     def runs(self, **wanted: Any) -> pl.DataFrame:
-        """The lines of these runs in the study's frame."""
-        chosen = {id(row) for row in self.rows(**wanted)}
-        return self.about.runs.filter(pl.Series([id(row) in chosen for row in self._ordered], dtype=pl.Boolean))
+        """The study's runs with these values, of Row (placement, init, lr, ...) or of the config (`optim.eps`)."""
+        rows = (self.study.rows[i] for i in self.study.runs["row"])
+        chosen = [all(_value(row, key) == value for key, value in wanted.items()) for row in rows]
+        return self.study.runs.filter(pl.Series(chosen, dtype=pl.Boolean))
 
-    @cached_property
-    def _ordered(self) -> list[Row]:
-        """All runs in the order of the study's tables."""
-        return [row for group in self.about.groups for row in group.rows]
+    def rows(self, **wanted: Any) -> list[Row]:
+        """These runs, in the order of the study's tables."""
+        return [self.study.rows[i] for i in self.runs(**wanted)["row"]]
 
     def where(self, **wanted: Any) -> "Results":
         """The same, of the runs with these values alone."""
-        return replace(self, about=study(self.rows(**wanted)))
+        return replace(self, study=study_of(self.rows(**wanted)))
 
     def against(self, **baseline: str) -> "Results":
         """The same, compared with this placement and initialisation."""
-        return replace(self, about=study(self.about.rows, baseline))
+        return replace(self, study=study_of(self.study.rows, baseline))
 
     def gaps(self, **wanted: Any) -> list[float]:
         """Of one method its training loss less the baseline's, along the run; see `curves.gap_curves`."""
-        return gap_curves(self.about).filter(**wanted)["gap"].to_list()
+        return named(self.study, gap_curves(self.study)).filter(**wanted)["gap"].to_list()
 
     @property
     def least(self) -> float:
         """The least loss of any run."""
-        return min(self.about.runs["bits_per_byte"].drop_nulls(), default=math.inf)
+        return min(self.study.runs["bits_per_byte"].drop_nulls(), default=math.inf)
 
     @property
     def greatest(self) -> float:
         """The greatest loss of any run; infinity if one has none."""
-        return max((row.bits_per_byte or math.inf for row in self.about.rows), default=math.inf)
+        return max(self.study.runs["bits_per_byte"].fill_null(math.inf), default=math.inf)
 
     @property
     def placements(self) -> list[str]:
-        return list(dict.fromkeys(method.placement for method in self.about.methods))
+        return list(dict.fromkeys(method.placement for method in self.study.methods))
 
     @property
     def failing(self) -> list[tuple[str, str]]:
         """Placement and initialisation of the runs that did not train, each once, by alphabet."""
-        failed = self.about.runs.filter(pl.col("outcome").is_in(FAILED))
+        failed = self.study.runs.filter(pl.col("outcome").is_in(FAILED))
         return sorted(failed.select("placement", "init").unique().rows())
 
     def mean(self, placement: str, init: str) -> float:
@@ -96,9 +93,9 @@ class Results:
         bits = self.runs(placement=placement, init=init)["bits_per_byte"].drop_nulls()
         return math.inf if bits.is_empty() else statistics.fmean(bits)
 
-    @cached_property
+    @property
     def seeds(self) -> int:
-        return len(self.about.seeds)
+        return len(self.study.seeds)
 
     def loss(self, **wanted: Any) -> str:
         """Mean ± standard deviation over the seeds, and how many did not train or have none."""
@@ -107,8 +104,7 @@ class Results:
             return "not run"
         finished = runs.filter(pl.col("outcome").is_in(FINISHED))["bits_per_byte"]
         bits = finished.drop_nulls().to_list()
-        text = f"{statistics.fmean(bits):.3f}" if bits else "–"
-        text += f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
+        text = spread(statistics.fmean(bits), statistics.stdev(bits) if len(bits) > 1 else None, ".3f") if bits else "–"
         bad = [f"{n} of {len(runs)} {kind}" for kind in FAILED if (n := ends[kind])]
         bad += [f"{n} of {len(runs)} not evaluated"] if (n := finished.null_count()) else []
         return f"{text} ({', '.join(bad)})" if bad else text
@@ -152,20 +148,22 @@ class Results:
             return "not run" if lr is None else f"{self.loss(lr=lr, **wanted)} at {lr:g}"
 
         cells = [[name, *(cell(line | column | fixed) for column in columns.values())] for name, line in lines.items()]
-        return markdown.table([(name, False) for name in (head, *columns)], cells)
+        return markdown([(name, False) for name in (head, *columns)], cells)
 
     def best_lr(self, **wanted: Any) -> float | None:
         """Of the least mean over seeds, of capped losses; None if nothing was run."""
-        means = self.runs(**wanted).group_by("lr").agg(pl.col("capped").mean())
-        return next(iter(means.sort("capped", "lr", nulls_last=True)["lr"]), None)
+        return next(iter(by_loss(self.runs(**wanted))["lr"]), None)
 
     def arms(self) -> dict[str, dict[str, str]]:
         """Columns for `table`: one a method."""
-        return {_method(m): {"placement": m.placement, "init": m.init} for m in self.about.methods}
+        return {
+            f"{_named(method.placement)}, {_named(method.init)}": {"placement": method.placement, "init": method.init}
+            for method in self.study.methods
+        }
 
     def values(self, key: str) -> list[Any]:
         """Placements and initialisations in the order of the study, numbers by size."""
-        values = dict.fromkeys(_value(row, key) for row in self._ordered)
+        values = dict.fromkeys(_value(row, key) for row in self.rows())
         return list(values) if key in ("placement", "init") else sorted(values)
 
     def difference(
@@ -191,22 +189,26 @@ class Results:
           ValueError: a side has two runs of one seed.
         """
         both = [fixed | wanted for wanted in (ours, theirs)]
-        sides = [self.runs(**w, **({"lr": self.best_lr(**w)} if own_best else {})) for w in both]
-        for side, wanted in zip(sides, both, strict=True):
-            if side["seed"].is_duplicated().any():
-                raise ValueError(f"{self.name}: {wanted} is of several methods")
-        losses = [dict(side.select("seed", "loss").drop_nulls().iter_rows()) for side in sides]
-        found = stats.t_interval(stats.paired_differences(*losses))
+        both = [wanted | ({"lr": self.best_lr(**wanted)} if own_best else {}) for wanted in both]
+        sides = [self.runs(**wanted) for wanted in both]
+        found = stats.t_interval(stats.paired_differences(*(self.by_seed(**wanted) for wanted in both)))
         if found is None or any(set(side["outcome"]) != {"trained"} for side in sides):
             return found, False
         lrs = {lr for side in sides for lr in side["lr"]}
-        rates = {at: {self.about.best.get(at)} if own_best else lrs for at in self.about.lrs}
-        arms = ((*at, lr) for at, own in self.about.lrs.items() for lr in own if lr in rates[at])
-        spreads = comparisons.spreads(self.about, arms)
-        families = [comparisons.family(self.about, side.select(ARM).row(0)) for side in sides]
+        rates = {at: {self.study.best.get(at)} if own_best else lrs for at in self.study.lrs}
+        arms = ((*at, lr) for at, own in self.study.lrs.items() for lr in own if lr in rates[at])
+        spreads = comparisons.spreads(self.study, arms)
+        families = [comparisons.family(self.study, side.select(ARM).row(0)) for side in sides]
         if not all(family in spreads for family in families):
             return found, False
         return stats.pooled_difference(found.mean, found.n, *(spreads[family] for family in families))[0], True
+
+    def by_seed(self, **wanted: Any) -> dict[int, float]:
+        """seed -> loss that is compared, of the runs with these values. Raises ValueError for two of one seed."""
+        runs = self.runs(**wanted)
+        if runs["seed"].is_duplicated().any():
+            raise ValueError(f"{self.name}: {wanted} is of several methods")
+        return dict(runs.select("seed", "loss").drop_nulls().iter_rows())
 
     def ahead(self, ours: Wanted, theirs: Wanted, own_best: bool = False, **fixed: Any) -> bool:
         """Whether the interval of ours less theirs lies below zero."""
@@ -251,29 +253,27 @@ class Results:
             for name in order
         ]
         heads = ("recipe", "at its own best rate", "which is", f"less {baseline}, nats", f"at {shared:g}")
-        return markdown.table([(head, False) for head in heads], lines)
+        return markdown([(head, False) for head in heads], lines)
 
     def again(self, other: "Results") -> str:
         """What the runs that `other` has too, of another machine, reach there less here, where both trained."""
-        runs = [r.about.runs.with_columns(name=pl.col("folder").str.split("/").list.last()) for r in (self, other)]
+        runs = [r.study.runs.with_columns(name=pl.col("folder").str.split("/").list.last()) for r in (self, other)]
         pairs = runs[0].join(runs[1], on="name", suffix="_there", maintain_order="left")
         both = pairs.filter(outcome="trained", outcome_there="trained")
         differences = (both["loss"] - both["loss_there"]).to_list()
         alike = f"{(pairs['outcome'] == pairs['outcome_there']).sum()} of {len(pairs)} end alike"
         if len(differences) < 2:
             return alike
-        mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-        text = f"{alike}, and the {len(both)} that trained in both differ by {mean:+.3f} ± {spread:.3f} nats"
-        return text.replace("-", "−")
+        mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+        return f"{alike}, and the {len(both)} that trained in both differ by {spread(mean, deviation, '+.3f')} nats"
 
     def report(self, name: str) -> str:
-        """A table of the sweep's report, by its name in `report.markdown`."""
-        return markdown.tables(contents(self.about, (), Path(), self.name))[name]
+        """A table of the sweep's report, by its name in `contents.TABLES`."""
+        return in_markdown(contents(self.study, (), Path(), self.name))[name]
 
-    def figure(self, name: str, alternative: str, *view: str) -> str:
+    def figure(self, name: str, alternative: str, view: str = "") -> str:
         """Draws a figure of the report, in a view of its page or the first one, and links to it."""
-        make: Callable[[Study], Any] = FIGURES[name][0]
-        figure = make(self.about)
+        figure = FIGURES[name][0](self.study)
         if figure is None:
             raise ValueError(f"{self.name} has no figure {name}: {FIGURES[name][1]}")
         if view:
@@ -291,15 +291,11 @@ def _named(value: Any) -> str:
     return NAMES.get(value, value) if isinstance(value, str) else f"{value:g}"
 
 
-def _method(method: Method) -> str:
-    return f"{_named(method.placement)}, {_named(method.init)}"
-
-
 def _told(found: Interval | None, pooled: bool) -> str:
     if found is None:
         return "–"
     of_its_own = "" if pooled or found.low is None else ", own spread"
-    return f"{interval_text(found.mean, found.low, found.high)}, n {found.n}{of_its_own}"
+    return f"{interval(found.mean, found.low, found.high)}, n {found.n}{of_its_own}"
 
 
 def claim(holds: bool, what: str) -> str:
@@ -320,12 +316,9 @@ def read(folder: Path) -> Study:
     Raises:
       UserError: it holds no run.
     """
-    runs = find_runs([folder], lambda _: None)
-    return study([summarise(replace(run, config=run.config | {"model": _undecided(run)})) for run in runs])
-
-
-def _undecided(run: Run) -> dict[str, Any]:
-    return run.config["model"] | {"dtype": "auto"}
+    runs = find_runs([folder])
+    undecided = [replace(run, config=run.config | {"model": run.config["model"] | {"dtype": "auto"}}) for run in runs]
+    return study_of([summarise(run) for run in undecided])
 
 
 def write_page(runs: Path, page: Path, figures: Path) -> Path:

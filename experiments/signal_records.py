@@ -27,7 +27,7 @@ from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
-from spannorm_jax.report import markdown
+from spannorm_jax.report.tables import markdown
 
 RECORDS, PAGE = Path("experiments/results/signal"), Path("docs/theory.md")
 INITIAL, TRAINED = RECORDS / "initial.jsonl", RECORDS / "trained.jsonl"
@@ -197,7 +197,7 @@ class Values:
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
-    return markdown.table([(name, False) for name in header], lines)
+    return markdown([(name, False) for name in header], lines)
 
 
 def initial_table(records: list[dict[str, Any]], key: str, block: int, form: str) -> str:

@@ -30,8 +30,8 @@ from experiments.results_page import TEMPLATE, write_page
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.paths import user_path
-from spannorm_jax.report import frames
 from spannorm_jax.report.page import read_study
+from spannorm_jax.report.study import RUNS
 from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, STARTS
 from spannorm_jax.sweep.expansion import Run, Sweep, expand
 from spannorm_jax.sweep.records import ENDED, Place
@@ -126,7 +126,7 @@ def unpack_sweep(name: str, into: Path, folder: Path = RECORDS) -> Path:
 
 def table(runs: Path) -> pl.DataFrame:
     """What runs.csv of a report on the folder `runs` has, with the runs' names as `folder`."""
-    return frames.runs_table(read_study([runs])[0]).with_columns(pl.col("folder").str.split("/").list.last())
+    return read_study([runs])[0].runs.select(*RUNS).with_columns(pl.col("folder").str.split("/").list.last())
 
 
 def write_tables(names: Iterable[str], scratch: Path, folder: Path = RECORDS) -> None:

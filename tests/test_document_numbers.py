@@ -155,7 +155,7 @@ def test_a_number_that_is_wrong_or_not_compared_is_told(text, found):
 
 @pytest.mark.process  # every archive is read
 def test_the_pages_of_results_and_claims_are_what_their_templates_make_of_the_records(tmp_path, monkeypatch):
-    def figure(self, name, alternative, *view):  # is not drawn: its bytes are those of fonts
+    def figure(self, name, alternative, view=""):  # is not drawn: its bytes are those of fonts
         return f"![{alternative}]({self.beside}/{self.name}-{name}.png)"
 
     template = (ROOT / results_page.TEMPLATE).read_text(encoding="utf-8")

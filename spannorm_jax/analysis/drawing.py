@@ -94,4 +94,4 @@ def _figure(key: str, table: pl.DataFrame) -> Figure:
     panels = table["panel"].unique(maintain_order=True).to_list()
     layers = [lines, points]
     heading = title[:1].upper() + title[1:]
-    return Figure(key, heading, "", {"main": table}, {}, {(): finished(in_panels(layers, panels), heading)})
+    return Figure(key, heading, "", {"main": table}, {"": finished(in_panels(layers, panels), heading)})

@@ -24,18 +24,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("roots", metavar="ROOT", nargs="+", type=user_path, help="a run, or a folder that holds runs")
     parser.add_argument("--out", type=user_path, help="where the files go (default: ROOT/report)")
     parser.add_argument("--title", help="the page's title")
-    parser.add_argument(
-        "--baseline",
-        metavar="KEY=VALUE,...",
-        help="what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
-        "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one "
-        "initialisation, the first placement at each)",
-    )
-    parser.add_argument(
-        "--confirm",
-        metavar="KEY=VALUE,...",
-        help="methods whose comparison with the baseline was named before the runs; the others are exploratory",
-    )
+    form = "KEY=VALUE,..."
+    told = "what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
+    told += "initialisation (default: placement=pre,init=plain, or else the first method; of readings of one "
+    told += "initialisation, the first placement at each)"
+    parser.add_argument("--baseline", metavar=form, help=told)
+    told = "methods whose comparison with the baseline was named before the runs; the others are exploratory"
+    parser.add_argument("--confirm", metavar=form, help=told)
     parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     args = parser.parse_args(argv)
     if args.out is None and len(args.roots) > 1 and not args.table:
@@ -46,12 +41,12 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.report import page  # and with it the libraries of tables and figures
     from spannorm_jax.report.tables import text_table
 
-    about, said = page.read_study(args.roots, baseline, confirmed)
+    study, said = page.read_study(args.roots, baseline, confirmed)
     written = None
     if not args.table:
         out = args.out or args.roots[0] / "report"
-        written = page.write_files(about, said, args.roots, out, args.title or page.TITLE)
-    print(visible(text_table(about.rows)))
+        written = page.write_files(study, said, args.roots, out, args.title or page.TITLE)
+    print(visible(text_table(study)))
     for kind, text in said:
         print(f"{kind}: {one_line(text)}", file=sys.stderr)
     if written:

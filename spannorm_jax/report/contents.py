@@ -11,9 +11,12 @@ from spannorm_jax.report import palette, stats
 from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
 from spannorm_jax.report.frames import GRAVEST
 from spannorm_jax.report.rates import drifts, rates
-from spannorm_jax.report.rows import KEPT, LEARNT, SHORTEST_MEAN, Group, Row, differing_keys, fact
-from spannorm_jax.report.study import Arm, Place, Study
-from spannorm_jax.report.tables import MORE_NUMBERS, NUMBERS, is_numeric, run_name, seeds_line, table_cells
+from spannorm_jax.report.rows import KEPT, LEARNT, SHORTEST_MEAN, Row, differing_keys, fact
+from spannorm_jax.report.study import Arm, Size, Study
+from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
+
+Table = tuple[Header, list[list[str]]]  # and lines
+TABLES = ("results", "differences", "learning_rates", "drifts", "overall")
 
 _DEFINITIONS = {
     "placement": "Where each block puts its norms (config key model.placement).",
@@ -49,187 +52,155 @@ _DEFINITIONS = {
 }
 
 
-def contents(about: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
+def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
     """All that the template shows but the figures."""
-    known = NUMBERS | MORE_NUMBERS
-    numbers = {name: known[name] for name in _DEFINITIONS if name in known}
-    header, body = table_cells(about.groups, "–", numbers)
+    header, body = table_cells(study)
     return {
-        "title": title,
-        "lead": _lead(about.rows),
-        "notices": said,
-        "header": [(name, is_numeric(name)) for name in header],
-        "table": [
-            {"cells": cells[1:-1], "placement": cells[0], "outcome": cells[-1], **_style(about, group)}
-            for cells, group in zip(body, about.groups, strict=True)
-        ],
-        "below": _below(about),
-        "baseline": about.baseline_text,
-        "measure": about.measure,
-        "several_lrs": about.varies("lr"),
-        "confirm": ",".join(f"{key}={value}" for key, value in about.confirmed.items()),
-        "chosen_on": _chosen_on(about),
-        "errors": _errors(about),
-        "differences": _differences(about),
-        "learning_rates": _learning_rates(about),
-        "drifts": _drifts(about),
-        "overall": _overall(about),
-        "definitions": [(name, _DEFINITIONS[name]) for name in [*header, "unigram entropy"]],
-        "runs": [_run(row, root) for group in about.groups for row in group.rows],
-        "common": _common(about.rows),
+        **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
+        **{"results": (header, body), "looks": _looks(study)},
+        **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
+        "confirm": ",".join(f"{key}={value}" for key, value in study.confirmed.items()),
+        **{"chosen_on": _chosen_on(study), "errors": _errors(study), "differences": _differences(study)},
+        **{"learning_rates": _learning_rates(study), "drifts": _drifts(study), "overall": _overall(study)},
+        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in header), "unigram entropy"]],
+        "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
+        "common": _common(study.rows),
     }
 
 
-def _style(about: Study, group: Group) -> dict[str, str]:
-    """The group's line as the figures draw it, and the class of its outcome."""
-    placements = palette.ranked((m.placement for m in about.methods), palette.PLACEMENT_ORDER)
-    inits = palette.ranked((m.init for m in about.methods), palette.INIT_ORDER)
-    kinds = {row.outcome.kind for row in group.rows}
-    return {
-        "colour": palette.colours(placements)[placements.index(group.placement)],
-        "dash": " ".join(map(str, palette.dashes(inits)[inits.index(group.init)])),
-        "kind": next(kind for kind in GRAVEST if kind in kinds),
-    }
+def in_markdown(shown: dict[str, Any]) -> dict[str, str]:
+    """Name of a table of `contents` -> Markdown, for a document or an issue; one without lines is left out."""
+    return {name: markdown(*shown[name]) for name in TABLES if shown[name][1]}
 
 
-def _number(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def _looks(study: Study) -> list[dict[str, str]]:
+    """Of each setting the line as the figures draw it, and its gravest outcome."""
+    placements = palette.ranked((m.placement for m in study.methods), palette.PLACEMENT_ORDER)
+    inits = palette.ranked((m.init for m in study.methods), palette.INIT_ORDER)
+    colours = dict(zip(placements, palette.colours(placements), strict=True))
+    dashes = dict(zip(inits, palette.dashes(inits), strict=True))
+    looks = []
+    for setting in study.settings.iter_rows(named=True):
+        kinds = {study.rows[i].outcome.kind for i in setting["rows"]}
+        look = {"colour": colours[setting["placement"]], "dash": " ".join(map(str, dashes[setting["init"]]))}
+        looks.append(look | {"kind": next(kind for kind in GRAVEST if kind in kinds)})
+    return looks
 
 
-def interval_text(mean: float | None, low: float | None, high: float | None) -> str:
-    """A difference with its interval: `−0.089 [−0.113, −0.066]`."""
-    return "–" if mean is None else f"{_number(mean)} {_within(low, high)}".strip()
+def _header(names: Sequence[str], numbers: Sequence[str]) -> Header:
+    return [*((name, False) for name in names), *((name, True) for name in numbers)]
 
 
-def _within(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{_number(low)}, {_number(high)}]"
-
-
-def _chosen_on(about: Study) -> str:
+def _chosen_on(study: Study) -> str:
     """On which seeds learning rates were chosen, as the end of a sentence."""
-    if about.reported == about.choosing:
+    if study.reported == study.choosing:
         return "; it is chosen on the losses that are compared, for every method alike, and so flatters them all"
-    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (about.choosing, about.reported))
+    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (study.choosing, study.reported))
     return f"; it is chosen on seeds {chosen}, and the differences are of seeds {reported}"
 
 
-Table = tuple[list[tuple[str, bool]], list[list[str]]]  # header of (name, whether it holds numbers), lines
-
-
-def _differences(about: Study) -> Table:
-    """A line a method and place; where the method was not run at the baseline's best rate, that is said."""
-    names = [("method", False), ("baseline", False), *_place_column(about), *[("was", False)] * bool(about.confirmed)]
+def _differences(study: Study) -> Table:
+    """A line a method and size; where the method was not run at the baseline's best rate, that is said."""
+    names = ["method", "baseline", *_size_column(study), *["was"] * bool(study.confirmed)]
     numbers = ["difference", "its seeds alone", "n", "p (Holm)"]
-    if about.varies("lr"):
+    if study.varies("lr"):
         numbers = ["own best lr", "baseline’s", "each at its own best", *numbers[1:], "both at the baseline’s best"]
         numbers += ["its seeds alone", "n", "p (Holm)"]
     lines: dict[tuple[int, ...], list[str]] = {}
-    for d in differences(about).iter_rows(named=True):
+    for d in differences(study).iter_rows(named=True):
         at, theirs = ((d[key], d["depth"], d["width"]) for key in ("method", "baseline"))
         if d["comparison"] == OWN:
-            lines[at] = [about.methods[at[0]].label, about.methods[theirs[0]].label, *_place(about, at)]
-            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * bool(about.confirmed)
-            if about.varies("lr"):
-                lines[at] += [_rate(about, at, d["lr"]), _rate(about, theirs, d["baseline_lr"])]
+            lines[at] = [study.methods[at[0]].label, study.methods[theirs[0]].label, *_size(study, at)]
+            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * bool(study.confirmed)
+            if study.varies("lr"):
+                lines[at] += [_rate(study, at, d["lr"]), _rate(study, theirs, d["baseline_lr"])]
         pooled = (d["low"], d["high"]) if d["pooled_low"] is None else (d["pooled_low"], d["pooled_high"])
         lines[at] += [
-            interval_text(d["difference"], *pooled),
-            "–" if d["difference"] is None else _within(d["low"], d["high"]),
+            interval(d["difference"], *pooled),
+            "–" if d["difference"] is None else within(d["low"], d["high"]),
             f"{d['n']} of {d['pairs']}",
             "–" if d["p"] is None else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
         ]
-    header = [*names, *((name, True) for name in numbers)]
+    header = _header(names, numbers)
     missing = ["not run", "", "", ""]
     return header, [line + missing * (len(line) < len(header)) for line in lines.values()]
 
 
-def _errors(about: Study) -> list[str]:
-    """What the intervals of differences rest on, a line a comparison, place and initialisation."""
-    shown = {OWN: "each at its own best rate" * about.varies("lr"), SHARED: "both at the baseline’s best"}
-    found = [
-        (", ".join(text for text in (shown[kind], about.place_text(place), init) if text), spread)
-        for kind, (place, init), spread in errors(about)
-    ]
-    return [f"{at}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom" for at, spread in found]
+def _errors(study: Study) -> list[str]:
+    """What the intervals of differences rest on, a line a comparison, size and initialisation."""
+    shown = {OWN: "each at its own best rate" * study.varies("lr"), SHARED: "both at the baseline’s best"}
+    lines = []
+    for kind, (size, init), spread in errors(study):
+        at = ", ".join(text for text in (shown[kind], study.size_text(size), init) if text)
+        lines.append(f"{at}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom")
+    return lines
 
 
-def _rate(about: Study, at: Arm, lr: float) -> str:
+def _rate(study: Study, at: Arm, lr: float) -> str:
     """A best learning rate, marked where a better one may lie beyond those that were run."""
-    return f"{lr:g} (end)" if about.at_an_end(at, lr) else f"{lr:g}"
+    return f"{lr:g} (end)" if study.at_an_end(at, lr) else f"{lr:g}"
 
 
-def _place_column(about: Study) -> list[tuple[str, bool]]:
-    return [("depth, width", False)] * (about.varies("depth") or about.varies("width"))
+def _size_column(study: Study) -> list[str]:
+    return ["depth, width"] * (study.varies("depth") or study.varies("width"))
 
 
-def _place(about: Study, at: Sequence[int]) -> list[str]:
-    return [about.place_text(Place(*at[1:]))] * len(_place_column(about))
+def _size(study: Study, at: Sequence[int]) -> list[str]:
+    return [study.size_text(Size(*at[1:]))] * len(_size_column(study))
 
 
-def _learning_rates(about: Study) -> Table:
-    """Of each method and place where the learning rate varies: its best one, the optimum, the sensitivity."""
+def _learning_rates(study: Study) -> Table:
+    """Of each method and size where the learning rate varies: its best one, the optimum, the sensitivity."""
     numbers = ("best run", "least loss at", "sensitivity (nats/token)")
-    header = [("method", False), *_place_column(about), *((name, True) for name in numbers)]
     lines = []
-    for *at, best, kind, lr, low, high, _, mean, least, most, _ in rates(about).drop_nulls("best").iter_rows():
+    for *at, best, kind, lr, low, high, _, mean, least, most, _ in rates(study).drop_nulls("best").iter_rows():
         optimum = "–" if kind is None else _optimum(lr, low, high)
-        sensitivity = "–" if mean is None else _bounds(mean, least, most, ".3f")
-        lines.append(
-            [about.methods[at[0]].label, *_place(about, at), _rate(about, tuple(at), best), optimum, sensitivity]
-        )
-    return header, lines if about.varies("lr") else []
-
-
-def _drifts(about: Study) -> Table:
-    names = [("method", False), ("of", False), ("at", False), ("with an optimum at", False)]
-    lines = []
-    for d in drifts(about):
-        f = d["factor"]
-        between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else _bounds(f.at, f.low, f.high, ".2f")
-        at = [d["method"], d["axis"], f"{d['other']} {d['fixed']}", ", ".join(map(str, d["sizes"]))]
-        lines.append([*at, between, str(f.n)])
-    return [*names, ("factor a doubling", True), ("seeds", True)], lines
-
-
-def _overall(about: Study) -> Table:
-    numbers = ("difference", "settings", "pairs", "settings in which it is lower")
-    lines = [
-        [m.label, baseline.label, interval_text(i.mean, i.low, i.high), *map(str, (settings, i.n, lower))]
-        for m, baseline, i, settings, lower in overall(about)
-    ]
-    return [("method", False), ("baseline", False), *((name, True) for name in numbers)], lines
-
-
-def _bounds(mean: float, low: float | None, high: float | None, form: str) -> str:
-    text, *bounds = (
-        "" if number is None else format(abs(number), form) if number >= 0 else f"−{format(-number, form)}"
-        for number in (mean, low, high)
-    )
-    return f"{text} [{', '.join(bounds)}]" if all(bounds) else text
+        cells = [_rate(study, tuple(at), best), optimum, interval(mean, least, most, ".3f")]
+        lines.append([study.methods[at[0]].label, *_size(study, at), *cells])
+    return _header(["method", *_size_column(study)], numbers), lines if study.varies("lr") else []
 
 
 def _optimum(at: float | None, low: float | None, high: float | None) -> str:
     if at is not None:
-        return _bounds(at, low, high, ".2e")
+        return interval(at, low, high, ".2e")
     if low is None or high is None:
         beyond = [text for text, bound in (("below", high), ("above", low)) if bound is not None]
         return f"{' or '.join(beyond)} {high or low:g}" if len(beyond) == 1 else "beyond both ends"
     return f"between {low:.2g} and {high:.2g}"
 
 
-def _below(about: Study) -> list[str]:
-    levels = sorted({round(e, 4) for row in about.rows if (e := row.run.unigram_entropy) is not None})
+def _drifts(study: Study) -> Table:
+    lines = []
+    for d in drifts(study):
+        f = d["factor"]
+        between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else interval(f.at, f.low, f.high, ".2f")
+        at = [d["method"], d["axis"], f"{d['other']} {d['fixed']}", ", ".join(map(str, d["sizes"]))]
+        lines.append([*at, between, str(f.n)])
+    return _header(("method", "of", "at", "with an optimum at"), ("factor a doubling", "seeds")), lines
+
+
+def _overall(study: Study) -> Table:
+    lines = [
+        [m.label, baseline.label, interval(i.mean, i.low, i.high), *map(str, (settings, i.n, lower))]
+        for m, baseline, i, settings, lower in overall(study)
+    ]
+    numbers = ("difference", "settings", "pairs", "settings in which it is lower")
+    return _header(("method", "baseline"), numbers), lines
+
+
+def _below(study: Study) -> list[str]:
+    levels = sorted({round(e, 4) for row in study.rows if (e := row.run.unigram_entropy) is not None})
     margin = f"{LEARNT:.0%} below the unigram entropy"
     lines = [f"Learnt: below {(1 - LEARNT) * e:.3f} nats/token, {margin} of {e:.3f}." for e in levels]
-    if len({row.seed for row in about.rows}) == 1:
+    if len(study.seeds) == 1:
         lines.append("One seed: no spread is known, so small differences may be chance.")
     return lines
 
 
-def _lead(rows: Sequence[Row]) -> str:
+def _lead(study: Study) -> str:
     """What the runs have in common, in a line."""
-    options = [row.run.options for row in rows]
-    parts = [f"{len(rows)} run{'s'[: len(rows) != 1]}", seeds_line(rows)]
+    options = [row.run.options for row in study.rows]
+    parts = [f"{len(options)} run{'s'[: len(options) != 1]}", seeds_line(study)]
     for key, form in {
         "model.depth": "{} blocks",
         "model.width": "width {}",
@@ -241,33 +212,25 @@ def _lead(rows: Sequence[Row]) -> str:
         values = {str(o.get(key)) for o in options}
         if len(values) == 1 and None not in (o.get(key) for o in options):
             parts.append(form.format(*values))
-    prints = {row.run.fingerprint for row in rows}
+    prints = {row.run.fingerprint for row in study.rows}
     if len(prints) == 1 and prints != {""}:
         parts.append(f"fingerprint {prints.pop()}")
     return " · ".join(parts)
 
 
+_FACTS = {  # of starts, by what the page calls them
+    **{"data": "data", "versions": "versions", "device": "device", "devices": "num_devices", "mesh": "mesh"},
+    **{"parameters": "num_params", "FLOPs per token": "flops_per_token", "git commit": "git_commit", "started": "time"},
+}
+
+
 def _run(row: Row, root: Path) -> dict[str, Any]:
     run = row.run
-    ended = str(row.outcome)
-    if run.diverged and run.diverged.get("where"):
-        ended += f", {run.diverged['where']}"
-    facts = {
-        "folder": os.path.relpath(run.folder, root),
-        "seed": run.seed,
-        "steps": f"{run.last_step} of {run.steps}",
-        "outcome": ended,
-        "data fingerprint": run.fingerprint or "not recorded",
-        "data": fact(run, "data"),
-        "versions": fact(run, "versions"),
-        "device": fact(run, "device"),
-        "devices": fact(run, "num_devices"),
-        "mesh": fact(run, "mesh"),
-        "parameters": fact(run, "num_params"),
-        "FLOPs per token": fact(run, "flops_per_token"),
-        "git commit": fact(run, "git_commit"),
-        "started": fact(run, "time"),
-    }
+    where = (run.diverged or {}).get("where")
+    ended = f"{row.outcome}, {where}" if where else str(row.outcome)
+    facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
+    facts |= {"outcome": ended, "data fingerprint": run.fingerprint or "not recorded"}
+    facts |= {name: fact(run, key) for name, key in _FACTS.items()}
     commands = list(dict.fromkeys(str(s["command"]) for s in run.starts if s.get("command")))
     return {"name": run_name(row), "command": "\n".join(commands) or "not recorded", "facts": facts}
 

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import polars as pl
 
 from spannorm_jax.report import curves, frames
 from spannorm_jax.report.looks import (
     Figure,
-    Views,
+    Spec,
     alt,
     finished,
     in_panels,
@@ -18,11 +17,12 @@ from spannorm_jax.report.looks import (
     tooltip,
     with_axes,
     with_panels,
+    with_scale,
 )
 from spannorm_jax.report.palette import GREY
 from spannorm_jax.report.study import Study
 
-_X = {  # entry of the page's list: column, title, form of numbers
+_X = {  # in the names of views: column, title, form of numbers
     "steps": ("step", "step", "~s"),
     "tokens": ("tokens", "training tokens", "~s"),
     "FLOPs": ("flops", "training FLOPs", ".1~e"),
@@ -31,21 +31,20 @@ Domain = tuple[float, float]
 _SCALES = ("linear", "log loss", "log x", "log both")
 
 
-def loss(about: Study) -> Figure | None:
+def loss(study: Study) -> Figure | None:
     """Training loss along the run, one panel a depth, width and other key."""
-    table, panels = with_panels(curves.loss_curves(about), about)
+    table, panels = with_panels(study, curves.loss_curves(study))
     if table.is_empty():
         return None
-    levels = frames.levels_table(about)
-    late, _ = with_panels(curves.loss_curves(about, late=True), about)
+    levels = frames.levels(study)
+    late, _ = with_panels(study, curves.loss_curves(study, late=True))
     lrs = sorted(table["lr"].unique())
     known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
-    domains = {
-        "main": _domain(table, levels["level"].to_list()),
-        **({} if late.is_empty() else {"late": _late_domain(late)}),
-    }
-    first = _loss_view(about, panels, domains, lrs)
-    views: Views = {(x, scale): _loss_along(first, x, scale) for x in known for scale in _SCALES}
+    domains = {"main": _domain(table, levels["level"].to_list())}
+    if not late.is_empty():
+        domains["late"] = _late_domain(late)
+    first = _loss_view(study, panels, domains, lrs)
+    views = {f"{x}, {scale}": _loss_along(first, x, scale) for x in known for scale in _SCALES}
     caption = (
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
         f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
@@ -53,24 +52,22 @@ def loss(about: Study) -> Figure | None:
         "entropy of the training data, and what n-grams counted on it and gzip reach on the held-out text. Curves may "
         "leave the top of the figure."
     )
-    if not late.is_empty():
+    if "late" in domains:
         caption += (
             f" The last third of the steps stands {'beside' if len(panels) == 1 else 'below'} at a scale of its own, "
             f"for the methods near the best, with a running mean over {curves.LATE_SMOOTHING:.0%}."
         )
     if len(lrs) > 1:
         caption += " In print each method has its best learning rate, that of the least mean loss over seeds."
-    choices = {"x axis": tuple(known), "scale": _SCALES}
-    return Figure("loss", "Training loss", caption, {"main": table, "late": late, "levels": levels}, choices, views)
+    return Figure("loss", "Training loss", caption, {"main": table, "late": late, "levels": levels}, views)
 
 
 def _domain(table: pl.DataFrame, levels: Sequence[float]) -> Domain:
     """From the least loss to where runs start, with some room; a loss that rises far above leaves the figure."""
-    least, greatest, starts = table["low"], table["high"], table.group_by("curve").first()["loss"]
-    lowest = min([*least.to_list(), *levels])
-    start = max([*starts.to_list(), *levels])
+    lowest = min([*table["low"], *levels])
+    start = max([*table.group_by("curve").first()["loss"], *levels])
     room = 0.04 * (start - lowest) or 0.1
-    return max(lowest - room, lowest / 1.1), min(max(*greatest.to_list(), start) + room, 1.25 * start)
+    return max(lowest - room, lowest / 1.1), min(max(*table["high"], start) + room, 1.25 * start)
 
 
 def _late_domain(late: pl.DataFrame) -> Domain:
@@ -85,23 +82,22 @@ def _late_domain(late: pl.DataFrame) -> Domain:
     return max(min(losses) - room, min(losses) / 1.1), max(losses) + room
 
 
-def _loss_along(view: dict[str, Any], x: str, scale: str) -> dict[str, Any]:
+def _loss_along(view: Spec, x: str, scale: str) -> Spec:
     """The view of steps on linear axes, with others."""
     column, title, form = _X[x]
     logs = {"x": scale in ("log x", "log both"), "y": scale in ("log loss", "log both")}
 
-    def change(channel: str, encoding: dict[str, Any]) -> dict[str, Any]:
-        changed = encoding | {"scale": encoding["scale"] | {"type": "log" if logs[channel] else "linear"}}
-        if channel == "y":
-            return changed
-        return changed | {"field": column, "title": title, "axis": encoding["axis"] | {"format": form}}
+    def change(channel: str, axis: Spec) -> Spec:
+        changed = axis | {"scale": axis["scale"] | {"type": "log" if logs[channel] else "linear"}}
+        along = {"field": column, "title": title, "axis": axis["axis"] | {"format": form}} if channel == "x" else {}
+        return changed | along
 
     return with_axes(view, change)
 
 
-def _loss_view(about: Study, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> dict[str, Any]:
-    looks, beside = looks_of(about), int(len(panels) == 1 < len(domains))
-    tips = tooltip(about, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
+def _loss_view(study: Study, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> Spec:
+    looks, beside = looks_of(study), int(len(panels) == 1 < len(domains))
+    tips = tooltip(study, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
     charts = []
     for data, domain in domains.items():
         late = data == "late"
@@ -109,17 +105,12 @@ def _loss_view(about: Study, panels: Sequence[str], domains: dict[str, Domain], 
         title = "loss of the last third (nats/token)" if late else "training loss (nats/token)"
         at_x = alt.X("step:Q", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(tickCount=5, grid=False))
         at_y = alt.Y("loss:Q", title=title, scale=y_scale, axis=alt.Axis(tickCount=6, format="~g"))
-        low = alt.Y("low:Q", scale=y_scale)
         base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
         if len(lrs) > 1:
             base = base.transform_filter("chosen_lr == 0 ? datum.best_lr : datum.lr == chosen_lr")
-        lines = base.mark_line(clip=True).encode(
-            y=at_y,
-            strokeDash=looks.dash(),
-            opacity=looks.opacity(1),
-            strokeWidth=alt.condition("datum.alone", alt.value(1), alt.value(2.2)),
-        )
-        bands = base.mark_area(clip=True).encode(y=low, y2="high:Q", opacity=looks.opacity(0.08 if late else 0.15))
+        width = alt.condition("datum.alone", alt.value(1), alt.value(2.2))
+        lines = looks.lines(base, picking=False, clip=True).encode(y=at_y, strokeWidth=width)
+        bands = looks.band(base, alt.Y("low:Q", scale=y_scale), 0.08 if late else 0.15, clip=True)
         if not late:  # the second chart follows the first one's legend
             bands = bands.properties(name="bands").add_params(*looks.picks)
             if len(lrs) > 1:
@@ -144,7 +135,7 @@ def _levels(y_scale: alt.Scale, width: int) -> list[alt.Chart]:
     """The unigram entropies, each with its name."""
     level = alt.Chart(alt.NamedData("levels")).encode(y=alt.Y("level:Q", scale=y_scale))
     named = level.encode(x=alt.value(width - 4), text="name:N")
-    look: dict[str, Any] = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
+    look: Spec = {"align": "right", "baseline": "bottom", "dy": -4, "fontSize": 11.5}
     return [
         level.mark_rule(strokeDash=[5, 4], stroke=GREY, strokeWidth=1.2),
         named.mark_text(stroke="white", strokeWidth=4, strokeJoin="round", **look),  # to be read on a curve
@@ -152,47 +143,36 @@ def _levels(y_scale: alt.Scale, width: int) -> list[alt.Chart]:
     ]
 
 
-def gap(about: Study) -> Figure | None:
+def gap(study: Study) -> Figure | None:
     """Training loss less the baseline's against tokens, each at its own best learning rate."""
-    table = curves.gap_curves(about)
+    table, panels = with_panels(study, curves.gap_curves(study))
     if table["step"].n_unique() < 2:
         return None
-    table, panels = with_panels(table, about)
-    looks = looks_of(about)
+    looks = looks_of(study)
     column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
+    log, shown = alt.Scale(type="log", nice=False), alt.Axis(format="~s", grid=False)
     late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
-    near, whole = _with_zero(late), _with_zero(table)
-    x = alt.X(
-        f"{column}:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s", grid=False)
-    )
-    scale = alt.Scale(domain=near, nice=False)
+    scale = alt.Scale(domain=_with_zero(late), nice=False)
     y = alt.Y("gap:Q", title="loss less the baseline’s (nats/token)", scale=scale, axis=alt.Axis(tickCount=7))
-    base = alt.Chart().encode(x=x, color=looks.colour(), detail=["init:N", "other:N"])
-    tips = tooltip(about, tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
+    base = looks.base(alt.X(f"{column}:Q", title=title, scale=log, axis=shown))
+    tips = tooltip(study, tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
+    points = {"filled": True, "size": 22}
     layers = [
         alt.Chart().mark_rule(stroke=GREY).encode(y=alt.datum(0)),
-        base.mark_area(clip=True).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=looks.opacity(0.15)),
-        base.mark_line(strokeWidth=2.2, clip=True, point={"filled": True, "size": 22})
-        .encode(y=y, strokeDash=looks.dash(), opacity=looks.opacity(1), tooltip=tips)
-        .properties(name="lines")
-        .add_params(*looks.picks),
+        looks.band(base, alt.Y("low:Q", scale=scale), clip=True),
+        looks.lines(base, strokeWidth=2.2, clip=True, point=points).encode(y=y, tooltip=tips),
     ]
     name = "Gap against tokens"
     first = finished(in_panels(layers, panels), name)
-
-    def within(domain: list[float]) -> dict[str, Any]:
-        scale = {"scale": {"domain": domain, "nice": False}}
-        return with_axes(first, lambda channel, axis: axis | scale if channel == "y" else axis)
-
-    views: Views = {("as it ends",): first, ("all",): within(whole)}
+    whole = with_scale(first, "y", {"domain": _with_zero(table), "nice": False})
     caption = (
         "Training loss less the baseline’s along the run, below zero the method is better: each at its own best "
         "learning rate, and seed by seed, for runs of a seed see the same batches. A point is the mean over a window "
         f"that ends {curves.WINDOW:.2f} times as far as it begins; over seeds the mean, and a band from the least to "
-        f"the greatest. Baseline: {about.baseline_text}. The schedule is the whole run’s: of a shorter run the gap at "
+        f"the greatest. Baseline: {study.baseline_text}. The schedule is the whole run’s: of a shorter run the gap at "
         "its own end may differ."
     )
-    return Figure("gap", name, caption, {"main": table}, {"view": ("as it ends", "all")}, views)
+    return Figure("gap", name, caption, {"main": table}, {"as it ends": first, "all": whole})
 
 
 def _with_zero(table: pl.DataFrame) -> list[float]:
@@ -202,42 +182,30 @@ def _with_zero(table: pl.DataFrame) -> list[float]:
     return [low - room, high + room]
 
 
-def block_grad_norm(about: Study) -> Figure | None:
+def block_grad_norm(study: Study) -> Figure | None:
     """Gradient norm of each block at the initial weights and at the end, at each method's best learning rate."""
-    table, panels = with_panels(curves.block_curves(about), about)
+    table, panels = with_panels(study, curves.block_curves(study))
     if table.is_empty():
         return None
-    looks, charts = looks_of(about), []
+    looks, charts = looks_of(study), []
     for number, when in enumerate(when for when in curves.WHEN if when in set(table["when"])):
-        here = table.filter(pl.col("when") == when)
+        here = table.filter(when=when)
         bounds = math.floor(math.log10(min(here["low"]))), math.ceil(math.log10(max(here["high"])))
         powers = range(bounds[0], max(bounds[1], bounds[0] + 1) + 1)
         scale = alt.Scale(type="log", domain=[10.0 ** powers[0], 10.0 ** powers[-1]], nice=False)
         ticks = alt.Axis(values=[10.0**power for power in powers[:: -(-len(powers) // 9)]], format="~e")
-        base = (
-            alt.Chart()
-            .transform_filter(alt.datum.when == when)
-            .encode(
-                x=alt.X("block:Q", title="block (0 is nearest the input)", axis=alt.Axis(tickMinStep=1, grid=False)),
-                color=looks.colour(),
-                detail=["init:N", "other:N"],
-            )
-        )
-        line = base.mark_line(strokeWidth=2.2).encode(
-            y=alt.Y("norm:Q", title=f"gradient norm {when}", scale=scale, axis=ticks),
-            strokeDash=looks.dash(),
-            opacity=looks.opacity(1),
-            tooltip=tooltip(about, block="d", norm=".3~e"),
-        )
-        band = base.mark_area().encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", opacity=looks.opacity(0.15))
-        if number == 0:  # the second chart follows the first one's legend
-            line = line.properties(name="lines").add_params(*looks.picks)
-        charts.append(in_panels([line, band], panels, beside=1 if len(panels) == 1 else 0))
+        x = alt.X("block:Q", title="block (0 is nearest the input)", axis=alt.Axis(tickMinStep=1, grid=False))
+        y = alt.Y("norm:Q", title=f"gradient norm {when}", scale=scale, axis=ticks)
+        base = looks.base(x).transform_filter(alt.datum.when == when)
+        line = looks.lines(base, picking=number == 0, strokeWidth=2.2)  # the second follows the first one's legend
+        line = line.encode(y=y, tooltip=tooltip(study, block="d", norm=".3~e"))
+        layers = [line, looks.band(base, alt.Y("low:Q", scale=scale))]
+        charts.append(in_panels(layers, panels, beside=int(len(panels) == 1)))
     title = "Gradient norm of each block"
-    view = finished(alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts), title)
     caption = (
         "Norm of the loss gradient with respect to each block’s weights, at the initial weights and at the last step "
         "that recorded it: each has its own scale. Over seeds: the geometric mean, and a band from the least to the "
         "greatest. Each method at its best learning rate."
     )
-    return Figure("block_grad_norm", title, caption, {"main": table}, {}, {(): view})
+    view = finished(alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts), title)
+    return Figure("block_grad_norm", title, caption, {"main": table}, {"": view})

@@ -8,32 +8,34 @@ import numpy as np
 import polars as pl
 
 from spannorm_jax.report.comparisons import OWN, differences
-from spannorm_jax.report.rates import best_lr
-from spannorm_jax.report.rows import Group, Row
+from spannorm_jax.report.rows import Row
 from spannorm_jax.report.stats import smooth
-from spannorm_jax.report.study import Place, Study, method_of
+from spannorm_jax.report.study import ARM, Study
 
 SMOOTHING = 0.02  # of the logged steps: the width of the running mean
 LATE = 1 / 3  # of the steps asked for: the last part of a run, where methods lie close together
 LATE_SMOOTHING = 0.1
 WINDOW = 2**0.5  # how much further a window of `gap_curves` ends than it begins
 FIRST = 8  # step before which there is none: runs are at their start
+WHEN = ("at the initial weights", "at the last record")
 _POINTS = (40, 300)  # the fewest and the most that a curve is drawn with
 _ALL_POINTS = 16_000  # of all curves together, which a page still draws in a moment
 
-_SCHEMA: dict[str, Any] = {
-    **{"curve": pl.Int32, "placement": pl.String, "init": pl.String, "other": pl.String},
-    **{"depth": pl.Int64, "width": pl.Int64, "lr": pl.Float64, "best_lr": pl.Boolean, "runs": pl.String},
-    **{
-        "alone": pl.Boolean,
-        "train_loss": pl.Float64,
-        "crossed": pl.Boolean,
-        "step": pl.Int64,
-        "tokens": pl.Float64,
-        "flops": pl.Float64,
-    },
-    **{"loss": pl.Float64, "low": pl.Float64, "high": pl.Float64},
+_ARM: dict[str, Any] = {"method": pl.Int64, "depth": pl.Int64, "width": pl.Int64, "lr": pl.Float64}
+_BAND: dict[str, Any] = {"low": pl.Float64, "high": pl.Float64}
+_LOSS: dict[str, Any] = {
+    **{"curve": pl.Int32, **_ARM, "best_lr": pl.Boolean, "runs": pl.String, "alone": pl.Boolean, "crossed": pl.Boolean},
+    **{"step": pl.Int64, **dict.fromkeys(("train_loss", "tokens", "flops", "loss"), pl.Float64), **_BAND},
 }
+_GAP: dict[str, Any] = _ARM | dict.fromkeys(("baseline_lr", "step", "tokens", "gap"), pl.Float64) | _BAND
+_GAP |= {"seeds": pl.Int64}
+_BLOCK: dict[str, Any] = {**_ARM, "when": pl.String, "block": pl.Int64, "norm": pl.Float64, **_BAND}
+
+
+def _at_best(study: Study, setting: dict[str, Any]) -> bool:
+    """Whether a setting is at its method's best learning rate; where none is known, each is."""
+    method, depth, width, lr = (setting[key] for key in ARM)
+    return study.best.get((method, depth, width), lr) == lr
 
 
 def _losses(row: Row, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
@@ -46,8 +48,7 @@ def _losses(row: Row, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _over_seeds(rows: Sequence[Row], smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps that all have, losses of each row there)."""
-    each = [_losses(row, smoothing) for row in rows]
-    each = [(steps, losses) for steps, losses in each if len(steps)]
+    each = [(steps, losses) for steps, losses in (_losses(row, smoothing) for row in rows) if len(steps)]
     if not each:
         return np.empty(0, np.int64), np.empty((0, 0))
     steps = each[0][0]
@@ -64,88 +65,65 @@ def _thinned(count: int, most: int) -> np.ndarray:
     return np.unique(np.round(np.concatenate([even, np.geomspace(1, count, most - most // 2) - 1])).astype(int))
 
 
-def loss_curves(about: Study, late: bool = False) -> pl.DataFrame:
+def loss_curves(study: Study, late: bool = False) -> pl.DataFrame:
     """Of each setting the mean of the seeds that count with their least and greatest, then each other seed alone.
 
-    One line a point, `crossed` where a run that diverged ends. This is what curves.csv holds. `late`: of the runs'
-    last part alone, and smoother, for all runs of a seed have the same batches and so the same noise.
+    One line a point, `crossed` where a run that diverged ends. `late`: of the runs' last part alone, and smoother,
+    for all runs of a seed have the same batches and so the same noise.
     """
-    members: list[tuple[Group, tuple[Row, ...], bool]] = []
-    for group in about.groups:
-        members.append((group, group.counted, False))
-        members += [(group, (row,), True) for row in group.rows if row not in group.counted]
+    members: list[tuple[dict[str, Any], list[int], bool]] = []
+    for setting in study.settings.iter_rows(named=True):
+        members.append((setting, setting["counted"], False))
+        members += [(setting, [row], True) for row in setting["rows"] if row not in setting["counted"]]
     most = min(max(_ALL_POINTS // max(1, len(members)), _POINTS[0]), _POINTS[1])
-    frames = []
-    best = {(method, place): best_lr(about, method, place) for method, place, _ in about.cells}
-    for number, (group, rows, alone) in enumerate(members):
+    curves = [pl.DataFrame(schema=_LOSS)]
+    for number, (setting, indices, alone) in enumerate(members):
+        rows = [study.rows[i] for i in indices]
+        first, run = rows[0], rows[0].run
         steps, losses = _over_seeds(rows, LATE_SMOOTHING if late else SMOOTHING)
-        if late:
-            kept = steps > (1 - LATE) * rows[0].run.steps
-            steps, losses = steps[kept], losses[:, kept]
-        if not len(steps):
+        kept = np.flatnonzero(steps > (1 - LATE) * run.steps) if late else np.arange(len(steps))
+        if not len(kept):
             continue
-        kept = _thinned(len(steps), most)
+        kept = kept[_thinned(len(kept), most)]
         steps, losses = steps[kept], losses[:, kept]
-        first, run, method = rows[0], rows[0].run, method_of(group)
-        own_best = best[method, Place(first.depth, first.width)]
-        per_step, per_token = run.tokens_per_step or math.nan, run.flops_per_token or math.nan
-        one, reached = len(rows) == 1, group.over_seeds(lambda row: row.train_loss)
-        about_curve = {
-            "curve": number,
-            "placement": group.placement,
-            "init": group.init,
-            "other": method.other,
-            "depth": first.depth,
-            "width": first.width,
-            "lr": float(first.lr),
-            "best_lr": own_best is None or own_best == first.lr,
-            "runs": f"seed {first.seed}, {first.outcome}" if one else f"mean of {len(losses)} seeds",
-            "alone": alone,
-            "train_loss": None if alone or reached is None else reached.mean,
+        diverged = all(row.outcome.kind == "diverged" for row in rows)
+        tokens = steps * float(run.tokens_per_step or math.nan)
+        points = {
+            **{"step": steps, "tokens": tokens, "flops": tokens * (run.flops_per_token or math.nan)},
+            **{"loss": losses.mean(axis=0), "low": losses.min(axis=0), "high": losses.max(axis=0)},
+            "crossed": (steps == steps[-1]) & diverged,
         }
-        tokens = steps * float(per_step)
-        numbers = {"step": steps, "tokens": tokens, "flops": tokens * per_token, "loss": losses.mean(axis=0)}
-        numbers |= {"low": losses.min(axis=0), "high": losses.max(axis=0)}
-        if all(row.outcome.kind == "diverged" for row in rows):
-            numbers["crossed"] = steps == steps[-1]
-        else:
-            about_curve["crossed"] = False
-        frames.append(pl.DataFrame(numbers).select(*(pl.lit(v).alias(k) for k, v in about_curve.items()), pl.all()))
-    typed = [pl.col(name).cast(kind) for name, kind in _SCHEMA.items()]
-    made = pl.concat([pl.DataFrame(schema=_SCHEMA), *(frame.select(typed) for frame in frames)])
-    return made.with_columns(pl.col(pl.Float64).fill_nan(None))
+        curve = {name: setting[name] for name in _ARM} | {
+            "curve": number,
+            "best_lr": _at_best(study, setting),
+            "runs": f"seed {first.seed}, {first.outcome}" if len(rows) == 1 else f"mean of {len(losses)} seeds",
+            "alone": alone,
+            "train_loss": None if alone else setting["train_loss"],
+        }
+        constant = [pl.lit(value).alias(name) for name, value in curve.items()]
+        curves.append(pl.DataFrame(points).with_columns(*constant).select(pl.col(n).cast(k) for n, k in _LOSS.items()))
+    return pl.concat(curves).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-_GAP_SCHEMA: dict[str, Any] = {
-    **{"placement": pl.String, "init": pl.String, "other": pl.String, "depth": pl.Int64, "width": pl.Int64},
-    **{"lr": pl.Float64, "baseline_lr": pl.Float64, "step": pl.Float64, "tokens": pl.Float64, "gap": pl.Float64},
-    **{"low": pl.Float64, "high": pl.Float64, "seeds": pl.Int64},
-}
+def gap_curves(study: Study) -> pl.DataFrame:
+    """Of each method its training loss less its baseline's along the run, at own best rates, seed by seed.
 
-
-def gap_curves(about: Study) -> pl.DataFrame:
-    """Of each method its training loss less its baseline's along the run, at own best rates.
-
-    A point is of a window of steps that ends `WINDOW` times as far as it begins. The runs of a seed
-    see the same batches, so the noise cancels in their mean difference; a line has the mean, the
-    least and the greatest of these over seeds.
+    A point is of a window of steps that ends `WINDOW` times as far as it begins.
     """
-    lines = []
-    for pair in differences(about).filter(pl.col("comparison") == OWN).iter_rows(named=True):
-        method, baseline = about.methods[pair["method"]], about.methods[pair["baseline"]]
-        place = Place(pair["depth"], pair["width"])
-        ours, theirs = about.cells[method, place, pair["lr"]], about.cells[baseline, place, pair["baseline_lr"]]
-        each = [_gaps(ours[seed], theirs[seed]) for seed in sorted(about.reported & ours.keys() & theirs.keys())]
-        run = next(iter(ours.values())).run
-        asked, per_step = run.steps, run.tokens_per_step
-        names = {"placement": method.placement, "init": method.init, "other": method.other, **place._asdict()}
+    index, lines = study.by_seed("row", study.reported), []
+    for pair in differences(study).filter(comparison=OWN).iter_rows(named=True):
+        sides = ("method", "depth", "width", "lr"), ("baseline", "depth", "width", "baseline_lr")
+        ours, theirs = (index.get(tuple(pair[key] for key in side), {}) for side in sides)
+        seeds = sorted(ours.keys() & theirs.keys())
+        each = [_gaps(study.rows[ours[seed]], study.rows[theirs[seed]]) for seed in seeds]
         for window in sorted(set().union(*each), reverse=True):
             gaps = [gaps[window] for gaps in each if window in gaps]
-            step = asked / WINDOW ** (window + 0.5)
+            run = study.rows[ours[seeds[0]]].run
+            step, per_step = run.steps / WINDOW ** (window + 0.5), run.tokens_per_step
             numbers = {"step": step, "tokens": None if per_step is None else step * per_step, "seeds": len(gaps)}
-            numbers |= {"lr": pair["lr"], "baseline_lr": pair["baseline_lr"]}
-            lines.append(names | numbers | {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)})
-    return pl.DataFrame(lines, schema=_GAP_SCHEMA)
+            numbers |= {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)}
+            lines.append({key: pair[key] for key in (*ARM, "baseline_lr")} | numbers)
+    return pl.DataFrame(lines, schema=_GAP)
 
 
 def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
@@ -159,47 +137,33 @@ def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
     gaps = losses[np.searchsorted(steps, shared)] - their_losses[np.searchsorted(others, shared)]
     asked = ours.run.steps
     windows = np.floor(np.log(asked / shared) / math.log(WINDOW) + 1e-9).astype(int)  # the end of one is in it
-    whole = (
-        k
-        for k in set(windows.tolist())
-        if asked / WINDOW**k < shared[-1] + 1 and asked / WINDOW ** (k + 1) > FIRST - 0.5
-    )
-    return {k: float(gaps[windows == k].mean()) for k in whole}
-
-
-_BLOCK_SCHEMA: dict[str, Any] = {
-    **{"placement": pl.String, "init": pl.String, "other": pl.String, "depth": pl.Int64, "width": pl.Int64},
-    **{"lr": pl.Float64, "when": pl.String, "block": pl.Int64, "norm": pl.Float64, "low": pl.Float64},
-    "high": pl.Float64,
-}
-WHEN = ("at the initial weights", "at the last record")
+    whole = (asked / WINDOW**windows < shared.max(initial=0) + 1) & (asked / WINDOW ** (windows + 1) > FIRST - 0.5)
+    return {k: float(gaps[windows == k].mean()) for k in set(windows[whole].tolist())}
 
 
 def _block_norms(row: Row, last: bool) -> list[float | None]:
     """log10 of each block's gradient norm at the initial weights, or at the last record that is whole."""
-    found: list[float | None] = []
+    logs: list[float | None] = []
     for step, norms in row.run.metrics.block_grad_norm:
         numbers = [n for n in norms if isinstance(n, int | float) and math.isfinite(n)]
         if len(numbers) == len(norms) and (step > 1) == last:
-            found = [math.log10(n) if n > 0 else None for n in numbers]
-    return found
+            logs = [math.log10(n) if n > 0 else None for n in numbers]
+    return logs
 
 
-def block_curves(about: Study) -> pl.DataFrame:
+def block_curves(study: Study) -> pl.DataFrame:
     """Gradient norm by block of each setting at its best learning rate: the geometric mean, least and greatest."""
     lines = []
-    for group in about.groups:
-        first, method = group.rows[0], method_of(group)
-        if best_lr(about, method, Place(first.depth, first.width)) not in (None, first.lr):
+    for setting in study.settings.iter_rows(named=True):
+        if not _at_best(study, setting):
             continue
         for when in WHEN:
-            each = [norms for row in group.counted if (norms := _block_norms(row, when == WHEN[1]))]
+            rows = [study.rows[i] for i in setting["counted"]]
+            each = [norms for row in rows if (norms := _block_norms(row, when == WHEN[1]))]
             for block in range(min(map(len, each), default=0)):
-                logs = [x for norms in each if (x := norms[block]) is not None]
+                logs = [log for norms in each if (log := norms[block]) is not None]
                 if logs:
-                    mean, low, high = (10**x for x in (sum(logs) / len(logs), min(logs), max(logs)))
-                    numbers = {"when": when, "block": block, "norm": mean, "low": low, "high": high}
-                    axes = {"depth": first.depth, "width": first.width, "lr": float(first.lr)}
-                    names = {"placement": group.placement, "init": group.init, "other": method.other}
-                    lines.append(names | axes | numbers)
-    return pl.DataFrame(lines, schema=_BLOCK_SCHEMA)
+                    norm, low, high = (10**log for log in (sum(logs) / len(logs), min(logs), max(logs)))
+                    numbers = {"when": when, "block": block, "norm": norm, "low": low, "high": high}
+                    lines.append({key: setting[key] for key in ARM} | numbers)
+    return pl.DataFrame(lines, schema=_BLOCK)

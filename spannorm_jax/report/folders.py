@@ -1,7 +1,7 @@
 """Run folders, read: what each holds, finished or not.
 
-A run's folder is all that is read, and each file of it once. Numbers that a folder does not hold are None or NaN,
-never guessed. What cannot be read of a run's files is left out and said, so that one damaged file costs no report.
+Numbers that a folder does not hold are None or NaN. What cannot be read of a run's files is left out and said, so that
+one damaged file costs no report.
 """
 
 import json
@@ -19,13 +19,11 @@ from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, un
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.initialisation import reading
 from spannorm_jax.paths import NO_UTF8, is_utf8
+from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, STARTS
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
-_TYPES: dict[str, Any] = {
-    "model.depth": int,
-    "model.width": int,
-    "optim.lr": (int, float),
-}  # of options that figures have axes for
+_AXES: dict[str, Any] = {"model.depth": int, "model.width": int, "optim.lr": (int, float)}  # of figures
+_COLUMNS = ("loss", "grad_norm", "tokens_per_s", "held_out_loss")
 _DEFAULTS = flatten(Config())
 _BEFORE = {key: value for key, value in (_DEFAULTS | former_defaults()).items() if not is_runtime(key)}
 
@@ -57,23 +55,19 @@ class Run:
     cut: tuple[str, ...] = ()  # files that end in half a line, which a trainer at work or killed leaves
 
     @cached_property
-    def recorded(self) -> dict[str, Any]:
-        """Dotted config keys to values, as in config.json."""
-        return _flatten(self.config)
-
-    @cached_property
     def options(self) -> dict[str, Any]:
-        """The recorded options, and for those that are younger than the run what was done before they came.
+        """Dotted config keys to values; of options that are younger than the run, what was done before they came.
 
         An option that the run's initialisation does not read has its default.
         """
-        return _BEFORE | self.recorded | {key: _DEFAULTS[key] for key in unread(self.recorded["model.init"])}
+        recorded = _flatten(self.config)
+        return _BEFORE | recorded | {key: _DEFAULTS[key] for key in unread(recorded["model.init"])}
 
     @cached_property
     def of_another_version(self) -> tuple[list[str], list[str]]:
         """Options that the run's config lacks, and options in it that this version does not know."""
-        known = set(flatten(Config()))
-        return [k for k in _BEFORE if k not in self.recorded], [k for k in self.recorded if k not in known]
+        recorded = _flatten(self.config)
+        return [k for k in _BEFORE if k not in recorded], [k for k in recorded if k not in _DEFAULTS]
 
     @property
     def placement(self) -> str:
@@ -128,10 +122,7 @@ class Run:
 def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
@@ -139,10 +130,6 @@ def finite(value: Any) -> float | None:
     """The value, or None where there is no number: files hold null there, and those of older code NaN or Infinity."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
-
-
-def _is_step(step: Any) -> bool:
-    return isinstance(step, int) and not isinstance(step, bool)
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -161,10 +148,10 @@ class _Reader:
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError:
-            return None
+            pass
         except OSError as error:
             self.damage.append(f"{self.folder / name} cannot be read: {error.strerror}")
-            return None
+        return None
 
     def object(self, name: str) -> dict[str, Any] | None:
         text = self.content(name)
@@ -172,36 +159,29 @@ class _Reader:
             return None if text is None else _parse(text)
         except ValueError as error:
             self.damage.append(f"{self.folder / name} {error}")
-            return None
+        return None
 
     def lines(self, name: str, with_steps: bool = False) -> list[dict[str, Any]]:
         """The objects of a JSON Lines file, less half a last line, and less lines that are damaged."""
-        *whole, last = (self.content(name) or b"").split(b"\n")
+        texts = (self.content(name) or b"").split(b"\n")
         objects, bad = [], []
-        for number, line in enumerate(whole, start=1):
-            if not line.strip():
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
                 continue
             try:
-                value = _parse(line)
-                if with_steps and not _is_step(value.get("step")):
-                    raise ValueError("has no integer 'step'")
-                objects.append(value)
+                objects.append(_parse(text, with_steps))
             except ValueError as error:
-                bad.append(f"line {number} {error}")
+                if number < len(texts):
+                    bad.append(f"line {number} {error}")
+                else:
+                    self.cut.append(str(self.folder / name))
         if bad:
             more = f" (and {len(bad) - 1} more lines)" if len(bad) > 1 else ""
             self.damage.append(f"{self.folder / name} {bad[0]}{more}")
-        if last.strip():
-            try:
-                value = _parse(last)
-                if not with_steps or _is_step(value.get("step")):
-                    objects.append(value)
-            except ValueError:
-                self.cut.append(str(self.folder / name))
         return objects
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes, with_step: bool = False) -> dict[str, Any]:
     """The JSON object. Raises ValueError with what ends a line about it."""
     try:
         value = json.loads(text)
@@ -211,6 +191,8 @@ def _parse(text: bytes) -> dict[str, Any]:
         raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"is not a JSON object but {one_line(value)[:40]!r}")
+    if with_step and type(value.get("step")) is not int:
+        raise ValueError("has no integer 'step'")
     return value
 
 
@@ -218,19 +200,12 @@ def _columns(lines: Iterable[dict[str, Any]]) -> Metrics:
     """Sorted by step; of two lines for a step the later counts."""
     by_step = {line["step"]: line for line in lines}
     ordered = [by_step[step] for step in sorted(by_step)]
-
-    def column(key: str) -> np.ndarray:
-        values = (finite(line.get(key)) for line in ordered)
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
+    columns = {key: np.array([finite(line.get(key)) for line in ordered], np.float64) for key in _COLUMNS}
     norms = ((line["step"], line.get("block_grad_norm")) for line in ordered)
     return Metrics(
         step=np.array(sorted(by_step), dtype=np.int64),
-        loss=column("loss"),
-        grad_norm=column("grad_norm"),
-        tokens_per_s=column("tokens_per_s"),
-        held_out_loss=column("held_out_loss"),
         block_grad_norm=tuple((step, values) for step, values in norms if isinstance(values, list) and values),
+        **columns,
     )
 
 
@@ -238,23 +213,21 @@ def _columns(lines: Iterable[dict[str, Any]]) -> Metrics:
 
 
 class NotARun(UserError):
-    """A folder's config.json is not that of a run."""
+    """A folder's config is not that of a run."""
 
 
 def _read_config(reader: _Reader) -> dict[str, Any]:
-    path = reader.folder / "config.json"
-    config = reader.object("config.json")
+    path = reader.folder / CONFIG
+    config = reader.object(CONFIG)
     if reader.damage:
         raise NotARun(reader.damage[0])
     if config is None:
-        raise NotARun(f"{reader.folder} holds no config.json; name the folder of a run")
+        raise NotARun(f"{reader.folder} holds no {CONFIG}; name the folder of a run")
     options = _flatten(config)
-    for key, kind in _NEEDED.items():
-        if not isinstance(options.get(key), kind):
-            raise NotARun(f"{path} holds no {key}; is it a run's config?")
-    for key, kinds in _TYPES.items():
-        if key in options and not isinstance(options[key], kinds):
-            raise NotARun(f"{path} holds no number for {key}; is it a run's config?")
+    missing = [key for key, kind in _NEEDED.items() if not isinstance(options.get(key), kind)]
+    missing += [f"number for {key}" for key, kinds in _AXES.items() if not isinstance(options.get(key, 0), kinds)]
+    if missing:
+        raise NotARun(f"{path} holds no {missing[0]}; is it a run's config?")
     return config
 
 
@@ -262,20 +235,14 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """Reads one run's folder, finished or not.
 
     Raises:
-      NotARun: config.json is absent, is no JSON object, or lacks a key that a report needs.
+      NotARun: its config is absent, is no JSON object, or lacks a key that a report needs.
     """
     reader = _Reader(Path(folder))
-    return Run(
-        folder=reader.folder,
-        config=_read_config(reader),
-        starts=tuple(reader.lines("starts.jsonl")),
-        metrics=_columns(reader.lines("metrics.jsonl", with_steps=True)),
-        evals=tuple(reader.lines("eval.jsonl", with_steps=True)),
-        done=reader.object("DONE"),
-        diverged=reader.object("DIVERGED"),
-        damage=tuple(reader.damage),
-        cut=tuple(reader.cut),
-    )
+    config, starts = _read_config(reader), tuple(reader.lines(STARTS))
+    metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
+    done, diverged = reader.object(DONE), reader.object(DIVERGED)
+    said = tuple(reader.damage), tuple(reader.cut)
+    return Run(reader.folder, config, starts, metrics, evals, done, diverged, *said)
 
 
 def find_runs(
@@ -283,9 +250,8 @@ def find_runs(
 ) -> list[Run]:
     """Reads every run below the folders `roots` (or those themselves), in order of path, each once.
 
-    A run's own subfolders are not searched: its checkpoints hold a config.json too. Other programs' folders hold a
-    config.json as well: `passed_over` is told why it is not a run's, and what is below is searched. So it is with a
-    folder whose name is no UTF-8, which no table could hold.
+    A run's own subfolders are not searched, for checkpoints hold a config.json too. Of a config.json that is another
+    program's, or lies in a folder whose name is no UTF-8, `passed_over` is told.
 
     Raises:
       UserError: one of `roots` is no folder, or no run is below any.
@@ -299,23 +265,23 @@ def find_runs(
         found = False
         for folder, subfolders, files in os.walk(root):
             subfolders.sort()
-            if "config.json" in files:
-                if not is_utf8(Path(folder)):
-                    foreign.append(f"{folder} {NO_UTF8}")
-                    subfolders.clear()
-                    continue
-                try:
+            if CONFIG not in files:
+                continue
+            try:
+                if is_utf8(Path(folder)):
                     runs.setdefault(Path(folder).resolve(), read_run(folder))
-                    subfolders.clear()
                     found = True
-                except NotARun as why:
-                    foreign.append(str(why))
+                else:
+                    foreign.append(f"{folder} {NO_UTF8}")
+                subfolders.clear()
+            except NotARun as why:
+                foreign.append(str(why))
         if not found and len(listed) > 1:
-            foreign.append(f"{root} holds no run's config.json")
+            foreign.append(f"{root} holds no run's {CONFIG}")
     if not runs:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         names = listed[0] if len(listed) == 1 else f"{len(listed)} folders"
-        raise UserError(f"no run below {names}: {foreign[0] + more if foreign else 'no folder holds a config.json'}")
+        raise UserError(f"no run below {names}: {foreign[0] + more if foreign else f'no folder holds a {CONFIG}'}")
     for line in dict.fromkeys(foreign):
         passed_over(line)
     return list(runs.values())

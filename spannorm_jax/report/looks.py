@@ -9,37 +9,25 @@ import polars as pl
 
 from spannorm_jax.paths import some_home
 from spannorm_jax.report import frames
-from spannorm_jax.report.palette import (
-    GREY,
-    INIT_ORDER,
-    PLACEMENT_ORDER,
-    colours,
-    dashes,
-    ranked,
-    shapes,
-    theme,
-)
-from spannorm_jax.report.study import Place, Study
+from spannorm_jax.report.palette import GREY, INIT_ORDER, PLACEMENT_ORDER, colours, dashes, ranked, shapes, theme
+from spannorm_jax.report.study import ARM, Study
 
 with some_home():  # which Altair asks for where it is imported, for data that nothing here uses
     import altair as alt
 
 _FADED = 0.07  # what the legend's choice leaves out
-
-
-Views = dict[tuple[str, ...], dict[str, Any]]  # one entry of each choice -> Vega-Lite
+Spec = dict[str, Any]  # Vega-Lite
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: its data by name, and its views by what a reader chooses of `choices`; print has the first."""
+    """A figure: its data by name, and its views by what the page's list calls them; print has the first."""
 
     name: str
     title: str
     caption: str
     data: dict[str, pl.DataFrame]
-    choices: dict[str, tuple[str, ...]]  # of a list on the page: its entries
-    views: Views
+    views: dict[str, Spec]
 
 
 @dataclass(frozen=True)
@@ -54,15 +42,11 @@ class Looks:
         names = ("placement", "init")
         return [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
 
-    def colour(self, legend: bool = True) -> alt.Color:
+    def colour(self, channel: Any = alt.Color, legend: bool = True) -> Any:
         scale = alt.Scale(domain=self.placements, range=colours(self.placements))
         look: dict[str, Any] = {"symbolType": "stroke", "symbolStrokeWidth": 3, "symbolOpacity": 1}
         shown = alt.Legend(title="placement", **look) if legend else None
-        return alt.Color("placement:N", scale=scale, sort=self.placements, legend=shown)
-
-    def fill(self) -> alt.Fill:
-        scale = alt.Scale(domain=self.placements, range=colours(self.placements))
-        return alt.Fill("placement:N", scale=scale, sort=self.placements, legend=None)
+        return channel("placement:N", scale=scale, sort=self.placements, legend=shown)
 
     def dash(self) -> alt.StrokeDash:
         scale = alt.Scale(domain=self.inits, range=[list(dash) for dash in dashes(self.inits)])
@@ -76,11 +60,27 @@ class Looks:
     def opacity(self, shown: float) -> Any:
         return alt.when(*self.picks).then(alt.value(shown)).otherwise(alt.value(_FADED * shown))
 
+    def base(self, x: alt.X) -> alt.Chart:
+        return alt.Chart().encode(x=x, color=self.colour(), detail=["init:N", "other:N"])
 
-def looks_of(about: Study) -> Looks:
+    def lines(self, base: alt.Chart, picking: bool = True, **mark: Any) -> alt.Chart:
+        """Lines of methods; the legend's choice is theirs if they are `picking`, else another chart's."""
+        lines = base.mark_line(**mark).encode(strokeDash=self.dash(), opacity=self.opacity(1))
+        return lines.properties(name="lines").add_params(*self.picks) if picking else lines
+
+    def bars(self, base: alt.Chart, low: alt.Y) -> alt.Chart:
+        """From `low` to the column `high`."""
+        return base.mark_rule(strokeWidth=1.5, clip=True).encode(y=low, y2="high:Q", opacity=self.opacity(0.7))
+
+    def band(self, base: alt.Chart, low: alt.Y, shown: float = 0.15, **mark: Any) -> alt.Chart:
+        """From `low` to the column `high`."""
+        return base.mark_area(**mark).encode(y=low, y2="high:Q", opacity=self.opacity(shown))
+
+
+def looks_of(study: Study) -> Looks:
     return Looks(
-        ranked((m.placement for m in about.methods), PLACEMENT_ORDER),
-        ranked((m.init for m in about.methods), INIT_ORDER),
+        ranked((m.placement for m in study.methods), PLACEMENT_ORDER),
+        ranked((m.init for m in study.methods), INIT_ORDER),
     )
 
 
@@ -101,16 +101,16 @@ def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 
     return chart.resolve_axis(x="independent") if len(panels) % columns else chart
 
 
-def finished(chart: Any, title: str) -> dict[str, Any]:
+def finished(chart: Any, title: str) -> Spec:
     """The chart's Vega-Lite, with its title and the report's looks.
 
     Altair's check of each part takes most of the time, and tests/report compiles every figure.
     """
-    made = chart.properties(title=title).to_dict(validate=False)
-    return {"config": theme()} | {key: value for key, value in made.items() if key != "config"}
+    spec = chart.properties(title=title).to_dict(validate=False)
+    return {"config": theme()} | {key: value for key, value in spec.items() if key != "config"}
 
 
-def with_axes(spec: Any, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:
+def with_axes(spec: Any, change: Callable[[str, Spec], Spec]) -> Any:
     """The Vega-Lite with `change("x" or "y", encoding)` for each of its axes: much faster than made anew."""
     if isinstance(spec, list):
         return [with_axes(part, change) for part in spec]
@@ -122,23 +122,27 @@ def with_axes(spec: Any, change: Callable[[str, dict[str, Any]], dict[str, Any]]
     }
 
 
-def with_panels(table: pl.DataFrame, about: Study, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
-    """The table with the panel of each line, and the panels in order; see `frames.panel`."""
-    methods = {(m.placement, m.init, m.other): m for m in about.methods}
-    lines = table.select("placement", "init", "other", "depth", "width").rows()
-    names = [frames.panel(about, methods[line[:3]], Place(*line[3:]), without) for line in lines]
-    order = [frames.panel(about, method, place, without) for place in about.places for method in about.methods]
-    present = set(names)
-    return table.with_columns(pl.Series("panel", names)), [name for name in dict.fromkeys(order) if name in present]
+def with_scale(spec: Spec, channel: str, scale: Spec) -> Spec:
+    """The Vega-Lite with more of the scale of one of its axes."""
+    return with_axes(
+        spec, lambda key, axis: axis | {"scale": axis.get("scale", {}) | scale} if key == channel else axis
+    )
 
 
-def tooltip(about: Study, **more: str) -> list[alt.Tooltip]:
+def with_panels(study: Study, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
+    """The table with the panel and the names of each line, and the panels in order; see `frames.panels`."""
+    placed = frames.panels(study, without)
+    table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
+    present = set(table["panel"])
+    order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
+    return frames.named(study, table).drop("method"), order
+
+
+def tooltip(study: Study, **more: str) -> list[alt.Tooltip]:
     """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
-    fields = ["placement", "init", *(["other"] if any(m.others for m in about.methods) else [])]
-    tips = [alt.Tooltip(f"{field}:N", title=field) for field in fields]
-    for field, form in more.items():
-        title = field.replace("_", " ")
-        tips.append(
-            alt.Tooltip(f"{field}:Q", title=title, format=form) if form else alt.Tooltip(f"{field}:N", title=title)
-        )
+    fields = dict.fromkeys(["placement", "init", *["other"] * any(m.others for m in study.methods)], "")
+    tips = []
+    for field, form in (fields | more).items():
+        kind: dict[str, Any] = {"shorthand": f"{field}:Q", "format": form} if form else {"shorthand": f"{field}:N"}
+        tips.append(alt.Tooltip(title=field.replace("_", " "), **kind))
     return tips

@@ -11,11 +11,9 @@ The same folders always give the same bytes, with the same versions of the libra
 
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,24 @@ import polars as pl
 import vl_convert
 
 from spannorm_jax.errors import UserError, visible
-from spannorm_jax.report import curves, frames, markdown
-from spannorm_jax.report.comparisons import replicate_notices
-from spannorm_jax.report.contents import contents
+from spannorm_jax.report import curves, frames
+from spannorm_jax.report.comparisons import replicates
+from spannorm_jax.report.contents import contents, in_markdown
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.looks import Figure
 from spannorm_jax.report.rows import summarise
-from spannorm_jax.report.study import Study, study
+from spannorm_jax.report.study import RUNS, Study, study_of
 from spannorm_jax.report.tables import notices
 
 TITLE = "Norm placement and initialisation"
+Notices = list[tuple[str, str]]
 _PNG_SCALE = 2  # twice what a README shows
 _DIGITS = 5  # of a number in the page's figures
+_CURVES = [  # the columns of curves.csv
+    *("curve", "placement", "init", "other", "depth", "width", "lr", "best_lr", "runs", "alone", "train_loss"),
+    *("crossed", "step", "tokens", "flops", "loss", "low", "high"),
+]
 
 
 def write_report(
@@ -48,38 +51,35 @@ def write_report(
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
-    Args:
-      folders: run folders, or folders that hold some.
-      out: where the files go; it is made.
-      title: the page's.
-      baseline: config keys to values, what each method is compared with: {"placement": "pre"} compares
-        each with PreNorm at its own initialisation. None: PreNorm with plain initialisation, else
-        the first method.
-      confirmed: config keys to values of the methods whose comparison was named before the runs. None: no such.
+    `baseline` has the config keys of what methods are compared with, and `confirmed` those of the methods whose
+    comparison was named before the runs.
 
     Raises:
       UserError: there is nothing to report, no run has the baseline, or `out` cannot be written.
     """
-    about, said = read_study(folders, baseline, confirmed)
-    return write_files(about, said, folders, out, title)
+    study, said = read_study(folders, baseline, confirmed)
+    return write_files(study, said, folders, out, title)
 
 
 def read_study(
-    folders: Sequence[Path],
-    baseline: Mapping[str, str] | None = None,
-    confirmed: Mapping[str, str] | None = None,
-) -> tuple[Study, list[tuple[str, str]]]:
+    folders: Sequence[Path], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
+) -> tuple[Study, Notices]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
     rows = [summarise(run) for run in find_runs(folders, passed_over.append)]
-    about = study(rows, baseline, confirmed)
-    return about, [*notices(rows, passed_over), *replicate_notices(about)]
+    study = study_of(rows, baseline, confirmed)
+    twice = [
+        ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
+         f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")
+        for (one, other), count in replicates(study).items()
+    ]  # fmt: skip
+    return study, notices(study, passed_over) + twice
 
 
-def write_files(about: Study, said: Sequence[tuple[str, str]], folders: Sequence[Path], out: Path, title: str) -> Path:
+def write_files(study: Study, said: Notices, folders: Sequence[Path], out: Path, title: str) -> Path:
     """Writes the files of a report. Raises UserError if that cannot be done."""
     root = Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    made = {name: make(about) for name, (make, _) in FIGURES.items()}
+    made = {name: make(study) for name, (make, _) in FIGURES.items()}
     drawn = [figure for figure in made.values() if figure is not None]
     left_out = [why for name, (_, why) in FIGURES.items() if made[name] is None]
     page = out / "report.html"
@@ -92,12 +92,11 @@ def write_files(about: Study, said: Sequence[tuple[str, str]], folders: Sequence
             svg = print_svg(figure)
             (out / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
             (out / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=_PNG_SCALE))
-        runs = frames.runs_table(about)
-        paths = [os.path.relpath(folder, root) for folder in runs["folder"]]
-        runs.with_columns(pl.Series("folder", paths)).write_csv(out / "runs.csv")
-        curves.loss_curves(about).write_csv(out / "curves.csv")
-        shown = contents(about, said, root, title)
-        named = markdown.tables(shown).items()
+        paths = pl.Series("folder", [os.path.relpath(folder, root) for folder in study.runs["folder"]])
+        study.runs.with_columns(paths).select(*RUNS).write_csv(out / "runs.csv")
+        frames.named(study, curves.loss_curves(study)).select(_CURVES).write_csv(out / "curves.csv")
+        shown = contents(study, said, root, title)
+        named = in_markdown(shown).items()
         text = "\n\n".join(f"## {name.replace('_', ' ').capitalize()}\n\n{table}" for name, table in named)
         (out / "tables.md").write_text(visible(f"# {title}\n\n{text}\n"), encoding="utf-8")
         page.write_text(visible(_html(shown, drawn, left_out)), encoding="utf-8")
@@ -121,22 +120,13 @@ def _html(shown: dict[str, Any], drawn: Sequence[Figure], left_out: Sequence[str
         loader=jinja2.PackageLoader("spannorm_jax.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     figures = {
-        figure.name: {
-            "choices": list(figure.choices.values()),
-            "views": {"|".join(key): view for key, view in figure.views.items()},
-            "tables": {name: _packed(table) for name, table in figure.data.items()},
-        }
+        figure.name: {"views": figure.views, "tables": {name: _columns(table) for name, table in figure.data.items()}}
         for figure in drawn
     }
     # Within a script element nothing is escaped, but for what would end it.
     as_json = json.dumps(figures, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return environment.get_template("page.html").render(
-        **shown,
-        figures=drawn,
-        left_out=left_out,
-        figures_json=as_json.replace("<", "\\u003c"),
-        library=_library(),
-    )
+    more = {"figures": drawn, "left_out": left_out, "figures_json": as_json.replace("<", "\\u003c")}
+    return environment.get_template("page.html").render(**shown, **more, library=_library())
 
 
 @functools.cache
@@ -145,13 +135,6 @@ def _library() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
-def _packed(table: pl.DataFrame) -> dict[str, list[Any]]:
-    """The columns: numbers as they come, all else as [value, how often it repeats]; page.html unpacks them."""
-    packed: dict[str, list[Any]] = {}
-    for name in table.columns:
-        values = table[name].to_list()
-        if table[name].dtype.is_float():
-            packed[name] = [None if v is None or not math.isfinite(v) else float(f"{v:.{_DIGITS}g}") for v in values]
-        else:
-            packed[name] = [[value, len(list(same))] for value, same in groupby(values)]
-    return packed
+def _columns(table: pl.DataFrame) -> dict[str, list[Any]]:
+    numbers = pl.col(pl.Float64).round_sig_figs(_DIGITS)
+    return table.with_columns(pl.when(numbers.is_finite()).then(numbers)).to_dict(as_series=False)

@@ -1,4 +1,4 @@
-"""The learning rates of a study: the best one, where the least loss lies, how it moves, how much it matters."""
+"""The learning rates of a study: where the least loss lies, how it moves, how much the rate matters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,15 @@ import polars as pl
 
 from spannorm_jax.report import stats
 from spannorm_jax.report.stats import Optimum
-from spannorm_jax.report.study import Arm, Method, Place, Study
-
-
-def best_lr(about: Study, method: Method, place: Place) -> float | None:
-    """The learning rate with the least mean capped loss over the seeds that choose; None if none has any."""
-    return about.best.get((about.methods.index(method), *place))
-
+from spannorm_jax.report.study import Arm, Study
 
 Losses = Mapping[Arm, Mapping[int, float]]
+_RATES: dict[str, Any] = {
+    **dict.fromkeys(("method", "depth", "width"), pl.Int64),
+    **{"best": pl.Float64, "kind": pl.String, "at": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64},
+    **dict.fromkeys(("sensitivity", "least", "most"), pl.Float64),
+    "seeds": pl.Int64,
+}
 
 
 def _complete(capped: Losses, at: Arm, lrs: Sequence[float]) -> dict[int, list[float]]:
@@ -25,65 +25,55 @@ def _complete(capped: Losses, at: Arm, lrs: Sequence[float]) -> dict[int, list[f
     return {seed: [losses[seed] for losses in each] for seed in sorted(seeds)}
 
 
-def _optima(about: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
+def _optima(study: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
     """seed -> its learning rate of least loss, of the seeds that were run at all of three or more.
 
     A method that trains at no rate with every seed has none.
     """
-    lrs = [lr for lr in about.lrs.get(at, ()) if lr > 0]
+    lrs = [lr for lr in study.lrs.get(at, ()) if lr > 0]
     by_seed = _complete(capped, at, lrs) if len(lrs) > 2 else {}
-    outcomes = about.by_seed("outcome")
+    outcomes = study.by_seed("outcome") if by_seed else {}
     trained = [all(outcomes[*at, lr][seed] == "trained" for seed in by_seed) for lr in lrs]
     return {seed: stats.optimum_of_seed(lrs, losses, trained) for seed, losses in by_seed.items() if any(trained)}
 
 
-_RATES: dict[str, Any] = {
-    **dict.fromkeys(("method", "depth", "width"), pl.Int64),
-    **{"best": pl.Float64, "kind": pl.String, "at": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64},
-    **dict.fromkeys(("sensitivity", "least", "most"), pl.Float64),
-    "seeds": pl.Int64,
-}
+def rates(study: Study) -> pl.DataFrame:
+    """Of each size and method its best learning rate, the optimum, and the sensitivity, null where there is none.
 
-
-def rates(about: Study) -> pl.DataFrame:
-    """Of each place and method its best learning rate, the optimum, and the sensitivity, null where there is none.
-
-    The optimum (`kind`, `at`, `low`, `high`, `n`) is that of least loss, with its interval over seeds or
-    the rates between which it lies. The sensitivity (with `least`, `most`, `seeds`) is over the rates
-    that all methods of a place share, if they are three or more.
+    `kind` to `n` are an `Optimum`, `sensitivity` to `seeds` an `Interval`, over the rates that all
+    methods of a size share, if they are three or more.
     """
-    capped, starts = about.by_seed("capped"), about.by_seed("loss_at_init")
+    capped, starts = study.by_seed("capped"), study.by_seed("loss_at_init")
     lines = []
-    for place in about.places:
-        here = [i for i in range(len(about.methods)) if (i, *place) in about.lrs]
-        shared = sorted(set.intersection(*(set(about.lrs[i, *place]) for i in here)))
+    for size in study.sizes:
+        here = [i for i in range(len(study.methods)) if (i, *size) in study.lrs]
+        shared = sorted(set.intersection(*(set(study.lrs[i, *size]) for i in here)))
         for i in here:
-            optimum = stats.lr_optimum(list(_optima(about, capped, (i, *place)).values()))
+            optimum = stats.lr_optimum(list(_optima(study, capped, (i, *size)).values()))
             values = [
                 stats.lr_sensitivity(losses, start[0])  # the first loss does not depend on the learning rate
-                for seed, losses in _complete(capped, (i, *place), shared).items()
-                if (start := [at[seed] for lr in shared if seed in (at := starts.get((i, *place, lr), {}))])
+                for seed, losses in _complete(capped, (i, *size), shared).items()
+                if (start := [at[seed] for lr in shared if seed in (at := starts.get((i, *size, lr), {}))])
             ]
             sensitivity = stats.t_interval(values if len(shared) > 2 else ())
-            found = [*vars(optimum).values()] if optimum else [None] * 5
-            found += [*vars(sensitivity).values()] if sensitivity else [None] * 4
-            lines.append((i, *place, about.best.get((i, *place)), *found))
+            numbers = [*vars(optimum).values()] if optimum else [None] * 5
+            numbers += [*vars(sensitivity).values()] if sensitivity else [None] * 4
+            lines.append((i, *size, study.best.get((i, *size)), *numbers))
     return pl.DataFrame(lines, schema=_RATES, orient="row")
 
 
-def drifts(about: Study) -> list[dict[str, Any]]:
+def drifts(study: Study) -> list[dict[str, Any]]:
     """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed.
 
-    A line a method with optima at two sizes or more: `axis`, the `other` and what it is `fixed` at, the
-    `sizes` at which no seed's best rate is an end of the range, the `factor`.
+    `sizes` are those at which no seed's best rate is an end of the range.
     """
-    capped, lines = about.by_seed("capped"), []
+    capped, lines = study.by_seed("capped"), []
     for axis, other in (("width", "depth"), ("depth", "width")):
-        for fixed in sorted({getattr(place, other) for place in about.places}) if about.varies(axis) else []:
-            places = [place for place in about.places if getattr(place, other) == fixed]
-            sizes = [getattr(place, axis) for place in places]
-            for i, method in enumerate(about.methods):
-                each = [_optima(about, capped, (i, *place)) for place in places]
+        for fixed in sorted({getattr(size, other) for size in study.sizes}) if study.varies(axis) else []:
+            places = [size for size in study.sizes if getattr(size, other) == fixed]
+            sizes = [getattr(size, axis) for size in places]
+            for i, method in enumerate(study.methods):
+                each = [_optima(study, capped, (i, *size)) for size in places]
                 # Where a seed's is an end of the range, the others alone would say too little.
                 optima = [{} if any(o.kind == "end" for o in of.values()) else of for of in each]
                 by_seed = [[of.get(seed) for of in optima] for seed in sorted(set().union(*optima))]

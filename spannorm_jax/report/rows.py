@@ -1,12 +1,9 @@
-"""Runs -> rows: what each run reached, and the seeds of one setting taken together.
-
-Numbers that a folder does not hold are None, never guessed.
-"""
+"""Runs -> rows: what each run reached, and in what runs differ. Numbers that a folder does not hold are None."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +11,6 @@ import numpy as np
 
 from spannorm_jax.config import NAMES_OF_DATA, is_runtime
 from spannorm_jax.report.folders import Run, finite
-from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
 from spannorm_jax.report.stats import GRAD_NORM_QUANTILE, spikes
 
 # What a report compares; a difference in any other config key is said aloud.
@@ -41,10 +37,7 @@ class Outcome:
     steps: int  # asked for
 
     def __str__(self) -> str:
-        notes = {
-            "diverged": f" (step {self.step})",
-            "unfinished": f" (step {self.step} of {self.steps})",
-        }
+        notes = {"diverged": f" (step {self.step})", "unfinished": f" (step {self.step} of {self.steps})"}
         return self.kind + notes.get(self.kind, "")
 
 
@@ -80,7 +73,7 @@ class Row:
 
 
 def train_loss(run: Run) -> float | None:
-    """Mean loss over the last 10% of the steps taken (at least the last one), in nats per token."""
+    """Mean loss over the last 10% of the steps taken, at least the last one."""
     losses = run.metrics.loss[run.metrics.step > (1 - FINAL_FRACTION) * run.last_step + 1e-6]
     return math.fsum(losses) / len(losses) if len(losses) and np.isfinite(losses).all() else None
 
@@ -91,19 +84,15 @@ def held_out(run: Run) -> dict[str, Any] | None:
     Of a run that is done it is one of its last step, on the tokens that its config asks for: another is
     no result. Other splits count only when that one was never evaluated, the training split never.
     """
-    options = run.options
-    last = None if run.done is None else run.done.get("step", run.steps)
-    asked = {"asked_tokens": options.get("eval.tokens"), "fingerprint": run.fingerprint}
-    evals = [e for e in run.evals if last is None or (e["step"] == last and _says(e, asked))]
+    options, evals = run.options, list(run.evals)
+    if run.done is not None:
+        asked = {"asked_tokens": options.get("eval.tokens"), "fingerprint": run.fingerprint}
+        asked["step"] = run.done.get("step", run.steps)
+        # An evaluation from before a key came agrees with whatever is asked.
+        evals = [e for e in evals if all(e.get(key, value) == value for key, value in asked.items())]
     lines = [e for e in evals if e.get("split") in (None, options.get("data.eval_split"))]
-    if not lines:
-        lines = [e for e in evals if e.get("split") != options.get("data.train_split")]
+    lines = lines or [e for e in evals if e.get("split") != options.get("data.train_split")]
     return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
-
-
-def _says(line: dict[str, Any], asked: dict[str, Any]) -> bool:
-    """Whether an evaluation is of what was asked; one from before a key came agrees with whatever is."""
-    return all(line.get(key, value) == value for key, value in asked.items())
 
 
 def outcome(run: Run) -> Outcome:
@@ -121,14 +110,10 @@ def outcome(run: Run) -> Outcome:
     row, of 20 at least: fewer would call the noise of the batches a best.
     """
     last = run.last_step
-    if run.diverged is not None:
-        step = run.diverged.get("step")
+    if run.diverged is not None or (last and not np.isfinite(run.metrics.loss[-1])):
+        step = (run.diverged or {}).get("step")
         return Outcome("diverged", step if isinstance(step, int) else last, run.steps)
-    if last and not np.isfinite(run.metrics.loss[-1]):
-        return Outcome("diverged", last, run.steps)
-    if run.done is None:
-        return Outcome("unfinished", last, run.steps)
-    return Outcome(_how_it_trained(run), last, run.steps)
+    return Outcome("unfinished" if run.done is None else _how_it_trained(run), last, run.steps)
 
 
 def _how_it_trained(run: Run) -> str:
@@ -145,22 +130,16 @@ def _how_it_trained(run: Run) -> str:
     return "collapsed" if had_learnt >= LEARNT * entropy else "plateau"
 
 
-def _last_held_out(run: Run) -> dict[str, Any]:
-    """The evaluation that counts, or else the loss that training itself measured at its last step."""
-    evaluation = held_out(run)
-    if evaluation is None and run.last_step and run.metrics.step[-1] == run.steps:
-        return {"loss": run.metrics.held_out_loss[-1]}
-    return evaluation or {}
-
-
 def summarise(run: Run) -> Row:
     """The run's numbers, as `Row` defines them."""
     ended, metrics, options = outcome(run), run.metrics, run.options
     speeds = metrics.tokens_per_s[(metrics.step > WARMUP_STEPS) & np.isfinite(metrics.tokens_per_s)]
     norms = metrics.grad_norm[np.isfinite(metrics.grad_norm)]
-    clip = finite(options.get("optim.clip_norm"))
-    evaluation = _last_held_out(run)
-    diverged = ended.kind == "diverged"
+    clip, losses = finite(options.get("optim.clip_norm")), metrics.loss[np.isfinite(metrics.loss)]
+    evaluation, diverged = held_out(run) or {}, ended.kind == "diverged"
+    if not evaluation and 0 < run.last_step == run.steps:
+        evaluation = {"loss": metrics.held_out_loss[-1]}  # which training itself measured
+    floors = evaluation["floors"] if isinstance(evaluation.get("floors"), dict) else {}
     return Row(
         placement=run.placement,
         init=run.init,
@@ -172,32 +151,26 @@ def summarise(run: Run) -> Row:
         train_loss=None if diverged else train_loss(run),
         held_out_loss=None if diverged else finite(evaluation.get("loss")),
         bits_per_byte=finite(evaluation.get("bits_per_byte")),
-        floors=_floors(evaluation),
+        floors={name: value for name, value in floors.items() if finite(value) is not None},
         loss_at_init=finite(float(metrics.loss[0])) if run.last_step and metrics.step[0] == 1 else None,
         tokens_per_s=statistics.median(speeds.tolist()) if len(speeds) else None,
-        spikes=spikes(metrics.loss[np.isfinite(metrics.loss)], max(1, options.get("metrics.log_every") or 1)),
+        spikes=spikes(losses, max(1, options.get("metrics.log_every") or 1)),
         clipped_share=float((norms > clip).mean()) if clip and len(norms) else None,
         grad_norm_p999=float(np.quantile(norms, GRAD_NORM_QUANTILE)) if len(norms) else None,
         run=run,
     )
 
 
-def _floors(evaluation: dict[str, Any]) -> dict[str, float]:
-    floors = evaluation.get("floors")
-    found = {name: finite(value) for name, value in floors.items()} if isinstance(floors, dict) else {}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def fact(run: Run, key: str) -> str:
     """What each start recorded under `key`, told again wherever it changed between starts."""
     told = [_words(start[key]) for start in run.starts if start.get(key)]
-    return ", then ".join(dict.fromkeys(told)) or "not recorded"
+    return ", then ".join(dict.fromkeys(told)) or _NOT_RECORDED
 
 
 def _words(value: Any) -> str:
     """`value` in words: a dictionary as `name value, name value`, a large number with commas."""
     if value is None:
-        return "not recorded"
+        return _NOT_RECORDED
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(value[name])}" for name in sorted(value))
     if isinstance(value, float):
@@ -208,58 +181,19 @@ def _words(value: Any) -> str:
 # ---- several runs -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Spread:
-    mean: float
-    deviation: float | None  # sample standard deviation (n - 1); None for one run
-    n: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that differ in nothing but the seed."""
-
-    placement: str
-    init: str
-    variant: tuple[tuple[str, str], ...]  # other config keys in which the rows of the report differ
-    rows: tuple[Row, ...]
-
-    @property
-    def other(self) -> str:
-        """What sets the group apart beside placement, initialisation and the axes: `data.seq_len=512`."""
-        return ", ".join(in_words(key, value) for key, value in self.variant if key not in AXES)
-
-    @property
-    def counted(self) -> tuple[Row, ...]:
-        """The rows that means are taken over: finished ones, else unfinished, else diverged."""
-        for kinds in (FINISHED, ("unfinished",), ("diverged",)):
-            rows = tuple(r for r in self.rows if r.outcome.kind in kinds)
-            if rows:
-                return rows
-        return ()
-
-    def over_seeds(self, number: Callable[[Row], float | None]) -> Spread | None:
-        values = [v for v in map(number, self.counted) if v is not None]
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return Spread(math.fsum(values) / len(values), deviation, len(values))
-
-    @property
-    def ending(self) -> str:
-        """The outcomes of all the seeds, in words."""
-        if len(self.rows) == 1:
-            return str(self.rows[0].outcome)
-        kinds: dict[str, list[int]] = {}
-        for row in self.rows:
-            kinds.setdefault(row.outcome.kind, []).append(row.outcome.step)
-        if len(kinds) == 1 and set(kinds) <= set(FINISHED):
-            return next(iter(kinds))
-        parts = []
-        for kind, steps in kinds.items():
-            at = f" (step{'s'[: len(steps) > 1]} {', '.join(map(str, sorted(steps)))})"
-            parts.append(f"{len(steps)} {kind}{at if kind in ('diverged', 'unfinished') else ''}")
-        return ", ".join(parts)
+def ending(outcomes: Sequence[Outcome]) -> str:
+    """How the seeds of a setting ended, in words."""
+    if len(outcomes) == 1:
+        return str(outcomes[0])
+    kinds = list(dict.fromkeys(outcome.kind for outcome in outcomes))
+    if len(kinds) == 1 and kinds[0] in FINISHED:
+        return kinds[0]
+    parts = []
+    for kind in kinds:
+        steps = sorted(outcome.step for outcome in outcomes if outcome.kind == kind)
+        at = f" (step{'s'[: len(steps) > 1]} {', '.join(map(str, steps))})"
+        parts.append(f"{len(steps)} {kind}{at if kind in ('diverged', 'unfinished') else ''}")
+    return ", ".join(parts)
 
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -305,26 +239,9 @@ def followers(differing: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return found
 
 
-def over_seeds(rows: Sequence[Row]) -> list[Group]:
-    """Groups rows that differ in nothing but the seed, ordered by placement, initialisation and axes."""
-    differing = differing_keys([row.run for row in rows])
+def variants(runs: Sequence[Run]) -> list[tuple[tuple[str, str], ...]]:
+    """Of each run the keys and values that set it apart: neither of runtime, nor following from others."""
+    differing = differing_keys(runs)
     following = followers(differing)
     kept = {key: texts for key, texts in differing.items() if not is_runtime(key) and key not in following}
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[Row]] = {}
-    for i, row in enumerate(rows):
-        variant = tuple((key, texts[i].strip('"')) for key, texts in kept.items())
-        groups.setdefault((row.placement, row.init, variant), []).append(row)
-    placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
-    inits = ranked((row.init for row in rows), INIT_ORDER)
-    made = [
-        Group(placement, init, variant, tuple(sorted(members, key=lambda r: r.seed)))
-        for (placement, init, variant), members in groups.items()
-    ]
-
-    def order(group: Group) -> tuple[Any, ...]:
-        first = group.rows[0]
-        axes = (first.depth, first.width, first.lr)
-        others = [pair for pair in group.variant if pair[0] not in AXES]
-        return placements.index(group.placement), inits.index(group.init), others, axes
-
-    return sorted(made, key=order)
+    return [tuple((key, texts[i].strip('"')) for key, texts in kept.items()) for i in range(len(runs))]

@@ -1,7 +1,4 @@
-"""The statistics of a report: intervals, paired differences, learning rates, spikes. Functions of arrays alone.
-
-They are those that are stated on the page; tests/report/test_stats.py compares each with SciPy or a closed form.
-"""
+"""The statistics that a report's page states: intervals, paired differences, learning rates, spikes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import median_filter
-from scipy.stats import linregress, median_abs_deviation, t
+from scipy.stats import linregress, median_abs_deviation, sem, t
 
 CONFIDENCE = 0.95
 SPIKE_WINDOW = 201  # steps, centred
@@ -33,12 +30,9 @@ class Interval:
 def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's t interval of the mean; None without values."""
     n = len(values)
-    if n == 0:
-        return None
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(mean, None, None, 1)
-    return _around(mean, float(np.std(values, ddof=1)) / math.sqrt(n), n - 1, n)
+    if n < 2:
+        return Interval(values[0], None, None, 1) if n else None
+    return _around(math.fsum(values) / n, float(sem(values)), n - 1, n)
 
 
 def _around(mean: float, error: float, df: float, n: int) -> Interval:
@@ -75,24 +69,23 @@ def pooled_difference(mean: float, n: int, ours: Pooled, theirs: Pooled) -> tupl
 
 
 def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
-    """What is left of loss = arm + seed by least squares, over arms of seed -> loss; None if nothing is free.
+    """The residual of loss = arm + seed by least squares, over arms of seed -> loss; None if nothing is free.
 
-    Three seeds give an arm's own difference two degrees of freedom, and its spread may come out at a
-    tenth or at twice the truth. Arms of one study share data and order, and so their spread. Arms
-    with equal losses are one, run under several names.
+    Three seeds tell an arm's own spread badly. Arms of one study share data and order, and so their
+    spread. Arms with equal losses are one, run under several names.
     """
     arms = list({tuple(sorted(arm.items())): arm for arm in losses if len(arm) > 1}.values())
-    seeds = sorted(set().union(*arms))
-    y = np.array([loss for arm in arms for _, loss in sorted(arm.items())], np.float64)
-    design = np.zeros((len(y), len(arms) + len(seeds)))
-    of_row = [(i, len(arms) + seeds.index(seed)) for i, arm in enumerate(arms) for seed in sorted(arm)]
-    for row, columns in enumerate(of_row):
-        design[row, columns] = 1
-    if not len(y):
+    if not arms:
         return None
+    seeds = sorted(set().union(*arms))
+    runs = [(i, seeds.index(seed), loss) for i, arm in enumerate(arms) for seed, loss in sorted(arm.items())]
+    y = np.array([loss for *_, loss in runs], np.float64)
+    design = np.zeros((len(y), len(arms) + len(seeds)))
+    for row, (arm, seed, _) in enumerate(runs):
+        design[row, [arm, len(arms) + seed]] = 1
     fitted, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
-    df, left = len(y) - int(rank), y - design @ fitted
-    return Pooled(math.sqrt(float(left @ left) / df), df) if df else None
+    df, residual = len(y) - int(rank), y - design @ fitted
+    return Pooled(math.sqrt(float(residual @ residual) / df), df) if df else None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -107,8 +100,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:
     """Interval of the mean over settings by drawing settings and, in each, its seeds; None for few settings.
 
-    `differences` holds one sequence a setting, one number a seed. Settings weigh the same. Seeds of
-    a setting share its effect, so settings are what is drawn first. Draws are the same every time.
+    `differences` holds one sequence a setting, one number a seed. Seeds of a setting share its effect,
+    so settings are what is drawn first.
     """
     settings = [np.asarray(d, np.float64) for d in differences if len(d)]
     if len(settings) < BOOTSTRAP_SETTINGS:
@@ -150,23 +143,13 @@ def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The learning rate of least loss, or what a size that doubles multiplies it by: an estimate, or bounds.
+    """The learning rate of least loss, or what a size that doubles multiplies it by: an estimate, or bounds."""
 
-    Attributes:
-      kind: `inside`, both neighbours of the best rate trained; `cliff`, one of them did not, and a
-        parabola through it would say where the grid is and not where the optimum is; `end`, the best
-        rate is an end of the range.
-      at: the estimate; None but `inside`.
-      low, high: `inside`, its 95% interval (None of one seed); else the neighbours of the best rates,
-        None beyond an end.
-      n: seeds.
-    """
-
-    kind: str
-    at: float | None
-    low: float | None
+    kind: str  # inside: both neighbours of the best rate trained | cliff: one did not | end: it is an end of the range
+    at: float | None  # the estimate, `inside` alone: a parabola through a cliff says where the grid is
+    low: float | None  # `inside`, of its 95% interval (None of one seed); else the neighbour of the best rate, if any
     high: float | None
-    n: int
+    n: int  # seeds
 
     @property
     def between(self) -> tuple[float | None, float | None]:
@@ -177,10 +160,7 @@ class Optimum:
 def optimum_of_seed(lrs: Sequence[float], losses: Sequence[float], trained: Sequence[bool]) -> Optimum:
     """That of one seed: the minimum of the parabola in log(lr) through the best rate and its neighbours.
 
-    Args:
-      lrs: ascending, above 0.
-      losses: capped losses.
-      trained: whether all seeds trained at each rate.
+    `lrs` ascend; `losses` are capped; `trained` says whether all seeds trained at each rate.
     """
     i = int(np.argmin(losses))
     below, above = lrs[i - 1] if i else None, lrs[i + 1] if i + 1 < len(lrs) else None
@@ -209,9 +189,8 @@ def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequenc
     """2^s, with s the slope of log(optimum) over log(size) by least squares; None without two sizes that have one.
 
     `optima_by_seed` has a sequence a seed, one optimum a size; None, or one at an end of the range,
-    takes no part. Each seed with optima at two sizes or more has a slope, and the interval is
-    Student's over seeds. Of optima at a cliff the bounds are all that is known: the least and greatest
-    factor that they allow.
+    takes no part. The interval is Student's over the seeds' slopes. Of optima at a cliff the least and
+    greatest factor that they allow are all that is known.
     """
     slopes: list[tuple[float, float]] = []
     for optima in optima_by_seed:
@@ -223,13 +202,12 @@ def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequenc
     if not slopes:
         return None
     if any(low < high for low, high in slopes):
-        return Optimum(
-            "cliff", None, 2.0 ** min(low for low, _ in slopes), 2.0 ** max(high for _, high in slopes), len(slopes)
-        )
-    found = t_interval([slope for slope, _ in slopes])
-    assert found is not None
-    low, high = (None if bound is None else 2.0**bound for bound in (found.low, found.high))
-    return Optimum("inside", 2.0**found.mean, low, high, found.n)
+        lows, highs = zip(*slopes, strict=True)
+        return Optimum("cliff", None, 2.0 ** min(lows), 2.0 ** max(highs), len(slopes))
+    mean = t_interval([slope for slope, _ in slopes])
+    assert mean is not None
+    low, high = (None if bound is None else 2.0**bound for bound in (mean.low, mean.high))
+    return Optimum("inside", 2.0**mean.mean, low, high, mean.n)
 
 
 def _slopes(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
@@ -245,8 +223,7 @@ def _slopes(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, fl
 def smooth(values: np.ndarray, fraction: float) -> np.ndarray:
     """Centred running mean over `fraction` of the points.
 
-    Near the start the window shrinks but stays centred, for the loss falls fast there; near the end
-    it loses its right part only.
+    The window stays centred near the start, where the loss falls fast; near the end it loses its right part.
     """
     n = len(values)
     index, half = np.arange(n), round(fraction * n / 2)
@@ -259,10 +236,8 @@ def smooth(values: np.ndarray, fraction: float) -> np.ndarray:
 def spikes(loss: np.ndarray, steps_a_line: int = 1) -> int | None:
     """Logged steps whose loss is far above the running median of 201 steps around them.
 
-    Far is more than 0.1 nats and more than 5 standard deviations of the run's own noise, which is
-    1.48 times the median absolute deviation from that median. The first 100 steps, where the loss
-    falls fast and the window is not whole, are no spikes; at the end the window is filled by
-    reflection. None for a run of no more steps.
+    Far is more than 0.1 nats and more than 5 standard deviations of the run's own noise. The first 100
+    steps, where the loss falls fast, are no spikes, and a run of no more steps has None.
     """
     half = SPIKE_WINDOW // 2 // steps_a_line
     if half < 1 or len(loss) <= half:
@@ -270,9 +245,3 @@ def spikes(loss: np.ndarray, steps_a_line: int = 1) -> int | None:
     above = (loss - median_filter(loss, size=2 * half + 1, mode="reflect"))[half:]
     noise = float(median_abs_deviation(above, scale="normal"))
     return int((above > max(SPIKE_HEIGHT, SPIKE_NOISE * noise)).sum())
-
-
-def share_below(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """(losses, share of all runs at or below each): infinity, a run that reached nothing, counts in the whole."""
-    reached = sorted(v for v in values if math.isfinite(v))
-    return reached, [(i + 1) / len(values) for i in range(len(reached))]

@@ -1,8 +1,8 @@
-"""Rows -> methods, depths and widths, and cells that hold the runs of each by seed.
+"""Rows -> a study: its methods, its baseline, and one frame of runs from which all else is made.
 
 A method is what sets runs apart beside depth, width, learning rate and seed: placement, initialisation and any other
-config key that differs. A cell is a method at a depth, a width and a learning rate. All differences are taken seed by
-seed, for the runs of a seed have the same data in the same order and the same random key.
+config key that differs. An arm, or setting, is a method at a depth, a width and a learning rate. All differences are
+taken seed by seed, for the runs of a seed have the same data in the same order and the same random key.
 """
 
 import math
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.report.rows import AXES, FINISHED, Group, Row, in_words, over_seeds
+from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
+from spannorm_jax.report.rows import AXES, FINISHED, Row, in_words, variants
 
 _FEWEST_TO_SPLIT = 6  # seeds of every setting, from which on some choose learning rates and others are reported
 
@@ -31,90 +32,63 @@ class Method(NamedTuple):
 
     @property
     def label(self) -> str:
-        return ", ".join([f"{self.placement} / {self.init}", *([self.other] if self.others else [])])
+        return ", ".join([f"{self.placement} / {self.init}", *[self.other] * bool(self.others)])
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {"placement": self.placement, "init": self.init, **dict(self.others)}
 
 
-class Place(NamedTuple):
+class Size(NamedTuple):
     depth: int
     width: int
 
 
 ARM = ("method", "depth", "width", "lr")
 Arm = tuple[Any, ...]  # the values of ARM, the method by its index
-RUNS: dict[str, Any] = {  # the columns of runs.csv but for those that compare runs
+RUNS: dict[str, Any] = {  # the columns of runs.csv
     **dict.fromkeys(("placement", "init", "other"), pl.String),
     **{"depth": pl.Int64, "width": pl.Int64, "lr": pl.Float64, "seed": pl.Int64, "outcome": pl.String},
     **dict.fromkeys(("last_step", "steps", "tokens"), pl.Int64),
     **dict.fromkeys(("flops", "train_loss", "held_out_loss", "bits_per_byte", "loss_at_init"), pl.Float64),
+    **{"capped_loss": pl.Float64, "best_lr": pl.Boolean},
     **{"spikes": pl.Int64, "clipped_share": pl.Float64, "grad_norm_p999": pl.Float64, "tokens_per_s": pl.Float64},
     **{"fingerprint": pl.String, "folder": pl.String},
 }
-
-
-def _line(row: Row, method: Method) -> dict[str, Any]:
-    """The run's values of `RUNS`."""
-    run, per_step, per_token = row.run, row.run.tokens_per_step, row.run.flops_per_token
-    tokens = None if per_step is None else run.last_step * per_step
-    known: dict[str, Any] = {name: getattr(run, name) for name in ("last_step", "steps", "fingerprint")}
-    known |= {"other": method.other, "outcome": row.outcome.kind, "folder": str(run.folder), "tokens": tokens}
-    known["flops"] = None if tokens is None or per_token is None else tokens * per_token
-    return {name: known[name] if name in known else getattr(row, name) for name in RUNS}
+_MORE = {"method": pl.Int64, "also": pl.String, "over_fourgram": pl.Float64, "row": pl.Int64}
+NUMBERS = (  # of a run, whose mean and deviation a setting has
+    *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram"),
+    *("spikes", "clipped_share", "grad_norm_p999", "tokens_per_s"),
+)
 
 
 @dataclass(frozen=True)
 class Study:
-    rows: list[Row]
-    groups: list[Group]  # rows over seeds, in the order of tables
+    rows: list[Row]  # in the order read
     methods: list[Method]
+    runs: pl.DataFrame
     measure: str  # "held-out" | "training": whose loss is compared
     baseline: dict[str, str]  # what a method's keys are replaced by to find the method that it is compared with
     confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
-    cells: dict[tuple[Method, Place, float], dict[int, Row]]  # seed -> row
-
-    @cached_property
-    def runs(self) -> pl.DataFrame:
-        """One line a run, in the order of tables: what runs.csv holds, and what all that is compared is read from.
-
-        Attributes of lines beside those of `Row`:
-          method: its index in `methods`.
-          first: whether it is the first run of its seed with this method, depth, width and learning rate.
-          loss: the loss that is compared, of a run that finished.
-          capped: that, or the loss at initialisation if it is less; a run that diverged has the
-            latter, which is infinity where it is not recorded.
-        """
-        each = [(method_of(group), row) for group in self.groups for row in group.rows]
-        index = {method: i for i, method in enumerate(self.methods)}
-        loss = "held_out_loss" if self.measure == "held-out" else "train_loss"
-        start = pl.col("loss_at_init").fill_null(math.inf)
-        return (
-            pl.DataFrame([_line(row, method) for method, row in each], schema=RUNS)
-            .with_columns(method=pl.Series([index[method] for method, _ in each], dtype=pl.Int64))
-            .with_columns(first=pl.struct(*ARM, "seed").is_first_distinct())
-            .with_columns(loss=pl.when(pl.col("outcome").is_in(FINISHED)).then(loss))
-            .with_columns(
-                capped=pl.when(pl.col("outcome") == "diverged")
-                .then(start)
-                .when(pl.col("loss").is_not_null())
-                .then(pl.min_horizontal("loss", start))
-            )
-        )
 
     def by_seed(self, column: str, seeds: frozenset[int] | None = None) -> dict[Arm, dict[int, Any]]:
         """arm -> seed -> a value of `runs`, of the runs of `seeds` (None: all) that have it."""
         found: dict[Arm, dict[int, Any]] = {}
         table = self.runs.filter("first", pl.col(column).is_not_null())
-        for *arm, seed, value in table.select(*ARM, "seed", column).iter_rows():
+        for *arm, seed, value in table.select(*ARM, "seed", pl.col(column).alias("value")).iter_rows():
             if seeds is None or seed in seeds:
                 found.setdefault(tuple(arm), {})[seed] = value
         return found
 
     @cached_property
+    def settings(self) -> pl.DataFrame:
+        return settings_of(self.runs)
+
+    @cached_property
     def best(self) -> dict[Arm, float]:
-        """Method, depth, width -> the learning rate with the least mean capped loss over the seeds that choose."""
-        chosen = self.runs.filter("first", pl.col("seed").is_in(self.choosing), pl.col("capped").is_not_null())
-        means = chosen.group_by(ARM).agg(pl.col("capped").mean()).sort("capped", "lr")
-        best = means.unique(ARM[:3], keep="first", maintain_order=True)
-        return {(method, depth, width): lr for method, depth, width, lr in best.select(ARM).iter_rows()}
+        """Method, depth, width -> its best learning rate, where it has one."""
+        best = self.runs.filter("best_lr").select(ARM).unique()
+        return {(method, depth, width): lr for method, depth, width, lr in best.iter_rows()}
 
     @cached_property
     def lrs(self) -> dict[Arm, list[float]]:
@@ -134,19 +108,17 @@ class Study:
 
     def partner(self, method: int) -> int | None:
         """Index of the baseline of a method; None if it has no runs."""
-        own = _keys(self.methods[method]) | self.baseline
-        return next((i for i, other in enumerate(self.methods) if _keys(other) == own), None)
+        own = self.methods[method].keys | self.baseline
+        return next((i for i, other in enumerate(self.methods) if other.keys == own), None)
 
     def confirms(self, method: int) -> bool:
         """Whether the method's comparison with its baseline was named before the runs."""
-        return bool(self.confirmed) and self.confirmed.items() <= _keys(self.methods[method]).items()
+        return bool(self.confirmed) and self.confirmed.items() <= self.methods[method].keys.items()
 
     @cached_property
     def choosing(self) -> frozenset[int]:
-        """The seeds that learning rates are chosen on: half of those that every setting has, if they are enough."""
-        shared = sorted(frozenset.intersection(self.seeds, *map(frozenset, self.cells.values())))
-        chosen = shared[: len(shared) // 2] if len(shared) >= _FEWEST_TO_SPLIT and self.varies("lr") else self.seeds
-        return frozenset(chosen)
+        """The seeds that learning rates are chosen on."""
+        return _choosing(self.runs)
 
     @cached_property
     def reported(self) -> frozenset[int]:
@@ -155,82 +127,167 @@ class Study:
 
     @cached_property
     def seeds(self) -> frozenset[int]:
-        return frozenset(row.seed for row in self.rows)
+        return frozenset(self.runs["seed"])
 
     @property
     def baseline_text(self) -> str:
         return ",".join(f"{key}={value}" for key, value in self.baseline.items())
 
     @cached_property
-    def places(self) -> list[Place]:
-        return sorted({place for _, place, _ in self.cells})
+    def sizes(self) -> list[Size]:
+        return sorted({Size(*size) for size in self.runs.select("depth", "width").iter_rows()})
 
     @cached_property
     def _varying(self) -> set[str]:
-        return {axis for axis in ("depth", "width", "lr") if len({getattr(row, axis) for row in self.rows}) > 1}
+        return {axis for axis in ("depth", "width", "lr") if self.runs[axis].n_unique() > 1}
 
     def varies(self, axis: str) -> bool:
         """Whether `depth`, `width` or `lr` takes more than one value."""
         return axis in self._varying
 
-    def place_text(self, place: Place) -> str:
-        """The place's numbers, as far as places differ: `24`, `128` or `24 × 128`."""
-        return " × ".join(str(getattr(place, axis)) for axis in ("depth", "width") if self.varies(axis))
+    def size_text(self, size: Size) -> str:
+        """The size's numbers, as far as sizes differ: `24`, `128` or `24 × 128`."""
+        return " × ".join(str(getattr(size, axis)) for axis in ("depth", "width") if self.varies(axis))
 
 
-def method_of(group: Group) -> Method:
-    others = ((key, value) for key, value in group.variant if key not in AXES)
-    plain = tuple((key, value.strip("[]").replace('"', "").replace(", ", ",")) for key, value in others)
-    return Method(group.placement, group.init, plain)
-
-
-def _keys(method: Method) -> dict[str, str]:
-    return {"placement": method.placement, "init": method.init, **dict(method.others)}
-
-
-def study(
+def study_of(
     rows: Sequence[Row], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
 ) -> Study:
     """Raises UserError if `baseline` or `confirmed` names what no run has."""
-    groups = over_seeds(rows)
-    methods = list(dict.fromkeys(map(method_of, groups)))
-    cells: dict[tuple[Method, Place, float], dict[int, Row]] = {}
-    for group in groups:
-        for row in group.rows:
-            cell = (method_of(group), Place(row.depth, row.width), row.lr)
-            cells.setdefault(cell, {}).setdefault(row.seed, row)
     finished = [row for row in rows if row.outcome.kind in FINISHED]
     held_out = bool(finished) and all(row.held_out_loss is not None for row in finished)
-    return Study(
-        rows=list(rows),
-        groups=groups,
-        methods=methods,
-        measure="held-out" if held_out else "training",
-        baseline=_baseline(methods, baseline),
-        confirmed=_checked("--confirm", methods, confirmed or {}),
-        cells=cells,
+    measure, loss = ("held-out", "held_out_loss") if held_out else ("training", "train_loss")
+    methods, runs = _runs(rows, loss)
+    compared = _checked("--baseline", methods, baseline) if baseline else _default_baseline(methods)
+    return Study(list(rows), methods, runs, measure, compared, _checked("--confirm", methods, confirmed or {}))
+
+
+# ---- frames -----------------------------------------------------------------------------------
+
+
+def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
+    """The methods, and one line a run, both in the order of tables.
+
+    Columns beside those of runs.csv:
+      method, row: indices of its method and row; `also`: the keys that set its setting apart.
+      first: whether it is the first run of its seed in its setting.
+      counted: whether means are over it: over finished runs, else unfinished, else diverged ones.
+      loss: the loss that is compared, of a run that finished.
+      capped: that, or the loss at initialisation if it is less; of a run that diverged the latter,
+        infinity where it is not recorded (null as `capped_loss`).
+    """
+    apart = variants([row.run for row in rows])
+    each = [_method(row, variant) for row, variant in zip(rows, apart, strict=True)]
+    placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
+    inits = ranked((row.init for row in rows), INIT_ORDER)
+
+    def order(i: int) -> tuple[Any, ...]:
+        row, others = rows[i], [pair for pair in apart[i] if pair[0] not in AXES]
+        return placements.index(row.placement), inits.index(row.init), others, row.depth, row.width, row.lr, row.seed
+
+    ordered = sorted(range(len(rows)), key=order)
+    methods = list(dict.fromkeys(each[i] for i in ordered))
+    index = {method: i for i, method in enumerate(methods)}
+    lines = []
+    for i in ordered:
+        also = ", ".join(in_words(key, value) for key, value in apart[i])
+        lines.append(_line(rows[i]) | {"method": index[each[i]], "other": each[i].other, "also": also, "row": i})
+    outcome, start = pl.col("outcome"), pl.col("loss_at_init").fill_null(math.inf)
+    finished = outcome.is_in(FINISHED)
+    rank = pl.when(finished).then(0).when(outcome == "unfinished").then(1).otherwise(2)
+    table = pl.DataFrame(lines, schema=RUNS | _MORE).with_columns(
+        first=pl.struct(*ARM, "seed").is_first_distinct(),
+        counted=rank == rank.min().over(ARM),
+        loss=pl.when(finished).then(loss),
+        capped=pl.when(outcome == "diverged")
+        .then(start)
+        .when(finished & pl.col(loss).is_not_null())
+        .then(pl.min_horizontal(loss, start)),
+    )
+    choose = table.filter("first", pl.col("seed").is_in(_choosing(table)), pl.col("capped").is_not_null())
+    best = by_loss(choose, *ARM[:3]).unique(ARM[:3], keep="first").select(*ARM[:3], best="lr")
+    return methods, table.join(best, on=ARM[:3], how="left", maintain_order="left").with_columns(
+        capped_loss=pl.when(pl.col("capped").is_finite()).then("capped"),
+        best_lr=(pl.col("lr") == pl.col("best")).fill_null(False),
+    ).drop("best")  # fmt: skip
+
+
+def _method(row: Row, variant: Sequence[tuple[str, str]]) -> Method:
+    others = ((key, value) for key, value in variant if key not in AXES)
+    plain = tuple((key, value.strip("[]").replace('"', "").replace(", ", ",")) for key, value in others)
+    return Method(row.placement, row.init, plain)
+
+
+def _line(row: Row) -> dict[str, Any]:
+    """The run's values of the columns that are read."""
+    run, per_step, per_token = row.run, row.run.tokens_per_step, row.run.flops_per_token
+    tokens = None if per_step is None else run.last_step * per_step
+    known: dict[str, Any] = {name: getattr(run, name) for name in ("last_step", "steps", "fingerprint")}
+    known |= {"outcome": row.outcome.kind, "folder": str(run.folder), "tokens": tokens}
+    known["flops"] = None if tokens is None or per_token is None else tokens * per_token
+    return {name: getattr(row, name, None) for name in RUNS | _MORE} | known
+
+
+def _choosing(runs: pl.DataFrame) -> frozenset[int]:
+    """Half of the seeds that every setting has, if they are enough and rates are to be chosen; else all."""
+    every = runs.group_by(ARM).agg("seed")["seed"].to_list()
+    shared = sorted(set.intersection(*map(set, every))) if every else []
+    split = len(shared) >= _FEWEST_TO_SPLIT and runs["lr"].n_unique() > 1
+    return frozenset(shared[: len(shared) // 2] if split else runs["seed"])
+
+
+def by_loss(runs: pl.DataFrame, *keys: str) -> pl.DataFrame:
+    """Learning rates (for each value of `keys`) by their mean capped loss, the best first."""
+    means = runs.group_by(*keys, "lr").agg(pl.col("capped").mean())
+    return means.sort("capped", "lr", nulls_last=True, maintain_order=True)
+
+
+def settings_of(runs: pl.DataFrame) -> pl.DataFrame:
+    """One line a setting, in the order of its runs.
+
+    Columns:
+      rows, counted: its rows, and those of them that its means are over.
+      of `NUMBERS`: the mean; `NAME_sd`: the sample deviation; `NAME_n`: how many of `counted` have it.
+      loss, low, high, n: mean, least and greatest capped loss, and of how many runs.
+    """
+    loss = pl.col("capped_loss")
+    own = {name: pl.col(name).filter("counted") for name in NUMBERS}
+    return runs.group_by(ARM, maintain_order=True).agg(
+        pl.first("placement", "init", "other", "also", "best_lr"),
+        pl.col("row").alias("rows"),
+        pl.col("row").filter("counted").alias("counted"),
+        *(values.mean() for values in own.values()),
+        *(values.std().alias(f"{name}_sd") for name, values in own.items()),
+        *(values.count().alias(f"{name}_n") for name, values in own.items()),
+        loss=loss.mean(),
+        low=loss.min(),
+        high=loss.max(),
+        n=loss.count(),
+        runs=pl.len(),
+        diverged=(pl.col("outcome") == "diverged").sum(),
     )
 
 
-def _baseline(methods: Sequence[Method], asked: Mapping[str, str] | None) -> dict[str, str]:
-    if not methods and not asked:
+# ---- what methods are compared with -----------------------------------------------------------
+
+
+def _default_baseline(methods: Sequence[Method]) -> dict[str, str]:
+    if not methods:
         return {}
-    if not asked:
-        first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
-        inits = {m.init for m in methods}
-        beside = {m.init for m in methods if m.placement == first.placement}
-        readings = len(inits) > 1 and len({init.partition("-")[0] for init in inits}) == 1
-        if readings and beside == inits:  # each is compared with its own
-            return {"placement": first.placement}
-        return {"placement": first.placement, "init": first.init}
-    return _checked("--baseline", methods, asked)
+    first = next((m for m in methods if (m.placement, m.init) == ("pre", "plain")), methods[0])
+    inits = {m.init for m in methods}
+    beside = {m.init for m in methods if m.placement == first.placement}
+    readings = len(inits) > 1 and len({init.partition("-")[0] for init in inits}) == 1
+    if readings and beside == inits:  # each is compared with its own
+        return {"placement": first.placement}
+    return {"placement": first.placement, "init": first.init}
 
 
 def _checked(flag: str, methods: Sequence[Method], asked: Mapping[str, str]) -> dict[str, str]:
     """Keys and values of methods, as they were asked for. Raises UserError if no run has one of them."""
     values: dict[str, set[str]] = {}
     for method in methods:
-        for key, value in _keys(method).items():
+        for key, value in method.keys.items():
             values.setdefault(key, set()).add(value)
     for key, value in asked.items():
         if key not in values:

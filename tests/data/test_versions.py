@@ -15,9 +15,9 @@ from spannorm_jax.data import python_files
 from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokens import open_store
 from spannorm_jax.errors import UserError
-from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import differing_keys, summarise
-from spannorm_jax.report.tables import notices
+from spannorm_jax.report.folders import read_run
+from spannorm_jax.report.page import read_study
+from spannorm_jax.report.rows import differing_keys
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 NUM = 40  # examples of each split
@@ -222,5 +222,5 @@ def test_an_overlap_is_legal_said_recorded_and_reported(tmp_path, capsys, eval_s
     assert (said in printed.err) == bool(shared)
     recorded = read(workdir / "eval.jsonl")
     assert recorded == json.loads(printed.out) and recorded.get("eval_overlap", 0) == shared
-    warned = [text for kind, text in notices([summarise(run) for run in find_runs(workdir)]) if kind == "warning"]
+    warned = [text for kind, text in read_study([workdir])[1] if kind == "warning"]
     assert len(warned) == bool(shared) and all("shares 8 examples" in text for text in warned)

@@ -54,7 +54,7 @@ LOOK = """<script>
   while (!document.body.dataset.drawn) await pause();
   const seen = [];
   for (const figure of document.querySelectorAll("figure")) {
-    const lists = [...figure.querySelectorAll(".choices select")];
+    const lists = [...figure.querySelectorAll(".choice select")];
     const own = () => [...figure.querySelectorAll(".vega-bind select")];
     const look = async (view) => {
       while (figure.dataset.state === "drawing") await pause();

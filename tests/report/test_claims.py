@@ -51,11 +51,8 @@ def test_less_compares_at_the_rates_that_are_asked_for(tmp_path):
      ([None] * 2, [], NOT_TESTED)],
 )  # fmt: skip
 def test_it_trains_where_another_fails(span, post, word, tmp_path):
-    runs = [
-        (name, {"bits": 2.0, "losses": losses, "seed": i})
-        for name, each in (("span", span), ("post", post))
-        for i, losses in enumerate(each)
-    ]
+    both = {"span": span, "post": post}
+    runs = [(n, {"bits": 2.0, "losses": own, "seed": i}) for n, each in both.items() for i, own in enumerate(each)]
     assert claims.trains_where(sweep(tmp_path, *runs), SPAN, POST).word == word
 
 
@@ -109,6 +106,6 @@ def test_one_seed_and_unequal_rates_tell_nothing(tmp_path):
 
 def test_the_regime_is_of_the_best_run_and_one_that_was_not_run_has_none(tmp_path):
     made = sweep(tmp_path, *seeds("span", [2.0, 2.25]))
-    tokens = made.about.rows[0].run.tokens_per_step * 20
-    assert claims.regime(tuple(made.about.rows), floor=1.75) == f"{tokens / 1234:.2g}; +0.25"
+    tokens = made.study.rows[0].run.tokens_per_step * 20
+    assert claims.regime(made.study.rows, floor=1.75) == f"{tokens / 1234:.2g}; +0.25"
     assert claims.regime((), floor=1.75) == ""

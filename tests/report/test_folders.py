@@ -15,7 +15,7 @@ from spannorm_jax.report.__main__ import main
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs, read_run
 from spannorm_jax.report.page import read_study
-from spannorm_jax.report.rows import over_seeds
+from spannorm_jax.report.study import study_of
 from spannorm_jax.report.tables import notices
 
 FOREIGN = {
@@ -51,9 +51,8 @@ def test_folders_of_other_programs_are_passed_over_and_said_and_searched(tmp_pat
     assert main([str(tmp_path)]) == 0
     said, page = capsys.readouterr().err, (tmp_path / "report" / "report.html").read_text()
     assert len(why) == said.count("note: Passed over") == page.count("Passed over") == len(FOREIGN)
-    for name in FOREIGN:
-        assert any(str(tmp_path / name / "config.json") in line for line in why)
-        assert str(tmp_path / name / "config.json") in said
+    paths = [str(tmp_path / name / "config.json") for name in FOREIGN]
+    assert all(path in said and any(path in line for line in why) for path in paths)
 
 
 def test_a_run_folder_that_no_table_could_name_is_passed_over_and_said(tmp_path, capsys):
@@ -88,9 +87,8 @@ def test_a_report_needs_no_home(tmp_path):
     assert (tmp_path / "report" / "loss.png").exists()
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_root_of_other_programs_alone_is_one_line(tmp_path, name):
-    for number in range(3):
+def test_a_root_of_other_programs_alone_is_one_line(tmp_path):
+    for number, name in enumerate(list(FOREIGN)[:3]):
         write_foreign(tmp_path / str(number), name)
     with pytest.raises(UserError, match=r"no run below .*/0/config\.json .*\(and 2 more\)") as caught:
         main([str(tmp_path)])
@@ -127,15 +125,15 @@ def test_a_run_of_an_older_version_has_what_it_did_by_default(tmp_path, capsys):
     del config["optim"]["name"], config["model"]["variance_exponent"], config["execution"]
     config["model"]["attention"] = "auto"  # where it stood then
     (old / "config.json").write_text(json.dumps(config))
-    rows = rows_of(tmp_path)
-    assert [len(group.rows) for group in over_seeds(rows)] == [2]
-    said = notices(rows)
+    study = study_of(rows_of(tmp_path))
+    assert study.settings["runs"].to_list() == [2]
+    said = notices(study)
     assert [kind for kind, _ in said] == ["note", "note"]
     assert "optim.name" in said[0][1] and "1 of 2 runs are older" in said[0][1]
     assert "model.variance_exponent" in said[0][1] and "model.attention" in said[1][1]
     # A younger option that was changed is a difference.
     write_run(tmp_path / "other", seed=2, optim__name="lion")
-    assert len(over_seeds(rows_of(tmp_path))) == 2
+    assert study_of(rows_of(tmp_path)).settings.height == 2
 
 
 def test_several_folders_are_read_each_run_once_and_what_holds_none_is_said(tmp_path):
@@ -162,17 +160,12 @@ def without_numbers(value, missing):
     return missing if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-LINE = {
-    **{"loss": 1.0, "accuracy": 0.1, "grad_norm": 1.0, "lr": 0.1, "z_loss": 0.0, "aux_loss": 0.0, "router_z_loss": 0.0},
-    **{"expert_load_max": [1.0, 1.5], "router_entropy": [1.0, 1.0], "expert_overflow": [0.0, 0.0], "tokens": 9},
-    **{"block_grad_norm": [1.0, 2.0, 3.0], "tokens_per_s": 9.0, "step_time_s": 1.0, "model_flops_per_s": 1e9},
-    "machine_s": {"mfu": 0.1, "memory_bytes": 9},
-}
-EVALUATION = {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "accuracy": 0.5, "tokens": 9, "bytes": 9}
+LINE = {"loss": 1.0, "grad_norm": 1.0, "block_grad_norm": [1.0, 2.0, 3.0], "tokens_per_s": 9.0, "lr": 0.1}
+EVALUATION = {"loss": 1.0, "bits_per_byte": 3.0, "tokens": 9}
 
 
 @pytest.mark.parametrize("from_step", [1, 2, 20])  # of 20: nothing but null, all but the first, the last alone
-@pytest.mark.parametrize("missing", [None, float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("missing", [None, float("nan"), -float("inf")], ids=str)
 def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step):
     def write_lines(path, lines):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -198,8 +191,8 @@ def test_a_run_without_numbers_has_a_report(tmp_path, capsys, missing, from_step
     assert summary(tmp_path / "whole0").bits_per_byte == 2.0
     # The same without the runs that have numbers, and without DIVERGED: a loss that is no number is enough.
     (tmp_path / "run0" / "DIVERGED").unlink()
-    about, _ = read_study([tmp_path / "run0"])
-    assert str(about.rows[0].outcome) == "diverged (step 20)"
-    drawn = [figure for make, _ in FIGURES.values() if (figure := make(about)) is not None]
+    study, _ = read_study([tmp_path / "run0"])
+    assert str(study.rows[0].outcome) == "diverged (step 20)"
+    drawn = [figure for make, _ in FIGURES.values() if (figure := make(study)) is not None]
     assert [figure.name for figure in drawn] == ["loss", "block_grad_norm"][: 2 * (from_step > 1)]
     assert "None" not in capsys.readouterr().out

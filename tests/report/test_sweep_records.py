@@ -1,6 +1,5 @@
 """The page of results that is made of the records of sweeps."""
 
-import itertools
 import math
 
 import numpy as np
@@ -59,7 +58,7 @@ def test_recipes_are_compared_at_their_own_best_rate(tmp_path):
         for seed in range(2)
     ]
     found = results(tmp_path, "rivals", runs)
-    table = found.by_rate(0.01, "SpanNorm, plain", depth=found.about.rows[0].depth).splitlines()
+    table = found.by_rate(0.01, "SpanNorm, plain", depth=found.study.rows[0].depth).splitlines()
     ends = " (an end of the grid)"
     assert table[2:] == [
         "| SpanNorm, plain | 2.005 ± 0.007 | 0.01 |  | 2.005 ± 0.007 |",
@@ -109,7 +108,7 @@ def test_a_page_whose_sentence_does_not_hold_is_refused(tmp_path, monkeypatch):
 def test_what_the_device_chose_makes_no_other_method(tmp_path):
     dtypes = ("float32", "bfloat16")
     runs = [("pre", "plain", {"bits": 2.0, "model__dtype": dtype, "seed": i}) for i, dtype in enumerate(dtypes)]
-    assert [len(seeds) for seeds in results(tmp_path, "both", runs).about.cells.values()] == [2]
+    assert results(tmp_path, "both", runs).study.settings["runs"].to_list() == [2]
 
 
 def test_runs_of_two_machines_are_compared_by_name(tmp_path):
@@ -121,56 +120,14 @@ def test_runs_of_two_machines_are_compared_by_name(tmp_path):
     assert again.again(here) == text
 
 
-def test_the_template_has_its_sections_of_every_sweep_that_is_kept(tmp_path, monkeypatch):
-    for i, (placement, init) in enumerate((p, i) for p in ("pre", "post", "span") for i in ("plain", "gpt2", "scale")):
-        for seed in range(2):
-            end = 2.0 + 0.1 * i + 0.01 * seed
-            write_run(tmp_path / f"runs/placement_init/{i}-{seed}", placement, init, bits=end, seed=seed)
-            for j, (lr, depth) in enumerate(((1e-3, 3), (1e-2, 6), (1e-1, 12))):
-                for name, key, value in (("lr", "optim__lr", lr), ("depth", "model__depth", depth)):
-                    folder = tmp_path / f"runs/{name}/{i}-{seed}-{j}"
-                    write_run(folder, placement, init, bits=end + 0.1 * abs(j - 1), seed=seed, **{key: value})
-                if init == "scale":
-                    former = {"model__depth": depth, "model__variance_exponent": 0.0}
-                    write_run(
-                        tmp_path / f"runs/depth/{i}-{seed}-{j}-0", placement, init, bits=3.25, seed=seed, **former
-                    )
-            for exponent in (0.0, 1.0) if init == "scale" else ():
-                changes = {"optim__lr": 0.003, "model__variance_exponent": exponent, "seed": 3 + seed}
-                folder = tmp_path / f"runs/fresh_seeds/{i}-{seed}-{exponent}"
-                write_run(folder, placement, init, bits=end - exponent, **changes)
-            for warmup in (0.1, 0.5) if init == "scale" else ():
-                changes = {"optim__lr": 0.01, "optim__warmup_fraction": warmup}
-                folder = tmp_path / f"runs/warmup/{i}-{seed}-{warmup}"
-                write_run(folder, placement, init, bits=end - warmup, seed=seed, **changes)
-    for i, (placement, lr, size) in enumerate(itertools.product(("pre", "span"), (1e-3, 1e-2, 1e-1), (32, 64))):
-        for name, key in (("width", "model__width"), ("depth_lr", "model__depth"), ("rivals", "model__depth")):
-            changes = {"optim__lr": lr, key: {32: 24, 64: 96}[size] if name == "rivals" else size}
-            write_run(tmp_path / f"runs/{name}/{i}", placement, bits=2.0 + abs(math.log10(lr) + 2), **changes)
-        place = {"model__depth_factor": ("weight", "multiplier")[i % 2], "model__depth": 24, "seed": i}
-        place |= {"model__variance_exponent": 0.0}
-        write_run(tmp_path / f"runs/depth_factor/{i}", placement, bits=2.0, **place)
-    with pytest.raises(UserError, match="says what its records do not"):  # of these PostNorm trains everywhere
-        results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path)
-    monkeypatch.setattr(results_page, "claim", lambda holds, what: "")
-    page = results_page.write_page(tmp_path / "runs", tmp_path / "results.md", tmp_path).read_text()
-    assert "| span / scale-L1 | width | depth 3 | 32, 64 | 1.00 | 1 |" in page
-    assert "| span / scale-L1 | depth | width 64 | 32, 64 | 1.00 | 1 |" in page
-    assert "| SpanNorm, standard | 2.000 at 0.01 | 2.000 at 0.01 | not run |" in page
-    assert "| `scale-L0.5` | 2.000 ± 0.000 | not run | 2.000 ± 0.000 | not run |" in page
-    assert (
-        page.count("| SpanNorm, ScaleInit-L1 | 2.000 | 0.01 |  | not run |") == 2 and page.count("125 steps each") == 1
-    )
-    assert "| 0.1 | 2.105 ± 0.007 | " in page and "| 12 | 2.105 ± 0.007 | " in page
-    assert "| SpanNorm | 2.805 ± 0.007 | 1.805 ± 0.007 | not run |" in page
-    assert "| 12 | 3.250 ± 0.000 | 3.250 ± 0.000 | 3.250 ± 0.000 |" in page
-    assert "| not run | not run | 2.105 ± 0.007 | 1.705 ± 0.007 |" in page
-    assert "its seeds end at 2.60 and 2.61 bits per byte" in page
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {
-        f"{name}.png"
-        for name in (
-            *("placement_init-differences", "lr-loss_by_lr", "depth-loss_by_depth", "depth-outcomes"),
-            *("width-loss_by_lr", "depth_lr-loss_by_lr"),
-        )
-    }
+def test_a_figure_of_the_page_is_drawn_beside_it_in_the_view_that_is_asked_for(tmp_path):
+    runs = [("pre", "plain", {"bits": 2.0, "seed": i, "optim__lr": lr}) for i in range(2) for lr in (1e-3, 1e-2)]
+    found = results(tmp_path, "both", runs)
+    pictures = []
+    for view in ("", "near the best"):
+        assert found.figure("loss_by_lr", "By rate", view) == "![By rate](/both-loss_by_lr.png)"
+        pictures.append((tmp_path / "both-loss_by_lr.png").read_bytes())
+    assert pictures[0] != pictures[1] and pictures[0].startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="both has no figure loss_by_depth: Loss against depth: needs two depths"):
+        found.figure("loss_by_depth", "")
+    assert found.report("learning_rates").splitlines()[2].startswith("| pre / plain | 0.001 (end) |")
