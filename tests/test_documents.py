@@ -44,8 +44,19 @@ def test_the_documents_are_found():
     assert sum(len(commands(path.read_text(encoding="utf-8"))) for path in DOCUMENTS) >= 30
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+def prose(path):
+    """A document's lines without code, tables and comments."""
+    text = re.sub(r"<!--.*?-->|^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [line for line in text.splitlines() if not line.startswith(("    ", "|"))]
+
+
+def test_the_readme_has_at_most_900_words():
+    assert len(" ".join(prose(ROOT / "README.md")).split()) <= 900
+
+
+@all_documents
+def test_lines_of_a_document_have_at_most_120_columns(path):
+    assert [line for line in prose(path) if len(line) > 120] == []
 
 
 @all_documents

@@ -1,4 +1,4 @@
-"""Kinds of accelerators: what one device can do and hold, from the vendors' data sheets."""
+"""Peak rates and memory of accelerators, from the vendors' data sheets."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""Many processes: how they start, and what they agree on. Which of them this one is, `place.py` says.
+"""Starts many processes and makes them agree. `place.py` finds which of them this one is.
 
 The processes speak through JAX's coordination service, before and beside their collectives. Every process must call
 `run_on_all`, `from_first`, `check_devices` and `check_same` in the same order.

@@ -1,4 +1,4 @@
-"""How a process ends while others depend on it: signals, peers that die, and a watchdog for those that hang."""
+"""Ends a process on which others depend: signals, peers that die, and a watchdog for peers that hang."""
 
 import contextlib
 import faulthandler

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed; told before a process has a second thread."""
+"""Tells the C library to keep freed memory, before the process has a second thread."""
 
 import ctypes
 

@@ -1,6 +1,6 @@
-"""Which of how many processes this one is, found without JAX.
+"""Finds this process's rank and the number of processes, without JAX.
 
-It is said by the flags --coordinator, --num_processes and --process_id; else by the environment:
+The flags --coordinator, --num_processes and --process_id say both; else the environment does:
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX, which Kubernetes
 sets in an Indexed Job); else by Slurm's; else on a TPU pod, where JAX asks the machine. With none of
 these a process is alone.

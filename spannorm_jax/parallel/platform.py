@@ -1,4 +1,4 @@
-"""The platform that JAX runs on: chosen once, before anything asks JAX, with numbers that no environment changes."""
+"""Chooses JAX's platform once, before anything asks JAX, and fixes the switches that could change numbers."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""What a sweep takes before it starts: FLOPs and disk by count, hours by a rate that is measured or given."""
+"""Predicts what a sweep takes: FLOPs and disk by counting, hours from a measured or given rate."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a sweep is: the points that `sweep_NAME(size)` of a config file yields, and functions that compose them.
+"""A sweep is the points that `sweep_NAME(size)` of a config file yields; functions here compose them.
 
 A point is the config argument of a run and its overrides, ("tiny,placement=pre", {"optim.lr": "0.001"}). A sweep is
 any iterable of points, so that generators compose as functions do:

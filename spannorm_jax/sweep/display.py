@@ -1,4 +1,4 @@
-"""What the runner says while it works: a line a run, and on a terminal one line of all that is at work."""
+"""Prints the runner's progress: a line per run, and on a terminal one live line for all runs at work."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from spannorm_jax.training.step_log import format_seconds
 
 class Display:
     def __init__(self, out: Path, sweep: Sweep, flops: Mapping[int, float]):
-        """`flops` are those of the runs that are left, by index: what the time that is left is told by."""
+        """`flops`: index -> FLOPs of each remaining run; the remaining time is estimated from these."""
         self._out, self._total, self._flops = out, len(sweep.runs), dict(flops)
         self._before = self._total - len(flops)
         self._done_flops, self._ended, self._began = 0.0, 0, time.monotonic()

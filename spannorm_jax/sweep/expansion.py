@@ -1,4 +1,4 @@
-"""From the names of sweeps to runs: each with its config, and the name of its folder, which says what the run is."""
+"""Turns names of sweeps into runs, each with its config and a folder name that identifies it."""
 
 import hashlib
 import inspect

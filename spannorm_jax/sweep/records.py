@@ -1,4 +1,4 @@
-"""What a sweep's folder holds beside its runs: who is at work on a run, what failed, and what a run was asked as.
+"""Files of a sweep's folder beside its runs: who works on a run, why it failed, how it was specified.
 
 OUT/NAME/          a run, as spannorm_jax.train makes it
 OUT/.sweep/NAME/   LOCK    held by the process at work on the run, from its start to its evaluation

@@ -1,4 +1,4 @@
-"""The report of a sweep: what `spannorm_jax.report` makes of exactly its folders. The only file here that knows it."""
+"""Reports on exactly a sweep's folders. Only this file of sweep/ imports `spannorm_jax.report`."""
 
 from pathlib import Path
 

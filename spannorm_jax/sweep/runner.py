@@ -1,4 +1,4 @@
-"""Runs of a sweep on this machine: worker processes side by side, each with cores of its own, and one display.
+"""Runs a sweep on this machine: worker processes, each with its own cores, and one display.
 
 A worker takes a group of runs at a time: one, or with `--lanes` several that it trains as lanes of one program.
 

@@ -1,4 +1,4 @@
-"""Submits what is missing of a sweep as one Slurm array: a task a run, through experiments/launch/slurm.sh."""
+"""Submits a sweep's missing runs as one Slurm array, a task per run, through experiments/launch/slurm.sh."""
 
 import itertools
 import shlex

@@ -1,4 +1,4 @@
-"""Runs of a sweep in this process: trained and evaluated through the command lines that a user would type.
+"""Trains and evaluates runs of a sweep in this process, through the command lines that a user would type.
 
 One by one, or as lanes of one program: then they are trained together, and evaluated one by one.
 """

@@ -1,4 +1,4 @@
-"""A process that does runs of a sweep, one after another: JAX is imported and the platform started once.
+"""A process that does runs of a sweep one after another and imports JAX once.
 
     python -m spannorm_jax.sweep.worker '{"cores": [0], "platform": "cpu", ...}'
 

@@ -1,4 +1,4 @@
-"""Attention behind one function, whatever implementation the device runs best."""
+"""Attention: one function picks the implementation that the device runs best."""
 
 from collections.abc import Callable
 from functools import cache, partial

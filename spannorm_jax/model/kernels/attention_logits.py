@@ -1,4 +1,4 @@
-"""Attention's logits, for what is measured of them: never all at once."""
+"""Measures attention's logits in pieces, never all at once."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,12 +1,11 @@
-"""Attention in blocks of queries, in plain JAX: what a CPU runs best.
+"""Attention in blocks of queries, in plain JAX, which a CPU runs best.
 
-If it is causal, each block of queries meets the keys up to the end of its span, so that half of the square is never
-computed; else all keys. There are
-eight spans at most, and a loop over the blocks of each: a block's size is fixed, so memory is linear in time. As in
-FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4), backward makes the weights again from the log-sum-exp
-of each query's logits. Arrays are (B, G, R, T, K) inside: R = H / G query heads share a key-value head, and a block's
-rows are the positions of all R. Logits of backward are transposed, (keys, queries), because two of its three large
-matmuls then read them as they lie.
+Without a mask each block of queries meets all keys. With a causal mask it meets the keys up to the end of its span, so
+that half of the square is never computed. There are eight spans at most, and a loop over the blocks of each. A block's
+size is fixed, so memory is linear in time. As in FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithm 4),
+backward makes the weights again from the log-sum-exp of each query's logits. Arrays are (B, G, R, T, K) inside: R = H/G
+query heads share a key-value head, and a block's rows are the positions of all R. Logits of backward are transposed,
+(keys, queries), because two of its three large matmuls then read them as they lie.
 
 docs/speed.md says what it gains.
 """

@@ -1,4 +1,4 @@
-"""Whether a kernel compiles on this device, asked also while something else is traced."""
+"""Asks whether a kernel compiles on this device, also while something else is traced."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

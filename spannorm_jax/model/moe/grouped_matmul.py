@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of their group, behind one function, whatever the device runs best.
+"""Multiplies rows by the matrix of their group; one function picks what the device runs best.
 
 Rows are sorted by group and no row is ever dropped: P rows (P, D), E matrices (E, D, F), `sizes` (E,) the rows of
 each group, in order, each a multiple of `row_multiple`. They may sum to less than P; what comes out for the rows after
@@ -74,7 +74,7 @@ def _padded_backward(residuals: tuple[Array, Array, Array], g_PxF: Array) -> tup
 
 
 def _times_by_group(x_PxD: Array, g_PxF: Array, sizes_E: Array) -> Array:
-    """(E, D, F), in the inputs' dtype: of each group its rows of one factor times those of the other."""
+    """(E, D, F), in the inputs' dtype: per group, x_rows.T @ g_rows."""
 
     def group(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         def block(first: Array, rows: int, dw_DxF: Array) -> Array:

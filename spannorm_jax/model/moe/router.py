@@ -1,4 +1,4 @@
-"""The router: float32 scores, top-k experts a token, and what it is told by: loads, losses, a selection bias.
+"""The router: float32 scores, top-k choice, balance losses and selection bias.
 
 Shapes: N tokens, E experts, k experts a token, D width, P parts (2 of SwiGLU, else 1), F hidden units of an
 expert. The router follows Shazeer et al. 2017 (arXiv 1701.06538) and, with sigmoid scores and a
