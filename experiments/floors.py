@@ -15,14 +15,14 @@ from spannorm_jax.config import Config
 from spannorm_jax.data.floors import COUNTED, floors
 from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.data.open import open_data
-from spannorm_jax.parallel.place import Flags
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.parallel.rank import ProcessFlags
 
 RECORD = Path("experiments/results/floors.json")
 
 
 def main(argv: list[str]) -> int:
-    start_jax("cpu", Flags())
+    start_jax("cpu", ProcessFlags())
     data, config = open_data(Config())
     nats = floors(data.train, data.eval, data.tokenizer, config.data.seq_len, config.eval.tokens)
     count = num_bytes = 0

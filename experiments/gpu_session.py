@@ -32,7 +32,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.paths import user_path
 from spannorm_jax.sweep.cost import run_flops
 from spannorm_jax.sweep.expansion import Sweep, expand
-from spannorm_jax.sweep.records import ENDED, Place
+from spannorm_jax.sweep.records import ENDED, RunPlace
 from spannorm_jax.sweep.runner import FAILED_EXIT, INTERRUPTED_EXIT, local
 
 Overrides = Sequence[tuple[str, str]]
@@ -145,7 +145,7 @@ def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
 
 def _said(part: Part, sweep: Sweep, out: Path) -> str:
     own = part.of(sweep).runs
-    left = [run for run in own if Place(out, run.name).state() not in ENDED]
+    left = [run for run in own if RunPlace(out, run.name).state() not in ENDED]
     minutes = sum(run_flops(run.config) for run in left) / part.rate / 60
     much = f"{len(left)} of {len(own)} runs are left, {minutes:.0f} min at {part.rate:.1e} FLOP/s"
     return f"{part.sweep}, seed {part.seed}: {much}"

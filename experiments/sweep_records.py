@@ -34,7 +34,7 @@ from spannorm_jax.report.page import read_study
 from spannorm_jax.report.study import RUNS
 from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, STARTS
 from spannorm_jax.sweep.expansion import Run, Sweep, expand
-from spannorm_jax.sweep.records import ENDED, Place
+from spannorm_jax.sweep.records import ENDED, RunPlace
 
 RECORDS = Path("experiments/results/sweeps")
 _FILES = (CONFIG, STARTS, METRICS, EVAL, DONE, DIVERGED)
@@ -50,7 +50,7 @@ def archives(folder: Path = RECORDS) -> dict[str, list[Path]]:
 
 
 def ended(sweep: Sweep, out: Path) -> list[Run]:
-    return [run for run in sweep.runs if Place(out, run.name).state_at_rest() in ENDED]
+    return [run for run in sweep.runs if RunPlace(out, run.name).state_at_rest() in ENDED]
 
 
 def keep(

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from spannorm_jax.console import guard_output
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
-from spannorm_jax.parallel.place import Flags
+from spannorm_jax.parallel.rank import ProcessFlags
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,9 +31,9 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def flags_of(args: argparse.Namespace) -> Flags:
+def flags_of(args: argparse.Namespace) -> ProcessFlags:
     """The flags of a parsed command line. Raises UserError if some are missing or out of range."""
-    flags = Flags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
+    flags = ProcessFlags(args.coordinator, args.num_processes, args.process_id, args.start_timeout_s, args.heartbeat_s)
     given = (flags.coordinator, flags.num_processes, flags.process_id)
     if any(value is not None for value in given) and None in given:
         raise UserError("--coordinator, --num_processes and --process_id go together; give all three, or none")

@@ -108,7 +108,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a model runs: nothing here says what it is, so all of it may change when a run goes on."""
+    """How the model is executed. No option here changes the model, so all may change when a run goes on."""
 
     # auto: the best that this device runs; the others are model.kernels.attention.IMPLEMENTATIONS
     attention: str = option("auto", choices=("auto", "xla", "blocked", "cudnn", "splash"), runtime=True)
@@ -325,7 +325,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted keys to values, in declaration order."""
+    """Dotted key -> value, in declaration order."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -351,7 +351,7 @@ def replace(config: Config, **changes: Any) -> Config:
 
 @functools.cache
 def rules() -> dict[str, Rule]:
-    """Dotted keys to rules, of the options that have one."""
+    """Dotted key -> rule, for each option that has one."""
     found: dict[str, Rule] = {}
 
     def walk(cls: type, prefix: str) -> None:
@@ -373,7 +373,7 @@ def is_runtime(key: str) -> bool:
 
 @functools.cache
 def former_defaults() -> dict[str, Any]:
-    """Dotted keys to what was done before the option came, of those whose default is another now."""
+    """Dotted key -> former default, for each option whose default has changed."""
     return {key: rule.before for key, rule in rules().items() if rule.before is not None}
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.parallel import place
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.training.flags import Flags, parse_steps
 
 
-def parse(argv: list[str]) -> tuple[Config, Path, Flags, place.Flags]:
+def parse(argv: list[str]) -> tuple[Config, Path, Flags, ProcessFlags]:
     """Config, run folder, flags and processes of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)

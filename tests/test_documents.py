@@ -22,7 +22,12 @@ PRESET = re.compile(r"configs/\w+\.py(?::[\w.,=]+)?")
 NAMED_KEY = re.compile(rf"`((?:{'|'.join(sorted(GROUPS))})\.[\w.]+?)[.*]*(?:=[^`]*)?`")
 FLAG = re.compile(r'"(--\w+)"')
 
-all_documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+def shown(path):
+    return str(path.relative_to(ROOT))
+
+
+all_documents = pytest.mark.parametrize("path", DOCUMENTS, ids=shown)
 
 
 def anchors(text):

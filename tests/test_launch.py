@@ -13,11 +13,10 @@ from processes import LIMIT_S
 
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel import place
-from spannorm_jax.parallel.place import Flags, find_place
+from spannorm_jax.parallel.rank import ProcessFlags, Rank, find_rank
 from spannorm_jax.sweep import __main__ as sweep_command
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import Place
+from spannorm_jax.sweep.records import RunPlace
 from spannorm_jax.train import parse
 
 LAUNCH = Path(__file__).parents[1] / "experiments" / "launch"
@@ -96,7 +95,7 @@ def test_what_is_missing_is_submitted_as_one_array(run, tmp_path, monkeypatch, c
         (folder / "config.json").write_text(json.dumps(to_dict(Config())))
         (folder / name).write_text('{"step": 12}')
         (folder / "eval.jsonl").write_text('{"step": 12}\n')
-    failed = Place(tmp_path / "out", sweep.runs[4].name)
+    failed = RunPlace(tmp_path / "out", sweep.runs[4].name)
     with failed.claim():
         failed.fail("no reason")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -137,7 +136,7 @@ def test_the_tpu_loop_repeats_what_crashed_and_ends_with_what_did_not(run):
 
 
 def test_the_jobset_starts_a_run_that_can_be():
-    """What its pods get is a place that the program finds, and arguments that it takes."""
+    """What its pods get is a rank that the program finds, and arguments that it takes."""
     manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     [workers] = manifest["spec"]["replicatedJobs"]
@@ -147,7 +146,7 @@ def test_the_jobset_starts_a_run_that_can_be():
     env = {e["name"]: e["value"] for e in container["env"]} | {"JOB_COMPLETION_INDEX": "3"}
     host = f"{manifest['metadata']['name']}-{workers['name']}-0-0.{manifest['metadata']['name']}"
     port = container["ports"][0]["containerPort"]
-    assert find_place(Flags(), env) == place.Place(f"{host}:{port}", 4, 3)
+    assert find_rank(ProcessFlags(), env) == Rank(f"{host}:{port}", 4, 3)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == 4
     # A failure policy of exit codes needs pods that are not restarted in place; it names the container.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0

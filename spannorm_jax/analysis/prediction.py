@@ -35,9 +35,8 @@ Series = list[float]  # over blocks
 class Prediction:
     """What theory says of a model before its first step; lists are over blocks.
 
-    The stream is the one AFTER a block, of several leaves the first: what `leave` would make of it without the norms of
-    the ends is not defined. Gradients are those for one at the output of `leave` that is Gaussian, isotropic and
-    independent between tokens.
+    Values are taken after each block. Of two streams the first is reported, since `leave` needs the end norms.
+    The gradient at the output of `leave` is Gaussian, isotropic and independent between tokens.
 
     Attributes:
       entry_variance: mean square of the stream that enters the first block.

@@ -12,8 +12,8 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
-from spannorm_jax.parallel.place import Flags
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.run import folder as run_folder
 from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.run.trained import open_trained
@@ -22,7 +22,7 @@ from spannorm_jax.training.step import make_evaluate
 from spannorm_jax.training.tasks import task_of
 
 
-def evaluate(config: Config, workdir: Path, step: int | None, flags: Flags, out: Path | None) -> dict[str, Any]:
+def evaluate(config: Config, workdir: Path, step: int | None, flags: ProcessFlags, out: Path | None) -> dict[str, Any]:
     """Evaluates a checkpoint (default: that of `open_trained`), appends a line to `out` if given, and returns it.
 
     An `out` that is not the run's own eval.jsonl is refused before the work where it cannot be

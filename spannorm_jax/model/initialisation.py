@@ -6,10 +6,9 @@ weight's site and fans, so any initialisation goes with any placement.
 
 ScaleInit (Wang et al. 2026, arXiv 2601.22580) has no public exact form; docs/design.md says how it is read here:
   base   std = gain / sqrt(fan_in), with the gain that gives each branch unit output variance at unit-variance input.
-  depth  what sets the size of each branch added to the stream (`Placement.additions`: a weight, or the gain that the
-         branch ends in) is multiplied by sqrt(c L^-p / n), with c = `variance_budget`, p = `variance_exponent` and n
-         the number of additions. `init_targets` names weights instead. With `depth_factor=multiplier` the factor
-         stands in the forward pass.
+  depth  the weight or gain that sets the size of each branch added to the stream (`Placement.additions`) is
+         multiplied by sqrt(c L^-p / n): c is `variance_budget`, p `variance_exponent`, n the number of additions.
+         `init_targets` names weights instead. With `depth_factor=multiplier` the factor stands in the forward pass.
 A Mixture of Experts is a branch like any other: a block with experts adds to the stream what a dense one adds.
 """
 

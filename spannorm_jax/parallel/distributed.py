@@ -1,4 +1,4 @@
-"""Starts many processes and makes them agree. `place.py` finds which of them this one is.
+"""Starts many processes and makes them agree. `rank.py` finds which of them this one is.
 
 The processes speak through JAX's coordination service, before and beside their collectives. Every process must call
 `run_on_all`, `from_first`, `check_devices` and `check_same` in the same order.
@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
-from spannorm_jax.parallel.place import Flags, Place, find_place
+from spannorm_jax.parallel.rank import ProcessFlags, Rank, find_rank
 
 _POLL_MS = 2000  # of waiting for another process: Ctrl-C is heard in between
 T = TypeVar("T")
@@ -36,42 +36,42 @@ T = TypeVar("T")
 _joined = False  # this process, by `start`
 
 
-def start(flags: Flags, platform: str) -> None:
+def start(flags: ProcessFlags, platform: str) -> None:
     """Joins this process with the others, if there are any. Call it before anything touches a device.
 
     A process joins once: for the next run or evaluation in it there is nothing to do.
 
     Raises:
-      UserError: nothing listens at process 0's address in time, or the place makes no sense
-        (see `find_place`). If another process does not come in time, this one ends with such a line
+      UserError: nothing listens at process 0's address in time, or the flags and the environment make no sense
+        (see `find_rank`). If another process does not come in time, this one ends with such a line
         and code 2.
     """
     global _joined
     if _joined:
         return
-    place = find_place(flags, os.environ)
+    rank = find_rank(flags, os.environ)
     initialize = partial(
         jax.distributed.initialize,
         heartbeat_timeout_seconds=flags.heartbeat_s,
         shutdown_timeout_seconds=flags.heartbeat_s,
     )
-    if place is not None:
-        if place.process_id:
-            _wait_for(place, flags.start_timeout_s)
+    if rank is not None:
+        if rank.process_id:
+            _wait_for(rank, flags.start_timeout_s)
         try:
-            with _all_within(flags.start_timeout_s, place):
+            with _all_within(flags.start_timeout_s, rank):
                 initialize(
-                    place.coordinator,
-                    place.num_processes,
-                    place.process_id,
-                    place.local_devices,
+                    rank.coordinator,
+                    rank.num_processes,
+                    rank.process_id,
+                    rank.local_devices,
                     cluster_detection_method="deactivate",
                     # More than ours: JAX would abort a process whose time is up, without an error to catch.
                     initialization_timeout=flags.start_timeout_s + 60,
                 )
         except RuntimeError as error:
             raise UserError(
-                f"process {place.process_id} of {place.num_processes} cannot start at {place.coordinator} "
+                f"process {rank.process_id} of {rank.num_processes} cannot start at {rank.coordinator} "
                 f"({one_line(error)[:200]}); is the port taken, or the host another one?"
             ) from error
     elif platform in ("auto", "tpu") and _on_tpu():
@@ -87,13 +87,13 @@ def _on_tpu() -> bool:
 
 
 @contextlib.contextmanager
-def _all_within(timeout_s: int, place: Place) -> Iterator[None]:
+def _all_within(timeout_s: int, rank: Rank) -> Iterator[None]:
     """Ends the process with a line and code 2 if what is inside has not ended by then."""
 
     def end() -> None:
         print(
-            f"error: process {place.process_id} of {place.num_processes}: not all of them came to "
-            f"{one_line(place.coordinator)} within {timeout_s} s; start the others too, each with the same address and "
+            f"error: process {rank.process_id} of {rank.num_processes}: not all of them came to "
+            f"{one_line(rank.coordinator)} within {timeout_s} s; start the others too, each with the same address and "
             "a --process_id of its own",
             file=sys.stderr,
             flush=True,
@@ -109,8 +109,8 @@ def _all_within(timeout_s: int, place: Place) -> Iterator[None]:
         timer.cancel()
 
 
-def _wait_for(place: Place, timeout_s: int) -> None:
-    host, _, port = place.coordinator.rpartition(":")
+def _wait_for(rank: Rank, timeout_s: int) -> None:
+    host, _, port = rank.coordinator.rpartition(":")
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -119,8 +119,8 @@ def _wait_for(place: Place, timeout_s: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"process {place.process_id} of {place.num_processes}: nothing listens at the coordinator's "
-                    f"address {place.coordinator} after {timeout_s} s ({one_line(error)}); start process 0 there, or "
+                    f"process {rank.process_id} of {rank.num_processes}: nothing listens at the coordinator's "
+                    f"address {rank.coordinator} after {timeout_s} s ({one_line(error)}); start process 0 there, or "
                     "correct the address"
                 ) from error
         time.sleep(0.2)

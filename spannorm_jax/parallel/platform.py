@@ -13,7 +13,7 @@ import jax
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.memory import keep_freed_memory
-from spannorm_jax.parallel.place import Flags
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.paths import cache_home
 
 # JAX's options that change numbers, or stop a step over one; each has an environment variable of its name.
@@ -39,7 +39,7 @@ NUMERICS: dict[str, Any] = {
 _BELOW_JAX = re.compile(r"(JAX|XLA|LIBTPU|CUBLAS|CUDNN)_|NVIDIA_TF32_OVERRIDE|TF_CUDNN_DETERMINISTIC")
 
 
-def start_jax(name: str, flags: Flags | None = None) -> None:
+def start_jax(name: str, flags: ProcessFlags | None = None) -> None:
     """Makes JAX run on `name` (cpu, gpu, tpu; auto: its own choice), with the other processes if there are `flags`.
 
     Call it before anything touches a device.

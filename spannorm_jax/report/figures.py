@@ -1,6 +1,6 @@
 """The figures of a report, as Vega-Lite: one definition for the page, where they answer the mouse, and for print.
 
-Here are those of what a sweep goes over; curve_figures.py has the curves.
+This file has figures over depth, width and learning rate; curve_figures.py has training curves.
 """
 
 import functools

@@ -41,7 +41,7 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One run's folder, read."""
 
     folder: Path
@@ -231,7 +231,7 @@ def _read_config(reader: _Reader) -> dict[str, Any]:
     return config
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
+def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     """Reads one run's folder, finished or not.
 
     Raises:
@@ -242,12 +242,12 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
     done, diverged = reader.object(DONE), reader.object(DIVERGED)
     said = tuple(reader.damage), tuple(reader.cut)
-    return Run(reader.folder, config, starts, metrics, evals, done, diverged, *said)
+    return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said)
 
 
 def find_runs(
     roots: str | os.PathLike[str] | Sequence[Path], passed_over: Callable[[str], None] = lambda why: None
-) -> list[Run]:
+) -> list[RunFolder]:
     """Reads every run below the folders `roots` (or those themselves), in order of path, each once.
 
     A run's own subfolders are not searched, for checkpoints hold a config.json too. Of a config.json that is another
@@ -257,7 +257,7 @@ def find_runs(
       UserError: one of `roots` is no folder, or no run is below any.
     """
     listed = [Path(root) for root in ([roots] if isinstance(roots, str | os.PathLike) else roots)]
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, RunFolder] = {}
     foreign: list[str] = []
     for root in listed:
         if not root.is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spannorm_jax.config import NAMES_OF_DATA, is_runtime
-from spannorm_jax.report.folders import Run, finite
+from spannorm_jax.report.folders import RunFolder, finite
 from spannorm_jax.report.stats import GRAD_NORM_QUANTILE, spikes
 
 # What a report compares; a difference in any other config key is said aloud.
@@ -61,7 +61,7 @@ class Row:
     spikes: int | None
     clipped_share: float | None  # of the logged steps, those whose gradient was scaled down
     grad_norm_p999: float | None  # 99.9th percentile over the logged steps
-    run: Run = field(repr=False)
+    run: RunFolder = field(repr=False)
 
     @property
     def over_fourgram(self) -> float | None:
@@ -72,13 +72,13 @@ class Row:
         return self.bits_per_byte * (1 - floor / self.held_out_loss)
 
 
-def train_loss(run: Run) -> float | None:
+def train_loss(run: RunFolder) -> float | None:
     """Mean loss over the last 10% of the steps taken, at least the last one."""
     losses = run.metrics.loss[run.metrics.step > (1 - FINAL_FRACTION) * run.last_step + 1e-6]
     return math.fsum(losses) / len(losses) if len(losses) and np.isfinite(losses).all() else None
 
 
-def held_out(run: Run) -> dict[str, Any] | None:
+def held_out(run: RunFolder) -> dict[str, Any] | None:
     """The evaluation that counts: newest of the highest step, on the config's held-out split.
 
     Of a run that is done it is one of its last step, on the tokens that its config asks for: another is
@@ -95,7 +95,7 @@ def held_out(run: Run) -> dict[str, Any] | None:
     return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
 
 
-def outcome(run: Run) -> Outcome:
+def outcome(run: RunFolder) -> Outcome:
     """How the run ended.
 
     diverged    a loss or gradient became non-finite.
@@ -116,7 +116,7 @@ def outcome(run: Run) -> Outcome:
     return Outcome("unfinished" if run.done is None else _how_it_trained(run), last, run.steps)
 
 
-def _how_it_trained(run: Run) -> str:
+def _how_it_trained(run: RunFolder) -> str:
     end, entropy = train_loss(run), run.unigram_entropy
     if end is None or entropy is None:
         return "trained"
@@ -130,7 +130,7 @@ def _how_it_trained(run: Run) -> str:
     return "collapsed" if had_learnt >= LEARNT * entropy else "plateau"
 
 
-def summarise(run: Run) -> Row:
+def summarise(run: RunFolder) -> Row:
     """The run's numbers, as `Row` defines them."""
     ended, metrics, options = outcome(run), run.metrics, run.options
     speeds = metrics.tokens_per_s[(metrics.step > WARMUP_STEPS) & np.isfinite(metrics.tokens_per_s)]
@@ -161,7 +161,7 @@ def summarise(run: Run) -> Row:
     )
 
 
-def fact(run: Run, key: str) -> str:
+def fact(run: RunFolder, key: str) -> str:
     """What each start recorded under `key`, told again wherever it changed between starts."""
     told = [_words(start[key]) for start in run.starts if start.get(key)]
     return ", then ".join(dict.fromkeys(told)) or _NOT_RECORDED
@@ -196,7 +196,7 @@ def ending(outcomes: Sequence[Outcome]) -> str:
     return ", ".join(parts)
 
 
-def differing_keys(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differing_keys(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
     """Config keys that differ, but for those compared -> each run's value as JSON.
 
     What names the data is left out where they are the same, and an option that a run of another
@@ -239,7 +239,7 @@ def followers(differing: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return found
 
 
-def variants(runs: Sequence[Run]) -> list[tuple[tuple[str, str], ...]]:
+def variants(runs: Sequence[RunFolder]) -> list[tuple[tuple[str, str], ...]]:
     """Of each run the keys and values that set it apart: neither of runtime, nor following from others."""
     differing = differing_keys(runs)
     following = followers(differing)

@@ -31,7 +31,7 @@ from spannorm_jax.resolution import num_steps
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.sweep.definition import SIZES
 from spannorm_jax.sweep.expansion import Run, Sweep, expand, shown
-from spannorm_jax.sweep.records import ENDED, FAILED, NEW, STATES, STOPPED, STOPPED_EXIT, Place, asked_before, former
+from spannorm_jax.sweep.records import ENDED, FAILED, NEW, STATES, STOPPED, STOPPED_EXIT, RunPlace, asked_before, former
 
 VERBS = ("list", "cost", "local", "run", "slurm", "status", "table", "report")
 _OF_VERB = {  # flags that mean nothing with other verbs, by their default
@@ -125,7 +125,7 @@ def _list(sweep: Sweep) -> int:
 def _status(sweep: Sweep, out: Path) -> int:
     asked, states = asked_before(out), Counter[str]()
     for run in sweep.runs:
-        place = Place(out, run.name)
+        place = RunPlace(out, run.name)
         state = place.state()
         states[state] += 1
         print(f"{run.index:4d}  {run.name}  {_how_far(run, place, state)}")
@@ -137,7 +137,7 @@ def _status(sweep: Sweep, out: Path) -> int:
     return 0
 
 
-def _how_far(run: Run, place: Place, state: str) -> str:
+def _how_far(run: Run, place: RunPlace, state: str) -> str:
     if state in ENDED or state == NEW:
         return state
     reason = f": {place.failure()} (see {place.log})" if state == FAILED else ""
@@ -155,7 +155,7 @@ def _run(sweep: Sweep, args: argparse.Namespace) -> int:
 
     run = sweep.runs[args.index]
     start_jax(run.config.platform, flags_of(args))
-    place = Place(args.out, run.name)
+    place = RunPlace(args.out, run.name)
     try:
         state, reason = work(run, place, retry=args.retry, processes=_flags_again(args))
     except InUse as error:

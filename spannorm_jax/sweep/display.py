@@ -9,7 +9,7 @@ from pathlib import Path
 from spannorm_jax.errors import visible
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.expansion import Run, Sweep
-from spannorm_jax.sweep.records import FAILED, RUNNING, STATES, Place
+from spannorm_jax.sweep.records import FAILED, RUNNING, STATES, RunPlace
 from spannorm_jax.training.step_log import format_seconds
 
 
@@ -37,7 +37,7 @@ class Display:
             return
         self._ended += 1
         self._done_flops += self._flops.pop(run.index, 0)
-        why = f": {reason} (see {Place(self._out, run.name).log})" if state == FAILED else ""
+        why = f": {reason} (see {RunPlace(self._out, run.name).log})" if state == FAILED else ""
         self._say(f"[{run.index}] {run.name}: {state}{why}  {self._so_far()}")
 
     def ending(self, runs: Sequence[Run], what_kills: str) -> None:
@@ -51,7 +51,7 @@ class Display:
         """Redraws the line of what is at work, on a terminal."""
         if not self._terminal:
             return
-        steps = [f"[{r.index}] {Place(self._out, r.name).last_step()}/{num_steps(r.config)}" for r in at_work]
+        steps = [f"[{r.index}] {RunPlace(self._out, r.name).last_step()}/{num_steps(r.config)}" for r in at_work]
         text = f"{self._so_far()}  steps: {', '.join(steps)}"[:118]
         print(f"\r{text:<{self._width}}", end="", flush=True)
         self._width = len(text)

@@ -44,7 +44,7 @@ _NOTES, _FAILED, _ASKED, _LOG = ".sweep", "FAILED", "asked.json", "log.txt"
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """A run's folders in the folder of all runs."""
 
     out: Path
@@ -196,7 +196,7 @@ def _is_locked(path: Path) -> bool:
 # ---- what was asked ---------------------------------------------------------------------------------
 
 
-def write_asked(place: Place, run: Run) -> None:
+def write_asked(place: RunPlace, run: Run) -> None:
     """Records what a claimed run was asked as: a later start tells by it what has changed."""
     values = {"spec": run.spec, "overrides": dict(run.overrides), "identity": identity(run.config)}
     with place.writing():

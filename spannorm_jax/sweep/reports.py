@@ -6,7 +6,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.report import __main__ as report
 from spannorm_jax.run.folder import CONFIG
 from spannorm_jax.sweep.expansion import Sweep
-from spannorm_jax.sweep.records import REPORTS, Place
+from spannorm_jax.sweep.records import REPORTS, RunPlace
 
 
 def write_report(sweep: Sweep, out: Path, table_only: bool) -> int:
@@ -15,11 +15,11 @@ def write_report(sweep: Sweep, out: Path, table_only: bool) -> int:
     Raises:
       UserError: no run has started.
     """
-    started = [place for run in sweep.runs if ((place := Place(out, run.name)).workdir / CONFIG).is_file()]
+    started = [place for run in sweep.runs if ((place := RunPlace(out, run.name)).workdir / CONFIG).is_file()]
     if not started:
         raise UserError(f"no run of sweep {sweep.title} has started in {out}; start them: local")
     roots = [str(place.workdir) for place in started]
-    placements = {run.config.model.placement for run in sweep.runs if Place(out, run.name) in started}
+    placements = {run.config.model.placement for run in sweep.runs if RunPlace(out, run.name) in started}
     named: list[str] = []
     if sweep.compares and placements.issuperset(sweep.compares):
         named = ["--confirm", f"placement={sweep.compares[0]}", "--baseline", f"placement={sweep.compares[1]}"]

@@ -23,12 +23,12 @@ from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.durable import InUse
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel.mesh import check_divisible, lane_shards, mesh_shape
-from spannorm_jax.parallel.place import Flags, find_place
+from spannorm_jax.parallel.rank import ProcessFlags, find_rank
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.cost import run_flops
 from spannorm_jax.sweep.display import Display
 from spannorm_jax.sweep.expansion import Run, Sweep
-from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, Place
+from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, RunPlace
 from spannorm_jax.sweep.worker import Job
 from spannorm_jax.training.program_key import check_lanes, program_key
 
@@ -240,7 +240,7 @@ class Runner:
             self.display.alone(worker.group, _how_it_ended(code))
         for run in worker.group if len(worker.group) == 1 else ():
             self.display.ended(run, FAILED, _how_it_ended(code))
-            place = Place(self.out, run.name)
+            place = RunPlace(self.out, run.name)
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already
                 if place.state_at_rest() not in ENDED:
                     place.fail(_how_it_ended(code))
@@ -289,7 +289,7 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
     Raises:
       UserError: the sweep does not fit this machine; nothing is started then.
     """
-    if find_place(Flags(), os.environ):
+    if find_rank(ProcessFlags(), os.environ):
         raise UserError("local is for one process, and this is one of several; there, each takes a run: run I")
     if lanes > 1:
         check_groups(sweep, lanes)
@@ -297,7 +297,7 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
     if len(platforms) > 1:
         raise UserError(f"sweep {sweep.names} has runs with platform={' and '.join(platforms)}: give --config.platform")
     shares = divide(jobs, sorted(os.sched_getaffinity(0)), gpus_here(platforms[0], os.environ))
-    states = {run.index: Place(out, run.name).state_at_rest() for run in sweep.runs}
+    states = {run.index: RunPlace(out, run.name).state_at_rest() for run in sweep.runs}
     left = [r for r in sweep.runs if states[r.index] not in ENDED and (retry or states[r.index] != FAILED)]
     display = Display(out, sweep, {run.index: run_flops(run.config) for run in left})
     if left:
@@ -308,7 +308,7 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
         if runner.signals:
             print("stopped; the same command goes on from here", flush=True)
             return INTERRUPTED_EXIT
-    states = {run.index: Place(out, run.name).state() for run in sweep.runs}
+    states = {run.index: RunPlace(out, run.name).state() for run in sweep.runs}
     display.close(Counter(states.values()))
     return 0 if all(state in ENDED for state in states.values()) else FAILED_EXIT
 

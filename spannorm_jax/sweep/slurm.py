@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.sweep.expansion import Sweep
-from spannorm_jax.sweep.records import FAILED, NEW, STOPPED, Place
+from spannorm_jax.sweep.records import FAILED, NEW, STOPPED, RunPlace
 
 _SCRIPT = "experiments/launch/slurm.sh"
 
@@ -26,7 +26,7 @@ def submit(sweep: Sweep, out: Path, at_most: int, options: Sequence[str], retry:
       UserError: there is no sbatch here, or it refuses.
     """
     wanted = (NEW, STOPPED, FAILED) if retry else (NEW, STOPPED)
-    missing = [run.index for run in sweep.runs if Place(out, run.name).state() in wanted]
+    missing = [run.index for run in sweep.runs if RunPlace(out, run.name).state() in wanted]
     if not missing:
         print(f"sweep {sweep.title}: nothing is missing of {len(sweep.runs)} runs")
         return 0

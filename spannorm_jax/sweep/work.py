@@ -14,10 +14,12 @@ from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run.folder import EVAL
 from spannorm_jax.sweep.expansion import Run
-from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, STOPPED, STOPPED_EXIT, Place, write_asked
+from spannorm_jax.sweep.records import ENDED, FAILED, RUNNING, STOPPED, STOPPED_EXIT, RunPlace, write_asked
 
 
-def work(run: Run, place: Place, *, retry: bool, wait: bool = False, processes: Sequence[str] = ()) -> tuple[str, str]:
+def work(
+    run: Run, place: RunPlace, *, retry: bool, wait: bool = False, processes: Sequence[str] = ()
+) -> tuple[str, str]:
     """Does what is left of a run, and returns its state and, if it has failed, the reason.
 
     A failure is recorded, with its traceback in what is printed. JAX has started (`platform.start_jax`).
@@ -51,7 +53,7 @@ def work_in_lanes(runs: Sequence[Run], out: Path, *, retry: bool) -> list[tuple[
       UserError: as for `work`.
     """
     ends: dict[str, tuple[str, str]] = {}
-    places = {run.name: Place(out, run.name) for run in runs}
+    places = {run.name: RunPlace(out, run.name) for run in runs}
     with contextlib.ExitStack() as held:
         for run in runs:
             place = places[run.name]
@@ -77,7 +79,7 @@ def work_in_lanes(runs: Sequence[Run], out: Path, *, retry: bool) -> list[tuple[
     return [ends[run.name] for run in runs]
 
 
-def _stopped_in_lanes(runs: Sequence[Run], places: dict[str, Place]) -> bool:
+def _stopped_in_lanes(runs: Sequence[Run], places: dict[str, RunPlace]) -> bool:
     """Trains claimed runs as lanes, as far as that can be done; whether a signal has stopped them."""
     from spannorm_jax.training.lanes import train_lanes
 
@@ -99,7 +101,7 @@ def _stopped_in_lanes(runs: Sequence[Run], places: dict[str, Place]) -> bool:
     return False
 
 
-def _go_on(run: Run, place: Place, processes: Sequence[str]) -> tuple[str, str]:
+def _go_on(run: Run, place: RunPlace, processes: Sequence[str]) -> tuple[str, str]:
     """`work` on a run that is claimed and begun. A failure is recorded."""
     try:
         if not _train_and_evaluate(run, place, processes):
@@ -119,7 +121,7 @@ def _go_on(run: Run, place: Place, processes: Sequence[str]) -> tuple[str, str]:
     return state, ""
 
 
-def _begin(run: Run, place: Place, retry: bool) -> str:
+def _begin(run: Run, place: RunPlace, retry: bool) -> str:
     """The state to go on from, once the run is claimed."""
     if retry:
         place.forgive()
@@ -129,7 +131,7 @@ def _begin(run: Run, place: Place, retry: bool) -> str:
     return state
 
 
-def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> bool:
+def _train_and_evaluate(run: Run, place: RunPlace, processes: Sequence[str]) -> bool:
     """False if a signal stopped it. Raises what train and evaluate raise."""
     # A run that is done and waits for its evaluation may have lost its last checkpoint, which train then makes again.
     if distributed.from_first(place.to_train) and train.main([*_argv(run, place), *processes]) == STOPPED_EXIT:
@@ -139,5 +141,5 @@ def _train_and_evaluate(run: Run, place: Place, processes: Sequence[str]) -> boo
     return True
 
 
-def _argv(run: Run, place: Place) -> list[str]:
+def _argv(run: Run, place: RunPlace) -> list[str]:
     return [*run.argv, "--workdir", str(place.workdir), f"--stop_code={STOPPED_EXIT}"]

@@ -73,11 +73,11 @@ def _listen(jobs: "queue.Queue[list[dict[str, Any]] | None]", working: threading
 
 def _hello(platform: str) -> dict[str, Any]:
     """What this process has: the number and platform of its devices, or why there are none."""
-    from spannorm_jax.parallel.place import Flags
     from spannorm_jax.parallel.platform import start_jax
+    from spannorm_jax.parallel.rank import ProcessFlags
 
     try:
-        start_jax(platform, Flags())
+        start_jax(platform, ProcessFlags())
     except UserError as error:
         return {"error": str(error)}
     import jax
@@ -90,7 +90,7 @@ def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
     from spannorm_jax.config_file import load
     from spannorm_jax.durable import InUse
     from spannorm_jax.sweep.expansion import Run, folder_name
-    from spannorm_jax.sweep.records import FAILED, RUNNING, Place
+    from spannorm_jax.sweep.records import FAILED, RUNNING, RunPlace
     from spannorm_jax.sweep.work import work, work_in_lanes
 
     runs = []
@@ -103,7 +103,7 @@ def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
         runs.append(run)
     if len(runs) > 1:
         return {"ends": work_in_lanes(runs, out, retry=jobs[0].retry)}
-    place = Place(out, runs[0].name)
+    place = RunPlace(out, runs[0].name)
     with place.printing():
         try:
             end = work(runs[0], place, retry=jobs[0].retry, wait=jobs[0].wait)

@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 
 from spannorm_jax.config import Config
-from spannorm_jax.parallel import distributed, place
+from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import Watchdog, in_step, stop_signals
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.run.folder import PROFILE
 from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.training.batches import batches_of
@@ -22,7 +23,7 @@ from spannorm_jax.training.step_log import Diverged
 from spannorm_jax.training.turn import compile_turn
 
 
-def train(config: Config, workdir: Path, flags: Flags, processes: place.Flags) -> int:
+def train(config: Config, workdir: Path, flags: Flags, processes: ProcessFlags) -> int:
     """Trains to `training.steps`, a signal or a non-finite number: 0, `flags.stop_code` or 3.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint.

@@ -1,6 +1,6 @@
 """Schedules, and optimisers by name: each after clipping by the global norm, with decay and rates by weight.
 
-What changes no shape comes as `Numbers`; of a config is read what makes another program.
+Options that change no shape come as `Numbers`. Only options that change the compiled program are read from a config.
 """
 
 from collections.abc import Callable

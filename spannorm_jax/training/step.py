@@ -107,7 +107,7 @@ def train_step(
     batch: Batch,
     numbers: Numbers,
 ) -> tuple[TrainState, dict[str, dict[str, Any]]]:
-    """One update; `step` numbers updates from 1. Of `config` it reads what makes another program, and no number.
+    """One update; `step` numbers updates from 1. Only options that change the compiled program are read from `config`.
 
     The metrics are those of the weights before it, in groups that say when a line of metrics.jsonl
     holds them: `scalars` and `per_moe_block` always, `per_block` every metrics.block_grad_every

@@ -11,7 +11,7 @@ from experiments import claims, results_page, sweep_records
 from spannorm_jax.errors import UserError
 from spannorm_jax.report import page as report_page
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import NEW, TRAINED, Place
+from spannorm_jax.sweep.records import NEW, TRAINED, RunPlace
 
 SWEEP = "init_targets"
 RUNS = expand(SWEEP, "cpu").runs
@@ -85,7 +85,7 @@ def test_an_archive_of_a_whole_sweep_is_one_of_its_parts(tmp_path, folder):
     names = [f"{SWEEP}-seed0.tar.xz", f"{SWEEP}.tar.xz"]
     assert [path.name for path in sweep_records.archives(folder)[SWEEP]] == names
     again = sweep_records.unpack_sweep(SWEEP, tmp_path, folder)
-    states = {run.name: Place(again, run.name).state_at_rest() for run in RUNS}
+    states = {run.name: RunPlace(again, run.name).state_at_rest() for run in RUNS}
     assert states == {run.name: TRAINED if run in (ONE, TWO, OTHER) else NEW for run in RUNS}
 
 

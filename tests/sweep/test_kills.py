@@ -9,7 +9,7 @@ from processes import LIMIT_S, finish, launch, paused, values_of
 
 from spannorm_jax.durable import exclusive
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import NEW, STOPPED, STOPPED_EXIT, TRAINED, Place
+from spannorm_jax.sweep.records import NEW, STOPPED, STOPPED_EXIT, TRAINED, RunPlace
 
 pytestmark = pytest.mark.process
 
@@ -61,7 +61,7 @@ def let_go(env):
 
 @pytest.fixture
 def places(tiny, tmp_path):
-    return [Place(tmp_path, run.name) for run in expand("lr", "cpu", tiny, OVERRIDES).runs]
+    return [RunPlace(tmp_path, run.name) for run in expand("lr", "cpu", tiny, OVERRIDES).runs]
 
 
 def first_steps(place):

@@ -11,7 +11,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep import __main__ as command
 from spannorm_jax.sweep.expansion import expand
-from spannorm_jax.sweep.records import FAILED, GONE_OFF, RUNNING, TRAINED, Place
+from spannorm_jax.sweep.records import FAILED, GONE_OFF, RUNNING, TRAINED, RunPlace
 from spannorm_jax.sweep.runner import check_fits, in_groups
 from spannorm_jax.sweep.work import work_in_lanes
 from spannorm_jax.training.program_key import program_key
@@ -71,7 +71,7 @@ def evaluated_at(place):
 
 def test_each_lane_has_its_own_end_and_what_others_work_on_is_left_out(tiny, tmp_path, started):
     sweep = expand("off", "cpu", tiny)
-    places = [Place(tmp_path, run.name) for run in sweep.runs]
+    places = [RunPlace(tmp_path, run.name) for run in sweep.runs]
     with places[2].claim():
         good, off, other = work_in_lanes(sweep.runs, tmp_path, retry=False)
     assert (good, off) == ((TRAINED, ""), (GONE_OFF, "")) and other[0] == RUNNING
@@ -86,7 +86,7 @@ def test_each_lane_has_its_own_end_and_what_others_work_on_is_left_out(tiny, tmp
 
 def test_what_cannot_be_a_lane_fails_alone(tiny, tmp_path, started, capsys):
     sweep = expand("lr", "cpu", tiny)
-    places = [Place(tmp_path, run.name) for run in sweep.runs]
+    places = [RunPlace(tmp_path, run.name) for run in sweep.runs]
     places[1].workdir.mkdir()
     (places[1].workdir / "something").touch()
     ends = work_in_lanes(sweep.runs, tmp_path, retry=False)
@@ -132,7 +132,7 @@ def test_a_group_that_is_killed_goes_on(tiny, env, tmp_path, worker_that_waits, 
     out, _ = finish(runner)
     assert "3 runs: 3 done" in out and out.count("(one of 3 lanes)") == 3
     assert out.count("each is taken up again alone") == (killed == "worker")
-    places = [Place(tmp_path / "out", run.name) for run in expand("lr", "cpu", str(paused)).runs]
+    places = [RunPlace(tmp_path / "out", run.name) for run in expand("lr", "cpu", str(paused)).runs]
     logs = [place.log.read_text() for place in places]
     assert "3 lanes of one program" in logs[0]
     assert all(f"trained as a lane; what is printed stands in {places[0].log}" in log for log in logs[1:])

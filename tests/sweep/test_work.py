@@ -25,7 +25,7 @@ from spannorm_jax.sweep.records import (
     STOPPED,
     STOPPED_EXIT,
     TRAINED,
-    Place,
+    RunPlace,
     write_asked,
 )
 from spannorm_jax.sweep.work import work
@@ -56,11 +56,11 @@ def run(tiny):
 
 @pytest.fixture
 def place(run, tmp_path):
-    return Place(tmp_path, run.name)
+    return RunPlace(tmp_path, run.name)
 
 
 def run_all(sweep, out):
-    return [work(run, Place(out, run.name), retry=False) for run in sweep.runs]
+    return [work(run, RunPlace(out, run.name), retry=False) for run in sweep.runs]
 
 
 def evaluated_at(place):
@@ -83,7 +83,7 @@ def test_the_first_run_of_each_shipped_sweep_takes_a_step(sweep, tmp_path):
     run = expand(sweep.removesuffix(" (gpu)"), "gpu" if sweep.endswith("(gpu)") else "cpu").runs[0]
     experts = EXPERTS if run.config.model.moe.num_experts else {}
     run = dataclasses.replace(run, overrides=tuple((dict(run.overrides) | SMALLEST | experts).items()))
-    place = Place(tmp_path, run.name)
+    place = RunPlace(tmp_path, run.name)
     assert work(run, place, retry=False) == (TRAINED, "")
     assert place.last_step() == 1
     assert evaluated_at(place) == [1]
@@ -102,7 +102,7 @@ def test_runs_that_differ_in_numbers_compile_once_in_a_process(tiny, tmp_path):
     try:
         compiled = []
         for run in expand("lr,seed", "cpu", tiny).runs[::4]:
-            assert work(run, Place(tmp_path / "out", run.name), retry=False) == (TRAINED, "")
+            assert work(run, RunPlace(tmp_path / "out", run.name), retry=False) == (TRAINED, "")
             compiled.append(sorted(path.name for path in (tmp_path / "xla").glob("*-cache")))
     finally:
         use(*usual)
@@ -118,7 +118,7 @@ def test_a_failure_and_a_divergence_are_ends_and_the_others_go_on(tiny, tmp_path
     assert run_all(sweep, tmp_path) == [bad, off, good]  # again: nothing is done
     assert files(tmp_path) == before
     # Of the diverged run the last good checkpoint is evaluated.
-    place = Place(tmp_path, sweep.runs[1].name)
+    place = RunPlace(tmp_path, sweep.runs[1].name)
     good = json.loads((place.workdir / "DIVERGED").read_text())["last_good_checkpoint"]
     assert good and evaluated_at(place) == [good]
 
@@ -184,7 +184,7 @@ def test_a_run_that_is_claimed_is_left_alone(run, place):
 def test_a_run_that_a_trainer_is_at_is_left_alone_and_not_failed(tiny, tmp_path, capsys):
     """`run` says that a scheduler may start it again; a runner says at its end that the run was taken."""
     sweep = expand("lr", "cpu", tiny)
-    place, where = Place(tmp_path, sweep.runs[0].name), ["--config", tiny, "--out", str(tmp_path)]
+    place, where = RunPlace(tmp_path, sweep.runs[0].name), ["--config", tiny, "--out", str(tmp_path)]
     place.workdir.mkdir()
     with exclusive(place.workdir / "LOCK", "the run"):
         assert command.main(["lr", "run", "0", *where]) == STOPPED_EXIT
@@ -223,7 +223,7 @@ def test_a_full_disk_is_no_failure_of_a_run(run, place, tmp_path, full, name):
 
 def test_a_divergence_that_cannot_be_recorded_is_said_and_met_again(tiny, tmp_path, full, capsys):
     run = expand("mixed", "cpu", tiny).runs[1]
-    place = Place(tmp_path, run.name)
+    place = RunPlace(tmp_path, run.name)
     full("DIVERGED")
     with pytest.raises(UserError, match=r"cannot write in --workdir .*: the disk is full"):
         work(run, place, retry=False)
@@ -236,7 +236,7 @@ def test_a_failure_that_cannot_be_recorded_is_said_with_its_reason(tiny, tmp_pat
     run = expand("mixed", "cpu", tiny).runs[0]
     full("FAILED")
     with pytest.raises(UserError, match=r"has failed \(.*nothing.*\).* cannot write in --out .*: the disk is full"):
-        work(run, Place(tmp_path, run.name), retry=False)
+        work(run, RunPlace(tmp_path, run.name), retry=False)
 
 
 def test_an_evaluation_that_is_not_recorded_is_no_reason_to_start_again_for_ever(run, place, monkeypatch):

@@ -15,8 +15,8 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.inference.evaluation import evaluate
 from spannorm_jax.model.definition import define
-from spannorm_jax.parallel import place
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.run import checkpoint
 from spannorm_jax.run.folder import read_config
 from spannorm_jax.training import lanes, loop
@@ -151,7 +151,7 @@ def home(tmp_path_factory):
 
 
 def alone(folder, name):
-    return loop.train(RUNS[name], folder / name, Flags([], stop_code=75), place.Flags())
+    return loop.train(RUNS[name], folder / name, Flags([], stop_code=75), ProcessFlags())
 
 
 def together(folder, *names):
@@ -188,7 +188,7 @@ def assert_is_as_if_alone(run, other):
         if (other / mark).exists():
             assert json.loads((run / mark).read_text()) == json.loads((other / mark).read_text())
     newest = max(int(path.name) for path in (run / "checkpoints").iterdir())  # of one that diverged not the good one
-    results = [evaluate(read_config(folder), folder, newest, place.Flags(), None) for folder in (run, other)]
+    results = [evaluate(read_config(folder), folder, newest, ProcessFlags(), None) for folder in (run, other)]
     assert results[0]["step"] == results[1]["step"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5, nan_ok=True)
 
@@ -298,10 +298,10 @@ def test_a_run_is_done_only_once_its_last_checkpoint_is_read(single, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", flips)
         with pytest.raises(UserError, match=r"is damaged.*; repeat the command"):
-            loop.train(LAST, tmp_path / "last", Flags([]), place.Flags())
+            loop.train(LAST, tmp_path / "last", Flags([]), ProcessFlags())
     assert not (tmp_path / "last" / "DONE").exists()
     assert (
-        loop.train(LAST, tmp_path / "last", Flags([]), place.Flags()) == 0
+        loop.train(LAST, tmp_path / "last", Flags([]), ProcessFlags()) == 0
         and (tmp_path / "last" / "damaged" / "2").exists()
     )
 

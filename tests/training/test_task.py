@@ -18,8 +18,8 @@ from spannorm_jax.model.definition import define, flops_per_token
 from spannorm_jax.model.stack import ACTIVATION
 from spannorm_jax.model.trunk import Trunk
 from spannorm_jax.model.weights import weight
-from spannorm_jax.parallel import place
 from spannorm_jax.parallel.mesh import constrain
+from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.resolution import resolve
 from spannorm_jax.run.folder import read_config
 from spannorm_jax.training import loop, tasks
@@ -133,11 +133,11 @@ def lines(run):
 @pytest.mark.parametrize("changes", [{}, {"model__moe__num_experts": 2, "training__num_microbatches": 2}])
 def test_a_second_task_trains_is_measured_evaluated_and_goes_on(changes, tmp_path, capfd):
     config, run = replace(CONFIG, **changes), tmp_path / "run"
-    assert loop.train(config, run, Flags([]), place.Flags()) == 0
+    assert loop.train(config, run, Flags([]), ProcessFlags()) == 0
     got = lines(run)
     assert got[0]["loss"] == pytest.approx(math.log(CLASSES), abs=0.5) and got[-1]["held_out_accuracy"] > 0.5
     assert "patches" in capfd.readouterr().out
-    result = evaluate(read_config(run), run, None, place.Flags(), None)
+    result = evaluate(read_config(run), run, None, ProcessFlags(), None)
     assert result["rows"] == HELD_OUT and result["floors"] == {"chance": math.log(CLASSES)}
     assert result["loss"] == pytest.approx(got[-1]["held_out_loss"], rel=1e-6)
     assert got[-1]["tokens"] == 20 * 16 * PATCHES and len(got[-1]["attention_logit_max"]) == config.model.depth
@@ -149,7 +149,7 @@ def test_its_lanes_are_its_runs(tmp_path):
     assert train_lanes(together) == [0, 0]
     for config in seeds:
         run = tmp_path / f"alone{config.seed}"
-        assert loop.train(config, run, Flags([]), place.Flags()) == 0
+        assert loop.train(config, run, Flags([]), ProcessFlags()) == 0
         losses = ([line["loss"] for line in lines(folder)] for folder in (run, tmp_path / f"lane{config.seed}"))
         np.testing.assert_allclose(*losses, rtol=1e-5)
 

@@ -14,7 +14,7 @@ from spannorm_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """Which of how many processes this one is, and where process 0 listens.
 
     `local_devices` are the accelerators that it takes of its host's; None: all that it sees.
@@ -27,7 +27,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Flags:
+class ProcessFlags:
     """What the command line says of it: all of the first three or none. Times are in seconds."""
 
     coordinator: str | None = None
@@ -37,8 +37,8 @@ class Flags:
     heartbeat_s: int = 100
 
 
-def find_place(flags: Flags, env: Mapping[str, str]) -> Place | None:
-    """This process's place, from the flags or the environment; None if it is alone or only JAX can tell.
+def find_rank(flags: ProcessFlags, env: Mapping[str, str]) -> Rank | None:
+    """This process's rank, from the flags or the environment; None if it is alone or only JAX can tell.
 
     Raises:
       UserError: the address is not HOST:PORT, or a number is missing or out of range.
@@ -52,7 +52,7 @@ def find_place(flags: Flags, env: Mapping[str, str]) -> Place | None:
     return _slurm(env)
 
 
-def _checked(name: str, address: str, num_processes: str, process_id: str) -> Place | None:
+def _checked(name: str, address: str, num_processes: str, process_id: str) -> Rank | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"{name}={address!r} is not HOST:PORT; write for example node1:12345")
@@ -62,10 +62,10 @@ def _checked(name: str, address: str, num_processes: str, process_id: str) -> Pl
             f"{name}={address}: write the number of processes, and for each one of 0 to that number - 1 "
             "(--num_processes and --process_id, or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
         )
-    return Place(address, int(num_processes), int(process_id)) if int(num_processes) > 1 else None
+    return Rank(address, int(num_processes), int(process_id)) if int(num_processes) > 1 else None
 
 
-def _slurm(env: Mapping[str, str]) -> Place | None:
+def _slurm(env: Mapping[str, str]) -> Rank | None:
     """Of a task that srun started. A shell within an allocation is no such task: it has no SLURM_STEP_NODELIST."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if any(name not in env for name in names) or int(env["SLURM_STEP_NUM_TASKS"]) < 2:
@@ -81,4 +81,4 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     several = int(num_tasks) > int(env.get("SLURM_STEP_NUM_NODES", num_tasks))
     own = len(env.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     local = (int(env.get("SLURM_LOCALID", "0")),) if several and not own else None
-    return Place(f"{first}:{port}", int(num_tasks), int(process_id), local)
+    return Rank(f"{first}:{port}", int(num_tasks), int(process_id), local)

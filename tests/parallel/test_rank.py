@@ -4,7 +4,7 @@ import pytest
 
 from spannorm_jax.command import Parser, add_flags, flags_of
 from spannorm_jax.errors import UserError
-from spannorm_jax.parallel.place import Flags, Place, find_place
+from spannorm_jax.parallel.rank import ProcessFlags, Rank, find_rank
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -23,19 +23,19 @@ KUBERNETES = {
 
 
 def port(env):
-    return int(find_place(Flags(), env).coordinator.rpartition(":")[2])
+    return int(find_rank(ProcessFlags(), env).coordinator.rpartition(":")[2])
 
 
 def test_alone_without_flags_and_cluster():
-    assert find_place(Flags(), {}) is None
-    assert find_place(Flags(), KUBERNETES | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}) is None
-    assert find_place(Flags(), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert find_rank(ProcessFlags(), {}) is None
+    assert find_rank(ProcessFlags(), KUBERNETES | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}) is None
+    assert find_rank(ProcessFlags(), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_a_shell_within_an_allocation_is_alone():
     """salloc and sbatch set what describes the job, srun alone what describes a step."""
     job = {key: value for key, value in SLURM.items() if "STEP" not in key}
-    assert find_place(Flags(), job | {"SLURM_NTASKS": "4", "SLURM_NODELIST": "gpu[007-009,012]"}) is None
+    assert find_rank(ProcessFlags(), job | {"SLURM_NTASKS": "4", "SLURM_NODELIST": "gpu[007-009,012]"}) is None
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_shell_within_an_allocation_is_alone():
     ],
 )
 def test_slurm_puts_process_0_on_the_first_host(nodes, first):
-    place = find_place(Flags(), SLURM | {"SLURM_STEP_NODELIST": nodes})
+    place = find_rank(ProcessFlags(), SLURM | {"SLURM_STEP_NODELIST": nodes})
     assert place.coordinator.rpartition(":")[0] == first
     assert (place.num_processes, place.process_id, place.local_devices) == (4, 2, None)
 
@@ -61,43 +61,43 @@ def test_jobs_and_steps_on_a_host_have_ports_of_their_own():
 
 def test_tasks_that_share_a_host_take_an_accelerator_each():
     shared = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"}
-    assert find_place(Flags(), shared).local_devices == (2,)
-    assert find_place(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_devices == (2,)
+    assert find_rank(ProcessFlags(), shared).local_devices == (2,)
+    assert find_rank(ProcessFlags(), shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_devices == (2,)
     assert (
-        find_place(Flags(), shared | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
+        find_rank(ProcessFlags(), shared | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
     )  # --gpus-per-task shows it alone
 
 
 def test_kubernetes_numbers_the_processes():
-    assert find_place(Flags(), KUBERNETES) == Place("run-workers-0-0.run:12345", 8, 5)
-    assert find_place(Flags(), KUBERNETES | {"JAX_PROCESS_ID": "3"}).process_id == 3
+    assert find_rank(ProcessFlags(), KUBERNETES) == Rank("run-workers-0-0.run:12345", 8, 5)
+    assert find_rank(ProcessFlags(), KUBERNETES | {"JAX_PROCESS_ID": "3"}).process_id == 3
 
 
 def test_flags_come_first():
-    flags = Flags("host:1234", 2, 1)
-    assert find_place(flags, SLURM) == find_place(flags, KUBERNETES) == Place("host:1234", 2, 1)
+    flags = ProcessFlags("host:1234", 2, 1)
+    assert find_rank(flags, SLURM) == find_rank(flags, KUBERNETES) == Rank("host:1234", 2, 1)
 
 
 @pytest.mark.parametrize(
     ("flags", "env", "says"),
     [
-        (Flags("host", 2, 0), {}, "--coordinator='host' is not HOST:PORT"),
-        (Flags("host:99999", 2, 0), {}, "not HOST:PORT"),
-        (Flags("host:1234", 2, 2), {}, "process 2 of 2 .*host:1234"),
-        (Flags("host:1234", 2, -1), {}, "process -1 of 2"),
-        (Flags(), {"JAX_COORDINATOR_ADDRESS": "host:1"}, "process without a number of an unknown number"),
-        (Flags(), KUBERNETES | {"JAX_NUM_PROCESSES": "eight"}, "process 5 of eight"),
+        (ProcessFlags("host", 2, 0), {}, "--coordinator='host' is not HOST:PORT"),
+        (ProcessFlags("host:99999", 2, 0), {}, "not HOST:PORT"),
+        (ProcessFlags("host:1234", 2, 2), {}, "process 2 of 2 .*host:1234"),
+        (ProcessFlags("host:1234", 2, -1), {}, "process -1 of 2"),
+        (ProcessFlags(), {"JAX_COORDINATOR_ADDRESS": "host:1"}, "process without a number of an unknown number"),
+        (ProcessFlags(), KUBERNETES | {"JAX_NUM_PROCESSES": "eight"}, "process 5 of eight"),
     ],
 )
 def test_a_place_that_cannot_be_is_one_line(flags, env, says):
     with pytest.raises(UserError, match=says):
-        find_place(flags, env)
+        find_rank(flags, env)
 
 
 def test_some_of_the_flags_are_none():
     parser = Parser()
     add_flags(parser)
-    assert flags_of(parser.parse_args([])) == Flags()
+    assert flags_of(parser.parse_args([])) == ProcessFlags()
     with pytest.raises(UserError, match="give all three"):
         flags_of(parser.parse_args(["--coordinator", "host:1", "--num_processes", "2"]))
     with pytest.raises(UserError, match="write 1 or more"):
