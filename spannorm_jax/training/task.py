@@ -51,7 +51,7 @@ class Task:
       held_out: (config, data) -> each held-out batch in turn, and counts of its own (`bytes`), always the same.
       measures: the totals of SUMMED and of the counts -> what evaluation reports, by name.
       logged: those of the measures that training logs, as held_out_NAME.
-      facts: data -> what a record says of them.
+      facts: data -> what a record says of them; reports read `unigram_entropy`, nats, the least loss without inputs.
       files: data -> what a run's folder keeps of them for evaluation, name -> text.
       announced: (config, data) -> the line that says what is trained on.
       warn: (config, data) says what speaks against a held-out measure.
