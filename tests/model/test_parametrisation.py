@@ -180,9 +180,9 @@ def change_of_features(width, name, tied):
     found = []
     for seed in range(3):
         state = start(program, program.init(seed).params)
-        before = features(state.params, batch(9)[:, :-1])
+        before = features(state.params, batch(9)["tokens"][:, :-1])
         state, _ = program.train(state, batch(seed), numbers_of(config))
-        found.append(float(np.sqrt(np.mean(np.square(features(state.params, batch(9)[:, :-1]) - before)))))
+        found.append(float(np.sqrt(np.mean(np.square(features(state.params, batch(9)["tokens"][:, :-1]) - before)))))
     return np.mean(found)
 
 
