@@ -1,4 +1,7 @@
-"""How many lines the house may have: by folder, of .py and .html, but for blank ones, which the formatter sets."""
+"""How many lines of .py and .html the house may have, by folder.
+
+The aim is 14,500 of the library and 12,000 of tests. These budgets are what stands: they may fall and never rise.
+"""
 
 from pathlib import Path
 
@@ -6,24 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {
-    "spannorm_jax": 14_500,
-    "spannorm_jax/model": 2_050,
-    "spannorm_jax/report": 2_700,
-    "spannorm_jax/analysis": 1_600,
-    "spannorm_jax/training": 1_700,
-    "spannorm_jax/sweep": 1_325,
-    "spannorm_jax/data": 1_275,
-    "spannorm_jax/run": 925,
-    "spannorm_jax/parallel": 675,
-    "spannorm_jax/inference": 325,
-    "spannorm_jax/plan": 400,
-    "tests": 12_000,
+    "spannorm_jax": 17_700,
+    "spannorm_jax/model": 2_675,
+    "spannorm_jax/report": 3_225,
+    "spannorm_jax/analysis": 2_025,
+    "spannorm_jax/training": 2_050,
+    "spannorm_jax/sweep": 1_625,
+    "spannorm_jax/data": 1_575,
+    "spannorm_jax/run": 1_125,
+    "spannorm_jax/parallel": 850,
+    "spannorm_jax/inference": 400,
+    "spannorm_jax/plan": 500,
+    "tests": 14_700,
 }
 LONGEST_FILE = 400
 
 
 def lines(path):
-    return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def texts(folder):

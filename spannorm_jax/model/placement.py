@@ -60,13 +60,16 @@ PLACEMENTS: dict[str, Placement] = {}  # by name, in the order of their declarat
 
 
 def declare(name: str, title: str, like: Placement | None = None, **own: Any) -> Callable[[Block], Placement]:
-    """Decorates a block: makes its placement, and enters that in PLACEMENTS. What `own` leaves out is as in `like`."""
+    """Decorates a block: makes its placement, and enters that in PLACEMENTS. What `own` leaves out is as in `like`,
+    but for what its authors say of initialisations.
+    """
 
     def made(block: Block) -> Placement:
         if name in PLACEMENTS or not set(own.get("inner_norms", ())) <= set(INNER_NORMS):
             raise ValueError(f"placement {name!r}: its name stands already, or an inner norm is not in INNER_NORMS")
         own.update(name=name, title=title, block=block)
-        PLACEMENTS[name] = replace(like, **own) if like else Placement(**own)
+        authors: dict[str, Any] = {"published_init": "", "not_with": {}}  # which nobody has for being alike
+        PLACEMENTS[name] = replace(like, **authors | own) if like else Placement(**own)
         return PLACEMENTS[name]
 
     return made
@@ -114,6 +117,7 @@ def span(x, attn, ffn, n, layer, cfg):
     like=span,
     enter=lambda x, n: (x, n.entry(x)),
     leave=lambda stream, n: stream[0],
+    published_init="scale",
 )
 def span_raw(stream, attn, ffn, n, layer, cfg):
     x, x_attn = stream

@@ -17,7 +17,7 @@ _TWO_STREAMS: dict[str, Any] = {
 
 
 # Peri-LN (Kim et al. 2025, arXiv 2502.02732), Gemma 2's sandwich.
-@declare("peri", "Peri-LN", like=pre, block_norms=_SANDWICH, additions=_IN_NORM, published_init="")
+@declare("peri", "Peri-LN", like=pre, block_norms=_SANDWICH, additions=_IN_NORM)
 def peri(x, attn, ffn, n, layer, cfg):
     y = x + n.after_attn(attn(n.before_attn(x)))
     return y + n.after_ffn(ffn(n.before_ffn(y)))
@@ -41,7 +41,6 @@ def _layerscale_start(cfg: ModelConfig) -> float:
     like=pre,
     additions=_IN_GAIN,
     block_gains=dict.fromkeys(_IN_GAIN.values(), _layerscale_start),
-    published_init="",
 )
 def layerscale(x, attn, ffn, n, layer, cfg):
     y = x + n.scale_attn(attn(n.before_attn(x)))
@@ -86,7 +85,7 @@ def olmo2(x, attn, ffn, n, layer, cfg):
 
 # B2T (Takase et al. 2022, arXiv 2206.00330, equation 9): PostNorm and a skip from the block's input to its last norm.
 # Without the skip from y it is SpanNorm.
-@declare("b2t", "B2T", like=post)
+@declare("b2t", "B2T", like=post, published_init="xavier")
 def b2t(x, attn, ffn, n, layer, cfg):
     y = n.after_attn(x + attn(x))
     return n.after_ffn(x + y + ffn(y))
@@ -94,7 +93,7 @@ def b2t(x, attn, ffn, n, layer, cfg):
 
 # ResiDual (Xie et al. 2023, arXiv 2304.14802, section 3.1): PostNorm's stream x, and beside it one of PreNorm's kind
 # that is only added to.
-@declare("residual", "ResiDual", like=post, **_TWO_STREAMS)
+@declare("residual", "ResiDual", like=post, published_init="xavier", **_TWO_STREAMS)
 def residual(stream, attn, ffn, n, layer, cfg):
     x, r = stream
     branch = attn(x)
@@ -165,7 +164,7 @@ declare("subln", "SubLN", like=pre, inner_norms=("heads", "hidden"), published_i
 # that branches of variance 1 keep a stream of variance 1. That N counts layers, each of an attention and a feed-forward
 # (the depth here), and that both additions take the pair, is read from two implementations of others. At two blocks
 # lambda is 0: there is no skip. At one there is no pair.
-@declare("deepscale", "DeepScaleLM", like=pre, published_init="", least_depth=2)
+@declare("deepscale", "DeepScaleLM", like=pre, least_depth=2)
 def deepscale(x, attn, ffn, n, layer, cfg):
     keep, add = math.sqrt(1 - 2 / cfg.depth), math.sqrt(2 / cfg.depth)
     y = keep * x + add * attn(n.before_attn(x))
@@ -181,7 +180,6 @@ declare(
     like=pre,
     end_norms=("entry", "final"),
     enter=lambda x, n: n.entry(x),
-    published_init="",
 )(pre.block)
 
 

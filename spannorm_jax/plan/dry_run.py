@@ -151,7 +151,7 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
 
 def _implementations(config: Config) -> str:
     """Those that a CPU runs. Raises UserError if it cannot run what the config names."""
-    words = f"attention {attention.attention_for(config.execution, config.model, config.data.seq_len)[0]}"
+    words = f"attention {attention.attention_for(config.execution, config.model, task_of(config).positions(config))[0]}"
     if not config.model.moe.num_experts:
         return words
     return f"{words}, grouped matmul {grouped_matmul.grouped_matmul_for(config.execution.grouped_matmul)[0]}"
@@ -162,7 +162,7 @@ def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str)
     stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
     return (
         f"{model.placement} / {init_of(model)}: {model.depth} blocks, width {model.width}, batch "
-        f"{config.training.batch_size} x {config.data.seq_len}, remat {config.execution.remat}\n"
+        f"{config.training.batch_size} x {task_of(config).positions(config)}, remat {config.execution.remat}\n"
         f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
         f"shaped with {implementations}, compute {model.dtype}{stands_for}"
     )

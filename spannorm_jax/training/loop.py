@@ -32,8 +32,8 @@ def train(config: Config, workdir: Path, flags: Flags, processes: ProcessFlags) 
     batch and writes its part of the checkpoints.
 
     Raises:
-      UserError: the config does not fit the devices, the data, the folder or the other processes;
-        nothing is written then.
+      UserError: the config does not fit the devices, the data or the folder, and nothing is written; or it is not the
+        other processes' config or folder.
     """
     # ---- this machine, and the run's folder
     start_jax(config.platform, processes)

@@ -16,6 +16,9 @@ Number = Array | np.number  # on devices, and on the host
 
 # Those that are no number by themselves: counts of updates are made of them, and the decay over the rate.
 _PARTS = ("training.steps", "training.tokens", "optim.warmup_fraction", "optim.decay_fraction", "optim.decay_coupling")
+_NAMES = {key.rpartition(".")[2]: key for key in NUMBERS if key not in _PARTS}
+if len(_NAMES) + len(_PARTS) != len(NUMBERS):
+    raise ValueError(f"two numbers of a step have one name: {NUMBERS}")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
@@ -32,10 +35,9 @@ class Numbers:
     values: dict[str, Number]
 
     def __getattr__(self, name: str) -> Number:
-        try:
-            return self.values[name]
-        except KeyError:
-            raise AttributeError(f"{name} is no number of a step") from None
+        if name == "values" or name not in self.values:  # a copy has no values yet
+            raise AttributeError(f"{name} is no number of a step")
+        return self.values[name]
 
 
 def numbers_of(config: Config) -> Numbers:
@@ -45,7 +47,7 @@ def numbers_of(config: Config) -> Numbers:
     decay = steps - warmup
     if optim.schedule == "wsd":
         decay = min(round(optim.decay_fraction * steps), decay)  # both may have been rounded up
-    values = {key.rpartition(".")[2]: options[key] for key in NUMBERS if key not in _PARTS}
+    values = {name: options[key] for name, key in _NAMES.items()}
     values["clip_norm"] = optim.clip_norm or np.inf  # 0: nothing is clipped
     if optim.decay_coupling == "independent":
         # An update shrinks weights by the rate times this: over the peak rate, by the schedule's shape alone.

@@ -54,14 +54,18 @@ class Record:
         Raises:
           UserError: process 0 cannot, or another process does not see it.
         """
-        self._check_own = distributed.run_on_all(self._open_folder)
+        try:
+            self._check_own = distributed.run_on_all(self._open_folder)
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.close()
-        finally:
-            self._lock.close()
+    def __exit__(self, *error: Any) -> None:
+        with ExitStack() as stack:  # `open_run` has to see the error: it says what is wrong with the folder
+            stack.push(self._lock)
+            stack.push(self._open)
+            stack.__exit__(*error)
 
     def close(self) -> None:
         """Closes what is written, also after an error, once the last save is. The folder is still the run's own."""
@@ -115,9 +119,10 @@ class Record:
             f"{session.task.announced(config, session.data)}"
         )
         session.task.warn(config, session.data)
-        if session.mesh.size > 1 and session.program.replicated_bytes:
+        shape = session.mesh.shape
+        if session.program.replicated_bytes and shape["fsdp"] * shape["expert"] * shape["tensor"] > 1:
             distributed.print_once(
-                f"{session.program.replicated_bytes / 1e6:,.1f} MB of the optimiser's state have another shape than "
+                f"{session.program.replicated_bytes / 1e3:,.1f} kB of the optimiser's state have another shape than "
                 "their weights: every device holds them whole"
             )
 

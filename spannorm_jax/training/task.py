@@ -59,7 +59,6 @@ class Task:
         are too many.
     """
 
-    name: str
     open: Callable[[Config], tuple[Any, Config]]
     check: Callable[[Config, Any], None]
     define: Callable[[Config], ModelDef]

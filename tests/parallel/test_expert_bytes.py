@@ -1,4 +1,4 @@
-"""What experts send between eight devices, as XLA compiled it, against the formula of model/experts.py."""
+"""What experts send between eight devices, as XLA compiled it, against the formula of model/moe/experts.py."""
 
 import jax
 import pytest

@@ -89,7 +89,6 @@ def held_out(config, data):
 
 
 PATCHED = Task(
-    name="patches",
     open=lambda config: (
         None,
         resolve(config, vocab_size=CLASSES, platform=jax.default_backend(), fingerprint="patches", full_name="patches"),

@@ -177,7 +177,6 @@ def _measures(totals: dict[str, float]) -> dict[str, float]:
 
 
 TEXT = Task(
-    name="text",
     open=_open,
     check=_check,
     define=lambda config: define(config.model, config.execution),
