@@ -12,7 +12,7 @@ from spannorm_jax import evaluate, sample, train
 from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.plan import __main__ as plan
-from spannorm_jax.training import held_out
+from spannorm_jax.training.tasks import text
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 
@@ -132,7 +132,7 @@ def test_training_that_cannot_be(refuse_train, override, says):
 
 
 def test_a_window_that_is_too_long_is_refused_before_anything_of_its_size_is_made(refuse_train, monkeypatch):
-    monkeypatch.setattr(held_out, "eval_batches", lambda *_: pytest.fail("16 windows take many GB"))
+    monkeypatch.setattr(text, "eval_batches", lambda *_: pytest.fail("16 windows take many GB"))
     line = refuse_train("--config.data.seq_len=100000000")
     assert "data.seq_len=100000000" in line and "too long" in line
 

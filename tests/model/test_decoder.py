@@ -184,8 +184,8 @@ def test_a_train_steps_program_is_as_long_whatever_the_depth():
         program = make_program(
             config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1])
         )
-        tokens = jax.ShapeDtypeStruct((8, 9), "int32")
-        return count_equations(program.train.trace(program.abstract_state, tokens, numbers_of(config)).jaxpr.jaxpr)
+        args = program.abstract_state, program.abstract_batch, numbers_of(config)
+        return count_equations(program.train.trace(*args).jaxpr.jaxpr)
 
     assert length(12) == length(128)
 

@@ -20,6 +20,7 @@ from spannorm_jax.run.trained import open_trained
 CONFIG = fill_sizes(
     replace(Config(), model__depth=2, model__width=16, model__num_heads=2, model__vocab_size=32, model__dtype="float32")
 )
+MODEL = define(CONFIG.model)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def workdir(tmp_path):
     write_json(tmp_path / CONFIG_FILE, to_dict(CONFIG))
     saving = Checkpoints(tmp_path / CHECKPOINTS, CheckpointConfig())
     for step in (1, 2):
-        params = jax.jit(define(CONFIG.model).init)(jax.random.key(step))
+        params = jax.jit(MODEL.init)(jax.random.key(step))
         saving.save(step, TrainState(np.int32(step), params, {"unknown": np.zeros(3)}, {}), {"step": step})
     saving.close()
     return tmp_path
@@ -37,7 +38,7 @@ def workdir(tmp_path):
 def test_the_newest_is_restored_onto_the_mesh_that_is_here(workdir, capsys):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with open_trained(workdir, None, "reading") as restore:
-        trained = restore(CONFIG, mesh)
+        trained = restore(CONFIG, MODEL, mesh)
     assert (trained.step, trained.mesh, capsys.readouterr()) == (2, mesh, ("", ""))
     drawn = jax.jit(trained.model.init)(jax.random.key(2))
     chex.assert_trees_all_equal(trained.params, drawn)
@@ -49,7 +50,7 @@ def test_a_damaged_one_is_passed_over_aloud_and_refused_by_name(workdir, capsys)
     file = next(path for path in sorted((workdir / CHECKPOINTS / "2" / "params").rglob("d/*")) if path.is_file())
     file.write_bytes(b"changed")
     with open_trained(workdir, None, "reading") as restore:
-        assert restore(CONFIG, make_mesh(MeshConfig())).step == 1
+        assert restore(CONFIG, MODEL, make_mesh(MeshConfig())).step == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("passed over a checkpoint: ") and err.endswith("; reading step 1\n")
     with pytest.raises(UserError, match="there: 1"), open_trained(workdir, 2, "reading"):
@@ -65,10 +66,10 @@ def test_of_a_run_that_diverged_the_last_good_one_is_taken_aloud(workdir, capsys
             open_trained(workdir, None, "reading").__enter__()
     else:
         with open_trained(workdir, None, "reading") as restore:
-            assert restore(CONFIG, mesh).step == takes
+            assert restore(CONFIG, MODEL, mesh).step == takes
         assert capsys.readouterr().err == f"{workdir} diverged: reading step {takes}, its last good checkpoint\n"
     with open_trained(workdir, 2, "reading") as restore:  # the one that is asked for
-        assert restore(CONFIG, mesh).step == 2
+        assert restore(CONFIG, MODEL, mesh).step == 2
     assert capsys.readouterr() == ("", "")
 
 
