@@ -87,8 +87,7 @@ def test_every_metric_of_the_step_is_in_the_lines(env, tmp_path):
     finish(launch(env, "train", model, *options, "--config.data.seq_len=32", "--workdir", tmp_path / "run"))
     config = read_config(tmp_path / "run")
     program = make_program(config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1]))
-    tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.data.seq_len + 1), np.int32)
-    groups = jax.eval_shape(program.train, program.abstract_state, tokens, numbers_of(config))[1]
+    groups = jax.eval_shape(program.train, program.abstract_state, program.abstract_batch, numbers_of(config))[1]
     assert list(groups.pop("diagnosis")) == ["other_grad_norm"]  # the one that names what is not finite
     made = {name: shape.shape for group in groups.values() for name, shape in group.items()}
     assert made["expert_load_max"] == made["block_grad_norm"] == (2,) and made["aux_loss"] == ()
@@ -136,7 +135,7 @@ def train_patched(env, workdir, patch, code=0):
 def test_the_loop_refuses_an_implicit_transfer(env, tmp_path):
     patch = """
 from spannorm_jax.training.batches import Batches
-Batches.__next__ = lambda self: self._read_part(1, (slice(None),))  # on the host
+Batches.__next__ = lambda self: self._read_part(1, (0, 8))  # on the host
 """
     _, err = train_patched(env, tmp_path / "run", patch, code=1)
     assert "Disallowed host-to-device transfer" in err
