@@ -61,7 +61,7 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
                     made, _ = process.communicate(timeout=_TELL_EVERY_S)
                     break
                 _tell("merging", num_bytes, began)
-        except BaseException:
+        except BaseException:  # raised again: Ctrl-C too must end that process
             process.kill()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()

@@ -28,8 +28,8 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: ProcessFlag
     An `out` that is not the run's own eval.jsonl is refused before the work where it cannot be
     written. Of several processes (`flags`) each reads its own rows, and process 0 appends.
 
-    Its measures are the task's, of text those of `training.tasks.text`; `floors` are losses that need no network, on
-    the same predictions.
+    The task names its measures (`training.tasks.text` those of text). `floors` are losses on the same predictions
+    that need no network.
 
     Raises:
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`

@@ -54,11 +54,9 @@ class Record:
         Raises:
           UserError: process 0 cannot, or another process does not see it.
         """
-        try:
+        with self._lock:  # which an error ends here
             self._check_own = distributed.run_on_all(self._open_folder)
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = self._lock.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:

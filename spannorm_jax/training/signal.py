@@ -15,7 +15,7 @@ from spannorm_jax.model.block import Block
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.kernels.attention_logits import largest_logit
 from spannorm_jax.model.stack import STACKS
-from spannorm_jax.training.task import Batch
+from spannorm_jax.training.task import Batch, microbatches
 
 
 def squares(tree: Any, keep: int) -> Array | int:
@@ -46,7 +46,7 @@ def forward_signal(
 
     Logits are computed from queries and keys a second time, since the kernels that run do not return them.
     """
-    first = jax.tree.map(lambda x: x.reshape(-1, num_microbatches, *x.shape[1:])[:, 0], batch)
+    first = jax.tree.map(lambda x: x[0], microbatches(batch, num_microbatches))
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, dict[str, Array], None]:
         logit = jnp.zeros(())

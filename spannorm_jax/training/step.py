@@ -24,7 +24,7 @@ from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from spannorm_jax.training.signal import block_squares, forward_signal, squares
-from spannorm_jax.training.task import Batch, LossSums, Rows, abstract_batch
+from spannorm_jax.training.task import Batch, LossSums, Rows, abstract_batch, microbatches
 from spannorm_jax.training.tasks import task_of
 
 # ---- loss -------------------------------------------------------------------------------------
@@ -40,11 +40,6 @@ def router_losses(balance: str, stats: Stats, numbers: Numbers) -> dict[str, Arr
 
 
 # ---- steps ------------------------------------------------------------------------------------
-
-
-def microbatches(batch: Batch, k: int) -> Batch:
-    """(B, ...) -> (k, B / k, ...). Microbatch i takes rows i, i + k, ...: rows stay on the device that holds them."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def gradients(

@@ -84,3 +84,8 @@ def abstract_batch(fields: Fields, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
         name: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=sharding(mesh, field.axes))
         for name, field in fields.items()
     }
+
+
+def microbatches(batch: Batch, k: int) -> Batch:
+    """(B, ...) -> (k, B / k, ...). Microbatch i takes rows i, i + k, ...: rows stay on the device that holds them."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -159,5 +159,5 @@ def test_its_lanes_are_its_runs(tmp_path):
 
 def test_attention_without_a_mask_counts_twice():
     cfg = resolve(CONFIG, vocab_size=CLASSES, platform="cpu", fingerprint="").model
-    by_length = [flops_per_token(define(cfg, None, modules), T) for modules in (Encoder,) for T in (PATCHES, 0)]
-    assert by_length[0] - by_length[1] == 12 * cfg.depth * cfg.width * PATCHES
+    model = define(cfg, None, Encoder)
+    assert flops_per_token(model, PATCHES) - flops_per_token(model, 0) == 12 * cfg.depth * cfg.width * PATCHES
