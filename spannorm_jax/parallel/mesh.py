@@ -100,13 +100,22 @@ def arrange(shape: dict[str, int], devices: list) -> np.ndarray:
     sizes = tuple(shape.values())
     if devices[0].platform != "tpu":
         return np.array(sorted(devices, key=lambda d: d.id)).reshape(sizes)  # host by host
-    left = len({d.slice_index for d in devices})
+    left = len({getattr(d, "slice_index", 0) for d in devices})  # a device of a topology of one slice has no index
+    if left == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     across = []
     for size in sizes:
         across.append(math.gcd(size, left))
         left //= across[-1]
     within = tuple(size // n for size, n in zip(sizes, across, strict=True))
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def target_platform() -> str:
+    """cpu, gpu or tpu: what the program is compiled for. A mesh of `jax.set_mesh` says it, since its devices may be
+    those of a topology, or fewer than all; without one it is JAX's own choice."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:

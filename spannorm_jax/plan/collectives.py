@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+
+from spannorm_jax.plan.hlo import Instruction, Module, array_bytes
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
 
@@ -28,6 +29,8 @@ class Collective:
     # An all-reduce of whose result a device only uses a slice: TPUs' and GPUs' compilers make a reduce-scatter of the
     # two, which brings half of `bytes`. XLA on a CPU does not.
     sliced: bool = False
+    asynchronous: bool = False  # the device computes while it is on its way
+    channel: str = ""  # the same for all parts of one exchange
     name: str = ""  # where in the program it is: JAX's scopes, of one of those that XLA has combined
 
     @property
@@ -36,100 +39,77 @@ class Collective:
         return self.bytes * self.count
 
 
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    inside: str  # the parentheses: operands; of a parameter, its number
-    attributes: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.inside)
-
-
-_Module = dict[str, dict[str, _Instruction]]  # computation -> name -> instruction
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, (.*))?$")
-
-
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a run of the program whose text this is, in the program's order; none among one device.
+def collectives(module: Module) -> list[Collective]:
+    """The collectives of a run of the program, in its order; none among one device.
 
     Raises:
       ValueError: a loop that holds collectives runs for a number of times that XLA does not know, or a group of
         devices is written in a way that is unknown here.
     """
-    module: _Module = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match[2]
-            module[name] = {}
-            entry = name if match[1] else entry
-        elif match := _LINE.match(line):
-            module[name][match[1]] = _Instruction(*match.groups(default=""))
-    sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0])
-    return [one for one in _walk(module, entry, math.prod(map(int, sizes))) if one.count and one.group > 1]
+    return [one for one in _walk(module, module.entry) if one.count and one.group > 1]
 
 
-def _walk(module: _Module, computation: str, num_devices: int) -> Iterator[Collective]:
-    for made in module[computation].values():
+def _walk(module: Module, computation: str) -> Iterator[Collective]:
+    seen = set()
+    for made in module.computations[computation].values():
         kind = made.opcode.removesuffix("-done").replace("-", "_")
         if kind in KINDS:
-            yield from _arrays(module, computation, kind, made, num_devices)
+            yield from _arrays(module, computation, kind, made)
         elif made.opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', made.attributes)
+            trips = module.trips(made)
             for part, more in (("condition", 1), ("body", 0)):
-                for one in _walk(module, _called(made, part), num_devices):
-                    if not trips:
+                for one in _walk(module, made.called(part)):
+                    if trips is None:
                         raise ValueError(f"how often the loop {made.name}, which holds collectives, runs is not known")
-                    yield replace(one, count=one.count * (int(trips[1]) + more))
+                    yield replace(one, count=one.count * (trips + more))
         elif made.opcode == "conditional":
-            several = re.search(r"\bbranch_computations=\{([^}]*)\}", made.attributes)
-            branches = [_called(made, "false_computation"), _called(made, "true_computation")] if not several else []
-            for i, called in enumerate(branches or re.findall(r"%([\w.\-]+)", several[1] if several else "")):
-                yield from (replace(one, branch=(i, *one.branch)) for one in _walk(module, called, num_devices))
+            for i, called in enumerate(made.branches()):
+                yield from (replace(one, branch=(i, *one.branch)) for one in _walk(module, called))
         elif made.opcode in ("call", "async-start", "fusion"):
-            yield from _walk(module, _called(made, "calls|to_apply"), num_devices)
+            called = made.called("calls|to_apply")
+            hidden = called.startswith("async_collective_fusion")
+            for one in _walk(module, called):
+                # A TPU's compiler hides one collective behind several fusions, each of which writes it down.
+                if not (hidden and one.channel in seen):
+                    yield replace(one, asynchronous=one.asynchronous or hidden)
+                seen.add(one.channel)
 
 
-def _called(made: _Instruction, key: str) -> str:
-    match = re.search(rf"\b(?:{key})=%([\w.\-]+)", made.attributes)
-    if match is None:
-        raise ValueError(f"{made.name} is written in an unknown way: no {key} in {made.attributes[:100]!r}")
-    return match[1]
-
-
-def _arrays(module: _Module, computation: str, kind: str, made: _Instruction, num_devices: int) -> Iterator[Collective]:
+def _arrays(module: Module, computation: str, kind: str, made: Instruction) -> Iterator[Collective]:
     # An operation in two halves has its shape in the second, all else in the first.
-    start = module[computation][made.operands[0]] if made.opcode.endswith("-done") else made
+    start = module.computations[computation][made.operands[0]] if made.opcode.endswith("-done") else made
     if kind == "collective_permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", start.attributes.partition("source_target_pairs=")[2])
         group = 2 if any(a != b for a, b in pairs) else 1
         moved = 1.0
     else:
-        group = _group(start, num_devices)
+        group = _group(start, module.num_devices)
         share = (group - 1) / group
         moved = {"all_reduce": 2 * share, "reduce_scatter": group - 1}.get(kind, share)
-    sizes = [
-        math.ceil((8 if pred else int(bits)) * math.prod(int(n.lstrip("<=")) for n in dims.split(",") if n) / 8)
-        for pred, bits, dims in re.findall(r"\b(?:(pred)|[a-z]+(\d+)\w*)\[([\d,<=]*)\]", made.shape)
-    ]
+    sizes = array_bytes(made.shape)
     # A split all-to-all has a part of its one array for each device; of all others each part is an array by itself.
     sizes = [sum(sizes)] if kind == "all_to_all" else sizes
     name = re.search(r'op_name="([^"]*)"', start.attributes)
-    users = module[computation].values()
+    channel = re.search(r"channel_id=(\d+)", start.attributes)
+    users = module.computations[computation].values()
     for i, size in enumerate(sizes):
         parts = [made.name]
         if len(sizes) > 1:
             one = re.compile(rf"\bindex={i}\b")
             parts = [user.name for user in users if user.operands == [made.name] and one.search(user.attributes)]
         sliced = kind == "all_reduce" and bool(parts) and all(_only_sliced(module, computation, p) for p in parts)
-        yield Collective(kind, round(moved * size), group, sliced=sliced, name=name[1] if name else "")
+        yield Collective(
+            kind,
+            round(moved * size),
+            group,
+            sliced=sliced,
+            asynchronous=made.opcode.endswith("-done"),
+            channel=channel[1] if channel else made.name,
+            name=name[1] if name else "",
+        )
 
 
-def _group(start: _Instruction, num_devices: int) -> int:
+def _group(start: Instruction, num_devices: int) -> int:
     """Devices of a group, in each of the three ways that XLA writes them."""
     text = start.attributes.partition("replica_groups=")[2]
     if match := re.match(r"\[\d+,(\d+)\]", text):  # [groups, devices of a group]<=[...]
@@ -147,20 +127,22 @@ def _group(start: _Instruction, num_devices: int) -> int:
     raise ValueError(f"the devices of {start.name} are written in an unknown way: {text[:100]!r}")
 
 
-def _only_sliced(module: _Module, computation: str, name: str) -> bool:
+def _only_sliced(module: Module, computation: str, name: str) -> bool:
     """Whether each use of a result is a slice of it, also of its elements in another form, or within a fusion."""
 
-    def slices(user: _Instruction) -> bool:
+    def slices(user: Instruction) -> bool:
         if user.opcode == "dynamic-slice":
             return user.operands[0] == name
         if user.opcode in ("bitcast", "copy", "reshape", "transpose", "convert"):
             return _only_sliced(module, computation, user.name)
         if user.opcode not in ("fusion", "call"):
             return False
-        called = _called(user, "calls|to_apply")
+        called = user.called("calls|to_apply")
         numbers = {str(i) for i, operand in enumerate(user.operands) if operand == name}
-        parameters = [x.name for x in module[called].values() if x.opcode == "parameter" and x.inside in numbers]
+        parameters = [
+            x.name for x in module.computations[called].values() if x.opcode == "parameter" and x.inside in numbers
+        ]
         return all(_only_sliced(module, called, parameter) for parameter in parameters)
 
-    users = [user for user in module[computation].values() if name in user.operands]
+    users = [user for user in module.computations[computation].values() if name in user.operands]
     return bool(users) and all(map(slices, users))

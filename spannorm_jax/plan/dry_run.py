@@ -26,6 +26,7 @@ from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
 from spannorm_jax.parallel.platform import fix_numerics
 from spannorm_jax.plan.collectives import KINDS, Collective, collectives
+from spannorm_jax.plan.hlo import Module
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 from spannorm_jax.training.task import Batch
@@ -116,7 +117,7 @@ def measure(config: Config, mesh: Mesh) -> StepCost:
             "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
         },
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(Module(compiled.as_text())),
         compile_s=time.monotonic() - began,
     )
 

@@ -8,6 +8,7 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.model.moe import experts
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.plan.collectives import collectives
+from spannorm_jax.plan.hlo import Module
 from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
@@ -34,7 +35,7 @@ def compiled(mode, layout, **changes):
     with jax.set_mesh(mesh):
         program = make_program(config, define(config.model, config.execution), mesh)
         lowered = program.train.lower(program.abstract_state, program.abstract_batch, numbers_of(config))
-        found = collectives(lowered.compile().as_text())
+        found = collectives(Module(lowered.compile().as_text()))
     return found, config
 
 

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from spannorm_jax.plan.collectives import collectives
+from spannorm_jax.plan.hlo import Module
 
 ROWS, WIDTH = 16, 48  # of a device's float32 array
 BYTES = ROWS * WIDTH * 4
@@ -40,7 +41,7 @@ def test_bytes_and_group(axis, n):
         x = jnp.tile(jax.lax.psum_scatter(x, axis, tiled=True), (n, 1))
         return x * jax.lax.psum(jnp.sum(x), axis) + jax.lax.psum(x[:8], axis).sum()
 
-    found = collectives(compiled(fn))
+    found = collectives(Module(compiled(fn)))
     assert sorted(facts(found)) == [
         ("all_gather", BYTES * (n - 1), n, 1, ()),
         *(("all_reduce", 2 * size * (n - 1) // n, n, 1, ()) for size in (4, 8 * WIDTH * 4)),
@@ -68,7 +69,7 @@ def test_loops_are_multiplied_out_and_branches_told_apart():
 
         return jax.lax.scan(outer, x, length=5)[0]
 
-    found = collectives(compiled(fn, 0))
+    found = collectives(Module(compiled(fn, 0)))
     assert sorted(facts(found)) == [
         ("all_gather", BYTES // 2, 2, 15, (1,)),  # half precision keeps its size
         ("all_reduce", BYTES, 2, 15, (1, 1)),
@@ -86,7 +87,9 @@ def test_a_sum_of_which_each_device_takes_a_slice():
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
     for out, sliced in ((columns, True), (whole, False)):
         text = jax.jit(lambda x: x.T @ x, out_shardings=out).lower(x).compile().as_text()
-        assert [(c.kind, c.bytes, c.sliced) for c in collectives(text)] == [("all_reduce", 2 * 4096 * 7 // 8, sliced)]
+        assert [(c.kind, c.bytes, c.sliced) for c in collectives(Module(text))] == [
+            ("all_reduce", 2 * 4096 * 7 // 8, sliced)
+        ]
 
 
 # As backends with asynchronous collectives write them, with tiled layouts, and with the other ways to write groups.
@@ -116,7 +119,7 @@ ENTRY %main (p: bf16[16,4]) -> bf16[16,4] {
 
 def test_starts_and_ends_count_once():
     size = 16 * 4 * 2
-    assert facts(collectives(ASYNCHRONOUS)) == [
+    assert facts(collectives(Module(ASYNCHRONOUS))) == [
         ("all_gather", 3 * size, 4, 1, ()),
         ("reduce_scatter", 3 * size, 4, 1, ()),
         ("all_reduce", 2 * size * 7 // 8, 8, 1, ()),
@@ -124,9 +127,9 @@ def test_starts_and_ends_count_once():
         ("all_reduce", 2 * size // 2, 2, 1, ()),
         ("all_reduce", 2 * size * 7 // 8, 8, 1, ()),
     ]
-    assert collectives(ASYNCHRONOUS)[2].name == "jit(f)/psum"
+    assert collectives(Module(ASYNCHRONOUS))[2].name == "jit(f)/psum"
     with pytest.raises(ValueError, match="unknown way"):
-        collectives(ASYNCHRONOUS.replace("replica_groups={}", "replica_groups=@7"))
+        collectives(Module(ASYNCHRONOUS.replace("replica_groups={}", "replica_groups=@7")))
 
 
 def test_a_loop_of_unknown_length_is_refused():
@@ -134,4 +137,4 @@ def test_a_loop_of_unknown_length_is_refused():
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 1, lambda x: jax.lax.psum(x, "b"), x)
 
     with pytest.raises(ValueError, match="how often"):
-        collectives(compiled(fn))
+        collectives(Module(compiled(fn)))

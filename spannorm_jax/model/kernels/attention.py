@@ -14,7 +14,7 @@ from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.kernels.blocked_attention import SAVED, blocked_attention
 from spannorm_jax.model.kernels.probe import compile_problem
-from spannorm_jax.parallel.mesh import partition_spec
+from spannorm_jax.parallel.mesh import partition_spec, target_platform
 
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
@@ -47,7 +47,7 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=SAVED,
-            interpret=jax.default_backend() != "tpu",
+            interpret=target_platform() != "tpu",
         )
         by_head = (x.swapaxes(1, 2) for x in (q_BxTxHxK * K**-0.5, k_BxTxGxK, v_BxTxGxK))
         return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
@@ -85,22 +85,29 @@ def attention_for(execution: ExecutionConfig, cfg: ModelConfig, seq_len: int) ->
 
 
 def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str, str]:
-    best = _BEST[jax.default_backend()] if name == "auto" else name
-    why = _cudnn_problem(T, H, G, K, dtype) if best == "cudnn" else _splash_problem(T) if best == "splash" else ""
+    platform = target_platform()
+    best = _BEST[platform] if name == "auto" else name
+    why = ""
+    if best == "cudnn":
+        why = _cudnn_problem(T, H, G, K, dtype, platform)
+    elif best == "splash":
+        why = _splash_problem(T, platform)
     return ("xla" if why and name == "auto" else best), why
 
 
 @cache
-def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str) -> str:
+def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str, platform: str) -> str:
     """Why cuDNN cannot run it, or nothing: found by compiling forward and backward for one row."""
-    if jax.default_backend() != "gpu":
+    if platform != "gpu":
         return "there is no GPU"
+    if jax.default_backend() != "gpu":  # of a topology no more is known
+        return ""
     q, kv = (jax.ShapeDtypeStruct((1, T, heads, K), dtype) for heads in (H, G))
     return compile_problem(partial(_cudnn, causal=True), q, kv, kv, gradients=3)
 
 
-def _splash_problem(T: int) -> str:
-    if jax.default_backend() == "gpu":
+def _splash_problem(T: int, platform: str) -> str:
+    if platform == "gpu":
         return "it is a TPU's kernel"
     return "" if T % 128 == 0 else f"it needs data.seq_len divisible by 128, not {T}"
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spannorm_jax.parallel.mesh import target_platform
+
 
 @jax.custom_vjp
 def linear(x: Array, w: Array) -> Array:
@@ -33,7 +35,7 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 
 def _untransposed(product: Array) -> Array:
     """Keeps a CPU's compiler from folding a later transpose into the product, which then takes its slow path."""
-    return jax.lax.optimization_barrier(product) if jax.default_backend() == "cpu" else product
+    return jax.lax.optimization_barrier(product) if target_platform() == "cpu" else product
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -6,6 +6,7 @@ the last group is not specified.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -17,6 +18,7 @@ from jax.custom_batching import sequential_vmap
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.kernels.probe import compile_problem
+from spannorm_jax.parallel.mesh import target_platform
 
 # ---- padded blocks in plain JAX ------------------------------------------------------------------
 #
@@ -111,8 +113,8 @@ def grouped_matmul_for(name: str) -> tuple[str, str]:
     Raises:
       UserError: the one that is asked for by name cannot run here.
     """
-    best = _BEST[jax.default_backend()] if name == "auto" else name
-    why = _tokamax_problem() if best == "tokamax" else ""
+    best = _BEST[target_platform()] if name == "auto" else name
+    why = _tokamax_problem(target_platform()) if best == "tokamax" else ""
     if why and name != "auto":
         raise UserError(
             f"config key execution.grouped_matmul={name} cannot run here: {why}; write execution.grouped_matmul=auto"
@@ -121,10 +123,12 @@ def grouped_matmul_for(name: str) -> tuple[str, str]:
 
 
 @cache
-def _tokamax_problem() -> str:
+def _tokamax_problem(platform: str) -> str:
     """Why tokamax cannot run, or nothing: found by compiling forward and backward."""
-    if jax.default_backend() != "gpu":
+    if platform != "gpu":
         return "there is no GPU"
+    if jax.default_backend() != "gpu":  # of a topology no more is known than whether it is installed
+        return "" if importlib.util.find_spec("tokamax") else "tokamax is not installed"
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((512, 256), (2, 256, 512)))
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     why = compile_problem(_tokamax, x, w, sizes, gradients=2)
