@@ -9,8 +9,8 @@ Everything else is an override:  --config.optim.lr=1e-3 --config.data.seq_len=20
 
 preset  blocks  width  heads (kv)  ffn   vocabulary     parameters
 tiny        24     64    4 (4)      176  256 (bytes)     1,240,128   the demo's; results in README.md
-124m        12    768   12 (12)    2048  50304, tied   123,587,328   not measured yet
-350m        24   1024   16 (16)    2816  50304, tied   359,842,816   not measured yet
+124m        12    768    6 (6)     2048  50304, tied   123,587,328   not measured yet
+350m        24   1024    8 (8)     2816  50304, tied   359,842,816   not measured yet
 1b          20   2048   16 (8)     5504  50304, tied 1,031,096,320   not measured yet
 
 ladder      12    768   12 (12)    2048  50304, tied   123,587,328   not measured yet

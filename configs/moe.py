@@ -7,8 +7,8 @@ The argument is a preset, then any of depth, width, placement, init. Everything 
 
 preset  blocks  width  heads  experts (top)  expert   vocabulary      parameters         active
 tiny        24     64      4         8 (2)       88  256 (bytes)       3,685,440      1,252,416   not measured yet
-8x124m      12    768     12         8 (2)     2048  50304, tied     520,022,784    180,284,160   not measured yet
-64x8-124m   12    768     12        64 (8)      256  50304, tied     520,538,880    124,177,152   not measured yet
+8x124m      12    768      6         8 (2)     2048  50304, tied     520,022,784    180,284,160   not measured yet
+64x8-124m   12    768      6        64 (8)      256  50304, tied     520,538,880    124,177,152   not measured yet
 16b         27   2048     16        64 (6)     1408  102400       15,789,832,192  2,744,498,176   not measured yet
 
 Parameters are those of placement=span; active ones are those that a token meets.
@@ -48,11 +48,11 @@ PRESETS = {
         "depth": 24, "width": 64, "head_dim": 16, "experts": (8, 2, 88), "seq_len": 128, "batch_size": 8, "lr": 3e-3
     },
     "8x124m": {
-        "depth": 12, "width": 768, "head_dim": 64, "experts": (8, 2, 2048), "seq_len": 1024, "batch_size": 256,
+        "depth": 12, "width": 768, "head_dim": 128, "experts": (8, 2, 2048), "seq_len": 1024, "batch_size": 256,
         "lr": 1e-3,
     },
     "64x8-124m": {
-        "depth": 12, "width": 768, "head_dim": 64, "experts": (64, 8, 256), "seq_len": 1024, "batch_size": 256,
+        "depth": 12, "width": 768, "head_dim": 128, "experts": (64, 8, 256), "seq_len": 1024, "batch_size": 256,
         "lr": 1e-3,
     },
     "16b": {
@@ -68,7 +68,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if preset != "tiny":
         full_size(config)
         config.model.vocab_size = 50304
-        config.execution.remat = "dots"
     if preset == "16b":
         config.model.vocab_size = 102400
         config.model.tied_head = False

@@ -115,11 +115,12 @@ class ExecutionConfig:
     # auto: the best that this device runs; the others are model.moe.grouped_matmul.IMPLEMENTATIONS
     grouped_matmul: str = option("auto", choices=("auto", "padded", "ragged_dot", "tokamax"), runtime=True)
     # none | block (save block inputs only) | dots (save outputs of matmuls and attention)
-    remat: str = option("none", choices=("none", "block", "dots"), runtime=True)
+    # auto: none on a CPU, dots on a GPU, block on a TPU (model.stack.remat_for)
+    remat: str = option("auto", choices=("auto", "none", "block", "dots"), runtime=True)
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
     scan_unroll: int = option(1, least=1, runtime=True)
-    # float32 logits alive at once per device; above it the loss is chunked
-    max_logits_mib: int = option(256, least=1, runtime=True)
+    # float32 logits alive at once per device; above it the loss is chunked. 0: 256 on a CPU, 1024 elsewhere
+    max_logits_mib: int = option(0, least=0, runtime=True)
     # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
     expert_parallel: str = option("auto", choices=("auto", "ring", "all_to_all"), runtime=True)
     # all_to_all buffer size over an even share; a step that overflows takes the ring

@@ -156,7 +156,7 @@ def memory(config: Config, model: ModelDef, compiled: Any, state: Any, batch: An
 
     def residuals(params: Any, batch: Any) -> Any:
         def loss(params: Any) -> Any:
-            return loss_sums(model.bind(params), batch)["nll"]
+            return loss_sums(model.bind(params), batch)["objective"]
 
         return jax.vjp(loss, params)[1]
 

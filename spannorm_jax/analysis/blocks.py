@@ -84,9 +84,9 @@ def hidden_gram(ffn: FeedForward | MoE, x_BxTxD: Array) -> Array:
     gain_ExF = ffn.hidden_gain[...] if normed else jnp.ones((ffn.in_[...].shape[0], 1))
 
     def add(total: Array, expert: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        w_DxPxF, gain_F, weights_N = expert
-        hidden = jnp.einsum("btd,dpf->btpf", x_BxTxD, w_DxPxF.astype(x_BxTxD.dtype))
-        hidden = how.normed(activation(hidden, how.kind)) * gain_F * weights_N.reshape(B, T, 1)
+        w_PxDxF, gain_F, weights_N = expert
+        parts = [jnp.matmul(x_BxTxD, w_DxF.astype(x_BxTxD.dtype)) for w_DxF in w_PxDxF]
+        hidden = how.normed(activation(parts, how.kind)) * gain_F * weights_N.reshape(B, T, 1)
         return total + gram(hidden), None
 
     total, _ = jax.lax.scan(add, jnp.zeros((B, T, T)), (ffn.in_[...], gain_ExF, weights_NxE.T))

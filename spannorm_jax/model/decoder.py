@@ -64,11 +64,16 @@ class Decoder(Trunk):
         """(D, V) in float32."""
         return self.embed[...].T if self.cfg.tied_head else self.head[...]
 
+    def head_inputs(self, features: Array) -> tuple[Array, Array]:
+        """The two factors of the logits: features (..., D) with their multiplier, and the head's matrix (D, V)."""
+        multiplier = forward(self.cfg).logits
+        return features if multiplier == 1 else features * multiplier, self.head_matrix()
+
     def logits(self, features: Array) -> Array:
         """(..., D) -> (..., V) in float32, whatever the compute dtype."""
         with jax.named_scope("head"):
-            matrix, multiplier = self.head_matrix().astype(features.dtype), forward(self.cfg).logits
-            features = features if multiplier == 1 else features * multiplier
+            features, matrix = self.head_inputs(features)
+            matrix = matrix.astype(features.dtype)
             if features.dtype == jnp.float32:
                 return linear(features, matrix)
             return jnp.matmul(features, matrix, preferred_element_type=jnp.float32)

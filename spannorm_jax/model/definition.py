@@ -94,9 +94,18 @@ def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarra
     name = "/".join(part for part in path if part not in STACKS.values())
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     if not spec.layers:
-        return jax.random.normal(key, spec.shape, jnp.float32) * per_layer
+        return _drawn(key, spec.shape, spec.axes) * per_layer
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.array(spec.layers))
-    return jax.vmap(lambda key: jax.random.normal(key, spec.shape[1:], jnp.float32))(keys) * per_layer
+    return jax.vmap(lambda key: _drawn(key, spec.shape[1:], spec.axes[1:]))(keys) * per_layer
+
+
+def _drawn(key: Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+    """Standard normal numbers, drawn as if `parts` came after the inputs: in that order all records were made."""
+    if "parts" not in axes:
+        return jax.random.normal(key, shape, jnp.float32)
+    part = axes.index("parts")
+    drawn = (*shape[:part], shape[part + 1], shape[part], *shape[part + 2 :])
+    return jax.random.normal(key, drawn, jnp.float32).swapaxes(part, part + 1)
 
 
 def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: type[Trunk] = Decoder) -> ModelDef:

@@ -4,10 +4,11 @@ Shapes stand in names: B batch, T time, D width, H query heads, G key-value head
 Weights are float32 and are cast to the compute dtype where they are used; norms compute in float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -17,6 +18,7 @@ from spannorm_jax.model.kernels.cpu import gelu, linear
 from spannorm_jax.model.parametrisation import base_config, forward
 from spannorm_jax.model.placement import inner_norms, placement_of
 from spannorm_jax.model.weights import gain, weight
+from spannorm_jax.parallel.mesh import target_platform
 
 
 def inverse_rms(mean_squares: Array, eps: float) -> Array:
@@ -31,7 +33,7 @@ def inverse_rms(mean_squares: Array, eps: float) -> Array:
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, over the last axis, in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "embed"):
+    def __init__(self, kind: str, size: int, eps: float, site: str, axis: str = "gain"):
         self.kind, self.eps, self.site = kind, eps, site  # the site tells norms apart in a profile
         self.gain = gain((size,), (axis,), site)
 
@@ -49,7 +51,7 @@ class Gain(nnx.Module):
 
     def __init__(self, size: int, site: str, start: float):
         self.site = site
-        self.gain = gain((size,), ("scalar" if size == 1 else "embed",), site, start)
+        self.gain = gain((size,), ("scalar" if size == 1 else "gain",), site, start)
 
     def __call__(self, x: Array) -> Array:
         with jax.named_scope("gain"), jax.named_scope(self.site):
@@ -78,6 +80,11 @@ def rotary_angles(length: int, head_dim: int, theta: float) -> Array:
 def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
     """Turns the pairs (i, i + K/2) of each head by the angles, in float32; the angles may differ by row (B, T, K/2)."""
     cos, sin = jnp.cos(angles_TxK2)[..., None, :], jnp.sin(angles_TxK2)[..., None, :]
+    if target_platform() == "tpu":  # half a head is no whole vector there: its other half comes by a matmul, exactly
+        K = x_BxTxHxK.shape[-1]
+        turned = jnp.matmul(x_BxTxHxK, np.roll(np.eye(K), K // 2, axis=1).astype(x_BxTxHxK.dtype))
+        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+        return (x_BxTxHxK.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x_BxTxHxK.dtype)
     a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BxTxHxK.dtype)
 
@@ -139,11 +146,11 @@ def parts(kind: str) -> int:
     return 2 if kind == "swiglu" else 1
 
 
-def activation(hidden_xPxF: Array, kind: str) -> Array:
-    """(..., P, F) -> (..., F): silu(a) b of the two parts of SwiGLU; gelu(a) or relu(a) of one."""
+def activation(hidden: Sequence[Array], kind: str) -> Array:
+    """P of (..., F) -> (..., F): silu(a) b of the two parts of SwiGLU; gelu(a) or relu(a) of one."""
     if kind == "swiglu":
-        return jax.nn.silu(hidden_xPxF[..., 0, :]) * hidden_xPxF[..., 1, :]
-    return (gelu if kind == "gelu" else jax.nn.relu)(hidden_xPxF[..., 0, :])
+        return jax.nn.silu(hidden[0]) * hidden[1]
+    return (gelu if kind == "gelu" else jax.nn.relu)(hidden[0])
 
 
 class FeedForward(nnx.Module):
@@ -157,8 +164,9 @@ class FeedForward(nnx.Module):
         D, F = cfg.width, hidden or cfg.ffn_dim
         self.kind = cfg.ffn
         P = parts(cfg.ffn)
-        axes_in, axes_out = ("embed", "parts", "ffn"), ("ffn", "embed")
-        self.in_ = weight((D, P, copies * F), axes_in, "hidden", f"{site}_in", fan_in=D, fan_out=P * F)
+        # Parts come first: with two in the second last place, a TPU's tiles of (8, 128) would hold 2 of 8 rows.
+        axes_in, axes_out = ("parts", "embed", "ffn"), ("ffn", "embed")
+        self.in_ = weight((P, D, copies * F), axes_in, "hidden", f"{site}_in", fan_in=D, fan_out=P * F)
         self.out = weight((copies * F, D), axes_out, "hidden", f"{site}_out", fan_in=F, fan_out=D)
         if "hidden" in inner_norms(cfg):
             self.hidden_norm = Norm("rmsnorm", copies * F, cfg.norm_eps, f"{site}_hidden_norm", axis="ffn")
@@ -169,5 +177,6 @@ class FeedForward(nnx.Module):
 
     def hidden(self, x_BxTxD: Array) -> Array:
         """What `out` reads, (B, T, copies F)."""
-        h_BxTxF = activation(linear(x_BxTxD, self.in_[...].astype(x_BxTxD.dtype)), self.kind)
+        in_PxDxF = self.in_[...].astype(x_BxTxD.dtype)
+        h_BxTxF = activation([linear(x_BxTxD, in_DxF) for in_DxF in in_PxDxF], self.kind)
         return self.hidden_norm(h_BxTxF) if hasattr(self, "hidden_norm") else h_BxTxF

@@ -16,7 +16,7 @@ from spannorm_jax.model.block import Block
 from spannorm_jax.model.kernels.attention import keep_attention
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.parallel.mesh import constrain
+from spannorm_jax.parallel.mesh import constrain, target_platform
 
 ACTIVATION = ("batch", "time", "activation")
 STACKS = {False: "blocks", True: "moe_blocks"}  # has experts -> attribute of the stack
@@ -114,7 +114,14 @@ def _joined(trees: Sequence[Any]) -> Any:
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
+def remat_for(policy: str, platform: str) -> str:
+    """The policy that runs on a platform. A TPU makes activations again faster than it fetches them, a GPU makes those
+    between its matmuls again, and a CPU is slowed by either. docs/speed.md has the compilers' plans."""
+    return {"cpu": "none", "gpu": "dots", "tpu": "block"}[platform] if policy == "auto" else policy
+
+
 def _remat(block: Any, policy: str) -> Any:
+    policy = remat_for(policy, target_platform())
     if policy == "none":
         return block
     keep = jax.checkpoint_policies

@@ -13,16 +13,20 @@ if TYPE_CHECKING:  # a command that is mistyped asks for the kinds here, and doe
 class DeviceKind:
     peak_flops: float  # dense bfloat16 FLOP/s
     memory_gb: float  # GB (10^9 bytes); of two sizes the smaller
+    clock_ghz: float = 0.0  # of a TPU; 0: not published
+    bandwidth: float = 0.0  # bytes/s of a GPU's memory
 
 
 DEVICE_KINDS = {
-    "NVIDIA A100": DeviceKind(312e12, 40),
-    "NVIDIA H100": DeviceKind(989e12, 80),
-    "NVIDIA H200": DeviceKind(989e12, 141),
-    "TPU v4": DeviceKind(275e12, 32),
-    "TPU v5 lite": DeviceKind(197e12, 16),
-    "TPU v5": DeviceKind(459e12, 95),
-    "TPU v6 lite": DeviceKind(918e12, 32),
+    "NVIDIA A100": DeviceKind(312e12, 40, bandwidth=1.55e12),
+    "NVIDIA H100": DeviceKind(989e12, 80, bandwidth=3.35e12),
+    "NVIDIA H200": DeviceKind(989e12, 141, bandwidth=4.8e12),
+    "NVIDIA B200": DeviceKind(2250e12, 180, bandwidth=7.7e12),
+    "TPU v4": DeviceKind(275e12, 32, clock_ghz=1.05),
+    "TPU v5 lite": DeviceKind(197e12, 16, clock_ghz=1.5),
+    "TPU v5": DeviceKind(459e12, 95, clock_ghz=1.75),
+    "TPU v6 lite": DeviceKind(918e12, 32, clock_ghz=1.75),
+    "TPU7x": DeviceKind(1153.5e12, 96),  # of a device: two are a chip
 }
 
 

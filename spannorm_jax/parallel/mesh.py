@@ -23,6 +23,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
+    "gain": (),  # as long as `embed`: gathering it would cost more than it saves
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

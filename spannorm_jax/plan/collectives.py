@@ -38,6 +38,11 @@ class Collective:
         """Bytes that a device receives by it in a run of the program that takes its branch."""
         return self.bytes * self.count
 
+    @property
+    def received(self) -> int:
+        """The same, of one that is only sliced as the reduce-scatter that it can be."""
+        return self.total // 2 if self.sliced else self.total
+
 
 def collectives(module: Module) -> list[Collective]:
     """The collectives of a run of the program, in its order; none among one device.

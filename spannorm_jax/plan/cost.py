@@ -8,15 +8,16 @@ no cycles: kernels and the bytes that they read and write are counted.
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from spannorm_jax.plan.collectives import Collective, collectives
 from spannorm_jax.plan.hlo import Instruction, Module, array_bytes
 
-# Bundles of a TPU v5e's schedule for one (512, 512) block of one head of up to 128, by kernel of splash attention, as
-# libtpu compiles them at 1,024 positions; a size below 128 fills no less of the registers.
+# Bundles of a TPU v5e's schedule for one block of (512, 512) logits of one head of up to 128, by kernel of splash
+# attention, as libtpu compiles them at 1,024 positions. The fused kernel, which makes all gradients, has one block.
 _SPLASH_BLOCK = 512
-_SPLASH_BUNDLES = {"fwd": 2200, "dkv_fused": 3100, "dkv": 2500, "dq": 1880}
+_SPLASH_BUNDLES = {"fwd": 2200, "dkv": 2500, "dq": 1880, "fused": 2570}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 
@@ -84,17 +85,21 @@ def _tpu(module: Module, flops_a_cycle: float) -> dict[str, Any]:
     def kernel_cycles(name: str, made: Instruction) -> float:
         shapes = [_dims(module.shape_of(made, operand)) for operand in made.operands] + [_dims(made.shape)]
         if name.startswith("splash"):
-            return _splash(name, shapes)
+            kind = next(kind for kind in _SPLASH_BUNDLES if f"_{kind}" in name)
+            return _splash("fused" if kind == "dkv" and fused else kind, shapes)
         if name.startswith("ragged-dot") and "metadata" not in name:
             return _ragged_dot(shapes, flops_a_cycle)
         unknown.add(f"kernel {name}")
         return 0.0
 
-    for name in {kernel(made) for home in module.computations.values() for made in home.values()} - {""}:
+    def cycles_if(name: str, made: Instruction) -> float:
+        return kernel_cycles(name, made) if kernel(made) == name else 0.0
+
+    names = {kernel(made) for home in module.computations.values() for made in home.values()} - {""}
+    fused = not any("_dq" in name for name in names)
+    for name in names:
         if "metadata" not in name:
-            kernels[name] = module.total(
-                lambda made, name=name: kernel_cycles(name, made) if kernel(made) == name else 0.0
-            )
+            kernels[name] = module.total(partial(cycles_if, name))
     cycles = module.total(lambda made: int(found[1]) if (found := _CYCLES.search(made.attributes)) else 0)
     return {"cycles": cycles, "kernel_cycles": kernels, "unknown": tuple(sorted(unknown))}
 
@@ -105,18 +110,12 @@ def _dims(shape: str) -> tuple[int, ...]:
     return tuple(map(int, found[1].split(","))) if found else ()
 
 
-def _splash(name: str, shapes: list[tuple[int, ...]]) -> float:
-    kind = next(kind for kind in _SPLASH_BUNDLES if kind.partition("_")[0] in name)
-    if kind == "dkv_fused" and not _is_fused(name):
-        kind = "dkv"
+def _splash(kind: str, shapes: list[tuple[int, ...]]) -> float:
+    """Of causal attention: `kind` is a key of _SPLASH_BUNDLES, the largest of the arrays is (..., T, K)."""
     *outer, T, _ = max((dims for dims in shapes if len(dims) >= 3), key=lambda dims: math.prod(dims[:-2]))
-    block = next(size for size in (_SPLASH_BLOCK, 256, 128) if T % size == 0)
+    block = T if kind == "fused" else next(size for size in (_SPLASH_BLOCK, 256, 128) if T % size == 0)
     blocks = T // block
     return math.prod(outer) * blocks * (blocks + 1) / 2 * _SPLASH_BUNDLES[kind] * (block / _SPLASH_BLOCK) ** 2
-
-
-def _is_fused(name: str) -> bool:
-    return "fused" in name
 
 
 def _ragged_dot(shapes: list[tuple[int, ...]], flops_a_cycle: float) -> float:

@@ -19,14 +19,15 @@ from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, count_params, flops_per_token
-from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.model.kernels import attention
 from spannorm_jax.model.moe import grouped_matmul
+from spannorm_jax.model.stack import remat_for
 from spannorm_jax.parallel.devices import DEVICE_KINDS, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh, mesh_shape
 from spannorm_jax.parallel.platform import fix_numerics
 from spannorm_jax.plan.collectives import KINDS, Collective, collectives
 from spannorm_jax.plan.hlo import Module
+from spannorm_jax.plan.words import flop_words, setting, size_words
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.step import make_program
 from spannorm_jax.training.task import Batch
@@ -68,9 +69,15 @@ def dry_run(config: Config, num_devices: int, device_kind: str = "") -> int:
     microbatch = config.training.batch_size // config.training.num_microbatches
     check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
     _start_jax(num_devices)
+    # Unless the kind says otherwise the plan is of a device that makes activations again.
+    platform = "gpu" if device_kind.startswith("NVIDIA") else "tpu" if config.model.dtype == "bfloat16" else "cpu"
+    config = replace(config, execution__remat=remat_for(config.execution.remat, platform))
     implementations = _implementations(config)
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
-    print(_setting(config, mesh, device_kind, implementations), flush=True)
+    print(setting(config, platform))
+    print(f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}")
+    stands_for = " (compiled as float16, of the same size)" if config.model.dtype == "bfloat16" else ""
+    print(f"shaped with {implementations}, compute {config.model.dtype}{stands_for}", flush=True)
     print(report(measure(config, mesh), shape, known_kind(device_kind)))
     return 0
 
@@ -136,7 +143,7 @@ def _activations(config: Config, model: ModelDef, mesh: Mesh) -> int:
 
     def kept(rows: int) -> int:
         def residuals(params: Any, model_state: Any, batch: Batch) -> Any:
-            return jax.vjp(lambda p: loss_sums(model.bind(p, model_state), batch)["nll"], params)[1]
+            return jax.vjp(lambda p: loss_sums(model.bind(p, model_state), batch)["objective"], params)[1]
 
         fields = task.train_fields(config).items()
         batch = {name: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype) for name, field in fields}
@@ -158,17 +165,6 @@ def _implementations(config: Config) -> str:
     return f"{words}, grouped matmul {grouped_matmul.grouped_matmul_for(config.execution.grouped_matmul)[0]}"
 
 
-def _setting(config: Config, mesh: Mesh, device_kind: str, implementations: str) -> str:
-    model = config.model
-    stands_for = " (compiled as float16, of the same size)" if model.dtype == "bfloat16" else ""
-    return (
-        f"{model.placement} / {init_of(model)}: {model.depth} blocks, width {model.width}, batch "
-        f"{config.training.batch_size} x {task_of(config).positions(config)}, remat {config.execution.remat}\n"
-        f"{mesh.size} x {device_kind or 'any device'}, mesh {dict(mesh.shape)}\n"
-        f"shaped with {implementations}, compute {model.dtype}{stands_for}"
-    )
-
-
 def report(cost: StepCost, shape: dict[str, int], kind: str | None) -> str:
     """The printed form, with shares of a device's memory and peak if `kind`, a key of DEVICE_KINDS, is given."""
     num_devices = math.prod(shape.values())
@@ -182,14 +178,9 @@ def _flops(cost: StepCost, num_devices: int, kind: str | None) -> list[str]:
     fastest = f", {step / num_devices / DEVICE_KINDS[kind].peak_flops:.3g} s at the peak of {kind}" if kind else ""
     return [
         f"{cost.params:,} parameters ({active}), {cost.tokens:,} tokens a step; compiled in {cost.compile_s:.1f} s",
-        f"{_flop(cost.flops_per_token)} a token, {_flop(step)} a step, {_flop(step / num_devices)} a device{fastest}",
+        f"{flop_words(cost.flops_per_token)} a token, {flop_words(step)} a step, "
+        f"{flop_words(step / num_devices)} a device{fastest}",
     ]
-
-
-def _flop(count: float) -> str:
-    sizes = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9))
-    prefix, size = next((prefix_size for prefix_size in sizes if count >= prefix_size[1]), ("M", 1e6))
-    return f"{count / size:.1f} {prefix}FLOP"
 
 
 def _memory(cost: StepCost, tensor: int, kind: str | None) -> list[str]:
@@ -203,13 +194,15 @@ def _memory(cost: StepCost, tensor: int, kind: str | None) -> list[str]:
     if tensor > 1:
         total = "but mesh.tensor splits some of what is kept, which is counted whole"
     rows.append(("sum", sum(size for _, size, _ in rows), total))
-    plan = f"for a CPU: arguments {_size(cost.xla['arguments'])}, temporaries {_size(cost.xla['temporaries'])}"
+    plan = (
+        f"for a CPU: arguments {size_words(cost.xla['arguments'])}, temporaries {size_words(cost.xla['temporaries'])}"
+    )
     rows.append(("XLA's plan", sum(cost.xla.values()), plan))
     whole = f", and its share of {DEVICE_KINDS[kind].memory_gb} GB" if kind else ""
     lines = [f"memory of a device{whole} (GB: 10^9 bytes)"]
     for name, size, note in rows:
         share = f"{size / DEVICE_KINDS[kind].memory_gb / 1e7:.1f}%" if kind else ""
-        lines.append(f"  {name:<20}{_size(size):>10}{share:>8}   {note}")
+        lines.append(f"  {name:<20}{size_words(size):>10}{share:>8}   {note}")
     return lines
 
 
@@ -224,21 +217,17 @@ def _traffic(cost: StepCost) -> list[str]:
     places: Counter[tuple[str, str]] = Counter()
     always = [found for found in cost.collectives if not found.branch]
     for one in always:
-        places[one.kind.replace("_", "-"), _place(one.name)] += _received(one)
-    all_sizes = _size(sum(places.values()))
+        places[one.kind.replace("_", "-"), _place(one.name)] += one.received
+    all_sizes = size_words(sum(places.values()))
     lines.append(f"{'what is always there, together':<46}{sum(one.count for one in always):>8,}{all_sizes:>12}")
     lines.append("the largest of that")
     for (title, place), size in places.most_common(5):
-        lines.append(f"  {title:<20}{_size(size):>10}   {place}")
+        lines.append(f"  {title:<20}{size_words(size):>10}   {place}")
     return [
         *lines,
         "As XLA partitions the step for any device, and then optimises it for a CPU. Other compilers may combine, move",
         "or overlap collectives, and make reduce-scatters of all-reduces that are then sliced: counted as such here.",
     ]
-
-
-def _received(one: Collective) -> int:
-    return one.total // 2 if one.sliced else one.total  # sliced: as the reduce-scatter that it can be
 
 
 def _place(name: str) -> str:
@@ -258,16 +247,10 @@ def _rows(found: list[Collective]) -> list[str]:
     for one in found:
         key = (KINDS.index(one.kind), one.sliced, one.group)
         counts[key] += one.count
-        sizes[key] += _received(one)
+        sizes[key] += one.received
     rows = []
     for key in sorted(counts):
         kind, sliced, group = key
         title = f"{KINDS[kind].replace('_', '-')}{', then sliced' if sliced else ''}, among {group}"
-        rows.append(f"  {title:<44}{counts[key]:>8,}{_size(sizes[key]):>12}")
+        rows.append(f"  {title:<44}{counts[key]:>8,}{size_words(sizes[key]):>12}")
     return rows
-
-
-def _size(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:,.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -33,9 +33,12 @@ def compile_programs(kind: str, config: Config, devices: list[Any], num_lanes: i
     """
     mesh = make_mesh(config.mesh, devices, num_lanes if kind == "lanes" else 1)
     with jax.set_mesh(mesh):
-        yield from {"sample": _sample, "lanes": partial(_lanes, num_lanes=num_lanes)}.get(kind, _steps)(
-            *((config, mesh) if kind in ("sample", "lanes") else (kind, config, mesh))
-        )
+        if kind == "sample":
+            yield from _sample(config, mesh)
+        elif kind == "lanes":
+            yield from _lanes(config, mesh, num_lanes)
+        else:
+            yield from _steps(kind, config, mesh)
 
 
 def _steps(kind: str, config: Config, mesh: Mesh) -> Programs:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import jax
+
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 
 
@@ -75,9 +77,8 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     gpu = chip in _GPUS
     plugin, extra = ("jax_plugins", "gpu") if gpu else ("libtpu", "tpu-plan")
     if importlib.util.find_spec(plugin) is None:
-        raise UserError(
-            f"--topology {name}: {chip}'s compiler is not installed; pip install -e '.[{extra}]' (Linux, no device needed)"
-        )
+        raise UserError(f"--topology {name}: {chip}'s compiler is not installed; pip install -e '.[{extra}]', on Linux")
+    options: dict[str, Any]
     if gpu:
         options = {"target_config": _target_config(_GPUS[chip]), "topology": shape}
     else:
@@ -87,6 +88,8 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
             options["chip_config_name"] = "megacore"  # two cores are one device, as JAX has them on the real chip
         if shape == "1x1":
             options["chips_per_host_bounds"] = (1, 1, 1)
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_platforms", "cpu")
     # Late: it is no part of what JAX imports by itself.
     from jax.experimental import topologies
 

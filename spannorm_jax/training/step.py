@@ -58,8 +58,8 @@ def gradients(
     k = config.training.num_microbatches
 
     def objective(params: Any, batch: Batch) -> tuple[Array, dict[str, Any]]:
-        sums = loss_sums(model.bind(params, model_state), batch)
-        total = sums["nll"] + numbers.z_loss * sums["z"]
+        sums = loss_sums(model.bind(params, model_state), batch, numbers.z_loss)
+        total = sums.pop("objective")
         if "router" in sums:
             losses = router_losses(config.model.moe.balance, sums["router"], numbers)
             # Times the count, since the total is divided by the whole batch's.
@@ -177,7 +177,7 @@ class Program:
     init: Callable[[int], TrainState]
     train: jax.stages.Wrapped
     signal: jax.stages.Wrapped
-    evaluate: Callable[[Any, Any, Batch], dict[str, Any]]
+    evaluate: jax.stages.Wrapped
 
     def put(self, rows: Rows) -> Batch:
         """A whole batch of training, from the host to the devices."""
@@ -231,7 +231,7 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
     )
 
 
-def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> jax.stages.Wrapped:
     """evaluate(params, model_state, batch) -> loss sums, jitted, for a held-out batch. It donates nothing."""
     task = task_of(config)
     loss_sums = task.loss_sums(config, dict(mesh.shape), config.eval.batch_size)

@@ -15,7 +15,7 @@ from spannorm_jax.parallel.mesh import sharding
 
 Batch = dict[str, Array]
 Rows = dict[str, np.ndarray]  # of a batch, on the host
-LossSums = Callable[[Any, Batch], dict[str, Any]]  # of a model with weights (`ModelDef.bind`) on a batch
+LossSums = Callable[..., dict[str, Any]]  # of a model with weights (`ModelDef.bind`), a batch and, if any, z_loss
 SUMMED = ("nll", "correct", "count")  # what held-out batches add up of the loss sums
 
 
@@ -47,7 +47,8 @@ class Task:
       rows: (config, data) -> (step, start, stop) -> rows of a step's batch, a pure function of seed and step.
       inputs: batch -> what the model's `run` takes.
       loss_sums: (config, the mesh's shape, rows that pass at once) -> `LossSums`: sums over what counts, `nll` (nats),
-        `log_z`, `z` (its square), `correct` and `count`; of a model with experts also `router`, what its routers did.
+        `log_z`, `z` (its square), `correct` and `count`; `objective`, which is nll + z_loss z and alone has a gradient;
+        of a model with experts also `router`, what its routers did.
       held_out: (config, data) -> each held-out batch in turn, and counts of its own (`bytes`), always the same.
       measures: the totals of SUMMED and of the counts -> what evaluation reports, by name.
       logged: those of the measures that training logs, as held_out_NAME.

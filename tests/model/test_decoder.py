@@ -162,7 +162,7 @@ def test_remat_recomputes_what_it_says():
         tokens = np.zeros((2, 9), np.int32)
 
         def loss(params):
-            return loss_sums(model.bind(params), {"tokens": tokens})["nll"]
+            return loss_sums(model.bind(params), {"tokens": tokens})["objective"]
 
         params = jax.eval_shape(model.init, jax.random.key(0))
         return count_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, "dot_general")

@@ -113,7 +113,7 @@ def test_a_chunked_loss_is_the_whole_loss(seq_len, chunks, tied_head):
     tokens = rng.integers(VOCAB, size=(BATCH, seq_len + 1)).astype(np.int32)
 
     def loss(params, num_chunks):
-        sums = loss_sums(model.bind(params), {"tokens": tokens, "weights": weights}, num_chunks)
+        sums = loss_sums(model.bind(params), {"tokens": tokens, "weights": weights}, num_chunks=num_chunks)
         return sums["nll"] + 0.1 * sums["z"], sums
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
@@ -130,7 +130,7 @@ def test_a_batch_of_padding_alone_adds_nothing(chunks):
     model, weights = define(configure().model), np.zeros((BATCH, SEQ_LEN), np.float32)
 
     def loss(params):
-        sums = loss_sums(model.bind(params), batch() | {"weights": weights}, chunks)
+        sums = loss_sums(model.bind(params), batch() | {"weights": weights}, num_chunks=chunks)
         return sums["nll"] + sums["z"], sums
 
     grads, sums = jax.jit(jax.grad(loss, has_aux=True))(drawn_params())

@@ -16,6 +16,8 @@ from spannorm_jax.model.kernels.blocked_attention import SAVED, blocked_attentio
 from spannorm_jax.model.kernels.probe import compile_problem
 from spannorm_jax.parallel.mesh import partition_spec, target_platform
 
+_SPLASH_MAX_KEYS = 1024  # of a block whose logits fit in a core's memory
+_SPLASH_MULTIPLE = 128  # positions; others are filled up
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
 
@@ -32,13 +34,13 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
     """JAX's TPU kernel, one call a device: the compiler cannot partition it. Elsewhere it is interpreted, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
+    length, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
+    T = -(-length // _SPLASH_MULTIPLE) * _SPLASH_MULTIPLE
     block = next(size for size in (512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-    )
-
+    sizes = splash.BlockSizes(block_q=block, block_kv=block, **_splash_backward(T, block))
+    # A causal mask hides the positions that fill up T from all others. Without one they are another segment.
     mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+    segments_T = None if causal or length == T else (jnp.arange(T) >= length).astype(jnp.int32)
 
     def attention_on_one_device(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array) -> Array:
         kernel = splash.make_splash_mha(
@@ -49,8 +51,11 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
             residual_checkpoint_name=SAVED,
             interpret=target_platform() != "tpu",
         )
-        by_head = (x.swapaxes(1, 2) for x in (q_BxTxHxK * K**-0.5, k_BxTxGxK, v_BxTxGxK))
-        return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
+        filled = (jnp.pad(x, ((0, 0), (0, T - length), (0, 0), (0, 0))) for x in (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK))
+        q, k, v = (x.swapaxes(1, 2) for x in filled)
+        segments = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
+        out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q * K**-0.5, k, v)
+        return out.swapaxes(1, 2)[:, :length]
 
     if not jax.sharding.get_abstract_mesh().empty:
         q_spec, kv_spec = (partition_spec(("batch", "time", heads, "head_dim")) for heads in ("heads", "kv_heads"))
@@ -58,6 +63,14 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
             attention_on_one_device, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False
         )
     return attention_on_one_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
+
+
+def _splash_backward(T: int, block: int) -> dict[str, Any]:
+    """One kernel for all three gradients is faster than two, but leaves a part of the queries' for each block of keys,
+    to be summed: it is taken where one block holds all keys."""
+    if T <= _SPLASH_MAX_KEYS:
+        return {"block_q_dkv": T, "block_kv_dkv": T, "use_fused_bwd_kernel": True}
+    return {"block_q_dkv": block, "block_kv_dkv": block, "block_q_dq": block, "block_kv_dq": block}
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, bool], Array]] = {
@@ -91,7 +104,7 @@ def _choose(name: str, T: int, H: int, G: int, K: int, dtype: str) -> tuple[str,
     if best == "cudnn":
         why = _cudnn_problem(T, H, G, K, dtype, platform)
     elif best == "splash":
-        why = _splash_problem(T, platform)
+        why = "it is a TPU's kernel" if platform == "gpu" else ""
     return ("xla" if why and name == "auto" else best), why
 
 
@@ -104,12 +117,6 @@ def _cudnn_problem(T: int, H: int, G: int, K: int, dtype: str, platform: str) ->
         return ""
     q, kv = (jax.ShapeDtypeStruct((1, T, heads, K), dtype) for heads in (H, G))
     return compile_problem(partial(_cudnn, causal=True), q, kv, kv, gradients=3)
-
-
-def _splash_problem(T: int, platform: str) -> str:
-    if platform == "gpu":
-        return "it is a TPU's kernel"
-    return "" if T % 128 == 0 else f"it needs data.seq_len divisible by 128, not {T}"
 
 
 def keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:

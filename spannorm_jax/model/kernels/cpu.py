@@ -1,10 +1,13 @@
 """A linear layer and GELU with backward passes that a CPU's compiler does not find; docs/speed.md has their gains."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from spannorm_jax.parallel.mesh import target_platform
 
@@ -25,12 +28,20 @@ def _linear_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = residuals
-    batch, outputs = tuple(range(x.ndim - 1)), tuple(range(1, w.ndim))
+    outputs = tuple(range(1, w.ndim))
     dx = jax.lax.dot_general(g, w, ((tuple(range(x.ndim - 1, g.ndim)), outputs), ((), ())))
-    over_batch = ((batch, batch), ((), ()))
-    if w.shape[0] <= math.prod(w.shape[1:]):
-        return dx, _untransposed(jax.lax.dot_general(x, g, over_batch))
-    return dx, jnp.moveaxis(_untransposed(jax.lax.dot_general(g, x, over_batch)), -1, 0)
+    return dx, weight_gradient(x, g, w.dtype)
+
+
+def weight_gradient(x: Array, g: Array, dtype: DTypeLike) -> Array:
+    """(D, *F): the sum over positions of x (..., D) times g (..., *F)."""
+    batch = tuple(range(x.ndim - 1))
+    product = partial(
+        jax.lax.dot_general, dimension_numbers=((batch, batch), ((), ())), preferred_element_type=np.dtype(dtype)
+    )
+    if x.shape[-1] <= math.prod(g.shape[x.ndim - 1 :]):
+        return _untransposed(product(x, g))
+    return jnp.moveaxis(_untransposed(product(g, x)), -1, 0)
 
 
 def _untransposed(product: Array) -> Array:

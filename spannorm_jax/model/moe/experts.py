@@ -100,9 +100,9 @@ def _sizes(group_M: Array, num_groups: int) -> Array:
 # ---- one device -------------------------------------------------------------------------------------
 
 
-def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps) -> Array:
+def _run(x_NxD: Array, expert_M: Array, w_in_ExPxDxF: Array, w_out_ExFxD: Array, how: ExpertOps) -> Array:
     """(M, D): for each assignment, M / N a token, its expert's output; zeros if that is not here (E or more)."""
-    M, (E, D, P, F) = expert_M.shape[0], w_in_ExDxPxF.shape
+    M, (E, P, *_) = expert_M.shape[0], w_in_ExPxDxF.shape
     with jax.named_scope("dispatch"):
         multiple = row_multiple(how.matmul)
         num_rows = -(-(M + E * (multiple - 1)) // multiple) * multiple
@@ -111,8 +111,8 @@ def _run(x_NxD: Array, expert_M: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array,
         source, slot = _places(expert_M, jnp.cumsum(sizes_E) - sizes_E, sizes_E, num_rows)
         rows_PxD = how.name(_spread(x_NxD, source, slot, M // x_NxD.shape[0]), "expert_rows")
     with jax.named_scope("experts"):
-        hidden = grouped_matmul(rows_PxD, w_in_ExDxPxF.reshape(E, D, P * F), sizes_E, how.matmul)
-        hidden = how.name(hidden, "expert_hidden").reshape(-1, P, F)
+        hidden = [grouped_matmul(rows_PxD, w_in_ExPxDxF[:, part], sizes_E, how.matmul) for part in range(P)]
+        hidden = [how.name(part, "expert_hidden") for part in hidden]
         out_PxD = grouped_matmul(how.normed(activation(hidden, how.kind)), w_out_ExFxD, sizes_E, how.matmul)
     with jax.named_scope("combine"):
         return _collect(out_PxD, source, slot)
@@ -125,27 +125,27 @@ def _weighted(out_MxD: Array, weights_Nxk: Array, how: ExpertOps) -> Array:
 
 
 def local(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExPxDxF: Array, w_out_ExFxD: Array, how: ExpertOps
 ) -> Array:
     """(N, D): each token's experts, weighted and summed; those that are not here give nothing. Memory O(M (D + F))."""
-    return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExDxPxF, w_out_ExFxD, how), weights_Nxk, how)
+    return _weighted(_run(x_NxD, ids_Nxk.reshape(-1), w_in_ExPxDxF, w_out_ExFxD, how), weights_Nxk, how)
 
 
 # ---- over the mesh axis `expert`, inside shard_map ----------------------------------------------------
 
 
 def ring(
-    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array, how: ExpertOps
+    x_NxD: Array, weights_Nxk: Array, ids_Nxk: Array, w_in_ExPxDxF: Array, w_out_ExFxD: Array, how: ExpertOps
 ) -> Array:
     """All tokens to all devices, each runs its experts, sums are scattered back. Memory O(n M (D + F))."""
-    E = w_in_ExDxPxF.shape[0]
+    E = w_in_ExPxDxF.shape[0]
 
     def gather(a: Array) -> Array:
         return how.name(jax.lax.all_gather(a, AXIS, tiled=True), "expert_rows")
 
     ids = gather(ids_Nxk) - jax.lax.axis_index(AXIS) * E
     here = jnp.where((ids >= 0) & (ids < E), ids, E)
-    out = local(gather(x_NxD), gather(weights_Nxk), here, w_in_ExDxPxF, w_out_ExFxD, how)
+    out = local(gather(x_NxD), gather(weights_Nxk), here, w_in_ExPxDxF, w_out_ExFxD, how)
     return how.name(jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True), "expert_out")
 
 
@@ -158,7 +158,7 @@ def all_to_all(
     x_NxD: Array,
     weights_Nxk: Array,
     ids_Nxk: Array,
-    w_in_ExDxPxF: Array,
+    w_in_ExPxDxF: Array,
     w_out_ExFxD: Array,
     how: ExpertOps,
     capacity: int,
@@ -167,26 +167,26 @@ def all_to_all(
 
     If any did not, on any device, all devices of the axis compute by the ring instead. Memory O(n capacity (D + F)).
     """
-    n, E = jax.lax.axis_size(AXIS), w_in_ExDxPxF.shape[0]
+    n, E = jax.lax.axis_size(AXIS), w_in_ExPxDxF.shape[0]
     expert_M = ids_Nxk.reshape(-1)
     overflow = jnp.sum(jnp.maximum(_sizes(expert_M // E, n) - capacity, 0))
     exchange = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
 
-    def exchanged(x_NxD: Array, weights_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array) -> Array:
+    def exchanged(x_NxD: Array, weights_Nxk: Array, w_in_ExPxDxF: Array, w_out_ExFxD: Array) -> Array:
         with jax.named_scope("dispatch"):
             starts_n = jnp.arange(n) * capacity
             source, slot = _places(expert_M // E, starts_n, jnp.full(n, capacity), n * capacity)
             rows = exchange(_spread(x_NxD, source, slot, ids_Nxk.shape[1]))
             expert = jnp.where(source < expert_M.size, expert_M.at[source].get(mode="clip") % E, E)
             rows, expert = (how.name(a, "expert_rows") for a in (rows, exchange(expert)))
-        out = exchange(_run(rows, expert, w_in_ExDxPxF, w_out_ExFxD, how))
+        out = exchange(_run(rows, expert, w_in_ExPxDxF, w_out_ExFxD, how))
         return _weighted(_collect(out, source, slot), weights_Nxk, how)
 
-    def around(x_NxD: Array, weights_Nxk: Array, w_in_ExDxPxF: Array, w_out_ExFxD: Array) -> Array:
-        return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExDxPxF, w_out_ExFxD, replace(how, named=False))
+    def around(x_NxD: Array, weights_Nxk: Array, w_in_ExPxDxF: Array, w_out_ExFxD: Array) -> Array:
+        return ring(x_NxD, weights_Nxk, ids_Nxk, w_in_ExPxDxF, w_out_ExFxD, replace(how, named=False))
 
     # The ring is rare, and must not keep its many rows: a branch that is not taken returns as much, in zeros.
-    args = (x_NxD, weights_Nxk, w_in_ExDxPxF, w_out_ExFxD)
+    args = (x_NxD, weights_Nxk, w_in_ExPxDxF, w_out_ExFxD)
     return jax.lax.cond(jax.lax.pmax(overflow, AXIS) > 0, jax.checkpoint(around), exchanged, *args), overflow
 
 

@@ -34,8 +34,8 @@ class MoE(nnx.Module):
         self.router = weight((D, E), ("embed", "choices"), "router", "router", fan_in=D, fan_out=E)
         if moe.balance == "bias":
             self.bias = ModelState(jnp.zeros(E))
-        axes_in, axes_out = ("experts", "embed", "parts", "ffn"), ("experts", "ffn", "embed")
-        self.in_ = weight((E, D, P, F), axes_in, "expert", "expert_in", fan_in=D, fan_out=P * F)
+        axes_in, axes_out = ("experts", "parts", "embed", "ffn"), ("experts", "ffn", "embed")
+        self.in_ = weight((E, P, D, F), axes_in, "expert", "expert_in", fan_in=D, fan_out=P * F)
         self.out = weight((E, F, D), axes_out, "expert", "expert_out", fan_in=F, fan_out=D)
         if "hidden" in inner_norms(cfg):
             self.hidden_gain = gain((E, F), ("experts", "ffn"), "expert_hidden_norm")

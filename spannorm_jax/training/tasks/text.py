@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from spannorm_jax.config import Config, divisors
 from spannorm_jax.data.floors import MOST_SCORED, floors
@@ -19,10 +20,14 @@ from spannorm_jax.data.tokens import fingerprint
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import define
-from spannorm_jax.parallel.mesh import batch_shards
+from spannorm_jax.model.kernels.cross_entropy import cross_entropy
+from spannorm_jax.parallel.mesh import batch_shards, target_platform
 from spannorm_jax.run.folder import TOKENIZER
 from spannorm_jax.training.task import Batch, Field, Fields, LossSums, Rows, Task
 
+# Logits alive at once where the config leaves them open: a CPU's fit its caches better, an accelerator's pieces cost a
+# pass over the head's gradient each.
+_LOGITS_MIB = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 # ---- data -------------------------------------------------------------------------------------
@@ -106,54 +111,28 @@ def num_loss_chunks(config: Config, mesh_shape: dict[str, int], rows: int) -> in
 
     A few more, below twice as many, where those divide seq_len: then the last piece needs no padding.
     """
-    seq_len, limit = config.data.seq_len, config.execution.max_logits_mib * 2**20
+    seq_len = config.data.seq_len
+    limit = (config.execution.max_logits_mib or _LOGITS_MIB[target_platform()]) * 2**20
     rows_here = -(-rows // batch_shards(mesh_shape))
     per_token = rows_here * config.model.vocab_size // mesh_shape["tensor"] * 4
     fewest = -(-seq_len // max(1, min(seq_len, limit // per_token)))
     return next(n for n in (*divisors(seq_len), fewest) if fewest <= n < 2 * fewest)
 
 
-def loss_sums(decoder: Decoder, batch: Batch, num_chunks: int = 1) -> dict[str, Any]:
+def loss_sums(decoder: Decoder, batch: Batch, z_loss: ArrayLike = 0.0, *, num_chunks: int = 1) -> dict[str, Any]:
     """Sums over the positions with weight 1, as `Task.loss_sums` has them.
 
     `tokens` holds T + 1 tokens a row; position t predicts token t + 1. `weights` (B, T) is 1 everywhere if it is left
-    out. With num_chunks > 1 the logits exist for one piece of the time axis at once, and are made again in the backward
-    pass. Pieces are equal: the last one is filled up with positions of weight 0.
+    out. With num_chunks > 1 the logits exist for one piece of the time axis at once.
     """
     inputs, targets = _inputs(batch), batch["tokens"][:, 1:]
     weights_BxT = batch.get("weights", jnp.ones(targets.shape))
     passed = decoder.run(inputs)
-    features, router = passed.features, {"router": passed.stats} if passed.stats else {}
-
-    def sums(features: Array, targets: Array, weights: Array) -> dict[str, Array]:
-        with jax.named_scope("loss"):
-            logits = decoder.logits(features)
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            correct = jnp.argmax(logits, axis=-1) == targets
-            return {
-                "nll": jnp.sum((log_z - target_logits) * weights),
-                "log_z": jnp.sum(log_z * weights),
-                "z": jnp.sum(jnp.square(log_z) * weights),
-                "correct": jnp.sum(correct * weights),
-                "count": jnp.sum(weights),
-            }
-
-    if num_chunks == 1:
-        return sums(features, targets, weights_BxT) | router
-
-    def chunked(x: Array) -> Array:  # (B, T, ...) -> (chunks, B, T / chunks, ...): every chunk has every row
-        B, T, *rest = x.shape
-        size = -(-T // num_chunks)
-        padded = jnp.pad(x, [(0, 0), (0, num_chunks * size - T), *[(0, 0)] * len(rest)])
-        return padded.reshape(B, num_chunks, size, *rest).swapaxes(0, 1)
-
-    def add_chunk(total: dict[str, Array], chunk: Any) -> tuple[dict[str, Array], None]:
-        return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*chunk)), None
-
-    zeros = dict.fromkeys(("nll", "log_z", "z", "correct", "count"), jnp.zeros(()))
-    total, _ = jax.lax.scan(add_chunk, zeros, (chunked(features), chunked(targets), chunked(weights_BxT)))
-    return total | router
+    with jax.named_scope("loss"):
+        features, head = decoder.head_inputs(passed.features)
+        objective, sums = cross_entropy(features, head, targets, weights_BxT, jnp.float32(z_loss), num_chunks)
+    router = {"router": passed.stats} if passed.stats else {}
+    return {"objective": objective} | sums | router
 
 
 # ---- measures ---------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Cross-entropy of the next token in pieces of the time axis, its gradient made in the forward pass.
+
+Logits exist for one piece at once, and are never made again: beside a piece's sums the forward pass leaves the gradient
+of the features, and adds to that of the head's matrix, in float32. So the matrix is cast, gathered and its gradient
+summed over devices once a step, and not once a piece.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from spannorm_jax.model.kernels.cpu import linear, weight_gradient
+from spannorm_jax.parallel.mesh import constrain
+
+Sums = dict[str, Array]
+_ACTIVATION = ("batch", "time", "activation")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def cross_entropy(
+    features_BxTxD: Array, head_DxV: Array, targets_BxT: Array, weights_BxT: Array, z_loss: Array, num_chunks: int
+) -> tuple[Array, Sums]:
+    """The objective nll + z_loss z, and the sums over positions times their weights that it is made of.
+
+    Logits are the features times the head (float32, cast to the features' dtype), in float32. The sums are `nll`
+    (nats), `log_z`, `z` (its square), `correct` (no logit is larger than the target's) and `count`. Only the
+    objective has a gradient, in the features and the head. Pieces are equal: the last is filled up with weights of 0.
+    """
+    return _over_chunks(features_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, num_chunks, False)[0]
+
+
+def _forward(*args: Any) -> tuple[tuple[Array, Sums], tuple[Array, Array]]:
+    return partial(_over_chunks, gradient=True)(*args)
+
+
+def _backward(num_chunks: int, gradients: tuple[Array, Array], g: tuple[Array, Sums]) -> tuple[Array | None, ...]:
+    dfeatures, dhead = gradients
+    return (dfeatures * g[0].astype(dfeatures.dtype), dhead * g[0], None, None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(
+    features_BxTxD: Array,
+    head_DxV: Array,
+    targets_BxT: Array,
+    weights_BxT: Array,
+    z_loss: Array,
+    num_chunks: int,
+    gradient: bool,
+) -> tuple[tuple[Array, Sums], tuple[Array, Array]]:
+    """What `cross_entropy` returns, and the objective's gradients in features and head, empty if not asked for."""
+    with jax.named_scope("head"):
+        matrix = constrain(head_DxV.astype(features_BxTxD.dtype), ("activation", "vocab"))
+    chunk = partial(_chunk, matrix, z_loss, gradient)
+    inputs = features_BxTxD, targets_BxT, weights_BxT
+    if num_chunks == 1:
+        sums, dhead, dfeatures = chunk(*inputs)
+    else:
+
+        def add(total: tuple[Sums, Array], piece: tuple[Array, ...]) -> tuple[tuple[Sums, Array], Array]:
+            sums, dhead, dfeatures = chunk(*piece)
+            return jax.tree.map(jnp.add, total, (sums, dhead)), dfeatures
+
+        pieces = jax.tree.map(partial(_pieces, num_chunks), inputs)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *(x[0] for x in pieces))[:2])
+        (sums, dhead), dfeatures = jax.lax.scan(add, zeros, pieces)
+        B, T, D = features_BxTxD.shape
+        dfeatures = dfeatures.swapaxes(0, 1).reshape(B, -1, D)[:, :T] if gradient else dfeatures
+    if gradient:
+        dfeatures, dhead = constrain(dfeatures, _ACTIVATION), constrain(dhead, ("embed", "vocab"))
+    return (sums["nll"] + z_loss * sums["z"], sums), (dfeatures, dhead)
+
+
+def _pieces(num_chunks: int, x: Array) -> Array:
+    """(B, T, ...) -> (pieces, B, T / pieces, ...): every piece has every row."""
+    B, T, *rest = x.shape
+    size = -(-T // num_chunks)
+    filled = jnp.pad(x, [(0, 0), (0, num_chunks * size - T), *[(0, 0)] * len(rest)])
+    return filled.reshape(B, num_chunks, size, *rest).swapaxes(0, 1)
+
+
+def _chunk(
+    matrix_DxV: Array, z_loss: Array, gradient: bool, x_BxTxD: Array, targets_BxT: Array, weights_BxT: Array
+) -> tuple[Sums, Array, Array]:
+    """Sums of a piece, and the gradients of its objective in the matrix (float32) and in x."""
+    with jax.named_scope("head"):
+        if x_BxTxD.dtype == jnp.float32:
+            logits = linear(x_BxTxD, matrix_DxV)
+        else:
+            logits = jnp.matmul(x_BxTxD, matrix_DxV, preferred_element_type=jnp.float32)
+    # Reductions over the vocabulary, which a compiler can make in as few passes as it likes.
+    is_target = jnp.arange(logits.shape[-1]) == targets_BxT[..., None]
+    log_z_BxT = jax.nn.logsumexp(logits, axis=-1)
+    target_BxT = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    correct = target_BxT >= jnp.max(logits, axis=-1)  # an argmax would be a pass of its own
+    sums = {
+        "nll": jnp.sum((log_z_BxT - target_BxT) * weights_BxT),
+        "log_z": jnp.sum(log_z_BxT * weights_BxT),
+        "z": jnp.sum(jnp.square(log_z_BxT) * weights_BxT),
+        "correct": jnp.sum(correct * weights_BxT),
+        "count": jnp.sum(weights_BxT),
+    }
+    if not gradient:
+        return sums, jnp.zeros(()), jnp.zeros(())
+    scale_BxT = weights_BxT * (1 + 2 * z_loss * log_z_BxT)
+    softmax = jnp.exp(logits - log_z_BxT[..., None])
+    dlogits = scale_BxT[..., None] * softmax - jnp.where(is_target, weights_BxT[..., None], 0.0)
+    dlogits = dlogits.astype(x_BxTxD.dtype)
+    with jax.named_scope("head"):
+        dhead_DxV = weight_gradient(x_BxTxD, dlogits, jnp.float32)
+        return sums, dhead_DxV, jnp.matmul(dlogits, matrix_DxV.T)

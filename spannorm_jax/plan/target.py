@@ -1,0 +1,261 @@
+"""The plan of a program by the compiler of the devices that it is for, which need not be here."""
+
+import importlib.metadata
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from spannorm_jax.config import Config, replace
+from spannorm_jax.config_file import resolve_without_data
+from spannorm_jax.model.definition import flops_per_token
+from spannorm_jax.parallel.devices import DEVICE_KINDS, DeviceKind, known_kind
+from spannorm_jax.parallel.mesh import batch_shards, check_divisible, mesh_shape
+from spannorm_jax.plan.cost import TargetCost, cost_of
+from spannorm_jax.plan.programs import compile_programs
+from spannorm_jax.plan.topology import compiling_for, topology_devices
+from spannorm_jax.plan.words import setting, size_words
+from spannorm_jax.training.tasks import task_of
+
+_MOST_TRIES = 4  # programs that are compiled to find one that fits
+_NEEDS = re.compile(
+    r"([\d.]+[KMGT]?)\)? exceeds available HBM \(([\d.]+[KMGT]?)\)|Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices of a topology that has been asked for by name."""
+
+    name: str
+    devices: list[Any]
+    kind: DeviceKind
+
+    @property
+    def platform(self) -> str:
+        return self.devices[0].platform
+
+
+class DoesNotFit(Exception):
+    """The compiler refuses a program for lack of memory; `needed` and `available` are bytes."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__()
+        self.needed, self.available = needed, available
+
+
+def open_target(name: str, slices: int) -> Target:
+    """Raises UserError if its compiler is not here, or does not know it."""
+    devices = topology_devices(name, slices)
+    kind = known_kind(devices[0].device_kind)
+    assert kind is not None, devices[0].device_kind
+    return Target(f"{slices} x {name}" if slices > 1 else name, devices, DEVICE_KINDS[kind])
+
+
+def plan(config: Config, other: Config | None, target: Target, program: str, num_lanes: int) -> int:
+    """Prints the plan of a program of `config`, and how another config's compares.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the model.
+    """
+    costs = []
+    for one in [config] if other is None else [config, other]:
+        one = _resolved(one, target, program)
+        print(f"{setting(one, target.platform)}\n{_where(one, target)}\n", flush=True)
+        try:
+            costs.append(_costs(one, target, program, num_lanes))
+        except DoesNotFit as refused:
+            print(_refusal(one, target, program, num_lanes, refused))
+            return 0
+        for name, cost, seconds in costs[-1]:
+            print(report(name, cost, one, target, seconds), flush=True)
+    if other is not None:
+        print(_compared(*costs))
+    return 0
+
+
+def _resolved(config: Config, target: Target, program: str) -> Config:
+    config = resolve_without_data(config, platform="accelerator")
+    shape = mesh_shape(config.mesh, len(target.devices))
+    if program == "evaluate":
+        check_divisible(config, shape, "eval.batch_size", config.eval.batch_size)
+    elif program != "sample":
+        microbatch = config.training.batch_size // config.training.num_microbatches
+        check_divisible(config, shape, "training.batch_size / num_microbatches", microbatch)
+    return config
+
+
+def _costs(config: Config, target: Target, program: str, num_lanes: int) -> list[tuple[str, TargetCost, float]]:
+    """Name, cost and compile seconds of each program. Raises DoesNotFit."""
+    costs = []
+    clock = target.kind.clock_ghz * 1e9
+    with compiling_for(target.devices):
+        for name, compile_it in compile_programs(program, config, target.devices, num_lanes):
+            began = time.monotonic()
+            try:
+                compiled = compile_it()
+            except Exception as error:
+                raise _as_refusal(error) or error from None
+            seconds = time.monotonic() - began
+            cost = cost_of(compiled, target.platform, target.kind.peak_flops / clock if clock else 0.0)
+            if target.platform == "gpu" and cost.memory > target.kind.memory_gb * 1e9:
+                raise DoesNotFit(cost.memory, target.kind.memory_gb * 1e9)
+            costs.append((name, cost, seconds))
+    return costs
+
+
+def _as_refusal(error: Exception) -> DoesNotFit | None:
+    found = _NEEDS.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
+    if not found:
+        return None
+    needed, available = (text for text in found.groups() if text)
+    return DoesNotFit(_bytes(needed), _bytes(available))
+
+
+def _bytes(text: str) -> float:
+    return float(text.rstrip("KMGT")) * 2 ** (10 * " KMGT".index(text[-1] if text[-1] in "KMGT" else " "))
+
+
+# ---- what fits instead ------------------------------------------------------------------------------
+
+
+def _refusal(config: Config, target: Target, program: str, num_lanes: int, refused: DoesNotFit) -> str:
+    words = f"does not fit: {size_words(refused.needed)} of the {size_words(refused.available)} of a device"
+    if program != "train":
+        return words
+    tried = []
+    for change, other in _smaller(config, target, refused):
+        try:
+            [(_, cost, _)] = _costs(other, target, program, num_lanes)
+        except DoesNotFit:
+            tried.append(change)
+            continue
+        return f"{words}\nfits with {change}: {size_words(cost.memory)}"
+    return f"{words}\nnor does it with {', or '.join(tried)}" if tried else words
+
+
+def _smaller(config: Config, target: Target, refused: DoesNotFit) -> Iterator[tuple[str, Config]]:
+    """Configs of the same run that take less memory, the nearest first: (what to write, config)."""
+    words: list[str] = []
+    tries = 0
+
+    def changed(word: str, **changes: Any) -> Config:
+        nonlocal config
+        words.append(f"--config.{word}")
+        config = replace(config, **changes)
+        return config
+
+    if config.execution.remat not in ("auto", "block"):
+        yield (
+            " ".join([*words, "--config.execution.remat=block"]),
+            changed("execution.remat=block", execution__remat="block"),
+        )
+        tries += 1
+    shape = mesh_shape(config.mesh, len(target.devices))
+    if shape["data"] > 1 and config.model.width % (shape["data"] * shape["fsdp"]) == 0:
+        fsdp = shape["data"] * shape["fsdp"]
+        mesh = changed(f"mesh.fsdp={fsdp} --config.mesh.data=1", mesh__fsdp=fsdp, mesh__data=1)
+        yield " ".join(words), mesh
+        tries += 1
+    rows = config.training.batch_size // batch_shards(shape)  # of a device
+    pieces = config.training.num_microbatches
+    base = list(words)
+    while tries < _MOST_TRIES and rows % (2 * pieces) == 0:
+        pieces *= 2
+        if pieces < min(rows, refused.needed / refused.available) and rows % (2 * pieces) == 0:
+            continue  # it would still be too much
+        word = f"--config.training.num_microbatches={pieces}"
+        yield " ".join([*base, word]), replace(config, training__num_microbatches=pieces)
+        tries += 1
+
+
+# ---- words --------------------------------------------------------------------------------------------
+
+
+def _where(config: Config, target: Target) -> str:
+    compiler = "libtpu" if target.platform == "tpu" else "jax-cuda12-plugin"
+    shape = mesh_shape(config.mesh, len(target.devices))
+    return (
+        f"{target.name}: {len(target.devices)} x {target.devices[0].device_kind}, mesh {shape}\n"
+        f"planned by {compiler} {importlib.metadata.version(compiler)}; nothing ran"
+    )
+
+
+def report(name: str, cost: TargetCost, config: Config, target: Target, seconds: float) -> str:
+    """The printed plan of one program."""
+    parts = ", ".join(
+        f"{part} {size_words(size)}"
+        for part, size in (
+            ("arguments", cost.arguments),
+            ("temporaries", cost.temporaries),
+            ("outputs", cost.outputs),
+            ("code", cost.code),
+        )
+        if size
+    )
+    return "\n".join(
+        [
+            f"{name}, compiled in {seconds:.0f} s",
+            f"  memory of a device  {size_words(cost.memory)} of {target.kind.memory_gb} GB: it fits ({parts})",
+            *_time(name, cost, config, target),
+            *_traffic(cost),
+            "",
+        ]
+    )
+
+
+def _time(name: str, cost: TargetCost, config: Config, target: Target) -> list[str]:
+    positions = config.training.batch_size * task_of(config).positions(config)
+    flops = flops_per_token(task_of(config).define(config), task_of(config).positions(config)) * positions
+    fastest = flops / len(target.devices) / target.kind.peak_flops
+    if target.platform == "gpu":
+        seconds = max(cost.moved / target.kind.bandwidth, fastest if name == "train" else 0.0)
+        return [
+            f"  at least            {seconds * 1e3:.1f} ms: {cost.kernels:,} kernels that move {size_words(cost.moved)}"
+            + (f"; {fastest * 1e3:.1f} ms of FLOPs at the peak" if name == "train" else "")
+        ]
+    kernels = "".join(f" + {cycles / 1e6:.1f} of {kernel}" for kernel, cycles in sorted(cost.kernel_cycles.items()))
+    lines = [f"  compiler's model    {cost.cycles / 1e6:.1f} million cycles{kernels}"]
+    if target.kind.clock_ghz:
+        seconds = cost.all_cycles / target.kind.clock_ghz / 1e9
+        share = f", {fastest / seconds:.0%} of the peak" if name == "train" else ""
+        lines.append(
+            f"                      {seconds * 1e3:.1f} ms at {target.kind.clock_ghz} GHz{share}; waiting is left out"
+        )
+    if cost.unknown:
+        lines.append(f"                      not counted: {', '.join(cost.unknown)}")
+    return lines
+
+
+def _traffic(cost: TargetCost) -> list[str]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for one in cost.collectives:
+        branch = f" in branch {'.'.join(map(str, one.branch))} of a condition" if one.branch else ""
+        kind = "reduce-scatter" if one.sliced else one.kind.replace("_", "-")
+        title = f"{kind}{branch}, {'while it computes' if one.asynchronous else 'waited for'}"
+        counts[title] += one.count
+        sizes[title] += one.received
+    total = sum(one.received for one in cost.collectives if not one.branch)
+    return [
+        f"  received by a device{size_words(total):>12}, whatever branch a condition takes",
+        *(f"    {title:<60}{counts[title]:>8,}{size_words(size):>12}" for title, size in sizes.most_common()),
+    ]
+
+
+def _compared(first: list[tuple[str, TargetCost, float]], second: list[tuple[str, TargetCost, float]]) -> str:
+    lines = ["the second over the first"]
+    for (name, one, _), (_, other, _) in zip(first, second, strict=True):
+        measures = {
+            "memory": (one.memory, other.memory),
+            "temporaries": (one.temporaries, other.temporaries),
+            "cycles": (one.all_cycles, other.all_cycles),
+            "kernels": (one.kernels, other.kernels),
+            "bytes that kernels move": (one.moved, other.moved),
+            "bytes received": tuple(sum(c.received for c in cost.collectives) for cost in (one, other)),
+        }
+        ratios = [f"{measure} {b / a:.3f}" for measure, (a, b) in measures.items() if a]
+        lines.append(f"  {name}: {', '.join(ratios)}")
+    return "\n".join(lines)
