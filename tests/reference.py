@@ -5,9 +5,9 @@ It shares nothing with the package but the names and shapes of the weights:
     embed (V, D), head (D, V) if not tied, ends.<norm>.gain (D,), and with a leading axis of L blocks
     blocks.norms.<norm or gain>.gain (D,), blocks.attn.{q (D,H,K), k (D,G,K), v (D,G,K), out (H,K,D)},
     blocks.attn.{q,k,v}_norm.gain (K,) where they are normed, blocks.attn.heads_norm.gain (H K,) too,
-    blocks.ffn.{in_ (D,2 or 1,F), out (F,D)}, blocks.ffn.hidden_norm.gain (F,); of experts hidden_gain (E,F)
+    blocks.ffn.{in_ (2 or 1,D,F), out (F,D)}, blocks.ffn.hidden_norm.gain (F,); of experts hidden_gain (E,F)
 
-or, with experts in every block, moe_blocks, whose ffn is {router (D,E), in_ (E,D,2 or 1,F), out (E,F,D)},
+or, with experts in every block, moe_blocks, whose ffn is {router (D,E), in_ (E,2 or 1,D,F), out (E,F,D)},
 {shared.{in_, out}} with shared experts, and bias (E,) if that takes part in the selection.
 """
 
@@ -97,9 +97,9 @@ def attention(w, x_TxD, options):
 
 
 def feed_forward(w, x_TxD, options):
-    a = x_TxD @ w["in_"][:, 0]
+    a = x_TxD @ w["in_"][0]
     if options.ffn == "swiglu":
-        hidden = a / (1 + np.exp(-a)) * (x_TxD @ w["in_"][:, 1])
+        hidden = a / (1 + np.exp(-a)) * (x_TxD @ w["in_"][1])
     elif options.ffn == "relu":
         hidden = np.where(a > 0, a, 0)
     else:

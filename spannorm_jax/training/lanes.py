@@ -23,6 +23,7 @@ from spannorm_jax.errors import USER_ERROR_EXIT, UserError, one_line
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.parallel.liveness import Stop, Watchdog, stop_signals
 from spannorm_jax.parallel.mesh import LANE, partition_spec
+from spannorm_jax.parallel.xla_options import xla_options
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.batches import Batches, Span
 from spannorm_jax.training.flags import Flags
@@ -139,11 +140,13 @@ class LaneProgram:
             in_shardings=(in_lanes, self.batch_shardings, laned(replicated)),
             out_shardings=(in_lanes, replicated),
             donate_argnums=0,
+            compiler_options=xla_options(mesh),
         )
         self.signal = jax.jit(
             jax.vmap(signal, spmd_axis_name=LANE),
             in_shardings=(in_lanes.params, in_lanes.model_state, self.batch_shardings),
             out_shardings=replicated,
+            compiler_options=xla_options(mesh),
         )
         self.stack = jax.jit(lambda *states: jax.tree.map(lambda *xs: jnp.stack(xs), *states), out_shardings=in_lanes)
         self.take = jax.jit(

@@ -20,6 +20,7 @@ from spannorm_jax.config import Config
 from spannorm_jax.model.definition import ModelDef, abstract_model_state, abstract_params
 from spannorm_jax.model.moe.router import Stats, balanced_bias, load_balance_loss
 from spannorm_jax.model.stack import STACKS
+from spannorm_jax.parallel.xla_options import xla_options
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import learning_rate, make_optimizer, optimizer_shardings
@@ -221,11 +222,13 @@ def make_program(config: Config, model: ModelDef, mesh: Mesh) -> Program:
             in_shardings=(shardings, batch_shardings, replicated),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
+            compiler_options=xla_options(mesh),
         ),
         signal=jax.jit(
             partial(forward_signal, model, task.inputs, config.training.num_microbatches),
             in_shardings=(shardings.params, shardings.model_state, batch_shardings),
             out_shardings=replicated,
+            compiler_options=xla_options(mesh),
         ),
         evaluate=make_evaluate(config, model, mesh),
     )
@@ -245,4 +248,5 @@ def make_evaluate(config: Config, model: ModelDef, mesh: Mesh) -> jax.stages.Wra
         evaluate,
         in_shardings=jax.tree.map(lambda x: x.sharding, (*abstract, batch)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=xla_options(mesh),
     )

@@ -172,7 +172,7 @@ def test_the_rank_of_post_activations_is_that_of_the_hidden_units():
         w_in = np.asarray(what.params["blocks"]["ffn"]["in_"], np.float64)[layer]
         ranks = []
         for x in block.argument["ffn"]:
-            a, b = x @ w_in[:, 0], x @ w_in[:, 1]
+            a, b = x @ w_in[0], x @ w_in[1]
             ranks.append(rank_by_svd(a / (1 + np.exp(-a)) * b))
         assert got["ffn_effective_rank"][layer] == pytest.approx(np.mean(ranks), rel=2e-4)
 
@@ -457,10 +457,10 @@ def test_dense_and_expert_blocks_in_one_model():
             chosen = np.argsort(-(score + bias))[:2]
             parts = []
             for e in range(4):
-                a = np.einsum("d,dpf->pf", x, w["in_"][e])
+                a = np.einsum("d,pdf->pf", x, w["in_"][e])
                 weight = score[e] / score[chosen].sum() if e in chosen else 0
                 parts.append(weight * a[0] / (1 + np.exp(-a[0])) * a[1])
-            a = np.einsum("d,dpf->pf", x, w["shared"]["in_"])
+            a = np.einsum("d,pdf->pf", x, w["shared"]["in_"])
             hidden.append(np.concatenate([*parts, a[0] / (1 + np.exp(-a[0])) * a[1]]))
         ranks.append(rank_by_svd(np.array(hidden)))
     assert got["ffn_effective_rank"][2] == pytest.approx(np.mean(ranks), rel=1e-3)

@@ -107,7 +107,7 @@ def reference(x, weights, ids, w_in, w_out, cotangent):
     dx, dweights, dw_in, dw_out = grads
     for n, j in np.ndindex(ids.shape):
         e, weight, g = ids[n, j], weights[n, j], cotangent[n]
-        a, b = (x[n] @ w_in[e, :, p] for p in (0, 1))
+        a, b = (x[n] @ w_in[e, p] for p in (0, 1))
         sigmoid = 1 / (1 + np.exp(-a))
         hidden = a * sigmoid * b
         out[n] += weight * (hidden @ w_out[e])
@@ -115,15 +115,15 @@ def reference(x, weights, ids, w_in, w_out, cotangent):
         dw_out[e] += weight * np.outer(hidden, g)
         dhidden = weight * (w_out[e] @ g)
         for p, d in enumerate((dhidden * b * sigmoid * (1 + a * (1 - sigmoid)), dhidden * a * sigmoid)):
-            dw_in[e, :, p] += np.outer(x[n], d)
-            dx[n] += w_in[e, :, p] @ d
+            dw_in[e, p] += np.outer(x[n], d)
+            dx[n] += w_in[e, p] @ d
     return out, grads
 
 
 def drawn(num_tokens, num_experts):
     """x, weights, ids, matrices and a cotangent; half of the tokens want the same two experts."""
     rng = np.random.default_rng(1)
-    shapes = (num_tokens, D), (num_tokens, K), (num_experts, D, 2, F), (num_experts, F, D), (num_tokens, D)
+    shapes = (num_tokens, D), (num_tokens, K), (num_experts, 2, D, F), (num_experts, F, D), (num_tokens, D)
     x, weights, w_in, w_out, cotangent = (rng.standard_normal(shape) for shape in shapes)
     ids = np.stack([rng.permutation(num_experts)[:K] for _ in range(num_tokens)]).astype(np.int32)
     ids[: num_tokens // 2] = (0, 3)
@@ -150,7 +150,7 @@ def test_dispatch_takes_no_memory_for_more_experts():
 
     def temporaries(num_experts):
         hidden = 512 // num_experts
-        shapes = (num_tokens, width), (num_tokens, K), (num_experts, width, 2, hidden), (num_experts, hidden, width)
+        shapes = (num_tokens, width), (num_tokens, K), (num_experts, 2, width, hidden), (num_experts, hidden, width)
         x, weights, w_in, w_out = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
         def loss(x, weights, w_in, w_out, ids):

@@ -113,8 +113,8 @@ def test_a_chunked_loss_is_the_whole_loss(seq_len, chunks, tied_head):
     tokens = rng.integers(VOCAB, size=(BATCH, seq_len + 1)).astype(np.int32)
 
     def loss(params, num_chunks):
-        sums = loss_sums(model.bind(params), {"tokens": tokens, "weights": weights}, num_chunks=num_chunks)
-        return sums["nll"] + 0.1 * sums["z"], sums
+        sums = loss_sums(model.bind(params), {"tokens": tokens, "weights": weights}, 0.1, num_chunks=num_chunks)
+        return sums["objective"], sums
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     grads, sums = run(drawn_params("span", tied_head), chunks)
@@ -130,8 +130,8 @@ def test_a_batch_of_padding_alone_adds_nothing(chunks):
     model, weights = define(configure().model), np.zeros((BATCH, SEQ_LEN), np.float32)
 
     def loss(params):
-        sums = loss_sums(model.bind(params), batch() | {"weights": weights}, num_chunks=chunks)
-        return sums["nll"] + sums["z"], sums
+        sums = loss_sums(model.bind(params), batch() | {"weights": weights}, 1.0, num_chunks=chunks)
+        return sums["objective"], sums
 
     grads, sums = jax.jit(jax.grad(loss, has_aux=True))(drawn_params())
     assert all(not np.any(x) for x in jax.tree.leaves((grads, sums)))  # NaN is not 0

@@ -55,7 +55,7 @@ def drawn(seed, step, start, stop):
     return {"x": MEANS[classes] + noise, "y": classes}
 
 
-def loss_sums(model, batch):
+def loss_sums(model, batch, z_loss=0.0):
     passed = model.run(batch["x"])
     logits = jnp.mean(passed.features, axis=1) @ model.head[...]
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -67,9 +67,9 @@ def loss_sums(model, batch):
         "correct": jnp.argmax(logits, axis=-1) == batch["y"],
         "count": jnp.ones(log_z.shape),
     }
-    return {name: jnp.sum(value * w) for name, value in sums.items()} | (
-        {"router": passed.stats} if passed.stats else {}
-    )
+    sums = {name: jnp.sum(value * w) for name, value in sums.items()}
+    router = {"router": passed.stats} if passed.stats else {}
+    return {"objective": sums["nll"] + z_loss * sums["z"]} | sums | router
 
 
 def fields(B, **more):

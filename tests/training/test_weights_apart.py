@@ -107,11 +107,11 @@ def orthogonal(name, x):
     """Each matrix of a stacked weight by itself, times 0.2 sqrt(its longer side)."""
     leaf = name.split("/")[-1]
     # Of each weight the axes of batches, after which two are left: layers and heads (D, H, K) or (H, K, D), ...
-    batch_axes = {"q": (0, 2), "k": (0, 2), "v": (0, 2), "out": (0,), "in_": (0, 2), "router": (0,)}[leaf]
+    batch_axes = {"q": (0, 2), "k": (0, 2), "v": (0, 2), "out": (0,), "in_": (0, 1), "router": (0,)}[leaf]
     if "attn" in name and leaf == "out":
         batch_axes = (0, 1)
     if name.startswith("moe") and "ffn" in name and leaf in ("in_", "out"):
-        batch_axes = (0, 1, 3) if leaf == "in_" else (0, 1)
+        batch_axes = (0, 1, 2) if leaf == "in_" else (0, 1)
     moved = np.moveaxis(x, batch_axes, range(len(batch_axes)))
     flat = moved.reshape(-1, *moved.shape[-2:])
     made = np.stack([newton_schulz(matrix) * 0.2 * math.sqrt(max(matrix.shape)) for matrix in flat])
