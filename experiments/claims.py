@@ -16,7 +16,7 @@ from typing import Any
 from experiments.results_page import FAILED, Results, Wanted, read
 from spannorm_jax.report import stats
 from spannorm_jax.report.rates import drifts
-from spannorm_jax.report.rows import Row
+from spannorm_jax.report.runs import RunFolder
 from spannorm_jax.report.stats import Interval
 from spannorm_jax.report.tables import interval, markdown, number
 
@@ -38,7 +38,7 @@ MULTIPLIER = "scale-L1-mult"
 class Verdict:
     word: str = NOT_TESTED
     effect: str = ""
-    rows: Sequence[Row] = ()  # the runs it is of, whose regime is told
+    rows: Sequence[RunFolder] = ()  # the runs it is of, whose regime is told
 
     def __str__(self) -> str:
         return f"**{self.word}**" + (f": {self.effect}" if self.effect else "")
@@ -55,12 +55,12 @@ class Claim:
 # ---- how a verdict follows from numbers ---------------------------------------------------------
 
 
-def _of_seeds(word: str, effect: str, rows: Sequence[Row]) -> Verdict:
+def _of_seeds(word: str, effect: str, rows: Sequence[RunFolder]) -> Verdict:
     """A verdict on how runs ended; of one seed nothing is told."""
     return Verdict(word if len({row.seed for row in rows}) > 1 else NOT_TOLD, effect, rows)
 
 
-def below_zero(found: Interval | None, effect: str, rows: Sequence[Row] = ()) -> Verdict:
+def below_zero(found: Interval | None, effect: str, rows: Sequence[RunFolder] = ()) -> Verdict:
     """Holds where the interval lies below zero, fails where above; of one pair nothing is told."""
     if found is None:
         return Verdict()
@@ -80,7 +80,7 @@ def less(sweep: Results, ours: Wanted, theirs: Wanted, own_best: bool = False, *
     if own_best and len({tuple(sorted({row.lr for row in sweep.rows(**fixed | w)})) for w in (ours, theirs)}) > 1:
         return Verdict(NOT_TOLD, "they were not run at the same rates", rows[0] + rows[1])
     found, _ = sweep.judged(ours, theirs, own_best, **fixed)
-    if {row.outcome.kind for row in rows[0]} <= set(FAILED) and sweep.trains(**both[1]):
+    if {row.outcome for row in rows[0]} <= set(FAILED) and sweep.trains(**both[1]):
         return _of_seeds(FAILS, f"it {_ends(sweep, both[0])}", rows[0])
     return below_zero(found, sweep.between(ours, theirs, own_best, **fixed), rows[0] + rows[1])
 
@@ -108,7 +108,7 @@ def _ends(sweep: Results, wanted: Wanted) -> str:
     return f"trained with {ends['trained']} of {sum(ends.values())} seeds"
 
 
-def stays(low: float, high: float, rows: Sequence[Row] = ()) -> Verdict:
+def stays(low: float, high: float, rows: Sequence[RunFolder] = ()) -> Verdict:
     """Whether a best learning rate stays where a size doubles, given the range of factors that it may move by."""
     inside, outside = low >= 1 / TRANSFER and high <= TRANSFER, high < 1 / TRANSFER or low > TRANSFER
     return Verdict(HOLDS if inside else FAILS if outside else NOT_TOLD, f"times {low:.2f} to {high:.2f}", rows)
@@ -144,8 +144,8 @@ def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verd
     return _of_seeds(HOLDS if min(each[0]) >= VANISHED else FAILS, effect, sweep.rows(**fixed, **ours))
 
 
-def _first_over_last(rows: list[Row]) -> list[float]:
-    return [norms[0] / norms[-1] for row in rows for step, norms in row.run.metrics.block_grad_norm if step == 1]
+def _first_over_last(rows: list[RunFolder]) -> list[float]:
+    return [norms[0] / norms[-1] for row in rows for step, norms in row.metrics.block_grad_norm if step == 1]
 
 
 # ---- the claims ---------------------------------------------------------------------------------
@@ -336,12 +336,12 @@ def _cost() -> Verdict:
 COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in ("scale-L0.5", "scale-L1", MULTIPLIER)}}
 
 
-def regime(rows: Sequence[Row], floor: float) -> str:
+def regime(rows: Sequence[RunFolder], floor: float) -> str:
     """Tokens a parameter, and held-out bits per byte over a 4-gram's of the best of the runs."""
-    bits = [row.bits_per_byte for row in rows if row.bits_per_byte]
+    bits = [bits for row in rows if (bits := row.reached["bits_per_byte"])]
     if not bits:
         return ""
-    each = [row.run.last_step * (row.run.tokens_per_step or 0) / row.run.starts[0]["num_params"] for row in rows]
+    each = [row.last_step * (row.tokens_per_step or 0) / row.starts[0]["num_params"] for row in rows]
     return f"{statistics.median(each):.2g}; {number(min(bits) - floor, '+.2f')}"
 
 

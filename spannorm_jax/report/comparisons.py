@@ -103,7 +103,7 @@ def replicates(study: Study) -> dict[tuple[Method, Method], int]:
     first, counts = dict[tuple[Any, ...], Method](), Counter[tuple[Method, Method]]()
     runs = study.runs.filter("first").sort("depth", "width", "lr", "seed", maintain_order=True)
     for *at, method, row in runs.select("depth", "width", "lr", "seed", "method", "row").iter_rows():
-        losses, own = study.rows[row].run.metrics.loss, study.methods[method]
+        losses, own = study.rows[row].metrics.loss, study.methods[method]
         one = first.setdefault((*at, losses.tobytes()), own) if len(losses) > 1 else own
         if one != own:
             counts[one, own] += 1

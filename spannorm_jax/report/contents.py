@@ -9,10 +9,11 @@ from typing import Any
 from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats
 from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
+from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.frames import GRAVEST
 from spannorm_jax.report.rates import drifts, rates
-from spannorm_jax.report.rows import KEPT, LEARNT, SHORTEST_MEAN, Row, differing_keys, fact
-from spannorm_jax.report.study import Arm, Size, Study
+from spannorm_jax.report.runs import KEPT, LEARNT, SHORTEST_MEAN, RunFolder
+from spannorm_jax.report.study import Arm, Size, Study, choosing
 from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
 
 Table = tuple[Header, list[list[str]]]  # and lines
@@ -81,7 +82,7 @@ def _looks(study: Study) -> list[dict[str, str]]:
     dashes = dict(zip(inits, palette.dashes(inits), strict=True))
     looks = []
     for setting in study.settings.iter_rows(named=True):
-        kinds = {study.rows[i].outcome.kind for i in setting["rows"]}
+        kinds = {study.rows[i].outcome for i in setting["rows"]}
         look = {"colour": colours[setting["placement"]], "dash": " ".join(map(str, dashes[setting["init"]]))}
         looks.append(look | {"kind": next(kind for kind in GRAVEST if kind in kinds)})
     return looks
@@ -93,9 +94,10 @@ def _header(names: Sequence[str], numbers: Sequence[str]) -> Header:
 
 def _chosen_on(study: Study) -> str:
     """On which seeds learning rates were chosen, as the end of a sentence."""
-    if study.reported == study.choosing:
+    choosers = choosing(study.runs)
+    if study.reported == choosers:
         return "; it is chosen on the losses that are compared, for every method alike, and so flatters them all"
-    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (study.choosing, study.reported))
+    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (choosers, study.reported))
     return f"; it is chosen on seeds {chosen}, and the differences are of seeds {reported}"
 
 
@@ -189,7 +191,7 @@ def _overall(study: Study) -> Table:
 
 
 def _below(study: Study) -> list[str]:
-    levels = sorted({round(e, 4) for row in study.rows if (e := row.run.unigram_entropy) is not None})
+    levels = sorted({round(e, 4) for row in study.rows if (e := row.unigram_entropy) is not None})
     margin = f"{LEARNT:.0%} below the unigram entropy"
     lines = [f"Learnt: below {(1 - LEARNT) * e:.3f} nats/token, {margin} of {e:.3f}." for e in levels]
     if len(study.seeds) == 1:
@@ -199,7 +201,7 @@ def _below(study: Study) -> list[str]:
 
 def _lead(study: Study) -> str:
     """What the runs have in common, in a line."""
-    options = [row.run.options for row in study.rows]
+    options = [row.options for row in study.rows]
     parts = [f"{len(options)} run{'s'[: len(options) != 1]}", seeds_line(study)]
     for key, form in {
         "model.depth": "{} blocks",
@@ -212,7 +214,7 @@ def _lead(study: Study) -> str:
         values = {str(o.get(key)) for o in options}
         if len(values) == 1 and None not in (o.get(key) for o in options):
             parts.append(form.format(*values))
-    prints = {row.run.fingerprint for row in study.rows}
+    prints = {row.fingerprint for row in study.rows}
     if len(prints) == 1 and prints != {""}:
         parts.append(f"fingerprint {prints.pop()}")
     return " · ".join(parts)
@@ -224,20 +226,18 @@ _FACTS = {  # of starts, by what the page calls them
 }
 
 
-def _run(row: Row, root: Path) -> dict[str, Any]:
-    run = row.run
+def _run(run: RunFolder, root: Path) -> dict[str, Any]:
     where = (run.diverged or {}).get("where")
-    ended = f"{row.outcome}, {where}" if where else str(row.outcome)
+    ended = f"{run.ended}, {where}" if where else run.ended
     facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
     facts |= {"outcome": ended, "data fingerprint": run.fingerprint or "not recorded"}
-    facts |= {name: fact(run, key) for name, key in _FACTS.items()}
+    facts |= {name: run.fact(key) for name, key in _FACTS.items()}
     commands = list(dict.fromkeys(str(s["command"]) for s in run.starts if s.get("command")))
-    return {"name": run_name(row), "command": "\n".join(commands) or "not recorded", "facts": facts}
+    return {"name": run_name(run), "command": "\n".join(commands) or "not recorded", "facts": facts}
 
 
-def _common(rows: Sequence[Row]) -> dict[str, str]:
+def _common(runs: Sequence[RunFolder]) -> dict[str, str]:
     """Options that are the same in all runs, but for those of speed and bookkeeping."""
-    runs = [row.run for row in rows]
     differing = differing_keys(runs)
     return {
         key: json.dumps(value).strip('"')

@@ -1,135 +1,25 @@
-"""Run folders, read: what each holds, finished or not.
+"""Run folders, read, finished or not.
 
-Numbers that a folder does not hold are None or NaN. What cannot be read of a run's files is left out and said, so that
-one damaged file costs no report.
+What cannot be read of a run's files is left out and said, so that one damaged file costs no report.
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
 from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.model.initialisation import reading
 from spannorm_jax.paths import NO_UTF8, is_utf8
+from spannorm_jax.report.runs import Metrics, RunFolder, dotted, finite
 from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, STARTS
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
 _AXES: dict[str, Any] = {"model.depth": int, "model.width": int, "optim.lr": (int, float)}  # of figures
 _COLUMNS = ("loss", "grad_norm", "tokens_per_s", "held_out_loss")
-_DEFAULTS = flatten(Config())
-_BEFORE = {key: value for key, value in (_DEFAULTS | former_defaults()).items() if not is_runtime(key)}
-
-
-@dataclass(frozen=True, eq=False)
-class Metrics:
-    """The columns of metrics.jsonl that reports use, by step, each step once; NaN where a line holds no number."""
-
-    step: np.ndarray
-    loss: np.ndarray
-    grad_norm: np.ndarray
-    tokens_per_s: np.ndarray
-    held_out_loss: np.ndarray
-    block_grad_norm: tuple[tuple[int, list[Any]], ...]  # (step, norms) of the lines that have them
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """One run's folder, read."""
-
-    folder: Path
-    config: dict[str, Any] = field(repr=False)  # nested, as in config.json
-    starts: tuple[dict[str, Any], ...] = field(repr=False)  # one for each time the trainer started
-    metrics: Metrics = field(repr=False)
-    evals: tuple[dict[str, Any], ...] = field(repr=False)  # in the order written
-    done: dict[str, Any] | None = None
-    diverged: dict[str, Any] | None = None
-    damage: tuple[str, ...] = ()  # what could not be read
-    cut: tuple[str, ...] = ()  # files that end in half a line, which a trainer at work or killed leaves
-
-    @cached_property
-    def options(self) -> dict[str, Any]:
-        """Dotted config keys to values; of options that are younger than the run, what was done before they came.
-
-        An option that the run's initialisation does not read has its default.
-        """
-        recorded = _flatten(self.config)
-        return _BEFORE | recorded | {key: _DEFAULTS[key] for key in unread(recorded["model.init"])}
-
-    @cached_property
-    def of_another_version(self) -> tuple[list[str], list[str]]:
-        """Options that the run's config lacks, and options in it that this version does not know."""
-        recorded = _flatten(self.config)
-        return [k for k in _BEFORE if k not in recorded], [k for k in recorded if k not in _DEFAULTS]
-
-    @property
-    def placement(self) -> str:
-        return self.options["model.placement"]
-
-    @property
-    def init(self) -> str:
-        """`model.init`, with the reading of ScaleInit (`model.initialisation.reading`)."""
-        options = self.options
-        return reading(*(options[f"model.{key}"] for key in ("init", "variance_exponent", "depth_factor")))
-
-    @property
-    def seed(self) -> int:
-        return self.options["seed"]
-
-    @property
-    def steps(self) -> int:
-        """Steps asked for."""
-        return self.options["training.steps"]
-
-    @property
-    def last_step(self) -> int:
-        """The last step logged; 0 before the first."""
-        return int(self.metrics.step[-1]) if len(self.metrics.step) else 0
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the last start recorded about the data."""
-        data = self.starts[-1].get("data") if self.starts else None
-        return data if isinstance(data, dict) else {}
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the data; "" when it was not recorded."""
-        return self.options["data.fingerprint"] or self.data.get("fingerprint") or ""
-
-    @property
-    def unigram_entropy(self) -> float | None:
-        """Nats per token of the training split's token frequencies."""
-        return finite(self.data.get("unigram_entropy"))
-
-    @property
-    def tokens_per_step(self) -> int | None:
-        sizes = [self.options.get(key) for key in ("training.batch_size", "data.seq_len")]
-        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[arg-type]
-
-    @property
-    def flops_per_token(self) -> float | None:
-        return finite(self.starts[-1].get("flops_per_token")) if self.starts else None
-
-
-def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def finite(value: Any) -> float | None:
-    """The value, or None where there is no number: files hold null there, and those of older code NaN or Infinity."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -223,7 +113,7 @@ def _read_config(reader: _Reader) -> dict[str, Any]:
         raise NotARun(reader.damage[0])
     if config is None:
         raise NotARun(f"{reader.folder} holds no {CONFIG}; name the folder of a run")
-    options = _flatten(config)
+    options = dotted(config)
     missing = [key for key, kind in _NEEDED.items() if not isinstance(options.get(key), kind)]
     missing += [f"number for {key}" for key, kinds in _AXES.items() if not isinstance(options.get(key, 0), kinds)]
     if missing:

@@ -47,7 +47,7 @@ def named(study: Study, table: pl.DataFrame) -> pl.DataFrame:
 
 def levels(study: Study) -> pl.DataFrame:
     """What losses are to be read against: the training data's unigram entropy, and floors of the held-out text."""
-    runs = [row.run.unigram_entropy for row in study.rows]
+    runs = [row.unigram_entropy for row in study.rows]
     found = {("unigram entropy", round(entropy, 3)) for entropy in runs if entropy is not None}
     floors = [(name, level) for row in study.rows for name, level in row.floors.items()]
     found |= {(FLOOR_NAMES[name], round(level, 3)) for name, level in floors if name in FLOOR_NAMES}

@@ -28,7 +28,6 @@ from spannorm_jax.report.contents import contents, in_markdown
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.looks import Figure
-from spannorm_jax.report.rows import summarise
 from spannorm_jax.report.study import RUNS, Study, study_of
 from spannorm_jax.report.tables import notices
 
@@ -66,8 +65,7 @@ def read_study(
 ) -> tuple[Study, Notices]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
-    rows = [summarise(run) for run in find_runs(folders, passed_over.append)]
-    study = study_of(rows, baseline, confirmed)
+    study = study_of(find_runs(folders, passed_over.append), baseline, confirmed)
     twice = [
         ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
          f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")

@@ -5,7 +5,7 @@ import json
 
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import summarise
+from spannorm_jax.report.study import study_of
 
 ENTROPY = 4.0
 STEPS = 20
@@ -70,12 +70,12 @@ def write_eval(folder, step, bits, split="validation", **more):
         file.write(json.dumps(line) + "\n")
 
 
-def summary(folder):
-    return summarise(read_run(folder))
+def reached(folder):
+    return read_run(folder).reached
 
 
-def rows_of(root):
-    return [summarise(run) for run in find_runs(root)]
+def study_in(root, *options):
+    return study_of(find_runs(root), *options)
 
 
 def write_lr_sweep(root, placements=("pre", "post", "span"), depths=(3,), lrs=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2)):

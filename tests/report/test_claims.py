@@ -106,6 +106,6 @@ def test_one_seed_and_unequal_rates_tell_nothing(tmp_path):
 
 def test_the_regime_is_of_the_best_run_and_one_that_was_not_run_has_none(tmp_path):
     made = sweep(tmp_path, *seeds("span", [2.0, 2.25]))
-    tokens = made.study.rows[0].run.tokens_per_step * 20
+    tokens = made.study.rows[0].tokens_per_step * 20
     assert claims.regime(made.study.rows, floor=1.75) == f"{tokens / 1234:.2g}; +0.25"
     assert claims.regime((), floor=1.75) == ""

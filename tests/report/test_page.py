@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 import vl_convert
-from run_folders import STEPS, rows_of, write_lr_sweep, write_run
+from run_folders import STEPS, study_in, write_lr_sweep, write_run
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.page import print_svg, write_report
-from spannorm_jax.report.study import study_of
 
 SWEPT = FIGURES.keys() - {"loss_by_width"}
 TABLES = ("runs.csv", "curves.csv", "tables.md")
@@ -166,7 +165,7 @@ def test_whatever_varies_figures_compile(tmp_path, changes):
         settings = [s | {key: value} for s in settings for value in values]
     for i, setting in enumerate(settings):
         write_run(tmp_path / str(i), losses=[5.0 - 0.1 * s + 0.01 * i for s in range(STEPS)], bits=2.0, **setting)
-    study = study_of(rows_of(tmp_path))
+    study = study_in(tmp_path)
     drawn = [figure for make, _ in FIGURES.values() if (figure := make(study)) is not None]
     assert {"loss", "block_grad_norm"} <= {figure.name for figure in drawn}
     for figure in drawn:
