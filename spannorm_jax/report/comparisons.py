@@ -41,18 +41,17 @@ def differences(study: Study) -> pl.DataFrame:
     lines: list[dict[str, Any]] = []
     for kind, pairs, known in _compared(study):
         for ours, theirs in pairs:
-            own = stats.t_interval(stats.paired_differences(losses.get(ours, {}), losses.get(theirs, {})))
             runs = seeds.get(ours, {}).keys() | seeds.get(theirs, {}).keys()
             line = {"comparison": kind, "baseline": theirs[0], "baseline_lr": theirs[-1], "n": 0, "pairs": len(runs)}
             line |= {"named": study.confirms(ours[0]), **dict(zip(ARM, ours, strict=True))}
-            lines.append(line)
-            if own is None:
-                continue
-            line |= {"difference": own.mean, "low": own.low, "high": own.high, "n": own.n}
+            own = stats.t_interval(stats.paired_differences(losses.get(ours, {}), losses.get(theirs, {})))
+            if own is not None:
+                line |= {"difference": own.mean, "low": own.low, "high": own.high, "n": own.n}
             families = [family(study, arm) for arm in (ours, theirs) if arm in study.trained]
-            if len(families) == 2 and all(key in known for key in families):
+            if own is not None and len(families) == 2 and known.keys() >= {*families}:
                 pooled, p = stats.pooled_difference(own.mean, own.n, *(known[key] for key in families))
                 line |= {"pooled_low": pooled.low, "pooled_high": pooled.high, "p": p}
+            lines.append(line)
         for named in (False, True):
             judged = [d for d in lines if d["comparison"] == kind and d["named"] == named and "p" in d]
             for line, p in zip(judged, stats.holm([line["p"] for line in judged]), strict=True):
