@@ -12,8 +12,8 @@ from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, ov
 from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.frames import GRAVEST
 from spannorm_jax.report.rates import drifts, rates
-from spannorm_jax.report.runs import KEPT, LEARNT, SHORTEST_MEAN, RunFolder
-from spannorm_jax.report.study import Arm, Size, Study, choosing
+from spannorm_jax.report.runs import KEPT, LEARNT, NOT_RECORDED, SHORTEST_MEAN, RunFolder
+from spannorm_jax.report.study import Arm, Size, Study, choosing, keys_text
 from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
 
 Table = tuple[Header, list[list[str]]]  # and lines
@@ -55,15 +55,14 @@ _DEFINITIONS = {
 
 def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
     """All that the template shows but the figures."""
-    header, body = table_cells(study)
+    results = table_cells(study)
     return {
         **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
-        **{"results": (header, body), "looks": _looks(study)},
+        **{"results": results, "looks": _looks(study), "chosen_on": _chosen_on(study), "errors": _errors(study)},
         **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
-        "confirm": ",".join(f"{key}={value}" for key, value in study.confirmed.items()),
-        **{"chosen_on": _chosen_on(study), "errors": _errors(study), "differences": _differences(study)},
-        **{"learning_rates": _learning_rates(study), "drifts": _drifts(study), "overall": _overall(study)},
-        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in header), "unigram entropy"]],
+        **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
+        **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
+        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in results[0]), "unigram entropy"]],
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
     }
@@ -76,8 +75,7 @@ def in_markdown(shown: dict[str, Any]) -> dict[str, str]:
 
 def _looks(study: Study) -> list[dict[str, str]]:
     """Of each setting the line as the figures draw it, and its gravest outcome."""
-    placements = palette.ranked((m.placement for m in study.methods), palette.PLACEMENT_ORDER)
-    inits = palette.ranked((m.init for m in study.methods), palette.INIT_ORDER)
+    placements, inits = study.placements, study.inits
     colours = dict(zip(placements, palette.colours(placements), strict=True))
     dashes = dict(zip(inits, palette.dashes(inits), strict=True))
     looks = []
@@ -103,29 +101,28 @@ def _chosen_on(study: Study) -> str:
 
 def _differences(study: Study) -> Table:
     """A line a method and size; where the method was not run at the baseline's best rate, that is said."""
-    names = ["method", "baseline", *_size_column(study), *["was"] * bool(study.confirmed)]
-    numbers = ["difference", "its seeds alone", "n", "p (Holm)"]
-    if study.varies("lr"):
-        numbers = ["own best lr", "baseline’s", "each at its own best", *numbers[1:], "both at the baseline’s best"]
-        numbers += ["its seeds alone", "n", "p (Holm)"]
+    several, named = study.varies("lr"), bool(study.confirmed)
+    names = ["method", "baseline", *_size_column(study), *["was"] * named]
+    known = ["its seeds alone", "n", "p (Holm)"]
+    numbers = ["difference", *known]
+    if several:
+        numbers = ["own best lr", "baseline’s", "each at its own best", *known, "both at the baseline’s best", *known]
     lines: dict[tuple[int, ...], list[str]] = {}
     for d in differences(study).iter_rows(named=True):
         at, theirs = ((d[key], d["depth"], d["width"]) for key in ("method", "baseline"))
         if d["comparison"] == OWN:
             lines[at] = [study.methods[at[0]].label, study.methods[theirs[0]].label, *_size(study, at)]
-            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * bool(study.confirmed)
-            if study.varies("lr"):
-                lines[at] += [_rate(study, at, d["lr"]), _rate(study, theirs, d["baseline_lr"])]
-        pooled = (d["low"], d["high"]) if d["pooled_low"] is None else (d["pooled_low"], d["pooled_high"])
+            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * named
+            lines[at] += [_rate(study, at, d["lr"]), _rate(study, theirs, d["baseline_lr"])] if several else []
+        pooled = "" if d["pooled_low"] is None else "pooled_"
         lines[at] += [
-            interval(d["difference"], *pooled),
+            interval(d["difference"], d[f"{pooled}low"], d[f"{pooled}high"]),
             "–" if d["difference"] is None else within(d["low"], d["high"]),
             f"{d['n']} of {d['pairs']}",
             "–" if d["p"] is None else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
         ]
     header = _header(names, numbers)
-    missing = ["not run", "", "", ""]
-    return header, [line + missing * (len(line) < len(header)) for line in lines.values()]
+    return header, [line + ["not run", "", "", ""] * (len(line) < len(header)) for line in lines.values()]
 
 
 def _errors(study: Study) -> list[str]:
@@ -165,10 +162,9 @@ def _learning_rates(study: Study) -> Table:
 def _optimum(at: float | None, low: float | None, high: float | None) -> str:
     if at is not None:
         return interval(at, low, high, ".2e")
-    if low is None or high is None:
-        beyond = [text for text, bound in (("below", high), ("above", low)) if bound is not None]
-        return f"{' or '.join(beyond)} {high or low:g}" if len(beyond) == 1 else "beyond both ends"
-    return f"between {low:.2g} and {high:.2g}"
+    if low is not None and high is not None:
+        return f"between {low:.2g} and {high:.2g}"
+    return f"above {low:g}" if low is not None else f"below {high:g}" if high is not None else "beyond both ends"
 
 
 def _drifts(study: Study) -> Table:
@@ -176,8 +172,8 @@ def _drifts(study: Study) -> Table:
     for d in drifts(study):
         f = d["factor"]
         between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else interval(f.at, f.low, f.high, ".2f")
-        at = [d["method"], d["axis"], f"{d['other']} {d['fixed']}", ", ".join(map(str, d["sizes"]))]
-        lines.append([*at, between, str(f.n)])
+        sizes = ", ".join(map(str, d["sizes"]))
+        lines.append([d["method"], d["axis"], f"{d['other']} {d['fixed']}", sizes, between, str(f.n)])
     return _header(("method", "of", "at", "with an optimum at"), ("factor a doubling", "seeds")), lines
 
 
@@ -228,12 +224,12 @@ _FACTS = {  # of starts, by what the page calls them
 
 def _run(run: RunFolder, root: Path) -> dict[str, Any]:
     where = (run.diverged or {}).get("where")
-    ended = f"{run.ended}, {where}" if where else run.ended
     facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
-    facts |= {"outcome": ended, "data fingerprint": run.fingerprint or "not recorded"}
+    facts |= {"outcome": f"{run.ended}, {where}" if where else run.ended}
+    facts |= {"data fingerprint": run.fingerprint or NOT_RECORDED}
     facts |= {name: run.fact(key) for name, key in _FACTS.items()}
-    commands = list(dict.fromkeys(str(s["command"]) for s in run.starts if s.get("command")))
-    return {"name": run_name(run), "command": "\n".join(commands) or "not recorded", "facts": facts}
+    commands = list(dict.fromkeys(str(start["command"]) for start in run.starts if start.get("command")))
+    return {"name": run_name(run), "command": "\n".join(commands) or NOT_RECORDED, "facts": facts}
 
 
 def _common(runs: Sequence[RunFolder]) -> dict[str, str]:

@@ -127,7 +127,15 @@ class Study:
 
     @property
     def baseline_text(self) -> str:
-        return ",".join(f"{key}={value}" for key, value in self.baseline.items())
+        return keys_text(self.baseline)
+
+    @property
+    def placements(self) -> list[str]:
+        return ranked((method.placement for method in self.methods), PLACEMENT_ORDER)
+
+    @property
+    def inits(self) -> list[str]:
+        return ranked((method.init for method in self.methods), INIT_ORDER)
 
     @cached_property
     def sizes(self) -> list[Size]:
@@ -140,6 +148,11 @@ class Study:
     def size_text(self, size: Size) -> str:
         """The size's numbers, as far as sizes differ: `24`, `128` or `24 × 128`."""
         return " × ".join(str(getattr(size, axis)) for axis in ("depth", "width") if self.varies(axis))
+
+
+def keys_text(keys: Mapping[str, str]) -> str:
+    """`placement=pre,init=plain`"""
+    return ",".join(f"{key}={value}" for key, value in keys.items())
 
 
 def study_of(

@@ -8,7 +8,7 @@ import polars as pl
 from spannorm_jax.config import is_runtime
 from spannorm_jax.errors import visible
 from spannorm_jax.report.differing import AXES, differing_keys, followers
-from spannorm_jax.report.runs import RunFolder, ending
+from spannorm_jax.report.runs import NOT_RECORDED, RunFolder, ending
 from spannorm_jax.report.study import ARM, Study
 
 Header = Sequence[tuple[str, bool]]  # names of columns, and whether they hold numbers
@@ -144,30 +144,29 @@ def notices(study: Study, passed_over: Sequence[str] = ()) -> list[tuple[str, st
     return [("warning", text) for text in warnings] + [("note", text) for text in notes]
 
 
-def _of_evaluations(rows: Sequence[RunFolder], warnings: list[str], notes: list[str]) -> None:
+def _of_evaluations(runs: Sequence[RunFolder], warnings: list[str], notes: list[str]) -> None:
     """Adds what is to be said of the runs' evaluations."""
-    each = [(row, row.held_out) for row in rows]
-    evaluated = [(row, evaluation) for row, evaluation in each if evaluation is not None]
+    evaluated = [(run, run.held_out) for run in runs if run.held_out is not None]
     for key in ("split", "tokens"):
-        values = ["not recorded" if e.get(key) is None else str(e[key]) for _, e in evaluated]
+        values = [NOT_RECORDED if e.get(key) is None else str(e[key]) for _, e in evaluated]
         if len(set(values)) > 1:
             warnings.append(f"Held-out {key} differ: {_counted(values)}.")
-    if 0 < len(evaluated) < len(rows):
-        notes.append(f"{len(evaluated)} of {len(rows)} runs have a held-out evaluation.")
-    for row, evaluation in each:
-        shared = (evaluation or {}).get("eval_overlap") or row.data.get("eval_overlap")
+    if 0 < len(evaluated) < len(runs):
+        notes.append(f"{len(evaluated)} of {len(runs)} runs have a held-out evaluation.")
+    for run in runs:
+        shared = (run.held_out or {}).get("eval_overlap") or run.data.get("eval_overlap")
         if shared:
             text = f"its held-out split shares {shared} examples with its training split"
-            warnings.append(f"{run_name(row)}: {text}, so its held-out numbers are not held out.")
-    done = [row for row, evaluation in each if row.done is not None and row.evals and evaluation is None]
-    early = [(row, max(e["step"] for e in row.evals)) for row in done]
-    steps = [(row, e["step"]) for row, e in evaluated if e["step"] != row.last_step]
+            warnings.append(f"{run_name(run)}: {text}, so its held-out numbers are not held out.")
+    done = [run for run in runs if run.done is not None and run.evals and run.held_out is None]
+    early = [(run, max(e["step"] for e in run.evals)) for run in done]
+    steps = [(run, e["step"]) for run, e in evaluated if e["step"] != run.last_step]
     for said, of in (
         ("No evaluation of the last step, so no held-out numbers", early),
         ("Held-out numbers are those of step ..., not of the run's last", steps),
     ):
         if of:
-            names = [f"{run_name(row)} ({step} of {row.last_step})" for row, step in of]
+            names = [f"{run_name(run)} ({step} of {run.last_step})" for run, step in of]
             notes.append(f"{said}: {_listed(names, '; ')}.")
 
 
