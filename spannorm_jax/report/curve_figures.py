@@ -8,11 +8,11 @@ import polars as pl
 from spannorm_jax.report import curves, frames
 from spannorm_jax.report.looks import (
     Figure,
+    Looks,
     Spec,
     alt,
     finished,
     in_panels,
-    looks_of,
     size_of,
     tooltip,
     with_axes,
@@ -88,15 +88,14 @@ def _loss_along(view: Spec, x: str, scale: str) -> Spec:
     logs = {"x": scale in ("log x", "log both"), "y": scale in ("log loss", "log both")}
 
     def change(channel: str, axis: Spec) -> Spec:
-        changed = axis | {"scale": axis["scale"] | {"type": "log" if logs[channel] else "linear"}}
         along = {"field": column, "title": title, "axis": axis["axis"] | {"format": form}} if channel == "x" else {}
-        return changed | along
+        return axis | {"scale": axis["scale"] | {"type": "log" if logs[channel] else "linear"}} | along
 
     return with_axes(view, change)
 
 
 def _loss_view(study: Study, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> Spec:
-    looks, beside = looks_of(study), int(len(panels) == 1 < len(domains))
+    looks, beside = Looks(study), int(len(panels) == 1 < len(domains))
     tips = tooltip(study, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
     charts = []
     for data, domain in domains.items():
@@ -148,7 +147,7 @@ def gap(study: Study) -> Figure | None:
     table, panels = with_panels(study, curves.gap_curves(study))
     if table["step"].n_unique() < 2:
         return None
-    looks = looks_of(study)
+    looks = Looks(study)
     column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
     log, shown = alt.Scale(type="log", nice=False), alt.Axis(format="~s", grid=False)
     late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
@@ -187,7 +186,7 @@ def block_grad_norm(study: Study) -> Figure | None:
     table, panels = with_panels(study, curves.block_curves(study))
     if table.is_empty():
         return None
-    looks, charts = looks_of(study), []
+    looks, charts = Looks(study), []
     for number, when in enumerate(when for when in curves.WHEN if when in set(table["when"])):
         here = table.filter(when=when)
         bounds = math.floor(math.log10(min(here["low"]))), math.ceil(math.log10(max(here["high"])))

@@ -1,5 +1,6 @@
 """The curves of a report: the training loss of each setting over its seeds, and the gradient norm of each block."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,10 +41,9 @@ def _at_best(study: Study, setting: dict[str, Any]) -> bool:
 
 def _losses(row: RunFolder, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps, smoothed losses), up to the first that is not finite."""
-    metrics = row.metrics
-    bad = np.flatnonzero(~np.isfinite(metrics.loss))
-    end = bad[0] if len(bad) else len(metrics.loss)
-    return metrics.step[:end], smooth(metrics.loss[:end], smoothing)
+    step, loss = row.metrics.step, row.metrics.loss
+    end = next(iter(np.flatnonzero(~np.isfinite(loss))), len(loss))
+    return step[:end], smooth(loss[:end], smoothing)
 
 
 def _over_seeds(rows: Sequence[RunFolder], smoothing: float) -> tuple[np.ndarray, np.ndarray]:
@@ -51,9 +51,7 @@ def _over_seeds(rows: Sequence[RunFolder], smoothing: float) -> tuple[np.ndarray
     each = [(steps, losses) for steps, losses in (_losses(row, smoothing) for row in rows) if len(steps)]
     if not each:
         return np.empty(0, np.int64), np.empty((0, 0))
-    steps = each[0][0]
-    for others, _ in each[1:]:
-        steps = np.intersect1d(steps, others, assume_unique=True)
+    steps = functools.reduce(np.intersect1d, [steps for steps, _ in each])
     return steps, np.stack([losses[np.searchsorted(own, steps)] for own, losses in each])
 
 
@@ -86,20 +84,15 @@ def loss_curves(study: Study, late: bool = False) -> pl.DataFrame:
             continue
         kept = kept[_thinned(len(kept), most)]
         steps, losses = steps[kept], losses[:, kept]
-        diverged = all(row.outcome == "diverged" for row in rows)
         tokens = steps * float(run.tokens_per_step or math.nan)
         points = {
             **{"step": steps, "tokens": tokens, "flops": tokens * (run.flops_per_token or math.nan)},
             **{"loss": losses.mean(axis=0), "low": losses.min(axis=0), "high": losses.max(axis=0)},
-            "crossed": (steps == steps[-1]) & diverged,
+            "crossed": (steps == steps[-1]) & all(row.outcome == "diverged" for row in rows),
         }
-        curve = {name: setting[name] for name in _ARM} | {
-            "curve": number,
-            "best_lr": _at_best(study, setting),
-            "runs": f"seed {run.seed}, {run.ended}" if len(rows) == 1 else f"mean of {len(losses)} seeds",
-            "alone": alone,
-            "train_loss": None if alone else setting["train_loss"],
-        }
+        runs = f"seed {run.seed}, {run.ended}" if len(rows) == 1 else f"mean of {len(losses)} seeds"
+        curve = {name: setting[name] for name in _ARM} | {"curve": number, "runs": runs, "alone": alone}
+        curve |= {"best_lr": _at_best(study, setting), "train_loss": None if alone else setting["train_loss"]}
         constant = [pl.lit(value).alias(name) for name, value in curve.items()]
         curves.append(pl.DataFrame(points).with_columns(*constant).select(pl.col(n).cast(k) for n, k in _LOSS.items()))
     return pl.concat(curves).with_columns(pl.col(pl.Float64).fill_nan(None))
@@ -117,8 +110,7 @@ def gap_curves(study: Study) -> pl.DataFrame:
         seeds = sorted(ours.keys() & theirs.keys())
         each = [_gaps(study.rows[ours[seed]], study.rows[theirs[seed]]) for seed in seeds]
         for window in sorted(set().union(*each), reverse=True):
-            gaps = [gaps[window] for gaps in each if window in gaps]
-            run = study.rows[ours[seeds[0]]]
+            gaps, run = [gaps[window] for gaps in each if window in gaps], study.rows[ours[seeds[0]]]
             step, per_step = run.steps / WINDOW ** (window + 0.5), run.tokens_per_step
             numbers = {"step": step, "tokens": None if per_step is None else step * per_step, "seeds": len(gaps)}
             numbers |= {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)}

@@ -11,7 +11,7 @@ import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
 from spannorm_jax.report.comparisons import OWN, SHARED
-from spannorm_jax.report.looks import Figure, Spec, alt, finished, in_panels, looks_of, tooltip, with_panels, with_scale
+from spannorm_jax.report.looks import Figure, Looks, Spec, alt, finished, in_panels, tooltip, with_panels, with_scale
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.rates import rates
 from spannorm_jax.report.study import ARM, Study, settings_of
@@ -85,7 +85,7 @@ def _near(best: Sequence[float]) -> tuple[float, float]:
 
 
 def _loss_by_view(study: Study, axis: str, panels: Sequence[str], title: str) -> Spec:
-    looks, scale = looks_of(study), alt.Scale(zero=False, nice=True)
+    looks, scale = Looks(study), alt.Scale(zero=False, nice=True)
     y = alt.Y("loss:Q", title=_loss_title(study), scale=scale, axis=alt.Axis(tickCount=6))
     base = looks.base(_axis(study, axis))
     settings = base.transform_filter("datum.kind == 'setting'")
@@ -146,7 +146,7 @@ def _by_size(
     if table.is_empty():
         return None
     axis = next((axis for axis in ("depth", "width") if study.varies(axis)), "")
-    looks = looks_of(study)
+    looks = Looks(study)
     tips = tooltip(study, depth="d", width="d", **{column: form}, low=form, high=form, seeds="d")
     if axis:
         # Methods stand beside one another, so that their intervals can be told apart.
@@ -178,7 +178,7 @@ def differences(study: Study) -> Figure | None:
     table = frames.named(study, frames.forest(study))
     if table.is_empty():
         return None
-    looks, several = looks_of(study), study.varies("lr")
+    looks, several = Looks(study), study.varies("lr")
     present, panels = set(table["method"]), list(dict.fromkeys(table["panel"]))
     order = [m.label for m in study.methods if m.label in present]
     scale = alt.Scale(nice=False, padding=12)
@@ -264,7 +264,7 @@ def profile(study: Study) -> Figure | None:
     if not any(map(study.varies, _AXIS_TITLE)) or table.is_empty():
         return None
     table, panels = with_panels(study, table, without=["depth", "width"])
-    looks = looks_of(study)
+    looks = Looks(study)
     x = alt.X("loss:Q", title=_loss_title(study), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False))
     share = alt.Axis(format="%", tickCount=6)
     y = alt.Y("share:Q", title="share of all runs", axis=share, scale=alt.Scale(domain=[0, 1]))

@@ -1,6 +1,6 @@
 """What the figures of a report share: their form, their encodings, their panels, what the mouse shows."""
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,13 @@ import polars as pl
 
 from spannorm_jax.paths import some_home
 from spannorm_jax.report import frames
-from spannorm_jax.report.palette import GREY, INIT_ORDER, PLACEMENT_ORDER, colours, dashes, ranked, shapes, theme
+from spannorm_jax.report.palette import GREY, colours, dashes, shapes, theme
 from spannorm_jax.report.study import ARM, Study
 
 with some_home():  # which Altair asks for where it is imported, for data that nothing here uses
     import altair as alt
 
+_CROWD = 9  # methods in one panel
 _FADED = 0.07  # what the legend's choice leaves out
 Spec = dict[str, Any]  # Vega-Lite
 
@@ -30,17 +31,13 @@ class Figure:
     views: dict[str, Spec]
 
 
-@dataclass(frozen=True)
 class Looks:
-    """The encodings that all figures of a report share, and the selections of their legends."""
+    """The encodings that all figures of a study share, and the selections of their legends."""
 
-    placements: list[str]
-    inits: list[str]
-
-    @functools.cached_property
-    def picks(self) -> list[alt.Parameter]:
+    def __init__(self, study: Study):
+        self.placements, self.inits = study.placements, study.inits
         names = ("placement", "init")
-        return [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
+        self.picks = [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
 
     def colour(self, channel: Any = alt.Color, legend: bool = True) -> Any:
         scale = alt.Scale(domain=self.placements, range=colours(self.placements))
@@ -77,13 +74,6 @@ class Looks:
         return base.mark_area(**mark).encode(y=low, y2="high:Q", opacity=self.opacity(shown))
 
 
-def looks_of(study: Study) -> Looks:
-    return Looks(
-        ranked((m.placement for m in study.methods), PLACEMENT_ORDER),
-        ranked((m.init for m in study.methods), INIT_ORDER),
-    )
-
-
 def size_of(panels: int) -> tuple[int, int]:
     return {1: (560, 340), 2: (350, 280)}.get(panels, (270, 220))
 
@@ -116,10 +106,8 @@ def with_axes(spec: Any, change: Callable[[str, Spec], Spec]) -> Any:
         return [with_axes(part, change) for part in spec]
     if not isinstance(spec, dict):
         return spec
-    return {
-        key: change(key, part) if key in ("x", "y") and "field" in part else with_axes(part, change)
-        for key, part in spec.items()
-    }
+    axes = {key for key in ("x", "y") if "field" in spec.get(key, ())}
+    return {key: change(key, part) if key in axes else with_axes(part, change) for key, part in spec.items()}
 
 
 def with_scale(spec: Spec, channel: str, scale: Spec) -> Spec:
@@ -130,8 +118,17 @@ def with_scale(spec: Spec, channel: str, scale: Spec) -> Spec:
 
 
 def with_panels(study: Study, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
-    """The table with the panel and the names of each line, and the panels in order; see `frames.panels`."""
-    placed = frames.panels(study, without)
+    """The table with the panel and the names of each line, and the panels in order.
+
+    A panel is set apart by depth and width where they differ, but for the axes `without`, and by other config keys.
+    Many methods have a panel an initialisation: no more curves can be told apart in one.
+    """
+    crowded = len({method[:2] for method in study.methods}) > _CROWD
+    lines = []
+    for size, (i, method) in itertools.product(study.sizes, enumerate(study.methods)):
+        of_init, of_others = [f"init {method.init}"] * crowded, [method.other] * bool(method.others)
+        lines.append((i, *size, ", ".join([*frames.size_words(study, size, without), *of_init, *of_others])))
+    placed = pl.DataFrame(lines, schema=[*ARM[:3], "panel"], orient="row")
     table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
     present = set(table["panel"])
     order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
