@@ -9,9 +9,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from experiments.results_page import FAILED, Results, Wanted, read
 from spannorm_jax.report import stats
@@ -31,7 +32,7 @@ TOP = 7  # claims in the README
 
 PRE, POST, SPAN = ({"placement": name} for name in ("pre", "post", "span"))
 OWN_RATE, SHALLOW, DEEP = 0.003, 6, 96
-MULTIPLIER = "scale-L1-mult"
+READINGS, MULTIPLIER = ("scale-L0.5", "scale-L1"), "scale-L1-mult"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ class Verdict:
         return f"**{self.word}**" + (f": {self.effect}" if self.effect else "")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     text: str
     test: str
+    verdicts: Mapping[str, Verdict] = MappingProxyType({})  # by column
     named: str = "no"  # whether the comparison was named before the runs
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by column
 
 
 # ---- how a verdict follows from numbers ---------------------------------------------------------
@@ -151,128 +151,114 @@ def _first_over_last(rows: list[RunFolder]) -> list[float]:
 # ---- the claims ---------------------------------------------------------------------------------
 
 
+def over(inits: Sequence[str], verdict: Callable[..., Verdict], *compared: Any, **fixed: Any) -> dict[str, Verdict]:
+    """Column -> the verdict of each initialisation."""
+    return {init: verdict(*compared, init=init, **fixed) for init in inits}
+
+
 def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
     """All of them, in the order of the page. A verdict without records is `not tested`."""
-    init = sweeps["placement_init"]
-    readings = ("scale-L0.5", "scale-L1")
-
-    def each(of: Callable[[str], Verdict], **others: Verdict) -> dict[str, Verdict]:
-        return {reading: of(reading) for reading in readings} | others
-
-    exponent, fresh, depth = sweeps["exponent"], sweeps["fresh_seeds"], sweeps["depth"]
-    width, depth_lr, moe, factor = (sweeps[name] for name in ("width", "depth_lr", "experts", "depth_factor"))
+    init, lr, exponent, fresh, depth, width, depth_lr, moe, factor, rivals = (
+        *(sweeps[name] for name in ("placement_init", "lr", "exponent", "fresh_seeds", "depth", "width", "depth_lr")),
+        *(sweeps[name] for name in ("experts", "depth_factor", "rivals")),
+    )
+    plain, multiplier = ("plain",), SPAN | {"init": MULTIPLIER}
     everett, completep = {"model.parametrisation": "everett"}, {"model.parametrisation": "completep"}
     as_published = {"depth": 24, "optim.name": "adamw"}
-    best_of_pre = {r: exponent.best_lr(init=r, **PRE) for r in readings}
+    growth = {r: change(depth, {"depth": SHALLOW, "init": r}, {"depth": 48, "init": r}, SPAN, PRE) for r in READINGS}
+    best_of_pre = {r: exponent.best_lr(init=r, **PRE) for r in READINGS}
     return [
         Claim(
             "It trains where PostNorm fails",
             "with every seed, where PostNorm trains with none: 24 blocks at 3e-3 (`placement_init`); with "
             "ScaleInit, with which both train there, 48 blocks (`depth`)",
-            verdicts=each(
-                lambda r: trains_where(depth, SPAN, POST, init=r, depth=48),
-                plain=trains_where(init, SPAN, POST, init="plain"),
-                gpt2=trains_where(init, SPAN, POST, init="gpt2"),
-            ),
+            over(READINGS, trains_where, depth, SPAN, POST, depth=48)
+            | over(("plain", "gpt2"), trains_where, init, SPAN, POST),
         ),
         Claim(
             "It beats PostNorm",
             "lower held-out loss, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
-            verdicts=each(
-                lambda r: less(exponent, SPAN, POST, True, init=r),
-                plain=less(sweeps["lr"], SPAN, POST, True, init="plain"),
-            ),
+            over(READINGS, less, exponent, SPAN, POST, True) | over(plain, less, lr, SPAN, POST, True),
         ),
         Claim(
             "It beats PreNorm at an equal learning rate",
             "lower held-out loss at 3e-3, 24 blocks, on seeds that chose nothing (`fresh_seeds`); plain and GPT-2's: "
             "`placement_init`; the multiplier, which serves no PreNorm, less PreNorm with `scale-L1`: `depth_factor`",
+            over(READINGS, less, fresh, SPAN, PRE, lr=OWN_RATE)
+            | over(("plain", "gpt2"), less, init, SPAN, PRE)
+            | {MULTIPLIER: less(factor, multiplier, PRE | {"init": "scale-L1"}, depth=24)},
             named="the readings",
-            verdicts=each(
-                lambda r: less(fresh, SPAN, PRE, init=r, lr=OWN_RATE),
-                plain=less(init, SPAN, PRE, init="plain"),
-                gpt2=less(init, SPAN, PRE, init="gpt2"),
-                **{MULTIPLIER: less(factor, SPAN | {"init": MULTIPLIER}, PRE | {"init": "scale-L1"}, depth=24)},
-            ),
         ),
         Claim(
             "It beats PreNorm, each at its own learning rate",
             "the same, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
-            verdicts=each(
-                lambda r: less(exponent, SPAN, PRE, True, init=r),
-                plain=less(sweeps["lr"], SPAN, PRE, True, init="plain"),
-            ),
+            over(READINGS, less, exponent, SPAN, PRE, True) | over(plain, less, lr, SPAN, PRE, True),
         ),
         Claim(
             "The same on seeds that chose no rate",
             "SpanNorm at 3e-3 less PreNorm at 1e-2 (`fresh_seeds`)",
+            over(READINGS, less, fresh, SPAN | {"lr": OWN_RATE}, PRE | {"lr": 0.01}),
             named="yes",
-            verdicts=each(lambda r: less(fresh, SPAN | {"lr": OWN_RATE}, PRE | {"lr": 0.01}, init=r)),
         ),
         Claim(
             "Without touching the learning rate",
             "lower held-out loss at the rate that is best for PreNorm (`exponent`)",
-            verdicts=each(lambda r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r])),
+            {r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r]) for r in READINGS},
         ),
         Claim(
             "It trains as deep as PreNorm",
             "with every seed at 96 blocks and 3e-3, where PreNorm does (`depth`; the multiplier: `depth_factor`)",
-            verdicts=each(
-                lambda r: trains_too(depth, SPAN, PRE, init=r, depth=DEEP),
-                plain=trains_too(depth, SPAN, PRE, init="plain", depth=DEEP),
-                **{MULTIPLIER: trains_too(factor, SPAN, PRE, init=MULTIPLIER, depth=DEEP)},
-            ),
+            over((*READINGS, "plain"), trains_too, depth, SPAN, PRE, depth=DEEP)
+            | over((MULTIPLIER,), trains_too, factor, SPAN, PRE, depth=DEEP),
         ),
         Claim(
             "Its lead does not fall up to 48 blocks",
             "SpanNorm less PreNorm at 48 blocks less the same at 6, at 3e-3, not above zero (`depth`)",
-            verdicts=each(
-                lambda r: change(depth, {"depth": SHALLOW, "init": r}, {"depth": 48, "init": r}, SPAN, PRE),
-            ),
+            growth,
         ),
         Claim(
             "Its best learning rate stays over widths",
             f"moves by less than {TRANSFER:g} times a doubling under `everett` (`width`)",
-            verdicts={"scale-L0.5": drift(width, "width", **everett)},
+            {"scale-L0.5": drift(width, "width", **everett)},
         ),
         Claim(
             "Its best learning rate stays over depths",
             f"moves by less than {TRANSFER:g} times a doubling under `completep`, a = 1 (`depth_lr`)",
-            verdicts={"scale-L0.5": drift(depth_lr, "depth", **completep, **{"model.depth_exponent": 1.0})},
+            {"scale-L0.5": drift(depth_lr, "depth", **completep, **{"model.depth_exponent": 1.0})},
         ),
         Claim(
             "It is ahead with greater width",
             "lower held-out loss at width 128, each at its own best rate under `everett` (`width`)",
-            verdicts={"scale-L0.5": less(width, SPAN, PRE, True, width=128, **everett)},
+            {"scale-L0.5": less(width, SPAN, PRE, True, width=128, **everett)},
         ),
         Claim(
             "It is ahead with experts",
             "lower held-out loss with 8 experts at 3e-3 (the demo, one seed)",
-            verdicts={"scale-L1": less(moe, SPAN, PRE)},
+            {"scale-L1": less(moe, SPAN, PRE)},
         ),
         Claim(
             "Gradients do not vanish",
             f"at the initial weights the first block's is at least {VANISHED:g} of the last block's with every seed; "
             "PostNorm's beside it (`placement_init`)",
-            verdicts={i: gradient(init, SPAN, POST, init=i) for i in ("plain", "gpt2", "scale-L1")},
+            over(("plain", "gpt2", "scale-L1"), gradient, init, SPAN, POST),
         ),
         Claim(
             "ScaleInit serves PreNorm too (a control)",
             "lower held-out loss than plain PreNorm, each at the best of five rates (`lr`)",
-            verdicts={"scale-L1": less(sweeps["lr"], {"init": "scale-L1"}, {"init": "plain"}, True, **PRE)},
+            {"scale-L1": less(lr, {"init": "scale-L1"}, {"init": "plain"}, True, **PRE)},
         ),
         Claim(
             "SiameseNorm is ahead of SpanNorm (its authors)",
             "its held-out loss, from plain weights, lower than SpanNorm's with `scale-L1`, each at the best of three "
             "rates, 24 blocks, 125 steps (`rivals`)",
-            verdicts={"scale-L1": less(sweeps["rivals"], {"placement": "siamese"}, SPAN, True, **as_published)},
+            {"scale-L1": less(rivals, {"placement": "siamese"}, SPAN, True, **as_published)},
         ),
         *_signal(),
         *_longer(sweeps),
         Claim(
             "It costs what PreNorm costs",
             f"the 95% interval of a step's time over PreNorm's below {COST:g} (two CPU cores; no accelerator yet)",
-            verdicts={"plain": _cost()},
+            {"plain": _cost()},
         ),
     ]
 
@@ -296,13 +282,13 @@ def _signal() -> list[Claim]:
         Claim(
             "The signal's variance is bounded",
             "less than twice as large after the last block as after the first, after 250 steps (signal records)",
-            verdicts=found,
+            found,
         ),
         Claim(
             "Representations do not collapse",
             "a lower correlation of tokens after the last block than PreNorm's, after training; wants three seeds, and "
             "PreNorm with ScaleInit, which was never measured",
-            verdicts={"plain": collapse},
+            {"plain": collapse},
         ),
     ]
 
@@ -310,17 +296,17 @@ def _signal() -> list[Claim]:
 def _longer(sweeps: Mapping[str, Results]) -> list[Claim]:
     """The comparison with longer runs, as far as they were run."""
     made = []
-    for name, test in (
-        ("lengths", "lower held-out loss, each at the best of three rates, 24 blocks, 16,000 steps (`lengths`)"),
-        ("rung_s", "lower held-out loss, each at the best rate run, 12 blocks, 20 tokens a parameter (`rung_s`)"),
+    serves = PRE | {"init": "scale-L1"}  # the multiplier serves no PreNorm
+    for name, test, fixed in (
+        ("lengths", "of three rates, 24 blocks, 16,000 steps (`lengths`)", {"training.steps": 16_000}),
+        ("rung_s", "rate run, 12 blocks, 20 tokens a parameter (`rung_s`)", {}),
     ):
         verdicts = {}
-        if name in sweeps:
-            fixed = {"training.steps": 16_000} if name == "lengths" else {}
-            verdicts = {r: less(sweeps[name], SPAN, PRE, True, init=r, **fixed) for r in ("scale-L0.5", "scale-L1")}
-            serves = PRE | {"init": "scale-L1"}  # the multiplier serves no PreNorm
-            verdicts[MULTIPLIER] = less(sweeps[name], SPAN | {"init": MULTIPLIER}, serves, True, **fixed)
-        made.append(Claim("It beats PreNorm with longer training", test, "yes", verdicts))
+        if sweep := sweeps.get(name):
+            verdicts = over(READINGS, less, sweep, SPAN, PRE, True, **fixed)
+            verdicts[MULTIPLIER] = less(sweep, SPAN | {"init": MULTIPLIER}, serves, True, **fixed)
+        test = f"lower held-out loss, each at the best {test}"
+        made.append(Claim("It beats PreNorm with longer training", test, verdicts, "yes"))
     return made
 
 
@@ -333,7 +319,7 @@ def _cost() -> Verdict:
 
 # ---- the page -----------------------------------------------------------------------------------
 
-COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in ("scale-L0.5", "scale-L1", MULTIPLIER)}}
+COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in (*READINGS, MULTIPLIER)}}
 
 
 def regime(rows: Sequence[RunFolder], floor: float) -> str:

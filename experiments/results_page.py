@@ -115,7 +115,7 @@ class Results:
 
     def trains(self, **wanted: Any) -> bool:
         """Whether there are such runs, and all of them trained."""
-        return set(self.ends(**wanted)) == {"trained"}
+        return self.ends(**wanted).keys() == {"trained"}
 
     def fails(self, **wanted: Any) -> bool:
         """Whether there are such runs, and none of them trained."""

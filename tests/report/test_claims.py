@@ -23,8 +23,7 @@ def seeds(placement, bits, **changes):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "word"),
-    [(-0.2, -0.1, HOLDS), (-0.1, 0.1, NOT_TOLD), (0.1, 0.2, FAILS), (None, None, NOT_TOLD)],
+    ("low", "high", "word"), [(-0.2, -0.1, HOLDS), (-0.1, 0.1, NOT_TOLD), (0.1, 0.2, FAILS), (None, None, NOT_TOLD)]
 )
 def test_a_difference_holds_below_zero_and_one_pair_tells_nothing(low, high, word):
     assert claims.below_zero(Interval(-0.1, low, high, 1 if low is None else 3), "").word == word

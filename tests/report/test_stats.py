@@ -132,10 +132,7 @@ def test_an_optimum_at_a_cliff_is_the_cell_whatever_lies_within(cliff):
 
 def test_an_optimum_at_an_end_has_one_bound():
     falling, rising = optimum(0, of=[4.0, 3.0, 2.0, 1.0]), optimum(0, of=[1.0, 2.0, 3.0, 4.0])
-    assert (falling, rising) == (
-        stats.Optimum("end", None, 1e-2, None, 1),
-        stats.Optimum("end", None, None, 1e-3, 1),
-    )
+    assert (falling, rising) == (stats.Optimum("end", None, 1e-2, None, 1), stats.Optimum("end", None, None, 1e-3, 1))
     mixed = stats.lr_optimum([optimum(-2.6), falling])
     assert (mixed.kind, mixed.low, mixed.high, mixed.n) == ("end", pytest.approx(10**-2.6), None, 2)
     cell = optimum(-2.1, trained=(True, True, True, False))
