@@ -25,14 +25,10 @@ _DIFFERENCES: dict[str, Any] = {
 def differences(study: Study) -> pl.DataFrame:
     """Each method less its baseline at each size, in the loss that is compared, over seeds that both finished.
 
-    Where the learning rate varies there are two comparisons: at own best rates, and at the baseline's
-    where the method was run at it.
-
-    Columns:
+    Where the learning rate varies, at own best rates, and at the baseline's where the method was run at it. Columns:
       method, baseline: their indices in `study.methods`.
       difference, low, high, n: the arm's own interval, null and 0 without a seed that both finished.
-      pairs: seeds that either has.
-      named: whether the comparison was named before the runs.
+      pairs, named: seeds that either has; whether the comparison was named before the runs.
       pooled_low, pooled_high: bounds with the spread pooled over arms (`family`); null where an arm
         did not train with every seed, whose losses spread otherwise.
       p: Holm's p-value of the pooled error, among the named or the other comparisons of one kind.
@@ -110,9 +106,8 @@ def replicates(study: Study) -> dict[tuple[Method, Method], int]:
 
 
 def overall(study: Study) -> list[tuple[Method, Method, Interval, int, int]]:
-    """Methods less their baselines over all settings that both were run at, in capped losses, where they are enough.
-
-    A line holds both, the interval, the settings, and in how many of them the method's mean is the lower.
+    """Methods less their baselines over all settings that both were run at, in capped losses, where they are enough:
+    both, the interval, the settings, and in how many of them the method's mean is the lower.
     """
     capped, lines = study.by_seed("capped"), []
     for i, method in enumerate(study.methods):

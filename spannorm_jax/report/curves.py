@@ -99,10 +99,7 @@ def loss_curves(study: Study, late: bool = False) -> pl.DataFrame:
 
 
 def gap_curves(study: Study) -> pl.DataFrame:
-    """Of each method its training loss less its baseline's along the run, at own best rates, seed by seed.
-
-    A point is of a window of steps that ends `WINDOW` times as far as it begins.
-    """
+    """Training loss less the baseline's along the run, at own best rates, seed by seed: by window."""
     index, lines = study.by_seed("row", study.reported), []
     for pair in differences(study).filter(comparison=OWN).iter_rows(named=True):
         sides = ("method", "depth", "width", "lr"), ("baseline", "depth", "width", "baseline_lr")

@@ -1,7 +1,4 @@
-"""The figures of a report, as Vega-Lite: one definition for the page, where they answer the mouse, and for print.
-
-This file has figures over depth, width and learning rate; curve_figures.py has training curves.
-"""
+"""The figures of a report over depth, width and learning rate; curve_figures.py has training curves."""
 
 import functools
 import statistics
@@ -36,9 +33,6 @@ def _axis(study: Study, axis: str, column: str = "") -> alt.X:
 
 def _loss_title(study: Study) -> str:
     return f"{study.measure} loss (nats/token)"
-
-
-# ---- losses against what a sweep goes over ----------------------------------------------------
 
 
 def loss_by(study: Study, axis: str) -> Figure | None:
@@ -105,9 +99,6 @@ def _loss_by_view(study: Study, axis: str, panels: Sequence[str], title: str) ->
         rings = rings.mark_point(size=110, strokeWidth=2, filled=False, clip=True)
         layers.append(rings.encode(**shown, tooltip=bounds))
     return finished(in_panels(layers, panels), title)
-
-
-# ---- a number of each method and size ---------------------------------------------------------
 
 
 def lr_optimum(study: Study) -> Figure | None:
@@ -214,8 +205,6 @@ def differences(study: Study) -> Figure | None:
         caption += f"Filled: {OWN}; hollow: {SHARED}."
     return Figure("differences", title, caption, {"main": table}, views)
 
-
-# ---- stability --------------------------------------------------------------------------------
 
 _LETTER = "datum.label + ' (' + upper(slice(datum.label, 0, 1)) + ')'"
 

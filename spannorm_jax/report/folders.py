@@ -1,7 +1,4 @@
-"""Run folders, read, finished or not.
-
-What cannot be read of a run's files is left out and said, so that one damaged file costs no report.
-"""
+"""Reads run folders. What cannot be read is left out and said: a damaged file costs no report."""
 
 import json
 import os
@@ -20,9 +17,6 @@ from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, START
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
 _AXES: dict[str, Any] = {"model.depth": int, "model.width": int, "optim.lr": (int, float)}  # of figures
 _COLUMNS = ("loss", "grad_norm", "tokens_per_s", "held_out_loss")
-
-
-# ---- files ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -99,9 +93,6 @@ def _columns(lines: Iterable[dict[str, Any]]) -> Metrics:
     )
 
 
-# ---- folders ----------------------------------------------------------------------------------
-
-
 class NotARun(UserError):
     """A folder's config is not that of a run."""
 
@@ -121,13 +112,9 @@ def _read_config(reader: _Reader) -> dict[str, Any]:
     return config
 
 
-def read_run(folder: str | os.PathLike[str]) -> RunFolder:
-    """Reads one run's folder, finished or not.
-
-    Raises:
-      NotARun: its config is absent, is no JSON object, or lacks a key that a report needs.
-    """
-    reader = _Reader(Path(folder))
+def read_run(folder: Path) -> RunFolder:
+    """Raises NotARun: its config is absent, is no JSON object, or lacks a key that a report needs."""
+    reader = _Reader(folder)
     config, starts = _read_config(reader), tuple(reader.lines(STARTS))
     metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
     done, diverged = reader.object(DONE), reader.object(DIVERGED)
@@ -135,9 +122,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunFolder:
     return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said)
 
 
-def find_runs(
-    roots: str | os.PathLike[str] | Sequence[Path], passed_over: Callable[[str], None] = lambda why: None
-) -> list[RunFolder]:
+def find_runs(roots: Path | Sequence[Path], passed_over: Callable[[str], None] = lambda why: None) -> list[RunFolder]:
     """Reads every run below the folders `roots` (or those themselves), in order of path, each once.
 
     A run's own subfolders are not searched, for checkpoints hold a config.json too. Of a config.json that is another
@@ -146,7 +131,7 @@ def find_runs(
     Raises:
       UserError: one of `roots` is no folder, or no run is below any.
     """
-    listed = [Path(root) for root in ([roots] if isinstance(roots, str | os.PathLike) else roots)]
+    listed = [roots] if isinstance(roots, Path) else roots
     runs: dict[Path, RunFolder] = {}
     foreign: list[str] = []
     for root in listed:
@@ -159,7 +144,7 @@ def find_runs(
                 continue
             try:
                 if is_utf8(Path(folder)):
-                    runs.setdefault(Path(folder).resolve(), read_run(folder))
+                    runs.setdefault(Path(folder).resolve(), read_run(Path(folder)))
                     found = True
                 else:
                     foreign.append(f"{folder} {NO_UTF8}")

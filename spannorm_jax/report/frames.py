@@ -56,10 +56,7 @@ def optima(study: Study) -> pl.DataFrame:
 
 
 def forest(study: Study) -> pl.DataFrame:
-    """Of each method and size its difference from the baseline, of both comparisons where the learning rate varies.
-
-    Its bounds are those of the pooled error, or where there is none those of its own seeds.
-    """
+    """Differences from the baseline, with bounds of the pooled error, or else of their own seeds."""
     table, pooled = differences(study).drop_nulls("difference"), pl.col("pooled_low").is_not_null()
     labels = [method.label for method in study.methods]
     panel = [", ".join(size_words(study, Size(*size))) for size in table.select("depth", "width").iter_rows()]
@@ -75,10 +72,7 @@ def forest(study: Study) -> pl.DataFrame:
 
 
 def endings(study: Study) -> pl.DataFrame:
-    """One line for each method, size and learning rate of the study, whether it was run or not.
-
-    `outcome` is the gravest over seeds, `text` the letters of all, `seen` how many had each.
-    """
+    """A line for each method, size and rate, run or not: gravest outcome, letters of all, counts."""
     outcomes, lines = study.by_seed("outcome"), []
     arms = itertools.product(range(len(study.methods)), study.sizes, sorted({lr for *_, lr in outcomes}))
     for i, size, lr in arms:

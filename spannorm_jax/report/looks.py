@@ -92,10 +92,7 @@ def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 
 
 
 def finished(chart: Any, title: str) -> Spec:
-    """The chart's Vega-Lite, with its title and the report's looks.
-
-    Altair's check of each part takes most of the time, and tests/report compiles every figure.
-    """
+    """The chart's Vega-Lite, without Altair's slow check: tests/report compiles every figure."""
     spec = chart.properties(title=title).to_dict(validate=False)
     return {"config": theme()} | {key: value for key, value in spec.items() if key != "config"}
 

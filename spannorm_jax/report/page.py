@@ -50,11 +50,8 @@ def write_report(
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
-    `baseline` has the config keys of what methods are compared with, and `confirmed` those of the methods whose
-    comparison was named before the runs.
-
-    Raises:
-      UserError: there is nothing to report, no run has the baseline, or `out` cannot be written.
+    `baseline` has config keys of what methods are compared with, `confirmed` of those named before the runs. Raises
+    UserError if there is nothing to report, no run has the baseline, or `out` cannot be written.
     """
     study, said = read_study(folders, baseline, confirmed)
     return write_files(study, said, folders, out, title)

@@ -27,10 +27,7 @@ def _complete(capped: Losses, at: Arm, lrs: Sequence[float]) -> dict[int, list[f
 
 
 def _optima(study: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
-    """seed -> its learning rate of least loss, of the seeds that were run at all of three or more.
-
-    A method that trains at no rate with every seed has none.
-    """
+    """seed -> its optimum, if it ran at all of three or more rates; {} if the method trains at none."""
     lrs = [lr for lr in study.lrs.get(at, ()) if lr > 0]
     by_seed = _complete(capped, at, lrs) if len(lrs) > 2 else {}
     outcomes = study.by_seed("outcome") if by_seed else {}
@@ -66,9 +63,8 @@ def rates(study: Study) -> pl.DataFrame:
 
 
 def drifts(study: Study) -> list[dict[str, Any]]:
-    """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed.
-
-    `sizes` are those at which no seed's best rate is an end of the range: the other seeds alone would say too little.
+    """What a method's best learning rate is multiplied by where its depth or width doubles, over the `sizes` at which
+    no seed's best rate is an end of the range: the other seeds alone would say too little.
     """
     capped, lines = study.by_seed("capped"), []
     for axis, other in (("width", "depth"), ("depth", "width")):

@@ -54,14 +54,9 @@ class RunFolder:
     damage: tuple[str, ...] = ()  # what could not be read
     cut: tuple[str, ...] = ()  # files that end in half a line, which a trainer at work or killed leaves
 
-    # ---- its config ---------------------------------------------------------------------------
-
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Dotted config keys to values; of options that are younger than the run, what was done before they came.
-
-        An option that the run's initialisation does not read has its default.
-        """
+        """Dotted key -> value. Younger options have what was done before, unread ones their default."""
         recorded = dotted(self.config)
         return _BEFORE | recorded | {key: _DEFAULTS[key] for key in unread(recorded["model.init"])}
 
@@ -80,8 +75,6 @@ class RunFolder:
         """`model.init`, with the reading of ScaleInit (`model.initialisation.reading`)."""
         options = self.options
         return reading(*(options[f"model.{key}"] for key in ("init", "variance_exponent", "depth_factor")))
-
-    # ---- what its starts recorded ---------------------------------------------------------------
 
     def fact(self, key: str) -> str:
         """What each start recorded under `key`, told again wherever it changed between starts."""
@@ -112,8 +105,6 @@ class RunFolder:
     @property
     def flops_per_token(self) -> float | None:
         return finite(self.starts[-1].get("flops_per_token")) if self.starts else None
-
-    # ---- what it reached ------------------------------------------------------------------------
 
     @property
     def last_step(self) -> int:

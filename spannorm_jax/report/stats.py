@@ -54,10 +54,7 @@ class Pooled:
 
 
 def pooled_difference(mean: float, n: int, ours: Pooled, theirs: Pooled) -> tuple[Interval, float]:
-    """Interval of the mean of n paired differences, and the probability of such a mean where there is none.
-
-    Spreads that were estimated apart have the degrees of freedom of Welch (1947) and Satterthwaite.
-    """
+    """Interval of the mean of n paired differences, and p; with Welch's degrees of freedom."""
     variance, df = ours.deviation**2 + theirs.deviation**2, float(ours.df)
     if theirs != ours and variance:
         df = variance**2 / (ours.deviation**4 / ours.df + theirs.deviation**4 / theirs.df)
@@ -111,14 +108,8 @@ def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:
     return Interval(float(np.mean([d.mean() for d in settings])), float(low), float(high), sum(map(len, settings)))
 
 
-# ---- learning rates ---------------------------------------------------------------------------
-
-
 def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Where the parabola through the lowest point and its neighbours is lowest; None if an end is lowest.
-
-    `x` ascends. It lies between the midpoints to both neighbours, so it is never extrapolated.
-    """
+    """Minimum of the parabola through the lowest point and its neighbours; None if it is an end."""
     i = int(np.argmin(y))
     if not 0 < i < len(x) - 1 or not np.isfinite(y[i - 1 : i + 2]).all():
         return None
@@ -145,10 +136,7 @@ class Optimum:
 
 
 def optimum_of_seed(lrs: Sequence[float], losses: Sequence[float], trained: Sequence[bool]) -> Optimum:
-    """That of one seed: the minimum of the parabola in log(lr) through the best rate and its neighbours.
-
-    `lrs` ascend; `losses` are capped; `trained` says whether all seeds trained at each rate.
-    """
+    """One seed's. `losses` are capped; `trained`: whether all seeds trained at each of `lrs`."""
     i = int(np.argmin(losses))
     below, above = lrs[i - 1] if i else None, lrs[i + 1] if i + 1 < len(lrs) else None
     if below is None or above is None:
@@ -199,9 +187,6 @@ def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequenc
         lows, highs = zip(*slopes, strict=True)
         return Optimum("cliff", None, 2.0 ** min(lows), 2.0 ** max(highs), len(slopes))
     return _estimated([slope for slope, _ in slopes], (2.0).__pow__) if slopes else None
-
-
-# ---- one run's curve --------------------------------------------------------------------------
 
 
 def smooth(values: np.ndarray, fraction: float) -> np.ndarray:

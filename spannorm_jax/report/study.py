@@ -167,9 +167,6 @@ def study_of(
     return Study(list(rows), methods, runs, measure, compared, _checked("--confirm", methods, confirmed or {}))
 
 
-# ---- frames -----------------------------------------------------------------------------------
-
-
 def _runs(rows: Sequence[RunFolder], loss: str) -> tuple[list[Method], pl.DataFrame]:
     """The methods, and one line a run, both in the order of tables.
 
@@ -262,9 +259,6 @@ def settings_of(runs: pl.DataFrame) -> pl.DataFrame:
         runs=pl.len(),
         diverged=(pl.col("outcome") == "diverged").sum(),
     )
-
-
-# ---- what methods are compared with -----------------------------------------------------------
 
 
 def _default_baseline(methods: Sequence[Method]) -> dict[str, str]:

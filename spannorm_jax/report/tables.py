@@ -13,8 +13,6 @@ from spannorm_jax.report.study import ARM, Study
 
 Header = Sequence[tuple[str, bool]]  # names of columns, and whether they hold numbers
 
-# ---- forms of numbers -------------------------------------------------------------------------
-
 
 def number(value: float | None, form: str = "+.3f") -> str:
     if value is None:
@@ -36,8 +34,6 @@ def spread(mean: float, deviation: float | None, form: str) -> str:
     """`2.770 ± 0.017`"""
     return number(mean, form) + ("" if deviation is None else f" ± {format(deviation, form.removeprefix('+'))}")
 
-
-# ---- the table --------------------------------------------------------------------------------
 
 NUMBERS = {  # name in a table: column of the study's settings, form
     **{"train loss": ("train_loss", ".3f"), "held-out loss": ("held_out_loss", ".3f")},
@@ -94,8 +90,6 @@ def seeds_line(study: Study) -> str:
         return f"one seed ({seeds[0]})"
     return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
-
-# ---- what a reader must know first --------------------------------------------------------------
 
 _NAMED = 5  # of a long list, in a notice
 
