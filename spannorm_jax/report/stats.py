@@ -83,11 +83,10 @@ def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, which bound the chance of one false claim among all of them."""
-    adjusted, highest, n = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (n - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
+    order, n = np.argsort(p_values, kind="stable"), len(p_values)
+    adjusted = np.ones(n)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.sort(p_values) * (n - np.arange(n))))
+    return adjusted.tolist()
 
 
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:

@@ -23,10 +23,18 @@ def seeds(placement, bits, **changes):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "word"), [(-0.2, -0.1, HOLDS), (-0.1, 0.1, NOT_TOLD), (0.1, 0.2, FAILS), (None, None, NOT_TOLD)]
+    ("verdict", "low", "high", "word"),
+    [
+        *(("below_zero", *case) for case in [(-0.2, -0.1, HOLDS), (-0.1, 0.1, NOT_TOLD), (0.1, 0.2, FAILS)]),
+        ("below_zero", None, None, NOT_TOLD),  # of one pair
+        *(("stays", *case) for case in [(0.9, 1.1, HOLDS), (0.5, 1.5, NOT_TOLD), (0.3, 0.7, FAILS), (1.5, 2.0, FAILS)]),
+    ],
 )
-def test_a_difference_holds_below_zero_and_one_pair_tells_nothing(low, high, word):
-    assert claims.below_zero(Interval(-0.1, low, high, 1 if low is None else 3), "").word == word
+def test_a_difference_holds_below_zero_and_a_rate_stays_where_all_its_factors_are_near_one(verdict, low, high, word):
+    if verdict == "stays":
+        assert claims.stays(low, high).word == word
+    else:
+        assert claims.below_zero(Interval(-0.1, low, high, 1 if low is None else 3), "").word == word
 
 
 def test_less_compares_at_the_rates_that_are_asked_for(tmp_path):
@@ -66,13 +74,6 @@ def test_it_trains_too_where_another_does_and_else_nothing_is_told(tmp_path):
     assert claims.trains_too(made, POST, PRE).word == FAILS
     assert claims.trains_too(made, SPAN, POST).word == NOT_TOLD
     assert claims.trains_too(made, SPAN, PRE, lr=0.1).word == NOT_TESTED
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "word"), [(0.9, 1.1, HOLDS), (0.5, 1.5, NOT_TOLD), (0.3, 0.7, FAILS), (1.5, 2.0, FAILS)]
-)
-def test_a_rate_stays_where_its_whole_range_of_factors_is_near_one(low, high, word):
-    assert claims.stays(low, high).word == word
 
 
 @pytest.mark.parametrize(("deep", "word"), [([0.0, 0.02, 0.01], FAILS), ([-0.2, -0.21, -0.22], HOLDS)])

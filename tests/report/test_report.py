@@ -13,7 +13,7 @@ from run_folders import ENTROPY, STEPS, reached, study_in, write_eval, write_lr_
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.__main__ import keys_of, main
-from spannorm_jax.report.folders import find_runs, read_run
+from spannorm_jax.report.folders import read_run
 from spannorm_jax.report.runs import LEARNT, RunFolder, ending
 from spannorm_jax.report.tables import notices, text_table
 from spannorm_jax.sweep.expansion import expand
@@ -26,9 +26,6 @@ def texts(root, kind):
 
 def table_of(root):
     return text_table(study_in(root))
-
-
-# ---- the numbers ------------------------------------------------------------------------------
 
 
 def test_a_row_holds_the_numbers_computed_by_hand(tmp_path):
@@ -57,11 +54,10 @@ def test_the_held_out_loss_that_training_measured_stands_in_for_an_evaluation(tm
     assert reached(folder)["held_out_loss"] == 3.0
 
 
-def test_spikes_are_those_of_the_run_and_the_train_loss_of_few_steps_is_that_of_the_last(tmp_path):
-    losses = [2.0] * 150
-    losses[120] = 2.2
-    assert reached(write_run(tmp_path / "run", losses=losses, training__steps=150))["spikes"] == 1
+def test_the_train_loss_of_few_steps_is_that_of_the_last_and_spikes_are_the_runs(tmp_path):
     assert reached(write_run(tmp_path / "few", losses=[5.0, 4.0, 3.0]))["train_loss"] == 3.0
+    losses = [2.0] * 120 + [2.2] + [2.0] * 29
+    assert reached(write_run(tmp_path / "run", losses=losses, training__steps=150))["spikes"] == 1
 
 
 def test_newest_evaluation_of_the_highest_step_counts_and_never_the_training_split(tmp_path):
@@ -99,9 +95,6 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
         table[0].index("outcome")
     }
     assert "one seed (0)" in table[5]
-
-
-# ---- how a run ended --------------------------------------------------------------------------
 
 
 BOUND = (1 - LEARNT) * ENTROPY
@@ -146,9 +139,6 @@ def test_unfinished_until_done_and_diverged_names_the_step(tmp_path):
     assert read_run(folder).ended == "diverged (step 3)"
 
 
-# ---- folders ----------------------------------------------------------------------------------
-
-
 def test_half_a_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "run", bits=2.0)
     whole = reached(folder)
@@ -163,18 +153,6 @@ def test_half_a_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "whole")  # without a newline
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().rstrip("\n"))
     assert read_run(folder).last_step == STEPS
-
-
-def test_find_runs_reads_every_depth_but_not_below_a_run(tmp_path):
-    write_run(tmp_path / "b")
-    write_run(tmp_path / "a" / "deep" / "run")
-    (tmp_path / "b" / "checkpoints" / "20").mkdir(parents=True)
-    (tmp_path / "b" / "checkpoints" / "20" / "config.json").write_text("{}")
-    assert [run.folder for run in find_runs(tmp_path)] == [tmp_path / "a" / "deep" / "run", tmp_path / "b"]
-    assert [run.folder for run in find_runs(tmp_path / "b")] == [tmp_path / "b"]
-
-
-# ---- seeds and differences --------------------------------------------------------------------
 
 
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
@@ -223,9 +201,8 @@ def test_axes_of_a_sweep_are_no_warning_unless_methods_were_run_at_different_one
 def test_what_follows_from_an_axis_is_a_note_and_splits_no_method(tmp_path):
     for i, (width, ffn) in enumerate([(64, 176), (64, 176), (128, 352)]):
         write_run(tmp_path / str(i), seed=i % 2, model__width=width, model__ffn_dim=ffn)
-    settings = study_in(tmp_path).settings
-    assert settings.select("also", "runs").rows() == [("model.width=64", 2), ("model.width=128", 1)]
-    assert texts(tmp_path, "warning") == []
+    also = study_in(tmp_path).settings.select("also", "runs").rows()
+    assert also == [("model.width=64", 2), ("model.width=128", 1)] and texts(tmp_path, "warning") == []
     assert texts(tmp_path, "note")[0].startswith("Runs differ in model.ffn_dim: 176 (2 runs), 352 (1 run).")
 
 
@@ -261,21 +238,17 @@ def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_run(tmp_path / "a")
     write_eval(write_run(tmp_path / "b"), 10, 2.0)
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
-    notes = texts(tmp_path, "note")
     assert any(
-        "No evaluation of the last step, so no held-out numbers: span / scale-L1, seed 0 (10 of 20)" in n for n in notes
+        "No evaluation of the last step, so no held-out numbers: span / scale-L1, seed 0 (10 of 20)" in text
+        for text in texts(tmp_path, "note")
     )
-    assert reached(tmp_path / "b")["held_out_loss"] is None
     # One by hand, of other tokens or on other data, is no result either.
     run = write_run(tmp_path / "d", bits=2.0, seed=4)
-    write_eval(run, STEPS, 7.0, asked_tokens=3)
-    write_eval(run, STEPS, 8.0, fingerprint="beef")
+    for made in ({"asked_tokens": 3}, {"fingerprint": "beef"}):
+        write_eval(run, STEPS, 7.0, **made)
     assert reached(run)["held_out_loss"] == 2.0
     write_eval(write_run(tmp_path / "c", losses=[4.0] * 15, done=False), 10, 2.0)  # still running: the newest there is
     assert any("not of the run's last: span / scale-L1, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
-
-
-# ---- the command line -------------------------------------------------------------------------
 
 
 def test_command_prints_the_table_and_the_path(tmp_path, capsys):
@@ -308,11 +281,8 @@ def test_bad_arguments_are_one_line(tmp_path, arguments, says):
 
 
 def test_a_baseline_is_config_keys_and_a_value_may_hold_commas():
-    assert keys_of("placement=pre,init=plain", "--baseline") == {"placement": "pre", "init": "plain"}
-    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale-L1", "--confirm") == {
-        "model.init_targets": "attn_out,ffn_out",
-        "init": "scale-L1",
-    }
+    pairs = {"model.init_targets": "attn_out,ffn_out", "init": "scale-L1"}
+    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale-L1", "--confirm") == pairs
 
 
 def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_library(tmp_path):

@@ -148,9 +148,6 @@ def test_drifts_are_of_the_optima_and_say_only_their_cells_at_cliffs(tmp_path):
     assert (post.at, post.low, post.high) == (None, pytest.approx(1e-2), pytest.approx(1e2))
 
 
-# ---- judging differences ----------------------------------------------------------------------
-
-
 def write_arms(root, losses, lrs=(1e-2,), first=0, **changes):
     """A run for each arm and seed: `losses` has an arm's by name; a rate further from the first costs 0.1 more."""
     for (placement, ends), (i, lr) in itertools.product(losses.items(), enumerate(lrs)):
@@ -221,9 +218,6 @@ def test_over_all_settings_needs_enough_of_them(tmp_path, sweep):
     ((_, _, interval, settings, lower),) = overall(study)
     assert (settings, lower, interval.n) == (9, 9, 27)
     assert (interval.mean, interval.low, interval.high) == pytest.approx((-0.5, -0.5, -0.5))
-
-
-# ---- tables of figures ------------------------------------------------------------------------
 
 
 def test_the_outcome_map_has_no_hole(tmp_path):
