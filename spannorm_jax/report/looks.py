@@ -18,6 +18,7 @@ with some_home():  # which Altair asks for where it is imported, for data that n
 _CROWD = 9  # methods in one panel
 _FADED = 0.07  # what the legend's choice leaves out
 Spec = dict[str, Any]  # Vega-Lite
+CROSS: Spec = {"shape": "cross", "angle": 45, "size": 110, "filled": True, "clip": True}  # where a run diverged
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Looks:
     """The encodings that all figures of a study share, and the selections of their legends."""
 
     def __init__(self, study: Study):
-        self.placements, self.inits = study.placements, study.inits
+        self.study, self.placements, self.inits = study, study.placements, study.inits
         names = ("placement", "init")
         self.picks = [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
 
@@ -73,6 +74,32 @@ class Looks:
         """From `low` to the column `high`."""
         return base.mark_area(**mark).encode(y=low, y2="high:Q", opacity=self.opacity(shown))
 
+    def with_panels(self, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
+        """The table with the panel and the names of each line, and the panels in order.
+
+        A panel is set apart by depth and width where they differ, but for the axes `without`, and by other config keys.
+        Many methods have a panel an initialisation: no more curves can be told apart in one.
+        """
+        crowded = len({method[:2] for method in self.study.methods}) > _CROWD
+        lines = []
+        for size, (i, method) in itertools.product(self.study.sizes, enumerate(self.study.methods)):
+            of_init, of_others = [f"init {method.init}"] * crowded, [method.other] * bool(method.others)
+            lines.append((i, *size, ", ".join([*frames.size_words(self.study, size, without), *of_init, *of_others])))
+        placed = pl.DataFrame(lines, schema=[*ARM[:3], "panel"], orient="row")
+        table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
+        present = set(table["panel"])
+        order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
+        return frames.named(self.study, table).drop("method"), order
+
+    def tooltip(self, **more: str) -> list[alt.Tooltip]:
+        """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
+        fields = dict.fromkeys(["placement", "init", *["other"] * any(m.others for m in self.study.methods)], "")
+        tips = []
+        for field, form in (fields | more).items():
+            kind: dict[str, Any] = {"shorthand": f"{field}:Q", "format": form} if form else {"shorthand": f"{field}:N"}
+            tips.append(alt.Tooltip(title=field.replace("_", " "), **kind))
+        return tips
+
 
 def size_of(panels: int) -> tuple[int, int]:
     return {1: (560, 340), 2: (350, 280)}.get(panels, (270, 220))
@@ -107,36 +134,10 @@ def with_axes(spec: Any, change: Callable[[str, Spec], Spec]) -> Any:
     return {key: change(key, part) if key in axes else with_axes(part, change) for key, part in spec.items()}
 
 
-def with_scale(spec: Spec, channel: str, scale: Spec) -> Spec:
+def with_scale(spec: Spec, channel: str, **scale: Any) -> Spec:
     """The Vega-Lite with more of the scale of one of its axes."""
-    return with_axes(
-        spec, lambda key, axis: axis | {"scale": axis.get("scale", {}) | scale} if key == channel else axis
-    )
 
+    def change(key: str, axis: Spec) -> Spec:
+        return axis | {"scale": axis.get("scale", {}) | scale} if key == channel else axis
 
-def with_panels(study: Study, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
-    """The table with the panel and the names of each line, and the panels in order.
-
-    A panel is set apart by depth and width where they differ, but for the axes `without`, and by other config keys.
-    Many methods have a panel an initialisation: no more curves can be told apart in one.
-    """
-    crowded = len({method[:2] for method in study.methods}) > _CROWD
-    lines = []
-    for size, (i, method) in itertools.product(study.sizes, enumerate(study.methods)):
-        of_init, of_others = [f"init {method.init}"] * crowded, [method.other] * bool(method.others)
-        lines.append((i, *size, ", ".join([*frames.size_words(study, size, without), *of_init, *of_others])))
-    placed = pl.DataFrame(lines, schema=[*ARM[:3], "panel"], orient="row")
-    table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
-    present = set(table["panel"])
-    order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
-    return frames.named(study, table).drop("method"), order
-
-
-def tooltip(study: Study, **more: str) -> list[alt.Tooltip]:
-    """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
-    fields = dict.fromkeys(["placement", "init", *["other"] * any(m.others for m in study.methods)], "")
-    tips = []
-    for field, form in (fields | more).items():
-        kind: dict[str, Any] = {"shorthand": f"{field}:Q", "format": form} if form else {"shorthand": f"{field}:N"}
-        tips.append(alt.Tooltip(title=field.replace("_", " "), **kind))
-    return tips
+    return with_axes(spec, change)

@@ -63,12 +63,10 @@ def read_study(
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
     study = study_of(find_runs(folders, passed_over.append), baseline, confirmed)
-    twice = [
-        ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
-         f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")
-        for (one, other), count in replicates(study).items()
-    ]  # fmt: skip
-    return study, notices(study, passed_over) + twice
+    twice = "Equal losses at every step under two names, in {} run{}: {} and {}. "
+    twice += "They are one method: it has two lines, and enters the pooled error once."
+    same = [twice.format(n, "s"[: n != 1], one.label, other.label) for (one, other), n in replicates(study).items()]
+    return study, notices(study, passed_over) + [("warning", text) for text in same]
 
 
 def write_files(study: Study, said: Notices, folders: Sequence[Path], out: Path, title: str) -> Path:

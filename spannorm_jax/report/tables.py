@@ -120,9 +120,10 @@ def notices(study: Study, passed_over: Sequence[str] = ()) -> list[tuple[str, st
         notes.append(f"Half a last line, which a trainer at work or killed leaves, is left out of {_listed(cut)}.")
     again = study.runs.filter(~study.runs["first"]).unique([*ARM, "seed"], maintain_order=True)["row"]
     if len(again):
-        listed = _listed([run_name(runs[i]) for i in again], "; ")
-        text = f"The same setting and seed stands in several folders: {listed}. Comparisons by seed take the first."
-        warnings.append(text)
+        text = (
+            f"The same setting and seed stands in several folders: {_listed([run_name(runs[i]) for i in again], '; ')}"
+        )
+        warnings.append(f"{text}. Comparisons by seed take the first.")
     if study.runs.group_by(ARM).agg(pl.col("seed").unique().sort())["seed"].n_unique() > 1:
         notes.append("Not every setting has the same seeds.")
     unknown = sum(run.unigram_entropy is None for run in runs)
