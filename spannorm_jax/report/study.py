@@ -64,7 +64,7 @@ NUMBERS = (  # of a run, whose mean and deviation a setting has
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     rows: list[RunFolder]  # in the order read
     methods: list[Method]
@@ -72,6 +72,21 @@ class Study:
     measure: str  # "held-out" | "training": whose loss is compared
     baseline: dict[str, str]  # what a method's keys are replaced by to find the method that it is compared with
     confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
+
+    def __post_init__(self) -> None:
+        runs = self.runs
+        self.settings = settings_of(runs)
+        self.sizes = sorted({Size(*size) for size in runs.select("depth", "width").iter_rows()})
+        self.placements = ranked((method.placement for method in self.methods), PLACEMENT_ORDER)
+        self.inits = ranked((method.init for method in self.methods), INIT_ORDER)
+        self.seeds = frozenset(runs["seed"])
+        # The seeds whose losses are compared: those that chose no learning rate, or all.
+        self.reported = self.seeds - choosing(runs) or self.seeds
+        # Method, depth, width -> the learning rates that were run there, and the best one, where it has one.
+        lrs = runs.group_by(ARM[:3]).agg(pl.col("lr").unique().sort())
+        self.lrs: dict[Arm, list[float]] = {tuple(at): rates for *at, rates in lrs.iter_rows()}
+        best = runs.filter("best_lr").select(ARM)
+        self.best: dict[Arm, float] = {tuple(at): lr for *at, lr in best.iter_rows()}
 
     def by_seed(self, column: str, seeds: frozenset[int] | None = None) -> dict[Arm, dict[int, Any]]:
         """arm -> seed -> a value of `runs`, of the runs of `seeds` (None: all) that have it."""
@@ -81,21 +96,6 @@ class Study:
             if seeds is None or seed in seeds:
                 found.setdefault(tuple(arm), {})[seed] = value
         return found
-
-    @cached_property
-    def settings(self) -> pl.DataFrame:
-        return settings_of(self.runs)
-
-    @cached_property
-    def best(self) -> dict[Arm, float]:
-        """Method, depth, width -> its best learning rate, where it has one."""
-        return {tuple(at): lr for *at, lr in self.runs.filter("best_lr").select(ARM).iter_rows()}
-
-    @cached_property
-    def lrs(self) -> dict[Arm, list[float]]:
-        """Method, depth, width -> the learning rates that were run there."""
-        lrs = self.runs.group_by(ARM[:3]).agg(pl.col("lr").unique().sort())
-        return {tuple(at): rates for *at, rates in lrs.iter_rows()}
 
     @cached_property
     def trained(self) -> set[Arm]:
@@ -116,30 +116,9 @@ class Study:
         """Whether the method's comparison with its baseline was named before the runs."""
         return bool(self.confirmed) and self.confirmed.items() <= self.methods[method].keys.items()
 
-    @cached_property
-    def reported(self) -> frozenset[int]:
-        """The seeds whose losses are compared: those that chose no learning rate, or all."""
-        return self.seeds - choosing(self.runs) or self.seeds
-
-    @cached_property
-    def seeds(self) -> frozenset[int]:
-        return frozenset(self.runs["seed"])
-
     @property
     def baseline_text(self) -> str:
         return keys_text(self.baseline)
-
-    @property
-    def placements(self) -> list[str]:
-        return ranked((method.placement for method in self.methods), PLACEMENT_ORDER)
-
-    @property
-    def inits(self) -> list[str]:
-        return ranked((method.init for method in self.methods), INIT_ORDER)
-
-    @cached_property
-    def sizes(self) -> list[Size]:
-        return sorted({Size(*size) for size in self.runs.select("depth", "width").iter_rows()})
 
     def varies(self, axis: str) -> bool:
         """Whether `depth`, `width` or `lr` takes more than one value."""
