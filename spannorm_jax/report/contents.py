@@ -159,21 +159,20 @@ def _learning_rates(study: Study) -> Table:
     return _header(["method", *_size_column(study)], numbers), lines if study.varies("lr") else []
 
 
-def _optimum(at: float | None, low: float | None, high: float | None) -> str:
+def _optimum(at: float | None, low: float | None, high: float | None, form: str = ".2e", rough: str = ".2g") -> str:
     if at is not None:
-        return interval(at, low, high, ".2e")
+        return interval(at, low, high, form)
     if low is not None and high is not None:
-        return f"between {low:.2g} and {high:.2g}"
+        return f"between {low:{rough}} and {high:{rough}}"
     return f"above {low:g}" if low is not None else f"below {high:g}" if high is not None else "beyond both ends"
 
 
 def _drifts(study: Study) -> Table:
     lines = []
     for d in drifts(study):
-        f = d["factor"]
-        between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else interval(f.at, f.low, f.high, ".2f")
-        sizes = ", ".join(map(str, d["sizes"]))
-        lines.append([d["method"], d["axis"], f"{d['other']} {d['fixed']}", sizes, between, str(f.n)])
+        f, sizes = d["factor"], ", ".join(map(str, d["sizes"]))
+        factor = _optimum(f.at, f.low, f.high, ".2f", ".2f")
+        lines.append([d["method"], d["axis"], f"{d['other']} {d['fixed']}", sizes, factor, str(f.n)])
     return _header(("method", "of", "at", "with an optimum at"), ("factor a doubling", "seeds")), lines
 
 
@@ -195,24 +194,20 @@ def _below(study: Study) -> list[str]:
     return lines
 
 
+_COMMON = {  # options that a page begins with, where all runs have one value
+    **{"model.depth": "{} blocks", "model.width": "width {}", "training.steps": "{} steps"},
+    **{"training.batch_size": "batches of {}", "data.seq_len": "sequences of {} tokens", "data.dataset": "{}"},
+}
+
+
 def _lead(study: Study) -> str:
     """What the runs have in common, in a line."""
-    options = [row.options for row in study.rows]
+    options = [row.options | {"fingerprint": row.fingerprint or None} for row in study.rows]
     parts = [f"{len(options)} run{'s'[: len(options) != 1]}", seeds_line(study)]
-    for key, form in {
-        "model.depth": "{} blocks",
-        "model.width": "width {}",
-        "training.steps": "{} steps",
-        "training.batch_size": "batches of {}",
-        "data.seq_len": "sequences of {} tokens",
-        "data.dataset": "{}",
-    }.items():
-        values = {str(o.get(key)) for o in options}
-        if len(values) == 1 and None not in (o.get(key) for o in options):
+    for key, form in (_COMMON | {"fingerprint": "fingerprint {}"}).items():
+        values = {o.get(key) for o in options}
+        if len(values) == 1 and values != {None}:
             parts.append(form.format(*values))
-    prints = {row.fingerprint for row in study.rows}
-    if len(prints) == 1 and prints != {""}:
-        parts.append(f"fingerprint {prints.pop()}")
     return " · ".join(parts)
 
 
