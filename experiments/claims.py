@@ -9,14 +9,15 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from experiments.results_page import FAILED, Results, Wanted, read
 from spannorm_jax.report import stats
 from spannorm_jax.report.rates import drifts
-from spannorm_jax.report.rows import Row
+from spannorm_jax.report.runs import RunFolder
 from spannorm_jax.report.stats import Interval
 from spannorm_jax.report.tables import interval, markdown, number
 
@@ -31,36 +32,35 @@ TOP = 7  # claims in the README
 
 PRE, POST, SPAN = ({"placement": name} for name in ("pre", "post", "span"))
 OWN_RATE, SHALLOW, DEEP = 0.003, 6, 96
-MULTIPLIER = "scale-L1-mult"
+READINGS, MULTIPLIER = ("scale-L0.5", "scale-L1"), "scale-L1-mult"
 
 
 @dataclass(frozen=True)
 class Verdict:
     word: str = NOT_TESTED
     effect: str = ""
-    rows: Sequence[Row] = ()  # the runs it is of, whose regime is told
+    rows: Sequence[RunFolder] = ()  # the runs it is of, whose regime is told
 
     def __str__(self) -> str:
         return f"**{self.word}**" + (f": {self.effect}" if self.effect else "")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     text: str
     test: str
+    verdicts: Mapping[str, Verdict] = MappingProxyType({})  # by column
     named: str = "no"  # whether the comparison was named before the runs
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by column
 
 
 # ---- how a verdict follows from numbers ---------------------------------------------------------
 
 
-def _of_seeds(word: str, effect: str, rows: Sequence[Row]) -> Verdict:
+def _of_seeds(word: str, effect: str, rows: Sequence[RunFolder]) -> Verdict:
     """A verdict on how runs ended; of one seed nothing is told."""
     return Verdict(word if len({row.seed for row in rows}) > 1 else NOT_TOLD, effect, rows)
 
 
-def below_zero(found: Interval | None, effect: str, rows: Sequence[Row] = ()) -> Verdict:
+def below_zero(found: Interval | None, effect: str, rows: Sequence[RunFolder] = ()) -> Verdict:
     """Holds where the interval lies below zero, fails where above; of one pair nothing is told."""
     if found is None:
         return Verdict()
@@ -80,7 +80,7 @@ def less(sweep: Results, ours: Wanted, theirs: Wanted, own_best: bool = False, *
     if own_best and len({tuple(sorted({row.lr for row in sweep.rows(**fixed | w)})) for w in (ours, theirs)}) > 1:
         return Verdict(NOT_TOLD, "they were not run at the same rates", rows[0] + rows[1])
     found, _ = sweep.judged(ours, theirs, own_best, **fixed)
-    if {row.outcome.kind for row in rows[0]} <= set(FAILED) and sweep.trains(**both[1]):
+    if {row.outcome for row in rows[0]} <= set(FAILED) and sweep.trains(**both[1]):
         return _of_seeds(FAILS, f"it {_ends(sweep, both[0])}", rows[0])
     return below_zero(found, sweep.between(ours, theirs, own_best, **fixed), rows[0] + rows[1])
 
@@ -108,7 +108,7 @@ def _ends(sweep: Results, wanted: Wanted) -> str:
     return f"trained with {ends['trained']} of {sum(ends.values())} seeds"
 
 
-def stays(low: float, high: float, rows: Sequence[Row] = ()) -> Verdict:
+def stays(low: float, high: float, rows: Sequence[RunFolder] = ()) -> Verdict:
     """Whether a best learning rate stays where a size doubles, given the range of factors that it may move by."""
     inside, outside = low >= 1 / TRANSFER and high <= TRANSFER, high < 1 / TRANSFER or low > TRANSFER
     return Verdict(HOLDS if inside else FAILS if outside else NOT_TOLD, f"times {low:.2f} to {high:.2f}", rows)
@@ -144,135 +144,121 @@ def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verd
     return _of_seeds(HOLDS if min(each[0]) >= VANISHED else FAILS, effect, sweep.rows(**fixed, **ours))
 
 
-def _first_over_last(rows: list[Row]) -> list[float]:
-    return [norms[0] / norms[-1] for row in rows for step, norms in row.run.metrics.block_grad_norm if step == 1]
+def _first_over_last(rows: list[RunFolder]) -> list[float]:
+    return [norms[0] / norms[-1] for row in rows for step, norms in row.metrics.block_grad_norm if step == 1]
 
 
 # ---- the claims ---------------------------------------------------------------------------------
 
 
+def over(inits: Sequence[str], verdict: Callable[..., Verdict], *compared: Any, **fixed: Any) -> dict[str, Verdict]:
+    """Column -> the verdict of each initialisation."""
+    return {init: verdict(*compared, init=init, **fixed) for init in inits}
+
+
 def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
     """All of them, in the order of the page. A verdict without records is `not tested`."""
-    init = sweeps["placement_init"]
-    readings = ("scale-L0.5", "scale-L1")
-
-    def each(of: Callable[[str], Verdict], **others: Verdict) -> dict[str, Verdict]:
-        return {reading: of(reading) for reading in readings} | others
-
-    exponent, fresh, depth = sweeps["exponent"], sweeps["fresh_seeds"], sweeps["depth"]
-    width, depth_lr, moe, factor = (sweeps[name] for name in ("width", "depth_lr", "experts", "depth_factor"))
+    init, lr, exponent, fresh, depth, width, depth_lr, moe, factor, rivals = (
+        *(sweeps[name] for name in ("placement_init", "lr", "exponent", "fresh_seeds", "depth", "width", "depth_lr")),
+        *(sweeps[name] for name in ("experts", "depth_factor", "rivals")),
+    )
+    plain, multiplier = ("plain",), SPAN | {"init": MULTIPLIER}
     everett, completep = {"model.parametrisation": "everett"}, {"model.parametrisation": "completep"}
     as_published = {"depth": 24, "optim.name": "adamw"}
-    best_of_pre = {r: exponent.best_lr(init=r, **PRE) for r in readings}
+    growth = {r: change(depth, {"depth": SHALLOW, "init": r}, {"depth": 48, "init": r}, SPAN, PRE) for r in READINGS}
+    best_of_pre = {r: exponent.best_lr(init=r, **PRE) for r in READINGS}
     return [
         Claim(
             "It trains where PostNorm fails",
             "with every seed, where PostNorm trains with none: 24 blocks at 3e-3 (`placement_init`); with "
             "ScaleInit, with which both train there, 48 blocks (`depth`)",
-            verdicts=each(
-                lambda r: trains_where(depth, SPAN, POST, init=r, depth=48),
-                plain=trains_where(init, SPAN, POST, init="plain"),
-                gpt2=trains_where(init, SPAN, POST, init="gpt2"),
-            ),
+            over(READINGS, trains_where, depth, SPAN, POST, depth=48)
+            | over(("plain", "gpt2"), trains_where, init, SPAN, POST),
         ),
         Claim(
             "It beats PostNorm",
             "lower held-out loss, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
-            verdicts=each(
-                lambda r: less(exponent, SPAN, POST, True, init=r),
-                plain=less(sweeps["lr"], SPAN, POST, True, init="plain"),
-            ),
+            over(READINGS, less, exponent, SPAN, POST, True) | over(plain, less, lr, SPAN, POST, True),
         ),
         Claim(
             "It beats PreNorm at an equal learning rate",
             "lower held-out loss at 3e-3, 24 blocks, on seeds that chose nothing (`fresh_seeds`); plain and GPT-2's: "
             "`placement_init`; the multiplier, which serves no PreNorm, less PreNorm with `scale-L1`: `depth_factor`",
+            over(READINGS, less, fresh, SPAN, PRE, lr=OWN_RATE)
+            | over(("plain", "gpt2"), less, init, SPAN, PRE)
+            | {MULTIPLIER: less(factor, multiplier, PRE | {"init": "scale-L1"}, depth=24)},
             named="the readings",
-            verdicts=each(
-                lambda r: less(fresh, SPAN, PRE, init=r, lr=OWN_RATE),
-                plain=less(init, SPAN, PRE, init="plain"),
-                gpt2=less(init, SPAN, PRE, init="gpt2"),
-                **{MULTIPLIER: less(factor, SPAN | {"init": MULTIPLIER}, PRE | {"init": "scale-L1"}, depth=24)},
-            ),
         ),
         Claim(
             "It beats PreNorm, each at its own learning rate",
             "the same, each at the best of five rates, chosen on the same seeds (`exponent`; plain: `lr`)",
-            verdicts=each(
-                lambda r: less(exponent, SPAN, PRE, True, init=r),
-                plain=less(sweeps["lr"], SPAN, PRE, True, init="plain"),
-            ),
+            over(READINGS, less, exponent, SPAN, PRE, True) | over(plain, less, lr, SPAN, PRE, True),
         ),
         Claim(
             "The same on seeds that chose no rate",
             "SpanNorm at 3e-3 less PreNorm at 1e-2 (`fresh_seeds`)",
+            over(READINGS, less, fresh, SPAN | {"lr": OWN_RATE}, PRE | {"lr": 0.01}),
             named="yes",
-            verdicts=each(lambda r: less(fresh, SPAN | {"lr": OWN_RATE}, PRE | {"lr": 0.01}, init=r)),
         ),
         Claim(
             "Without touching the learning rate",
             "lower held-out loss at the rate that is best for PreNorm (`exponent`)",
-            verdicts=each(lambda r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r])),
+            {r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r]) for r in READINGS},
         ),
         Claim(
             "It trains as deep as PreNorm",
             "with every seed at 96 blocks and 3e-3, where PreNorm does (`depth`; the multiplier: `depth_factor`)",
-            verdicts=each(
-                lambda r: trains_too(depth, SPAN, PRE, init=r, depth=DEEP),
-                plain=trains_too(depth, SPAN, PRE, init="plain", depth=DEEP),
-                **{MULTIPLIER: trains_too(factor, SPAN, PRE, init=MULTIPLIER, depth=DEEP)},
-            ),
+            over((*READINGS, "plain"), trains_too, depth, SPAN, PRE, depth=DEEP)
+            | over((MULTIPLIER,), trains_too, factor, SPAN, PRE, depth=DEEP),
         ),
         Claim(
             "Its lead does not fall up to 48 blocks",
             "SpanNorm less PreNorm at 48 blocks less the same at 6, at 3e-3, not above zero (`depth`)",
-            verdicts=each(
-                lambda r: change(depth, {"depth": SHALLOW, "init": r}, {"depth": 48, "init": r}, SPAN, PRE),
-            ),
+            growth,
         ),
         Claim(
             "Its best learning rate stays over widths",
             f"moves by less than {TRANSFER:g} times a doubling under `everett` (`width`)",
-            verdicts={"scale-L0.5": drift(width, "width", **everett)},
+            {"scale-L0.5": drift(width, "width", **everett)},
         ),
         Claim(
             "Its best learning rate stays over depths",
             f"moves by less than {TRANSFER:g} times a doubling under `completep`, a = 1 (`depth_lr`)",
-            verdicts={"scale-L0.5": drift(depth_lr, "depth", **completep, **{"model.depth_exponent": 1.0})},
+            {"scale-L0.5": drift(depth_lr, "depth", **completep, **{"model.depth_exponent": 1.0})},
         ),
         Claim(
             "It is ahead with greater width",
             "lower held-out loss at width 128, each at its own best rate under `everett` (`width`)",
-            verdicts={"scale-L0.5": less(width, SPAN, PRE, True, width=128, **everett)},
+            {"scale-L0.5": less(width, SPAN, PRE, True, width=128, **everett)},
         ),
         Claim(
             "It is ahead with experts",
             "lower held-out loss with 8 experts at 3e-3 (the demo, one seed)",
-            verdicts={"scale-L1": less(moe, SPAN, PRE)},
+            {"scale-L1": less(moe, SPAN, PRE)},
         ),
         Claim(
             "Gradients do not vanish",
             f"at the initial weights the first block's is at least {VANISHED:g} of the last block's with every seed; "
             "PostNorm's beside it (`placement_init`)",
-            verdicts={i: gradient(init, SPAN, POST, init=i) for i in ("plain", "gpt2", "scale-L1")},
+            over(("plain", "gpt2", "scale-L1"), gradient, init, SPAN, POST),
         ),
         Claim(
             "ScaleInit serves PreNorm too (a control)",
             "lower held-out loss than plain PreNorm, each at the best of five rates (`lr`)",
-            verdicts={"scale-L1": less(sweeps["lr"], {"init": "scale-L1"}, {"init": "plain"}, True, **PRE)},
+            {"scale-L1": less(lr, {"init": "scale-L1"}, {"init": "plain"}, True, **PRE)},
         ),
         Claim(
             "SiameseNorm is ahead of SpanNorm (its authors)",
             "its held-out loss, from plain weights, lower than SpanNorm's with `scale-L1`, each at the best of three "
             "rates, 24 blocks, 125 steps (`rivals`)",
-            verdicts={"scale-L1": less(sweeps["rivals"], {"placement": "siamese"}, SPAN, True, **as_published)},
+            {"scale-L1": less(rivals, {"placement": "siamese"}, SPAN, True, **as_published)},
         ),
         *_signal(),
         *_longer(sweeps),
         Claim(
             "It costs what PreNorm costs",
             f"the 95% interval of a step's time over PreNorm's below {COST:g} (two CPU cores; no accelerator yet)",
-            verdicts={"plain": _cost()},
+            {"plain": _cost()},
         ),
     ]
 
@@ -296,13 +282,13 @@ def _signal() -> list[Claim]:
         Claim(
             "The signal's variance is bounded",
             "less than twice as large after the last block as after the first, after 250 steps (signal records)",
-            verdicts=found,
+            found,
         ),
         Claim(
             "Representations do not collapse",
             "a lower correlation of tokens after the last block than PreNorm's, after training; wants three seeds, and "
             "PreNorm with ScaleInit, which was never measured",
-            verdicts={"plain": collapse},
+            {"plain": collapse},
         ),
     ]
 
@@ -310,17 +296,17 @@ def _signal() -> list[Claim]:
 def _longer(sweeps: Mapping[str, Results]) -> list[Claim]:
     """The comparison with longer runs, as far as they were run."""
     made = []
-    for name, test in (
-        ("lengths", "lower held-out loss, each at the best of three rates, 24 blocks, 16,000 steps (`lengths`)"),
-        ("rung_s", "lower held-out loss, each at the best rate run, 12 blocks, 20 tokens a parameter (`rung_s`)"),
+    serves = PRE | {"init": "scale-L1"}  # the multiplier serves no PreNorm
+    for name, test, fixed in (
+        ("lengths", "of three rates, 24 blocks, 16,000 steps (`lengths`)", {"training.steps": 16_000}),
+        ("rung_s", "rate run, 12 blocks, 20 tokens a parameter (`rung_s`)", {}),
     ):
         verdicts = {}
-        if name in sweeps:
-            fixed = {"training.steps": 16_000} if name == "lengths" else {}
-            verdicts = {r: less(sweeps[name], SPAN, PRE, True, init=r, **fixed) for r in ("scale-L0.5", "scale-L1")}
-            serves = PRE | {"init": "scale-L1"}  # the multiplier serves no PreNorm
-            verdicts[MULTIPLIER] = less(sweeps[name], SPAN | {"init": MULTIPLIER}, serves, True, **fixed)
-        made.append(Claim("It beats PreNorm with longer training", test, "yes", verdicts))
+        if sweep := sweeps.get(name):
+            verdicts = over(READINGS, less, sweep, SPAN, PRE, True, **fixed)
+            verdicts[MULTIPLIER] = less(sweep, SPAN | {"init": MULTIPLIER}, serves, True, **fixed)
+        test = f"lower held-out loss, each at the best {test}"
+        made.append(Claim("It beats PreNorm with longer training", test, verdicts, "yes"))
     return made
 
 
@@ -333,15 +319,15 @@ def _cost() -> Verdict:
 
 # ---- the page -----------------------------------------------------------------------------------
 
-COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in ("scale-L0.5", "scale-L1", MULTIPLIER)}}
+COLUMNS = {"plain": "plain", "gpt2": "GPT-2's", **{r: f"`{r}`" for r in (*READINGS, MULTIPLIER)}}
 
 
-def regime(rows: Sequence[Row], floor: float) -> str:
+def regime(rows: Sequence[RunFolder], floor: float) -> str:
     """Tokens a parameter, and held-out bits per byte over a 4-gram's of the best of the runs."""
-    bits = [row.bits_per_byte for row in rows if row.bits_per_byte]
+    bits = [bits for row in rows if (bits := row.reached["bits_per_byte"])]
     if not bits:
         return ""
-    each = [row.run.last_step * (row.run.tokens_per_step or 0) / row.run.starts[0]["num_params"] for row in rows]
+    each = [row.last_step * (row.tokens_per_step or 0) / row.starts[0]["num_params"] for row in rows]
     return f"{statistics.median(each):.2g}; {number(min(bits) - floor, '+.2f')}"
 
 

@@ -22,7 +22,7 @@ from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.frames import named
 from spannorm_jax.report.page import print_svg
-from spannorm_jax.report.rows import FINISHED, Row, summarise
+from spannorm_jax.report.runs import FINISHED, RunFolder
 from spannorm_jax.report.stats import Interval
 from spannorm_jax.report.study import ARM, Study, by_loss, study_of
 from spannorm_jax.report.tables import interval, markdown, spread
@@ -47,12 +47,12 @@ class Results:
     beside: str  # the same, as the page links to it
 
     def runs(self, **wanted: Any) -> pl.DataFrame:
-        """The study's runs with these values, of Row (placement, init, lr, ...) or of the config (`optim.eps`)."""
+        """The study's runs with these values, by name (placement, init, lr, ...) or by config key (`optim.eps`)."""
         rows = (self.study.rows[i] for i in self.study.runs["row"])
         chosen = [all(_value(row, key) == value for key, value in wanted.items()) for row in rows]
         return self.study.runs.filter(pl.Series(chosen, dtype=pl.Boolean))
 
-    def rows(self, **wanted: Any) -> list[Row]:
+    def rows(self, **wanted: Any) -> list[RunFolder]:
         """These runs, in the order of the study's tables."""
         return [self.study.rows[i] for i in self.runs(**wanted)["row"]]
 
@@ -115,7 +115,7 @@ class Results:
 
     def trains(self, **wanted: Any) -> bool:
         """Whether there are such runs, and all of them trained."""
-        return set(self.ends(**wanted)) == {"trained"}
+        return self.ends(**wanted).keys() == {"trained"}
 
     def fails(self, **wanted: Any) -> bool:
         """Whether there are such runs, and none of them trained."""
@@ -127,7 +127,7 @@ class Results:
         rows = sorted(self.rows(placement=placement, init=init), key=lambda row: row.seed)
         if not rows:
             return "not run"
-        *first, last = (f"{row.bits_per_byte:.2f}" if row.bits_per_byte else row.outcome.kind for row in rows)
+        *first, last = (f"{bits:.2f}" if (bits := row.reached["bits_per_byte"]) else row.outcome for row in rows)
         return f"{', '.join(first)} and {last}" if first else last
 
     def table(self, down: str, across: str, columns: dict[str, dict[str, Any]] | None = None, **fixed: Any) -> str:
@@ -283,8 +283,8 @@ class Results:
         return f"![{alternative}]({self.beside}/{file})"
 
 
-def _value(row: Row, key: str) -> Any:
-    return row.run.options[key] if "." in key else getattr(row, key)
+def _value(row: RunFolder, key: str) -> Any:
+    return row.options[key] if "." in key else getattr(row, key)
 
 
 def _named(value: Any) -> str:
@@ -318,7 +318,7 @@ def read(folder: Path) -> Study:
     """
     runs = find_runs([folder])
     undecided = [replace(run, config=run.config | {"model": run.config["model"] | {"dtype": "auto"}}) for run in runs]
-    return study_of([summarise(run) for run in undecided])
+    return study_of(undecided)
 
 
 def write_page(runs: Path, page: Path, figures: Path) -> Path:

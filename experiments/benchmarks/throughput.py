@@ -19,14 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.timing import (
-    matmul_peak,
-    median_ratio,
-    seconds,
-    step_times,
-    train_loader,
-    write_record,
-)
+from experiments.benchmarks.timing import matmul_peak, median_ratio, seconds, step_times, train_loader, write_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides

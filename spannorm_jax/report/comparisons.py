@@ -25,14 +25,10 @@ _DIFFERENCES: dict[str, Any] = {
 def differences(study: Study) -> pl.DataFrame:
     """Each method less its baseline at each size, in the loss that is compared, over seeds that both finished.
 
-    Where the learning rate varies there are two comparisons: at own best rates, and at the baseline's
-    where the method was run at it.
-
-    Columns:
+    Where the learning rate varies, at own best rates, and at the baseline's where the method was run at it. Columns:
       method, baseline: their indices in `study.methods`.
       difference, low, high, n: the arm's own interval, null and 0 without a seed that both finished.
-      pairs: seeds that either has.
-      named: whether the comparison was named before the runs.
+      pairs, named: seeds that either has; whether the comparison was named before the runs.
       pooled_low, pooled_high: bounds with the spread pooled over arms (`family`); null where an arm
         did not train with every seed, whose losses spread otherwise.
       p: Holm's p-value of the pooled error, among the named or the other comparisons of one kind.
@@ -41,18 +37,17 @@ def differences(study: Study) -> pl.DataFrame:
     lines: list[dict[str, Any]] = []
     for kind, pairs, known in _compared(study):
         for ours, theirs in pairs:
-            own = stats.t_interval(stats.paired_differences(losses.get(ours, {}), losses.get(theirs, {})))
             runs = seeds.get(ours, {}).keys() | seeds.get(theirs, {}).keys()
             line = {"comparison": kind, "baseline": theirs[0], "baseline_lr": theirs[-1], "n": 0, "pairs": len(runs)}
             line |= {"named": study.confirms(ours[0]), **dict(zip(ARM, ours, strict=True))}
-            lines.append(line)
-            if own is None:
-                continue
-            line |= {"difference": own.mean, "low": own.low, "high": own.high, "n": own.n}
+            own = stats.t_interval(stats.paired_differences(losses.get(ours, {}), losses.get(theirs, {})))
+            if own is not None:
+                line |= {"difference": own.mean, "low": own.low, "high": own.high, "n": own.n}
             families = [family(study, arm) for arm in (ours, theirs) if arm in study.trained]
-            if len(families) == 2 and all(key in known for key in families):
+            if own is not None and len(families) == 2 and known.keys() >= {*families}:
                 pooled, p = stats.pooled_difference(own.mean, own.n, *(known[key] for key in families))
                 line |= {"pooled_low": pooled.low, "pooled_high": pooled.high, "p": p}
+            lines.append(line)
         for named in (False, True):
             judged = [d for d in lines if d["comparison"] == kind and d["named"] == named and "p" in d]
             for line, p in zip(judged, stats.holm([line["p"] for line in judged]), strict=True):
@@ -103,7 +98,7 @@ def replicates(study: Study) -> dict[tuple[Method, Method], int]:
     first, counts = dict[tuple[Any, ...], Method](), Counter[tuple[Method, Method]]()
     runs = study.runs.filter("first").sort("depth", "width", "lr", "seed", maintain_order=True)
     for *at, method, row in runs.select("depth", "width", "lr", "seed", "method", "row").iter_rows():
-        losses, own = study.rows[row].run.metrics.loss, study.methods[method]
+        losses, own = study.rows[row].metrics.loss, study.methods[method]
         one = first.setdefault((*at, losses.tobytes()), own) if len(losses) > 1 else own
         if one != own:
             counts[one, own] += 1
@@ -111,9 +106,8 @@ def replicates(study: Study) -> dict[tuple[Method, Method], int]:
 
 
 def overall(study: Study) -> list[tuple[Method, Method, Interval, int, int]]:
-    """Methods less their baselines over all settings that both were run at, in capped losses, where they are enough.
-
-    A line holds both, the interval, the settings, and in how many of them the method's mean is the lower.
+    """Methods less their baselines over all settings that both were run at, in capped losses, where they are enough:
+    both, the interval, the settings, and in how many of them the method's mean is the lower.
     """
     capped, lines = study.by_seed("capped"), []
     for i, method in enumerate(study.methods):

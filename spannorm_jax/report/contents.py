@@ -9,10 +9,11 @@ from typing import Any
 from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats
 from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
+from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.frames import GRAVEST
 from spannorm_jax.report.rates import drifts, rates
-from spannorm_jax.report.rows import KEPT, LEARNT, SHORTEST_MEAN, Row, differing_keys, fact
-from spannorm_jax.report.study import Arm, Size, Study
+from spannorm_jax.report.runs import KEPT, LEARNT, NOT_RECORDED, SHORTEST_MEAN, RunFolder
+from spannorm_jax.report.study import Arm, Size, Study, choosing, keys_text
 from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
 
 Table = tuple[Header, list[list[str]]]  # and lines
@@ -54,15 +55,14 @@ _DEFINITIONS = {
 
 def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
     """All that the template shows but the figures."""
-    header, body = table_cells(study)
+    results = table_cells(study)
     return {
         **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
-        **{"results": (header, body), "looks": _looks(study)},
+        **{"results": results, "looks": _looks(study), "chosen_on": _chosen_on(study), "errors": _errors(study)},
         **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
-        "confirm": ",".join(f"{key}={value}" for key, value in study.confirmed.items()),
-        **{"chosen_on": _chosen_on(study), "errors": _errors(study), "differences": _differences(study)},
-        **{"learning_rates": _learning_rates(study), "drifts": _drifts(study), "overall": _overall(study)},
-        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in header), "unigram entropy"]],
+        **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
+        **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
+        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in results[0]), "unigram entropy"]],
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
     }
@@ -75,13 +75,12 @@ def in_markdown(shown: dict[str, Any]) -> dict[str, str]:
 
 def _looks(study: Study) -> list[dict[str, str]]:
     """Of each setting the line as the figures draw it, and its gravest outcome."""
-    placements = palette.ranked((m.placement for m in study.methods), palette.PLACEMENT_ORDER)
-    inits = palette.ranked((m.init for m in study.methods), palette.INIT_ORDER)
+    placements, inits = study.placements, study.inits
     colours = dict(zip(placements, palette.colours(placements), strict=True))
     dashes = dict(zip(inits, palette.dashes(inits), strict=True))
     looks = []
     for setting in study.settings.iter_rows(named=True):
-        kinds = {study.rows[i].outcome.kind for i in setting["rows"]}
+        kinds = {study.rows[i].outcome for i in setting["rows"]}
         look = {"colour": colours[setting["placement"]], "dash": " ".join(map(str, dashes[setting["init"]]))}
         looks.append(look | {"kind": next(kind for kind in GRAVEST if kind in kinds)})
     return looks
@@ -93,37 +92,37 @@ def _header(names: Sequence[str], numbers: Sequence[str]) -> Header:
 
 def _chosen_on(study: Study) -> str:
     """On which seeds learning rates were chosen, as the end of a sentence."""
-    if study.reported == study.choosing:
+    choosers = choosing(study.runs)
+    if study.reported == choosers:
         return "; it is chosen on the losses that are compared, for every method alike, and so flatters them all"
-    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (study.choosing, study.reported))
+    chosen, reported = (", ".join(map(str, sorted(seeds))) for seeds in (choosers, study.reported))
     return f"; it is chosen on seeds {chosen}, and the differences are of seeds {reported}"
 
 
 def _differences(study: Study) -> Table:
     """A line a method and size; where the method was not run at the baseline's best rate, that is said."""
-    names = ["method", "baseline", *_size_column(study), *["was"] * bool(study.confirmed)]
-    numbers = ["difference", "its seeds alone", "n", "p (Holm)"]
-    if study.varies("lr"):
-        numbers = ["own best lr", "baseline’s", "each at its own best", *numbers[1:], "both at the baseline’s best"]
-        numbers += ["its seeds alone", "n", "p (Holm)"]
+    several, named = study.varies("lr"), bool(study.confirmed)
+    names = ["method", "baseline", *_size_column(study), *["was"] * named]
+    known = ["its seeds alone", "n", "p (Holm)"]
+    numbers = ["difference", *known]
+    if several:
+        numbers = ["own best lr", "baseline’s", "each at its own best", *known, "both at the baseline’s best", *known]
     lines: dict[tuple[int, ...], list[str]] = {}
     for d in differences(study).iter_rows(named=True):
         at, theirs = ((d[key], d["depth"], d["width"]) for key in ("method", "baseline"))
         if d["comparison"] == OWN:
             lines[at] = [study.methods[at[0]].label, study.methods[theirs[0]].label, *_size(study, at)]
-            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * bool(study.confirmed)
-            if study.varies("lr"):
-                lines[at] += [_rate(study, at, d["lr"]), _rate(study, theirs, d["baseline_lr"])]
-        pooled = (d["low"], d["high"]) if d["pooled_low"] is None else (d["pooled_low"], d["pooled_high"])
+            lines[at] += ["confirmatory" if d["named"] else "exploratory"] * named
+            lines[at] += [_rate(study, at, d["lr"]), _rate(study, theirs, d["baseline_lr"])] if several else []
+        pooled = "" if d["pooled_low"] is None else "pooled_"
         lines[at] += [
-            interval(d["difference"], *pooled),
+            interval(d["difference"], d[f"{pooled}low"], d[f"{pooled}high"]),
             "–" if d["difference"] is None else within(d["low"], d["high"]),
             f"{d['n']} of {d['pairs']}",
             "–" if d["p"] is None else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}",
         ]
     header = _header(names, numbers)
-    missing = ["not run", "", "", ""]
-    return header, [line + missing * (len(line) < len(header)) for line in lines.values()]
+    return header, [line + ["not run", "", "", ""] * (len(line) < len(header)) for line in lines.values()]
 
 
 def _errors(study: Study) -> list[str]:
@@ -160,22 +159,20 @@ def _learning_rates(study: Study) -> Table:
     return _header(["method", *_size_column(study)], numbers), lines if study.varies("lr") else []
 
 
-def _optimum(at: float | None, low: float | None, high: float | None) -> str:
+def _optimum(at: float | None, low: float | None, high: float | None, form: str = ".2e", rough: str = ".2g") -> str:
     if at is not None:
-        return interval(at, low, high, ".2e")
-    if low is None or high is None:
-        beyond = [text for text, bound in (("below", high), ("above", low)) if bound is not None]
-        return f"{' or '.join(beyond)} {high or low:g}" if len(beyond) == 1 else "beyond both ends"
-    return f"between {low:.2g} and {high:.2g}"
+        return interval(at, low, high, form)
+    if low is not None and high is not None:
+        return f"between {low:{rough}} and {high:{rough}}"
+    return f"above {low:g}" if low is not None else f"below {high:g}" if high is not None else "beyond both ends"
 
 
 def _drifts(study: Study) -> Table:
     lines = []
     for d in drifts(study):
-        f = d["factor"]
-        between = f"between {f.low:.2f} and {f.high:.2f}" if f.at is None else interval(f.at, f.low, f.high, ".2f")
-        at = [d["method"], d["axis"], f"{d['other']} {d['fixed']}", ", ".join(map(str, d["sizes"]))]
-        lines.append([*at, between, str(f.n)])
+        f, sizes = d["factor"], ", ".join(map(str, d["sizes"]))
+        factor = _optimum(f.at, f.low, f.high, ".2f", ".2f")
+        lines.append([d["method"], d["axis"], f"{d['other']} {d['fixed']}", sizes, factor, str(f.n)])
     return _header(("method", "of", "at", "with an optimum at"), ("factor a doubling", "seeds")), lines
 
 
@@ -189,7 +186,7 @@ def _overall(study: Study) -> Table:
 
 
 def _below(study: Study) -> list[str]:
-    levels = sorted({round(e, 4) for row in study.rows if (e := row.run.unigram_entropy) is not None})
+    levels = sorted({round(e, 4) for row in study.rows if (e := row.unigram_entropy) is not None})
     margin = f"{LEARNT:.0%} below the unigram entropy"
     lines = [f"Learnt: below {(1 - LEARNT) * e:.3f} nats/token, {margin} of {e:.3f}." for e in levels]
     if len(study.seeds) == 1:
@@ -197,24 +194,20 @@ def _below(study: Study) -> list[str]:
     return lines
 
 
+_COMMON = {  # options that a page begins with, where all runs have one value
+    **{"model.depth": "{} blocks", "model.width": "width {}", "training.steps": "{} steps"},
+    **{"training.batch_size": "batches of {}", "data.seq_len": "sequences of {} tokens", "data.dataset": "{}"},
+}
+
+
 def _lead(study: Study) -> str:
     """What the runs have in common, in a line."""
-    options = [row.run.options for row in study.rows]
+    options = [row.options | {"fingerprint": row.fingerprint or None} for row in study.rows]
     parts = [f"{len(options)} run{'s'[: len(options) != 1]}", seeds_line(study)]
-    for key, form in {
-        "model.depth": "{} blocks",
-        "model.width": "width {}",
-        "training.steps": "{} steps",
-        "training.batch_size": "batches of {}",
-        "data.seq_len": "sequences of {} tokens",
-        "data.dataset": "{}",
-    }.items():
-        values = {str(o.get(key)) for o in options}
-        if len(values) == 1 and None not in (o.get(key) for o in options):
+    for key, form in (_COMMON | {"fingerprint": "fingerprint {}"}).items():
+        values = {o.get(key) for o in options}
+        if len(values) == 1 and values != {None}:
             parts.append(form.format(*values))
-    prints = {row.run.fingerprint for row in study.rows}
-    if len(prints) == 1 and prints != {""}:
-        parts.append(f"fingerprint {prints.pop()}")
     return " · ".join(parts)
 
 
@@ -224,20 +217,18 @@ _FACTS = {  # of starts, by what the page calls them
 }
 
 
-def _run(row: Row, root: Path) -> dict[str, Any]:
-    run = row.run
+def _run(run: RunFolder, root: Path) -> dict[str, Any]:
     where = (run.diverged or {}).get("where")
-    ended = f"{row.outcome}, {where}" if where else str(row.outcome)
     facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
-    facts |= {"outcome": ended, "data fingerprint": run.fingerprint or "not recorded"}
-    facts |= {name: fact(run, key) for name, key in _FACTS.items()}
-    commands = list(dict.fromkeys(str(s["command"]) for s in run.starts if s.get("command")))
-    return {"name": run_name(row), "command": "\n".join(commands) or "not recorded", "facts": facts}
+    facts |= {"outcome": f"{run.ended}, {where}" if where else run.ended}
+    facts |= {"data fingerprint": run.fingerprint or NOT_RECORDED}
+    facts |= {name: run.fact(key) for name, key in _FACTS.items()}
+    commands = list(dict.fromkeys(str(start["command"]) for start in run.starts if start.get("command")))
+    return {"name": run_name(run), "command": "\n".join(commands) or NOT_RECORDED, "facts": facts}
 
 
-def _common(rows: Sequence[Row]) -> dict[str, str]:
+def _common(runs: Sequence[RunFolder]) -> dict[str, str]:
     """Options that are the same in all runs, but for those of speed and bookkeeping."""
-    runs = [row.run for row in rows]
     differing = differing_keys(runs)
     return {
         key: json.dumps(value).strip('"')

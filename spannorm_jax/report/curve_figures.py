@@ -7,16 +7,15 @@ import polars as pl
 
 from spannorm_jax.report import curves, frames
 from spannorm_jax.report.looks import (
+    CROSS,
     Figure,
+    Looks,
     Spec,
     alt,
     finished,
     in_panels,
-    looks_of,
     size_of,
-    tooltip,
     with_axes,
-    with_panels,
     with_scale,
 )
 from spannorm_jax.report.palette import GREY
@@ -33,17 +32,18 @@ _SCALES = ("linear", "log loss", "log x", "log both")
 
 def loss(study: Study) -> Figure | None:
     """Training loss along the run, one panel a depth, width and other key."""
-    table, panels = with_panels(study, curves.loss_curves(study))
+    looks = Looks(study)
+    table, panels = looks.with_panels(curves.loss_curves(study))
     if table.is_empty():
         return None
     levels = frames.levels(study)
-    late, _ = with_panels(study, curves.loss_curves(study, late=True))
+    late, _ = looks.with_panels(curves.loss_curves(study, late=True))
     lrs = sorted(table["lr"].unique())
     known = [x for x, (column, _, _) in _X.items() if table[column].null_count() == 0]
     domains = {"main": _domain(table, levels["level"].to_list())}
     if not late.is_empty():
         domains["late"] = _late_domain(late)
-    first = _loss_view(study, panels, domains, lrs)
+    first = _loss_view(looks, panels, domains, lrs)
     views = {f"{x}, {scale}": _loss_along(first, x, scale) for x in known for scale in _SCALES}
     caption = (
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
@@ -88,16 +88,15 @@ def _loss_along(view: Spec, x: str, scale: str) -> Spec:
     logs = {"x": scale in ("log x", "log both"), "y": scale in ("log loss", "log both")}
 
     def change(channel: str, axis: Spec) -> Spec:
-        changed = axis | {"scale": axis["scale"] | {"type": "log" if logs[channel] else "linear"}}
         along = {"field": column, "title": title, "axis": axis["axis"] | {"format": form}} if channel == "x" else {}
-        return changed | along
+        return axis | {"scale": axis["scale"] | {"type": "log" if logs[channel] else "linear"}} | along
 
     return with_axes(view, change)
 
 
-def _loss_view(study: Study, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> Spec:
-    looks, beside = looks_of(study), int(len(panels) == 1 < len(domains))
-    tips = tooltip(study, depth="d", width="d", lr="~g", runs="", train_loss=".3f")
+def _loss_view(looks: Looks, panels: Sequence[str], domains: dict[str, Domain], lrs: Sequence[float]) -> Spec:
+    beside = int(len(panels) == 1 < len(domains))
+    tips = looks.tooltip(depth="d", width="d", lr="~g", runs="", train_loss=".3f")
     charts = []
     for data, domain in domains.items():
         late = data == "late"
@@ -117,9 +116,7 @@ def _loss_view(study: Study, panels: Sequence[str], domains: dict[str, Domain], 
                 labels = ["each method's best", *(f"{lr:g}" for lr in lrs)]
                 chosen = alt.binding_select(options=[0, *lrs], labels=labels, name="learning rate ")
                 bands = bands.add_params(alt.param(name="chosen_lr", value=0, bind=chosen))
-        crossed = base.transform_filter("datum.crossed").mark_point(
-            shape="cross", angle=45, size=110, filled=True, clip=True
-        )
+        crossed = base.transform_filter("datum.crossed").mark_point(**CROSS)
         layers = [
             bands,
             lines,
@@ -145,17 +142,17 @@ def _levels(y_scale: alt.Scale, width: int) -> list[alt.Chart]:
 
 def gap(study: Study) -> Figure | None:
     """Training loss less the baseline's against tokens, each at its own best learning rate."""
-    table, panels = with_panels(study, curves.gap_curves(study))
+    looks = Looks(study)
+    table, panels = looks.with_panels(curves.gap_curves(study))
     if table["step"].n_unique() < 2:
         return None
-    looks = looks_of(study)
     column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
     log, shown = alt.Scale(type="log", nice=False), alt.Axis(format="~s", grid=False)
     late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
     scale = alt.Scale(domain=_with_zero(late), nice=False)
     y = alt.Y("gap:Q", title="loss less the baseline’s (nats/token)", scale=scale, axis=alt.Axis(tickCount=7))
     base = looks.base(alt.X(f"{column}:Q", title=title, scale=log, axis=shown))
-    tips = tooltip(study, tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
+    tips = looks.tooltip(tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
     points = {"filled": True, "size": 22}
     layers = [
         alt.Chart().mark_rule(stroke=GREY).encode(y=alt.datum(0)),
@@ -164,7 +161,7 @@ def gap(study: Study) -> Figure | None:
     ]
     name = "Gap against tokens"
     first = finished(in_panels(layers, panels), name)
-    whole = with_scale(first, "y", {"domain": _with_zero(table), "nice": False})
+    whole = with_scale(first, "y", domain=_with_zero(table), nice=False)
     caption = (
         "Training loss less the baseline’s along the run, below zero the method is better: each at its own best "
         "learning rate, and seed by seed, for runs of a seed see the same batches. A point is the mean over a window "
@@ -184,10 +181,10 @@ def _with_zero(table: pl.DataFrame) -> list[float]:
 
 def block_grad_norm(study: Study) -> Figure | None:
     """Gradient norm of each block at the initial weights and at the end, at each method's best learning rate."""
-    table, panels = with_panels(study, curves.block_curves(study))
+    looks, charts = Looks(study), []
+    table, panels = looks.with_panels(curves.block_curves(study))
     if table.is_empty():
         return None
-    looks, charts = looks_of(study), []
     for number, when in enumerate(when for when in curves.WHEN if when in set(table["when"])):
         here = table.filter(when=when)
         bounds = math.floor(math.log10(min(here["low"]))), math.ceil(math.log10(max(here["high"])))
@@ -198,7 +195,7 @@ def block_grad_norm(study: Study) -> Figure | None:
         y = alt.Y("norm:Q", title=f"gradient norm {when}", scale=scale, axis=ticks)
         base = looks.base(x).transform_filter(alt.datum.when == when)
         line = looks.lines(base, picking=number == 0, strokeWidth=2.2)  # the second follows the first one's legend
-        line = line.encode(y=y, tooltip=tooltip(study, block="d", norm=".3~e"))
+        line = line.encode(y=y, tooltip=looks.tooltip(block="d", norm=".3~e"))
         layers = [line, looks.band(base, alt.Y("low:Q", scale=scale))]
         charts.append(in_panels(layers, panels, beside=int(len(panels) == 1)))
     title = "Gradient norm of each block"
@@ -207,5 +204,5 @@ def block_grad_norm(study: Study) -> Figure | None:
         "that recorded it: each has its own scale. Over seeds: the geometric mean, and a band from the least to the "
         "greatest. Each method at its best learning rate."
     )
-    view = finished(alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts), title)
-    return Figure("block_grad_norm", title, caption, {"main": table}, {"": view})
+    chart = alt.hconcat(*charts) if len(panels) == 1 else alt.vconcat(*charts)
+    return Figure("block_grad_norm", title, caption, {"main": table}, {"": finished(chart, title)})

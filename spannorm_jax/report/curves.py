@@ -1,5 +1,6 @@
 """The curves of a report: the training loss of each setting over its seeds, and the gradient norm of each block."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from spannorm_jax.report.comparisons import OWN, differences
-from spannorm_jax.report.rows import Row
+from spannorm_jax.report.runs import RunFolder
 from spannorm_jax.report.stats import smooth
 from spannorm_jax.report.study import ARM, Study
 
@@ -38,22 +39,19 @@ def _at_best(study: Study, setting: dict[str, Any]) -> bool:
     return study.best.get((method, depth, width), lr) == lr
 
 
-def _losses(row: Row, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
+def _losses(row: RunFolder, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps, smoothed losses), up to the first that is not finite."""
-    metrics = row.run.metrics
-    bad = np.flatnonzero(~np.isfinite(metrics.loss))
-    end = bad[0] if len(bad) else len(metrics.loss)
-    return metrics.step[:end], smooth(metrics.loss[:end], smoothing)
+    step, loss = row.metrics.step, row.metrics.loss
+    end = next(iter(np.flatnonzero(~np.isfinite(loss))), len(loss))
+    return step[:end], smooth(loss[:end], smoothing)
 
 
-def _over_seeds(rows: Sequence[Row], smoothing: float) -> tuple[np.ndarray, np.ndarray]:
+def _over_seeds(rows: Sequence[RunFolder], smoothing: float) -> tuple[np.ndarray, np.ndarray]:
     """(steps that all have, losses of each row there)."""
     each = [(steps, losses) for steps, losses in (_losses(row, smoothing) for row in rows) if len(steps)]
     if not each:
         return np.empty(0, np.int64), np.empty((0, 0))
-    steps = each[0][0]
-    for others, _ in each[1:]:
-        steps = np.intersect1d(steps, others, assume_unique=True)
+    steps = functools.reduce(np.intersect1d, [steps for steps, _ in each])
     return steps, np.stack([losses[np.searchsorted(own, steps)] for own, losses in each])
 
 
@@ -79,37 +77,29 @@ def loss_curves(study: Study, late: bool = False) -> pl.DataFrame:
     curves = [pl.DataFrame(schema=_LOSS)]
     for number, (setting, indices, alone) in enumerate(members):
         rows = [study.rows[i] for i in indices]
-        first, run = rows[0], rows[0].run
+        run = rows[0]
         steps, losses = _over_seeds(rows, LATE_SMOOTHING if late else SMOOTHING)
         kept = np.flatnonzero(steps > (1 - LATE) * run.steps) if late else np.arange(len(steps))
         if not len(kept):
             continue
         kept = kept[_thinned(len(kept), most)]
         steps, losses = steps[kept], losses[:, kept]
-        diverged = all(row.outcome.kind == "diverged" for row in rows)
         tokens = steps * float(run.tokens_per_step or math.nan)
         points = {
             **{"step": steps, "tokens": tokens, "flops": tokens * (run.flops_per_token or math.nan)},
             **{"loss": losses.mean(axis=0), "low": losses.min(axis=0), "high": losses.max(axis=0)},
-            "crossed": (steps == steps[-1]) & diverged,
+            "crossed": (steps == steps[-1]) & all(row.outcome == "diverged" for row in rows),
         }
-        curve = {name: setting[name] for name in _ARM} | {
-            "curve": number,
-            "best_lr": _at_best(study, setting),
-            "runs": f"seed {first.seed}, {first.outcome}" if len(rows) == 1 else f"mean of {len(losses)} seeds",
-            "alone": alone,
-            "train_loss": None if alone else setting["train_loss"],
-        }
+        runs = f"seed {run.seed}, {run.ended}" if len(rows) == 1 else f"mean of {len(losses)} seeds"
+        curve = {name: setting[name] for name in _ARM} | {"curve": number, "runs": runs, "alone": alone}
+        curve |= {"best_lr": _at_best(study, setting), "train_loss": None if alone else setting["train_loss"]}
         constant = [pl.lit(value).alias(name) for name, value in curve.items()]
         curves.append(pl.DataFrame(points).with_columns(*constant).select(pl.col(n).cast(k) for n, k in _LOSS.items()))
     return pl.concat(curves).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def gap_curves(study: Study) -> pl.DataFrame:
-    """Of each method its training loss less its baseline's along the run, at own best rates, seed by seed.
-
-    A point is of a window of steps that ends `WINDOW` times as far as it begins.
-    """
+    """Training loss less the baseline's along the run, at own best rates, seed by seed: by window."""
     index, lines = study.by_seed("row", study.reported), []
     for pair in differences(study).filter(comparison=OWN).iter_rows(named=True):
         sides = ("method", "depth", "width", "lr"), ("baseline", "depth", "width", "baseline_lr")
@@ -117,8 +107,7 @@ def gap_curves(study: Study) -> pl.DataFrame:
         seeds = sorted(ours.keys() & theirs.keys())
         each = [_gaps(study.rows[ours[seed]], study.rows[theirs[seed]]) for seed in seeds]
         for window in sorted(set().union(*each), reverse=True):
-            gaps = [gaps[window] for gaps in each if window in gaps]
-            run = study.rows[ours[seeds[0]]].run
+            gaps, run = [gaps[window] for gaps in each if window in gaps], study.rows[ours[seeds[0]]]
             step, per_step = run.steps / WINDOW ** (window + 0.5), run.tokens_per_step
             numbers = {"step": step, "tokens": None if per_step is None else step * per_step, "seeds": len(gaps)}
             numbers |= {"gap": sum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)}
@@ -126,7 +115,7 @@ def gap_curves(study: Study) -> pl.DataFrame:
     return pl.DataFrame(lines, schema=_GAP)
 
 
-def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
+def _gaps(ours: RunFolder, theirs: RunFolder) -> dict[int, float]:
     """Number of a window, from 0 for the last one -> mean difference of two runs' losses in it.
 
     Window k holds the steps from steps / WINDOW^(k + 1) to steps / WINDOW^k. A window that one of
@@ -135,16 +124,16 @@ def _gaps(ours: Row, theirs: Row) -> dict[int, float]:
     (steps, losses), (others, their_losses) = _losses(ours, 0.0), _losses(theirs, 0.0)
     shared = np.intersect1d(steps, others, assume_unique=True)
     gaps = losses[np.searchsorted(steps, shared)] - their_losses[np.searchsorted(others, shared)]
-    asked = ours.run.steps
+    asked = ours.steps
     windows = np.floor(np.log(asked / shared) / math.log(WINDOW) + 1e-9).astype(int)  # the end of one is in it
     whole = (asked / WINDOW**windows < shared.max(initial=0) + 1) & (asked / WINDOW ** (windows + 1) > FIRST - 0.5)
     return {k: float(gaps[windows == k].mean()) for k in set(windows[whole].tolist())}
 
 
-def _block_norms(row: Row, last: bool) -> list[float | None]:
+def _block_norms(row: RunFolder, last: bool) -> list[float | None]:
     """log10 of each block's gradient norm at the initial weights, or at the last record that is whole."""
     logs: list[float | None] = []
-    for step, norms in row.run.metrics.block_grad_norm:
+    for step, norms in row.metrics.block_grad_norm:
         numbers = [n for n in norms if isinstance(n, int | float) and math.isfinite(n)]
         if len(numbers) == len(norms) and (step > 1) == last:
             logs = [math.log10(n) if n > 0 else None for n in numbers]

@@ -1,7 +1,4 @@
-"""The figures of a report, as Vega-Lite: one definition for the page, where they answer the mouse, and for print.
-
-This file has figures over depth, width and learning rate; curve_figures.py has training curves.
-"""
+"""The figures of a report over depth, width and learning rate; curve_figures.py has training curves."""
 
 import functools
 import statistics
@@ -11,7 +8,7 @@ import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
 from spannorm_jax.report.comparisons import OWN, SHARED
-from spannorm_jax.report.looks import Figure, Spec, alt, finished, in_panels, looks_of, tooltip, with_panels, with_scale
+from spannorm_jax.report.looks import CROSS, Figure, Looks, Spec, alt, finished, in_panels, with_scale
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
 from spannorm_jax.report.rates import rates
 from spannorm_jax.report.study import ARM, Study, settings_of
@@ -38,9 +35,6 @@ def _loss_title(study: Study) -> str:
     return f"{study.measure} loss (nats/token)"
 
 
-# ---- losses against what a sweep goes over ----------------------------------------------------
-
-
 def loss_by(study: Study, axis: str) -> Figure | None:
     """Final loss against depth, width or lr; None where it does not vary or nothing ended."""
     if not study.varies(axis):
@@ -57,14 +51,12 @@ def loss_by(study: Study, axis: str) -> Figure | None:
     if axis == "lr":
         optima = frames.optima(study).drop_nulls("lr").join(best, on=ARM[:3], maintain_order="left")
         table = pl.concat([table, optima.with_columns(kind=pl.lit("optimum"))], how="diagonal")
-    table, panels = with_panels(study, table, without=[axis])
+    looks = Looks(study)
+    table, panels = looks.with_panels(table, without=[axis])
     title = f"{study.measure.capitalize()} loss against {_AXIS_WORD[axis]}"
-    first = _loss_by_view(study, axis, panels, title)
-    scales: dict[str, Spec] = {
-        "all": {},
-        "log loss": {"type": "log"},
-        "near the best": {"domain": near, "zero": False, "nice": False},
-    }
+    first = _loss_by_view(study, looks, axis, panels, title)
+    scales: dict[str, Spec] = {"all": {}, "log loss": {"type": "log"}}
+    scales["near the best"] = {"domain": near, "zero": False, "nice": False}
     caption = (
         "Mean over seeds; bars run from the least seed to the greatest. A run that diverged, or ended above its loss "
         "at initialisation, counts with that; a cross marks a setting in which a run diverged. "
@@ -73,7 +65,7 @@ def loss_by(study: Study, axis: str) -> Figure | None:
         caption += "A ring marks the learning rate of least loss, as the next figure has it with its interval."
     elif study.varies("lr"):
         caption += "Each method has its own best learning rate at each point."
-    views = {view: with_scale(first, "y", scale) for view, scale in scales.items()}
+    views = {view: with_scale(first, "y", **scale) for view, scale in scales.items()}
     return Figure(f"loss_by_{axis}", title, caption, {"main": table}, views)
 
 
@@ -84,30 +76,27 @@ def _near(best: Sequence[float]) -> tuple[float, float]:
     return ordered[0] - 0.05 - spread / 10, ordered[0] + 0.3 + 3 * spread
 
 
-def _loss_by_view(study: Study, axis: str, panels: Sequence[str], title: str) -> Spec:
-    looks, scale = looks_of(study), alt.Scale(zero=False, nice=True)
+def _loss_by_view(study: Study, looks: Looks, axis: str, panels: Sequence[str], title: str) -> Spec:
+    scale = alt.Scale(zero=False, nice=True)
     y = alt.Y("loss:Q", title=_loss_title(study), scale=scale, axis=alt.Axis(tickCount=6))
     base = looks.base(_axis(study, axis))
     settings = base.transform_filter("datum.kind == 'setting'")
     formats = {"depth": "d", "width": "d", "lr": "~g", "loss": ".3f", "low": ".3f", "high": ".3f"}
     shown = {"y": y, "opacity": looks.opacity(1)}
-    met = shown | {"tooltip": tooltip(study, **formats, n="d", diverged="d")}
+    met = shown | {"tooltip": looks.tooltip(**formats, n="d", diverged="d")}
     whole, broken = settings.transform_filter("datum.diverged == 0"), settings.transform_filter("datum.diverged > 0")
     layers = [
         looks.bars(settings, alt.Y("low:Q", scale=scale)),
         looks.lines(settings, strokeWidth=2, clip=True).encode(y=y),
         whole.mark_point(filled=True, size=55, clip=True).encode(**met, shape=looks.shape()),
-        broken.mark_point(shape="cross", angle=45, filled=True, size=110, clip=True).encode(**met),
+        broken.mark_point(**CROSS).encode(**met),
     ]
     if axis == "lr":
-        bounds = tooltip(study, lr=".2~e", low=".2~e", high=".2~e", seeds="d")
+        bounds = looks.tooltip(lr=".2~e", low=".2~e", high=".2~e", seeds="d")
         rings = base.transform_filter("datum.kind == 'optimum'")
         rings = rings.mark_point(size=110, strokeWidth=2, filled=False, clip=True)
         layers.append(rings.encode(**shown, tooltip=bounds))
     return finished(in_panels(layers, panels), title)
-
-
-# ---- a number of each method and size ---------------------------------------------------------
 
 
 def lr_optimum(study: Study) -> Figure | None:
@@ -146,12 +135,12 @@ def _by_size(
     if table.is_empty():
         return None
     axis = next((axis for axis in ("depth", "width") if study.varies(axis)), "")
-    looks = looks_of(study)
-    tips = tooltip(study, depth="d", width="d", **{column: form}, low=form, high=form, seeds="d")
+    looks = Looks(study)
+    tips = looks.tooltip(depth="d", width="d", **{column: form}, low=form, high=form, seeds="d")
     if axis:
         # Methods stand beside one another, so that their intervals can be told apart.
         shift = (2 * pl.col("method") + 1) / len(study.methods) - 1  # within -1 and 1
-        table, panels = with_panels(study, table.with_columns(at=pl.col(axis) * 1.08**shift), without=[axis])
+        table, panels = looks.with_panels(table.with_columns(at=pl.col(axis) * 1.08**shift), without=[axis])
         base = looks.base(_axis(study, axis, "at"))
         low, middle = alt.Y("low:Q", **encoding), alt.Y(f"{column}:Q", **encoding)
         points = base.mark_point(filled=True, size=60).encode(y=middle, shape=looks.shape())
@@ -162,7 +151,7 @@ def _by_size(
         ]
         return Figure(name, title, caption, {"main": table}, {"": finished(in_panels(layers, panels), title)})
     table = frames.named(study, table)
-    order = [m.label for m in study.methods if m.label in set(table["method"])]
+    order = _methods_of(study, table)
     base = alt.Chart().encode(color=looks.colour(legend=False), y=alt.Y("method:N", sort=order, title=None))
     value = alt.X(f"{column}:Q", **encoding)
     layers = [
@@ -173,14 +162,17 @@ def _by_size(
     return Figure(name, title, caption, {"main": table}, {"": view})
 
 
+def _methods_of(study: Study, table: pl.DataFrame) -> list[str]:
+    return [method.label for method in study.methods if method.label in set(table["method"])]
+
+
 def differences(study: Study) -> Figure | None:
     """A forest: the difference of each method from its baseline with its interval, one panel a depth and width."""
     table = frames.named(study, frames.forest(study))
     if table.is_empty():
         return None
-    looks, several = looks_of(study), study.varies("lr")
-    present, panels = set(table["method"]), list(dict.fromkeys(table["panel"]))
-    order = [m.label for m in study.methods if m.label in present]
+    looks, several = Looks(study), study.varies("lr")
+    panels, order = list(dict.fromkeys(table["panel"])), _methods_of(study, table)
     scale = alt.Scale(nice=False, padding=12)
     x: Spec = {"title": f"difference in {study.measure} loss (nats/token)", "scale": scale}
     base = alt.Chart().encode(
@@ -190,7 +182,7 @@ def differences(study: Study) -> Figure | None:
     if several:
         base = base.encode(yOffset=alt.YOffset("comparison:N", sort=[OWN, SHARED]))
     bounds = {"difference": "+.3f", "low": "+.3f", "high": "+.3f", "error": "", "seeds": "d"}
-    tips = tooltip(study, baseline="", comparison="", **bounds)
+    tips = looks.tooltip(baseline="", comparison="", **bounds)
     kinds = alt.Scale(domain=[OWN, SHARED], range=[1, 0])
     filled = alt.FillOpacity("comparison:N", scale=kinds, legend=alt.Legend(title=None) if several else None)
     points = base.mark_point(size=70, opacity=1, strokeWidth=1.6, clip=True).encode(x=alt.X("difference:Q", **x))
@@ -204,7 +196,7 @@ def differences(study: Study) -> Figure | None:
     first.get("spec", first)["height"] = (26 if several else 18) * len(order)
     # Half of the differences lie within it: one method that failed would press the others together.
     near = max(2 * statistics.median(map(abs, table["difference"].to_list())), 1e-3)
-    views = {"all": first, "near zero": with_scale(first, "x", {"domain": [-near, near]})}
+    views = {"all": first, "near zero": with_scale(first, "x", domain=[-near, near])}
     caption = (
         "Method less its baseline, below zero the method is better: the mean over the seeds that both finished, seed "
         "by seed, and its 95% interval with the error pooled over all methods that trained with every seed, or of its "
@@ -214,8 +206,6 @@ def differences(study: Study) -> Figure | None:
         caption += f"Filled: {OWN}; hollow: {SHARED}."
     return Figure("differences", title, caption, {"main": table}, views)
 
-
-# ---- stability --------------------------------------------------------------------------------
 
 _LETTER = "datum.label + ' (' + upper(slice(datum.label, 0, 1)) + ')'"
 
@@ -240,7 +230,7 @@ def outcomes(study: Study) -> Figure | None:
     base = alt.Chart().encode(
         x=alt.X(f"{column}:O", sort=values, title=title, axis=across),
         y=alt.Y(f"{down}:O", sort=rows, title=down_title),
-        tooltip=tooltip(study, depth="d", width="d", lr="~g", seen=""),
+        tooltip=Looks(study).tooltip(depth="d", width="d", lr="~g", seen=""),
     )
     layers = [
         base.mark_rect(stroke="white", strokeWidth=2).encode(fill=alt.Fill("outcome:N", scale=fills, legend=key)),
@@ -263,13 +253,13 @@ def profile(study: Study) -> Figure | None:
     table = frames.profiles(study)
     if not any(map(study.varies, _AXIS_TITLE)) or table.is_empty():
         return None
-    table, panels = with_panels(study, table, without=["depth", "width"])
-    looks = looks_of(study)
+    looks = Looks(study)
+    table, panels = looks.with_panels(table, without=["depth", "width"])
     x = alt.X("loss:Q", title=_loss_title(study), scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False))
     share = alt.Axis(format="%", tickCount=6)
     y = alt.Y("share:Q", title="share of all runs", axis=share, scale=alt.Scale(domain=[0, 1]))
     base = looks.base(x).encode(y=y)
-    met = base.mark_line(interpolate="step-after", strokeWidth=12, opacity=0).encode(tooltip=tooltip(study, runs="d"))
+    met = base.mark_line(interpolate="step-after", strokeWidth=12, opacity=0).encode(tooltip=looks.tooltip(runs="d"))
     layers = [looks.lines(base, interpolate="step-after", strokeWidth=2.2), met]
     caption = (
         "Of all runs of a method, over learning rates, depths, widths and seeds, the share that ended at or below a "

@@ -1,6 +1,6 @@
 """What the figures of a report share: their form, their encodings, their panels, what the mouse shows."""
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,16 @@ import polars as pl
 
 from spannorm_jax.paths import some_home
 from spannorm_jax.report import frames
-from spannorm_jax.report.palette import GREY, INIT_ORDER, PLACEMENT_ORDER, colours, dashes, ranked, shapes, theme
+from spannorm_jax.report.palette import GREY, colours, dashes, shapes, theme
 from spannorm_jax.report.study import ARM, Study
 
 with some_home():  # which Altair asks for where it is imported, for data that nothing here uses
     import altair as alt
 
+_CROWD = 9  # methods in one panel
 _FADED = 0.07  # what the legend's choice leaves out
 Spec = dict[str, Any]  # Vega-Lite
+CROSS: Spec = {"shape": "cross", "angle": 45, "size": 110, "filled": True, "clip": True}  # where a run diverged
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,13 @@ class Figure:
     views: dict[str, Spec]
 
 
-@dataclass(frozen=True)
 class Looks:
-    """The encodings that all figures of a report share, and the selections of their legends."""
+    """The encodings that all figures of a study share, and the selections of their legends."""
 
-    placements: list[str]
-    inits: list[str]
-
-    @functools.cached_property
-    def picks(self) -> list[alt.Parameter]:
+    def __init__(self, study: Study):
+        self.study, self.placements, self.inits = study, study.placements, study.inits
         names = ("placement", "init")
-        return [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
+        self.picks = [alt.selection_point(name=f"pick_{name}", fields=[name], bind="legend") for name in names]
 
     def colour(self, channel: Any = alt.Color, legend: bool = True) -> Any:
         scale = alt.Scale(domain=self.placements, range=colours(self.placements))
@@ -76,12 +74,31 @@ class Looks:
         """From `low` to the column `high`."""
         return base.mark_area(**mark).encode(y=low, y2="high:Q", opacity=self.opacity(shown))
 
+    def with_panels(self, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
+        """The table with the panel and the names of each line, and the panels in order.
 
-def looks_of(study: Study) -> Looks:
-    return Looks(
-        ranked((m.placement for m in study.methods), PLACEMENT_ORDER),
-        ranked((m.init for m in study.methods), INIT_ORDER),
-    )
+        A panel is set apart by depth and width where they differ, but for the axes `without`, and by other config keys.
+        Many methods have a panel an initialisation: no more curves can be told apart in one.
+        """
+        crowded = len({method[:2] for method in self.study.methods}) > _CROWD
+        lines = []
+        for size, (i, method) in itertools.product(self.study.sizes, enumerate(self.study.methods)):
+            of_init, of_others = [f"init {method.init}"] * crowded, [method.other] * bool(method.others)
+            lines.append((i, *size, ", ".join([*frames.size_words(self.study, size, without), *of_init, *of_others])))
+        placed = pl.DataFrame(lines, schema=[*ARM[:3], "panel"], orient="row")
+        table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
+        present = set(table["panel"])
+        order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
+        return frames.named(self.study, table).drop("method"), order
+
+    def tooltip(self, **more: str) -> list[alt.Tooltip]:
+        """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
+        fields = dict.fromkeys(["placement", "init", *["other"] * any(m.others for m in self.study.methods)], "")
+        tips = []
+        for field, form in (fields | more).items():
+            kind: dict[str, Any] = {"shorthand": f"{field}:Q", "format": form} if form else {"shorthand": f"{field}:N"}
+            tips.append(alt.Tooltip(title=field.replace("_", " "), **kind))
+        return tips
 
 
 def size_of(panels: int) -> tuple[int, int]:
@@ -102,10 +119,7 @@ def in_panels(layers: Sequence[alt.Chart], panels: Sequence[str], beside: int = 
 
 
 def finished(chart: Any, title: str) -> Spec:
-    """The chart's Vega-Lite, with its title and the report's looks.
-
-    Altair's check of each part takes most of the time, and tests/report compiles every figure.
-    """
+    """The chart's Vega-Lite, without Altair's slow check: tests/report compiles every figure."""
     spec = chart.properties(title=title).to_dict(validate=False)
     return {"config": theme()} | {key: value for key, value in spec.items() if key != "config"}
 
@@ -116,33 +130,14 @@ def with_axes(spec: Any, change: Callable[[str, Spec], Spec]) -> Any:
         return [with_axes(part, change) for part in spec]
     if not isinstance(spec, dict):
         return spec
-    return {
-        key: change(key, part) if key in ("x", "y") and "field" in part else with_axes(part, change)
-        for key, part in spec.items()
-    }
+    axes = {key for key in ("x", "y") if "field" in spec.get(key, ())}
+    return {key: change(key, part) if key in axes else with_axes(part, change) for key, part in spec.items()}
 
 
-def with_scale(spec: Spec, channel: str, scale: Spec) -> Spec:
+def with_scale(spec: Spec, channel: str, **scale: Any) -> Spec:
     """The Vega-Lite with more of the scale of one of its axes."""
-    return with_axes(
-        spec, lambda key, axis: axis | {"scale": axis.get("scale", {}) | scale} if key == channel else axis
-    )
 
+    def change(key: str, axis: Spec) -> Spec:
+        return axis | {"scale": axis.get("scale", {}) | scale} if key == channel else axis
 
-def with_panels(study: Study, table: pl.DataFrame, without: Sequence[str] = ()) -> tuple[pl.DataFrame, list[str]]:
-    """The table with the panel and the names of each line, and the panels in order; see `frames.panels`."""
-    placed = frames.panels(study, without)
-    table = table.join(placed, on=ARM[:3], how="left", maintain_order="left")
-    present = set(table["panel"])
-    order = [panel for panel in dict.fromkeys(placed["panel"]) if panel in present]
-    return frames.named(study, table).drop("method"), order
-
-
-def tooltip(study: Study, **more: str) -> list[alt.Tooltip]:
-    """What the mouse shows: the method, then each of `more`, a field with its format ("" for text)."""
-    fields = dict.fromkeys(["placement", "init", *["other"] * any(m.others for m in study.methods)], "")
-    tips = []
-    for field, form in (fields | more).items():
-        kind: dict[str, Any] = {"shorthand": f"{field}:Q", "format": form} if form else {"shorthand": f"{field}:N"}
-        tips.append(alt.Tooltip(title=field.replace("_", " "), **kind))
-    return tips
+    return with_axes(spec, change)

@@ -28,7 +28,6 @@ from spannorm_jax.report.contents import contents, in_markdown
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.looks import Figure
-from spannorm_jax.report.rows import summarise
 from spannorm_jax.report.study import RUNS, Study, study_of
 from spannorm_jax.report.tables import notices
 
@@ -51,11 +50,8 @@ def write_report(
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
-    `baseline` has the config keys of what methods are compared with, and `confirmed` those of the methods whose
-    comparison was named before the runs.
-
-    Raises:
-      UserError: there is nothing to report, no run has the baseline, or `out` cannot be written.
+    `baseline` has config keys of what methods are compared with, `confirmed` of those named before the runs. Raises
+    UserError if there is nothing to report, no run has the baseline, or `out` cannot be written.
     """
     study, said = read_study(folders, baseline, confirmed)
     return write_files(study, said, folders, out, title)
@@ -66,14 +62,11 @@ def read_study(
 ) -> tuple[Study, Notices]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
-    rows = [summarise(run) for run in find_runs(folders, passed_over.append)]
-    study = study_of(rows, baseline, confirmed)
-    twice = [
-        ("warning", f"Equal losses at every step under two names, in {count} run{'s'[: count != 1]}: {one.label} and "
-         f"{other.label}. They are one method: it has two lines, and enters the pooled error once.")
-        for (one, other), count in replicates(study).items()
-    ]  # fmt: skip
-    return study, notices(study, passed_over) + twice
+    study = study_of(find_runs(folders, passed_over.append), baseline, confirmed)
+    twice = "Equal losses at every step under two names, in {} run{}: {} and {}. "
+    twice += "They are one method: it has two lines, and enters the pooled error once."
+    same = [twice.format(n, "s"[: n != 1], one.label, other.label) for (one, other), n in replicates(study).items()]
+    return study, notices(study, passed_over) + [("warning", text) for text in same]
 
 
 def write_files(study: Study, said: Notices, folders: Sequence[Path], out: Path, title: str) -> Path:

@@ -31,10 +31,7 @@ _DASHES = (  # on, off, in pixels
     *((4, 2, 1, 2, 1, 2), (1, 4), (14, 2, 2, 2, 2, 2), (5, 5), (6, 6), (3, 5), (4, 6), (10, 6), (2, 6), (16, 4, 4, 4)),
     (20, 4),
 )
-OUTCOME_COLOURS = {
-    **{"trained": "#7fb8dc", "plateau": "#f0c808", "collapsed": "#e07a1f", "diverged": "#8f1d0c"},
-    "unfinished": "#d9dde2",
-}
+OUTCOME_COLOURS = dict(zip(OUTCOME_ORDER, ("#7fb8dc", "#f0c808", "#e07a1f", "#8f1d0c", "#d9dde2"), strict=True))
 OUTCOME_INK = dict.fromkeys(OUTCOME_ORDER, "#10222e") | {"diverged": "#ffffff"}
 INK, GREY, RULE = "#1f2328", "#59636e", "#e3e7eb"
 
@@ -50,13 +47,12 @@ def _places(names: Sequence[str], order: Sequence[str]) -> list[int]:
     return [order.index(n) if n in order else len(order) + others.index(n) for n in names]
 
 
-def _darker(hue: str, light: float) -> str:
-    return "#" + "".join(f"{round(int(hue[i : i + 2], 16) * light):02x}" for i in (1, 3, 5))
-
-
 def colours(placements: Sequence[str]) -> list[str]:
-    places, n = _places(placements, PLACEMENT_ORDER), len(_HUES)
-    return [_darker(_HUES[i % n], _LIGHT[i // n % len(_LIGHT)]) for i in places]
+    found = []
+    for i in _places(placements, PLACEMENT_ORDER):
+        hue, light = _HUES[i % len(_HUES)], _LIGHT[i // len(_HUES) % len(_LIGHT)]
+        found.append("#" + "".join(f"{round(int(hue[at : at + 2], 16) * light):02x}" for at in (1, 3, 5)))
+    return found
 
 
 def shapes(placements: Sequence[str]) -> list[str]:

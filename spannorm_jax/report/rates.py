@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from spannorm_jax.report import stats
@@ -26,10 +27,7 @@ def _complete(capped: Losses, at: Arm, lrs: Sequence[float]) -> dict[int, list[f
 
 
 def _optima(study: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
-    """seed -> its learning rate of least loss, of the seeds that were run at all of three or more.
-
-    A method that trains at no rate with every seed has none.
-    """
+    """seed -> its optimum, if it ran at all of three or more rates; {} if the method trains at none."""
     lrs = [lr for lr in study.lrs.get(at, ()) if lr > 0]
     by_seed = _complete(capped, at, lrs) if len(lrs) > 2 else {}
     outcomes = study.by_seed("outcome") if by_seed else {}
@@ -40,8 +38,9 @@ def _optima(study: Study, capped: Losses, at: Arm) -> dict[int, Optimum]:
 def rates(study: Study) -> pl.DataFrame:
     """Of each size and method its best learning rate, the optimum, and the sensitivity, null where there is none.
 
-    `kind` to `n` are an `Optimum`, `sensitivity` to `seeds` an `Interval`, over the rates that all
-    methods of a size share, if they are three or more.
+    `kind` to `n` are an `Optimum`. `sensitivity` to `seeds` are an `Interval` over seeds of Wortsman et al. (2023):
+    the mean over learning rates of min(loss, loss at initialisation) less the least, over the rates that all methods
+    of a size share, if they are three or more.
     """
     capped, starts = study.by_seed("capped"), study.by_seed("loss_at_init")
     lines = []
@@ -50,12 +49,13 @@ def rates(study: Study) -> pl.DataFrame:
         shared = sorted(set.intersection(*(set(study.lrs[i, *size]) for i in here)))
         for i in here:
             optimum = stats.lr_optimum(list(_optima(study, capped, (i, *size)).values()))
-            values = [
-                stats.lr_sensitivity(losses, start[0])  # the first loss does not depend on the learning rate
-                for seed, losses in _complete(capped, (i, *size), shared).items()
-                if (start := [at[seed] for lr in shared if seed in (at := starts.get((i, *size, lr), {}))])
-            ]
-            sensitivity = stats.t_interval(values if len(shared) > 2 else ())
+            values = []
+            for seed, losses in _complete(capped, (i, *size), shared).items() if len(shared) > 2 else ():
+                start = [at[seed] for lr in shared if seed in (at := starts.get((i, *size, lr), {}))]
+                if start:  # the first loss does not depend on the learning rate
+                    own = np.minimum(losses, start[0])  # infinite where a run diverged and has no start
+                    values.append(float(own.mean() - own.min()))
+            sensitivity = stats.t_interval(values)
             numbers = [*vars(optimum).values()] if optimum else [None] * 5
             numbers += [*vars(sensitivity).values()] if sensitivity else [None] * 4
             lines.append((i, *size, study.best.get((i, *size)), *numbers))
@@ -63,23 +63,19 @@ def rates(study: Study) -> pl.DataFrame:
 
 
 def drifts(study: Study) -> list[dict[str, Any]]:
-    """What a method's best learning rate is multiplied by where its depth or width doubles, the other one fixed.
-
-    `sizes` are those at which no seed's best rate is an end of the range.
+    """What a method's best learning rate is multiplied by where its depth or width doubles, over the `sizes` at which
+    no seed's best rate is an end of the range: the other seeds alone would say too little.
     """
     capped, lines = study.by_seed("capped"), []
     for axis, other in (("width", "depth"), ("depth", "width")):
         for fixed in sorted({getattr(size, other) for size in study.sizes}) if study.varies(axis) else []:
             places = [size for size in study.sizes if getattr(size, other) == fixed]
-            sizes = [getattr(size, axis) for size in places]
             for i, method in enumerate(study.methods):
-                each = [_optima(study, capped, (i, *size)) for size in places]
-                # Where a seed's is an end of the range, the others alone would say too little.
-                optima = [{} if any(o.kind == "end" for o in of.values()) else of for of in each]
-                by_seed = [[of.get(seed) for of in optima] for seed in sorted(set().union(*optima))]
-                factor = stats.factor_per_doubling(sizes, by_seed)
+                each = {getattr(size, axis): _optima(study, capped, (i, *size)) for size in places}
+                used = {size: of for size, of in each.items() if of and all(o.kind != "end" for o in of.values())}
+                by_seed = [[of.get(seed) for of in used.values()] for seed in sorted(set().union(*used.values()))]
+                factor = stats.factor_per_doubling(list(used), by_seed)
                 if factor is not None:
-                    used = [size for size, of in zip(sizes, optima, strict=True) if of]
-                    line = {"method": method.label, "axis": axis, "other": other, "fixed": fixed, "sizes": used}
+                    line = {"method": method.label, "axis": axis, "other": other, "fixed": fixed, "sizes": list(used)}
                     lines.append(line | {"factor": factor})
     return lines

@@ -1,7 +1,7 @@
 """The statistics that a report's page states: intervals, paired differences, learning rates, spikes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% interval; no bounds where one value says nothing about the spread."""
+    """A mean with its 95% interval; one value has no bounds."""
 
     mean: float
     low: float | None
@@ -36,7 +36,6 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 
 
 def _around(mean: float, error: float, df: float, n: int) -> Interval:
-    """Student's interval of a mean whose standard error has so many degrees of freedom."""
     half = float(t.ppf((1 + CONFIDENCE) / 2, df)) * error
     return Interval(mean, mean - half, mean + half, n)
 
@@ -55,11 +54,7 @@ class Pooled:
 
 
 def pooled_difference(mean: float, n: int, ours: Pooled, theirs: Pooled) -> tuple[Interval, float]:
-    """Interval of the mean of n paired differences, and the probability of such a mean where there is none.
-
-    A difference has the variances of both losses. Two spreads that were estimated apart have the
-    degrees of freedom of Welch (1947) and Satterthwaite.
-    """
+    """Interval of the mean of n paired differences, and p; with Welch's degrees of freedom."""
     variance, df = ours.deviation**2 + theirs.deviation**2, float(ours.df)
     if theirs != ours and variance:
         df = variance**2 / (ours.deviation**4 / ours.df + theirs.deviation**4 / theirs.df)
@@ -78,11 +73,9 @@ def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
     if not arms:
         return None
     seeds = sorted(set().union(*arms))
-    runs = [(i, seeds.index(seed), loss) for i, arm in enumerate(arms) for seed, loss in sorted(arm.items())]
-    y = np.array([loss for *_, loss in runs], np.float64)
-    design = np.zeros((len(y), len(arms) + len(seeds)))
-    for row, (arm, seed, _) in enumerate(runs):
-        design[row, [arm, len(arms) + seed]] = 1
+    runs = [(i, len(arms) + seeds.index(seed), arm[seed]) for i, arm in enumerate(arms) for seed in sorted(arm)]
+    *columns, y = np.array(runs, np.float64).T
+    design = sum(np.eye(len(arms) + len(seeds))[column.astype(int)] for column in columns)
     fitted, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
     df, residual = len(y) - int(rank), y - design @ fitted
     return Pooled(math.sqrt(float(residual @ residual) / df), df) if df else None
@@ -90,11 +83,10 @@ def pooled(losses: Sequence[Mapping[int, float]]) -> Pooled | None:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, which bound the chance of one false claim among all of them."""
-    adjusted, highest, n = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (n - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
+    order, n = np.argsort(p_values, kind="stable"), len(p_values)
+    adjusted = np.ones(n)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.sort(p_values) * (n - np.arange(n))))
+    return adjusted.tolist()
 
 
 def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:
@@ -115,23 +107,8 @@ def bootstrap(differences: Sequence[Sequence[float]]) -> Interval | None:
     return Interval(float(np.mean([d.mean() for d in settings])), float(low), float(high), sum(map(len, settings)))
 
 
-# ---- learning rates ---------------------------------------------------------------------------
-
-
-def lr_sensitivity(losses: Sequence[float], loss_at_init: float) -> float:
-    """Mean over learning rates of min(loss, loss at initialisation), less the least loss (Wortsman et al. 2023).
-
-    A run that diverged has the loss infinity.
-    """
-    capped = np.minimum(losses, loss_at_init)
-    return float(capped.mean() - capped.min())
-
-
 def parabola_minimum(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Where the parabola through the lowest point and its neighbours is lowest; None if an end is lowest.
-
-    `x` ascends. It lies between the midpoints to both neighbours, so it is never extrapolated.
-    """
+    """Minimum of the parabola through the lowest point and its neighbours; None if it is an end."""
     i = int(np.argmin(y))
     if not 0 < i < len(x) - 1 or not np.isfinite(y[i - 1 : i + 2]).all():
         return None
@@ -158,10 +135,7 @@ class Optimum:
 
 
 def optimum_of_seed(lrs: Sequence[float], losses: Sequence[float], trained: Sequence[bool]) -> Optimum:
-    """That of one seed: the minimum of the parabola in log(lr) through the best rate and its neighbours.
-
-    `lrs` ascend; `losses` are capped; `trained` says whether all seeds trained at each rate.
-    """
+    """One seed's. `losses` are capped; `trained`: whether all seeds trained at each of `lrs`."""
     i = int(np.argmin(losses))
     below, above = lrs[i - 1] if i else None, lrs[i + 1] if i + 1 < len(lrs) else None
     if below is None or above is None:
@@ -172,14 +146,20 @@ def optimum_of_seed(lrs: Sequence[float], losses: Sequence[float], trained: Sequ
     return Optimum("inside", math.exp(at), None, None, 1)
 
 
+def _estimated(logs: Sequence[float], power: Callable[[float], float]) -> Optimum:
+    found = t_interval(logs)
+    assert found is not None
+    at, low, high = (None if log is None else power(log) for log in (found.mean, found.low, found.high))
+    return Optimum("inside", at, low, high, found.n)
+
+
 def lr_optimum(each: Sequence[Optimum]) -> Optimum | None:
     """That of all seeds: the geometric mean of theirs with its t interval, or all rates between which one lies."""
+    logs = [math.log(found.at) for found in each if found.at is not None]
+    if each and len(logs) == len(each):
+        return _estimated(logs, math.exp)
     if not each:
         return None
-    of_logs = t_interval([math.log(found.at) for found in each if found.at is not None])
-    if of_logs is not None and of_logs.n == len(each):
-        low, high = (None if bound is None else math.exp(bound) for bound in (of_logs.low, of_logs.high))
-        return Optimum("inside", math.exp(of_logs.mean), low, high, len(each))
     kind = "end" if any(found.kind == "end" for found in each) else "cliff"
     lows, highs = zip(*(found.between for found in each), strict=True)
     return Optimum(kind, None, None if None in lows else min(lows), None if None in highs else max(highs), len(each))
@@ -197,27 +177,15 @@ def factor_per_doubling(sizes: Sequence[float], optima_by_seed: Sequence[Sequenc
         pairs = zip(sizes, optima, strict=True)
         known = [(math.log2(size), found) for size, found in pairs if found is not None and found.kind != "end"]
         if len(known) > 1:
+            x = np.array([size for size, _ in known])
             low, high = np.log2(np.array([found.between for _, found in known], np.float64)).T
-            slopes.append(_slopes(np.array([size for size, _ in known]), low, high))
-    if not slopes:
-        return None
+            right = x > x.mean()  # a slope is a sum of y times (x - its mean)
+            least, most = np.where(right, low, high), np.where(right, high, low)
+            slopes.append((linregress(x, least).slope, linregress(x, most).slope))
     if any(low < high for low, high in slopes):
         lows, highs = zip(*slopes, strict=True)
         return Optimum("cliff", None, 2.0 ** min(lows), 2.0 ** max(highs), len(slopes))
-    mean = t_interval([slope for slope, _ in slopes])
-    assert mean is not None
-    low, high = (None if bound is None else 2.0**bound for bound in (mean.low, mean.high))
-    return Optimum("inside", 2.0**mean.mean, low, high, mean.n)
-
-
-def _slopes(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
-    """Least and greatest slope of points between `low` and `high`: a slope is a sum of y times (x - its mean)."""
-    right = x > x.mean()
-    least, most = np.where(right, low, high), np.where(right, high, low)
-    return linregress(x, least).slope, linregress(x, most).slope
-
-
-# ---- one run's curve --------------------------------------------------------------------------
+    return _estimated([slope for slope, _ in slopes], (2.0).__pow__) if slopes else None
 
 
 def smooth(values: np.ndarray, fraction: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows -> a study: its methods, its baseline, and one frame of runs from which all else is made.
+"""Runs -> a study: its methods, its baseline, and one frame of runs from which all else is made.
 
 A method is what sets runs apart beside depth, width, learning rate and seed: placement, initialisation and any other
 config key that differs. An arm, or setting, is a method at a depth, a width and a learning rate. All differences are
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from spannorm_jax.errors import UserError, did_you_mean, one_line
+from spannorm_jax.report.differing import AXES, in_words, variants
 from spannorm_jax.report.palette import INIT_ORDER, PLACEMENT_ORDER, ranked
-from spannorm_jax.report.rows import AXES, FINISHED, Row, in_words, variants
+from spannorm_jax.report.runs import FINISHED, RunFolder
 
 _FEWEST_TO_SPLIT = 6  # seeds of every setting, from which on some choose learning rates and others are reported
 
@@ -55,6 +56,7 @@ RUNS: dict[str, Any] = {  # the columns of runs.csv
     **{"spikes": pl.Int64, "clipped_share": pl.Float64, "grad_norm_p999": pl.Float64, "tokens_per_s": pl.Float64},
     **{"fingerprint": pl.String, "folder": pl.String},
 }
+_OF_A_RUN = ("placement", "init", "depth", "width", "lr", "seed", "outcome", "last_step", "steps", "fingerprint")
 _MORE = {"method": pl.Int64, "also": pl.String, "over_fourgram": pl.Float64, "row": pl.Int64}
 NUMBERS = (  # of a run, whose mean and deviation a setting has
     *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram"),
@@ -62,14 +64,29 @@ NUMBERS = (  # of a run, whose mean and deviation a setting has
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
-    rows: list[Row]  # in the order read
+    rows: list[RunFolder]  # in the order read
     methods: list[Method]
     runs: pl.DataFrame
     measure: str  # "held-out" | "training": whose loss is compared
     baseline: dict[str, str]  # what a method's keys are replaced by to find the method that it is compared with
     confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
+
+    def __post_init__(self) -> None:
+        runs = self.runs
+        self.settings = settings_of(runs)
+        self.sizes = sorted({Size(*size) for size in runs.select("depth", "width").iter_rows()})
+        self.placements = ranked((method.placement for method in self.methods), PLACEMENT_ORDER)
+        self.inits = ranked((method.init for method in self.methods), INIT_ORDER)
+        self.seeds = frozenset(runs["seed"])
+        # The seeds whose losses are compared: those that chose no learning rate, or all.
+        self.reported = self.seeds - choosing(runs) or self.seeds
+        # Method, depth, width -> the learning rates that were run there, and the best one, where it has one.
+        lrs = runs.group_by(ARM[:3]).agg(pl.col("lr").unique().sort())
+        self.lrs: dict[Arm, list[float]] = {tuple(at): rates for *at, rates in lrs.iter_rows()}
+        best = runs.filter("best_lr").select(ARM)
+        self.best: dict[Arm, float] = {tuple(at): lr for *at, lr in best.iter_rows()}
 
     def by_seed(self, column: str, seeds: frozenset[int] | None = None) -> dict[Arm, dict[int, Any]]:
         """arm -> seed -> a value of `runs`, of the runs of `seeds` (None: all) that have it."""
@@ -79,22 +96,6 @@ class Study:
             if seeds is None or seed in seeds:
                 found.setdefault(tuple(arm), {})[seed] = value
         return found
-
-    @cached_property
-    def settings(self) -> pl.DataFrame:
-        return settings_of(self.runs)
-
-    @cached_property
-    def best(self) -> dict[Arm, float]:
-        """Method, depth, width -> its best learning rate, where it has one."""
-        best = self.runs.filter("best_lr").select(ARM).unique()
-        return {(method, depth, width): lr for method, depth, width, lr in best.iter_rows()}
-
-    @cached_property
-    def lrs(self) -> dict[Arm, list[float]]:
-        """Method, depth, width -> the learning rates that were run there."""
-        lrs = self.runs.group_by(ARM[:3]).agg(pl.col("lr").unique().sort())
-        return {(method, depth, width): rates for method, depth, width, rates in lrs.iter_rows()}
 
     @cached_property
     def trained(self) -> set[Arm]:
@@ -115,57 +116,37 @@ class Study:
         """Whether the method's comparison with its baseline was named before the runs."""
         return bool(self.confirmed) and self.confirmed.items() <= self.methods[method].keys.items()
 
-    @cached_property
-    def choosing(self) -> frozenset[int]:
-        """The seeds that learning rates are chosen on."""
-        return _choosing(self.runs)
-
-    @cached_property
-    def reported(self) -> frozenset[int]:
-        """The seeds whose losses are compared: those that chose no learning rate, or all."""
-        return self.seeds - self.choosing or self.seeds
-
-    @cached_property
-    def seeds(self) -> frozenset[int]:
-        return frozenset(self.runs["seed"])
-
     @property
     def baseline_text(self) -> str:
-        return ",".join(f"{key}={value}" for key, value in self.baseline.items())
-
-    @cached_property
-    def sizes(self) -> list[Size]:
-        return sorted({Size(*size) for size in self.runs.select("depth", "width").iter_rows()})
-
-    @cached_property
-    def _varying(self) -> set[str]:
-        return {axis for axis in ("depth", "width", "lr") if self.runs[axis].n_unique() > 1}
+        return keys_text(self.baseline)
 
     def varies(self, axis: str) -> bool:
         """Whether `depth`, `width` or `lr` takes more than one value."""
-        return axis in self._varying
+        return self.runs[axis].n_unique() > 1
 
     def size_text(self, size: Size) -> str:
         """The size's numbers, as far as sizes differ: `24`, `128` or `24 × 128`."""
         return " × ".join(str(getattr(size, axis)) for axis in ("depth", "width") if self.varies(axis))
 
 
+def keys_text(keys: Mapping[str, str]) -> str:
+    """`placement=pre,init=plain`"""
+    return ",".join(f"{key}={value}" for key, value in keys.items())
+
+
 def study_of(
-    rows: Sequence[Row], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
+    rows: Sequence[RunFolder], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
 ) -> Study:
     """Raises UserError if `baseline` or `confirmed` names what no run has."""
-    finished = [row for row in rows if row.outcome.kind in FINISHED]
-    held_out = bool(finished) and all(row.held_out_loss is not None for row in finished)
+    losses = [row.reached["held_out_loss"] for row in rows if row.outcome in FINISHED]
+    held_out = bool(losses) and None not in losses
     measure, loss = ("held-out", "held_out_loss") if held_out else ("training", "train_loss")
     methods, runs = _runs(rows, loss)
     compared = _checked("--baseline", methods, baseline) if baseline else _default_baseline(methods)
     return Study(list(rows), methods, runs, measure, compared, _checked("--confirm", methods, confirmed or {}))
 
 
-# ---- frames -----------------------------------------------------------------------------------
-
-
-def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
+def _runs(rows: Sequence[RunFolder], loss: str) -> tuple[list[Method], pl.DataFrame]:
     """The methods, and one line a run, both in the order of tables.
 
     Columns beside those of runs.csv:
@@ -176,22 +157,23 @@ def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
       capped: that, or the loss at initialisation if it is less; of a run that diverged the latter,
         infinity where it is not recorded (null as `capped_loss`).
     """
-    apart = variants([row.run for row in rows])
-    each = [_method(row, variant) for row, variant in zip(rows, apart, strict=True)]
+    apart = variants(rows)
+    each = [Method(row.placement, row.init, _others(own)) for row, own in zip(rows, apart, strict=True)]
     placements = ranked((row.placement for row in rows), PLACEMENT_ORDER)
     inits = ranked((row.init for row in rows), INIT_ORDER)
 
     def order(i: int) -> tuple[Any, ...]:
-        row, others = rows[i], [pair for pair in apart[i] if pair[0] not in AXES]
-        return placements.index(row.placement), inits.index(row.init), others, row.depth, row.width, row.lr, row.seed
+        row, method = rows[i], (placements.index(rows[i].placement), inits.index(rows[i].init), each[i].others)
+        return *method, row.depth, row.width, row.lr, row.seed
 
     ordered = sorted(range(len(rows)), key=order)
     methods = list(dict.fromkeys(each[i] for i in ordered))
     index = {method: i for i, method in enumerate(methods)}
     lines = []
     for i in ordered:
-        also = ", ".join(in_words(key, value) for key, value in apart[i])
-        lines.append(_line(rows[i]) | {"method": index[each[i]], "other": each[i].other, "also": also, "row": i})
+        row, method, also = rows[i], each[i], ", ".join(in_words(key, value) for key, value in apart[i])
+        line = {"method": index[method], "other": method.other, "also": also, "row": i, "folder": str(row.folder)}
+        lines.append({name: getattr(row, name) for name in _OF_A_RUN} | row.reached | line)
     outcome, start = pl.col("outcome"), pl.col("loss_at_init").fill_null(math.inf)
     finished = outcome.is_in(FINISHED)
     rank = pl.when(finished).then(0).when(outcome == "unfinished").then(1).otherwise(2)
@@ -204,7 +186,7 @@ def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
         .when(finished & pl.col(loss).is_not_null())
         .then(pl.min_horizontal(loss, start)),
     )
-    choose = table.filter("first", pl.col("seed").is_in(_choosing(table)), pl.col("capped").is_not_null())
+    choose = table.filter("first", pl.col("seed").is_in(choosing(table)), pl.col("capped").is_not_null())
     best = by_loss(choose, *ARM[:3]).unique(ARM[:3], keep="first").select(*ARM[:3], best="lr")
     return methods, table.join(best, on=ARM[:3], how="left", maintain_order="left").with_columns(
         capped_loss=pl.when(pl.col("capped").is_finite()).then("capped"),
@@ -212,24 +194,14 @@ def _runs(rows: Sequence[Row], loss: str) -> tuple[list[Method], pl.DataFrame]:
     ).drop("best")  # fmt: skip
 
 
-def _method(row: Row, variant: Sequence[tuple[str, str]]) -> Method:
+def _others(variant: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """A run's own keys but for the axes, with lists as they are typed."""
     others = ((key, value) for key, value in variant if key not in AXES)
-    plain = tuple((key, value.strip("[]").replace('"', "").replace(", ", ",")) for key, value in others)
-    return Method(row.placement, row.init, plain)
+    return tuple((key, value.strip("[]").replace('"', "").replace(", ", ",")) for key, value in others)
 
 
-def _line(row: Row) -> dict[str, Any]:
-    """The run's values of the columns that are read."""
-    run, per_step, per_token = row.run, row.run.tokens_per_step, row.run.flops_per_token
-    tokens = None if per_step is None else run.last_step * per_step
-    known: dict[str, Any] = {name: getattr(run, name) for name in ("last_step", "steps", "fingerprint")}
-    known |= {"outcome": row.outcome.kind, "folder": str(run.folder), "tokens": tokens}
-    known["flops"] = None if tokens is None or per_token is None else tokens * per_token
-    return {name: getattr(row, name, None) for name in RUNS | _MORE} | known
-
-
-def _choosing(runs: pl.DataFrame) -> frozenset[int]:
-    """Half of the seeds that every setting has, if they are enough and rates are to be chosen; else all."""
+def choosing(runs: pl.DataFrame) -> frozenset[int]:
+    """The seeds that rates are chosen on: half of those that every setting has, if they are enough; else all."""
     every = runs.group_by(ARM).agg("seed")["seed"].to_list()
     shared = sorted(set.intersection(*map(set, every))) if every else []
     split = len(shared) >= _FEWEST_TO_SPLIT and runs["lr"].n_unique() > 1
@@ -266,9 +238,6 @@ def settings_of(runs: pl.DataFrame) -> pl.DataFrame:
         runs=pl.len(),
         diverged=(pl.col("outcome") == "diverged").sum(),
     )
-
-
-# ---- what methods are compared with -----------------------------------------------------------
 
 
 def _default_baseline(methods: Sequence[Method]) -> dict[str, str]:

@@ -7,12 +7,11 @@ import polars as pl
 
 from spannorm_jax.config import is_runtime
 from spannorm_jax.errors import visible
-from spannorm_jax.report.rows import AXES, Row, differing_keys, ending, fact, followers, held_out
+from spannorm_jax.report.differing import AXES, differing_keys, followers
+from spannorm_jax.report.runs import NOT_RECORDED, RunFolder, ending
 from spannorm_jax.report.study import ARM, Study
 
 Header = Sequence[tuple[str, bool]]  # names of columns, and whether they hold numbers
-
-# ---- forms of numbers -------------------------------------------------------------------------
 
 
 def number(value: float | None, form: str = "+.3f") -> str:
@@ -35,8 +34,6 @@ def spread(mean: float, deviation: float | None, form: str) -> str:
     """`2.770 ± 0.017`"""
     return number(mean, form) + ("" if deviation is None else f" ± {format(deviation, form.removeprefix('+'))}")
 
-
-# ---- the table --------------------------------------------------------------------------------
 
 NUMBERS = {  # name in a table: column of the study's settings, form
     **{"train loss": ("train_loss", ".3f"), "held-out loss": ("held_out_loss", ".3f")},
@@ -63,7 +60,7 @@ def table_cells(study: Study, names: Iterable[str] = NUMBERS) -> tuple[Header, l
             mean, n = setting[column], setting[f"{column}_n"]
             text = "–" if mean is None else spread(mean, setting[f"{column}_sd"], form)
             cells.append(text if n in (0, counted) else f"{text} ({n} of {counted})")
-        body.append([*cells, ending([study.rows[i].outcome for i in setting["rows"]])])
+        body.append([*cells, ending([study.rows[i] for i in setting["rows"]])])
     return [*header, ("outcome", False)], body
 
 
@@ -94,8 +91,6 @@ def seeds_line(study: Study) -> str:
     return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
-# ---- what a reader must know first --------------------------------------------------------------
-
 _NAMED = 5  # of a long list, in a notice
 
 
@@ -110,69 +105,69 @@ def _listed(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:_NAMED]) + more
 
 
-def run_name(row: Row) -> str:
+def run_name(row: RunFolder) -> str:
     return f"{row.placement} / {row.init}, seed {row.seed}"
 
 
 def notices(study: Study, passed_over: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What limits the comparison: ("warning" | "note", text), the gravest first; and why folders were passed over."""
-    rows, runs = study.rows, [row.run for row in study.rows]
+    runs = study.rows
     warnings, notes = _of_options(study)
-    warnings += [f"Left out of {row.run.folder}: {text}." for row in rows for text in row.run.damage]
+    warnings += [f"Left out of {run.folder}: {text}." for run in runs for text in run.damage]
     notes += [f"Passed over a folder: {why}" for why in passed_over]
     cut = [name for run in runs for name in run.cut]
     if cut:
         notes.append(f"Half a last line, which a trainer at work or killed leaves, is left out of {_listed(cut)}.")
     again = study.runs.filter(~study.runs["first"]).unique([*ARM, "seed"], maintain_order=True)["row"]
     if len(again):
-        listed = _listed([run_name(rows[i]) for i in again], "; ")
-        text = f"The same setting and seed stands in several folders: {listed}. Comparisons by seed take the first."
-        warnings.append(text)
+        text = (
+            f"The same setting and seed stands in several folders: {_listed([run_name(runs[i]) for i in again], '; ')}"
+        )
+        warnings.append(f"{text}. Comparisons by seed take the first.")
     if study.runs.group_by(ARM).agg(pl.col("seed").unique().sort())["seed"].n_unique() > 1:
         notes.append("Not every setting has the same seeds.")
     unknown = sum(run.unigram_entropy is None for run in runs)
     if unknown:
         text = f"Unigram entropy not recorded for {unknown} of {len(runs)} runs"
         notes.append(f"{text}: whether they learnt more than that is unknown.")
-    _of_evaluations(rows, warnings, notes)
-    devices = [f"{fact(run, 'num_devices')} × {fact(run, 'device')}" for run in runs]
-    commits, versions = ([fact(run, key) for run in runs] for key in ("git_commit", "versions"))
+    _of_evaluations(runs, warnings, notes)
+    devices = [f"{run.fact('num_devices')} × {run.fact('device')}" for run in runs]
+    commits, versions = ([run.fact(key) for run in runs] for key in ("git_commit", "versions"))
     for name, values in (("device", devices), ("git commit", commits), ("library versions", versions)):
         if len(set(values)) > 1:
             notes.append(f"Runs differ in {name}: {_counted(values)}.")
     return [("warning", text) for text in warnings] + [("note", text) for text in notes]
 
 
-def _of_evaluations(rows: Sequence[Row], warnings: list[str], notes: list[str]) -> None:
+def _of_evaluations(runs: Sequence[RunFolder], warnings: list[str], notes: list[str]) -> None:
     """Adds what is to be said of the runs' evaluations."""
-    each = [(row, held_out(row.run)) for row in rows]
-    evaluated = [(row, evaluation) for row, evaluation in each if evaluation is not None]
+    evaluated = [(run, run.held_out) for run in runs if run.held_out is not None]
     for key in ("split", "tokens"):
-        values = ["not recorded" if e.get(key) is None else str(e[key]) for _, e in evaluated]
+        values = [NOT_RECORDED if e.get(key) is None else str(e[key]) for _, e in evaluated]
         if len(set(values)) > 1:
             warnings.append(f"Held-out {key} differ: {_counted(values)}.")
-    if 0 < len(evaluated) < len(rows):
-        notes.append(f"{len(evaluated)} of {len(rows)} runs have a held-out evaluation.")
-    for row, evaluation in each:
-        shared = (evaluation or {}).get("eval_overlap") or row.run.data.get("eval_overlap")
+    if 0 < len(evaluated) < len(runs):
+        notes.append(f"{len(evaluated)} of {len(runs)} runs have a held-out evaluation.")
+    for run in runs:
+        shared = (run.held_out or {}).get("eval_overlap") or run.data.get("eval_overlap")
         if shared:
             text = f"its held-out split shares {shared} examples with its training split"
-            warnings.append(f"{run_name(row)}: {text}, so its held-out numbers are not held out.")
-    done = [row for row, evaluation in each if row.run.done is not None and row.run.evals and evaluation is None]
-    early = [(row, max(e["step"] for e in row.run.evals)) for row in done]
-    steps = [(row, e["step"]) for row, e in evaluated if e["step"] != row.run.last_step]
+            warnings.append(f"{run_name(run)}: {text}, so its held-out numbers are not held out.")
+    done = [run for run in runs if run.done is not None and run.evals and run.held_out is None]
+    early = [(run, max(e["step"] for e in run.evals)) for run in done]
+    steps = [(run, e["step"]) for run, e in evaluated if e["step"] != run.last_step]
     for said, of in (
         ("No evaluation of the last step, so no held-out numbers", early),
         ("Held-out numbers are those of step ..., not of the run's last", steps),
     ):
         if of:
-            names = [f"{run_name(row)} ({step} of {row.run.last_step})" for row, step in of]
+            names = [f"{run_name(run)} ({step} of {run.last_step})" for run, step in of]
             notes.append(f"{said}: {_listed(names, '; ')}.")
 
 
 def _of_options(study: Study) -> tuple[list[str], list[str]]:
     """Warnings and notes on options in which the runs differ, but for those that a report compares."""
-    runs = [row.run for row in study.rows]
+    runs = study.rows
     differing = differing_keys(runs)
     following = followers(differing)
     warnings, notes = [], []

@@ -15,9 +15,9 @@ from spannorm_jax.data import python_files
 from spannorm_jax.data.overlap import shared_examples
 from spannorm_jax.data.tokens import open_store
 from spannorm_jax.errors import UserError
+from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.folders import read_run
 from spannorm_jax.report.page import read_study
-from spannorm_jax.report.rows import differing_keys
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 NUM = 40  # examples of each split

@@ -5,47 +5,26 @@ import json
 
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import summarise
+from spannorm_jax.report.study import study_of
 
 ENTROPY = 4.0
 STEPS = 20
 
 
-def write_run(
-    folder,
-    placement="span",
-    init="scale",
-    losses=None,
-    done=True,
-    entropy=ENTROPY,
-    fingerprint="f00d",
-    bits=None,
-    device="cpu",
-    **changes,
-):
-    """A run's folder as the trainer leaves it: `losses` from step 1 on."""
+def write_run(folder, placement="span", init="scale", losses=None, done=True, entropy=ENTROPY, bits=None, **changes):
+    """A run's folder as the trainer leaves it: `losses` from step 1 on; `changes` of the config, or the device."""
     losses = [5.0 - 0.1 * s for s in range(STEPS)] if losses is None else losses
-    config = replace(
-        Config(),
-        model__placement=placement,
-        model__init=init,
-        model__depth=3,
-        training__steps=STEPS,
-        data__fingerprint=fingerprint,
-    )
+    device, fingerprint = changes.pop("device", "cpu"), changes.pop("fingerprint", "f00d")
+    usual = {"model__depth": 3, "training__steps": STEPS, "data__fingerprint": fingerprint}
+    config = replace(Config(), **{"model__placement": placement, "model__init": init} | usual | changes)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(replace(config, **changes))))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
     start = {
         "command": f"python -m spannorm_jax.train --config x.py:placement={placement}",
         "versions": {"jax": "0.10.2", "flax": "0.12.8"},
-        "device": device,
-        "num_devices": 1,
-        "mesh": {"data": 1},
-        "num_params": 1234,
-        "flops_per_token": 7.4e3,
+        **{"device": device, "num_devices": 1, "mesh": {"data": 1}, "num_params": 1234, "flops_per_token": 7.4e3},
         "data": {"dataset": "python_source", "fingerprint": fingerprint, "unigram_entropy": entropy},
-        "git_commit": "0123abc",
-        "time": "2026-01-05T10:00:00+00:00",
+        **{"git_commit": "0123abc", "time": "2026-01-05T10:00:00+00:00"},
     }
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -70,12 +49,12 @@ def write_eval(folder, step, bits, split="validation", **more):
         file.write(json.dumps(line) + "\n")
 
 
-def summary(folder):
-    return summarise(read_run(folder))
+def reached(folder):
+    return read_run(folder).reached
 
 
-def rows_of(root):
-    return [summarise(run) for run in find_runs(root)]
+def study_in(root, *options):
+    return study_of(find_runs(root), *options)
 
 
 def write_lr_sweep(root, placements=("pre", "post", "span"), depths=(3,), lrs=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2)):

@@ -59,8 +59,4 @@ def test_every_placement_and_init_has_a_style_of_its_own():
     assert len({*zip(palette.colours(placements), palette.shapes(placements), strict=True)}) == len(placements)
     assert set(INITS) - set(SCALEINIT) | {"scale-L1", "scale-L0.5-mult", "shrink-L1"} <= set(palette.INIT_ORDER)
     assert len(set(palette.dashes(palette.INIT_ORDER))) == len(palette.INIT_ORDER)
-
-
-def test_a_placement_keeps_its_colour_whatever_else_is_drawn():
-    assert palette.colours(["span"]) == palette.colours(["a", "pre", "span", "z"])[2:3]
-    assert len(set(palette.colours(["a", "pre", "post", "span", "z"]))) == 5
+    assert palette.colours(["span"]) == palette.colours(["a", "pre", "span", "z"])[2:3]  # whatever else is drawn

@@ -5,44 +5,42 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from processes import LIMIT_S
-from run_folders import ENTROPY, STEPS, rows_of, summary, write_eval, write_lr_sweep, write_run
+from run_folders import ENTROPY, STEPS, reached, study_in, write_eval, write_lr_sweep, write_run
 
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.__main__ import keys_of, main
-from spannorm_jax.report.folders import find_runs, read_run
-from spannorm_jax.report.rows import LEARNT, Outcome, ending, outcome, train_loss
-from spannorm_jax.report.study import study_of
+from spannorm_jax.report.folders import read_run
+from spannorm_jax.report.runs import LEARNT, RunFolder, ending
 from spannorm_jax.report.tables import notices, text_table
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.sweep.reports import write_report
 
 
 def texts(root, kind):
-    return [text for k, text in notices(study_of(rows_of(root))) if k == kind]
+    return [text for k, text in notices(study_in(root)) if k == kind]
 
 
 def table_of(root):
-    return text_table(study_of(rows_of(root)))
-
-
-# ---- the numbers ------------------------------------------------------------------------------
+    return text_table(study_in(root))
 
 
 def test_a_row_holds_the_numbers_computed_by_hand(tmp_path):
-    row = summary(write_run(tmp_path / "run", bits=2.5))
+    row = read_run(write_run(tmp_path / "run", bits=2.5))
     assert (row.placement, row.init, row.seed) == ("span", "scale-L1", 0)
-    assert row.train_loss == pytest.approx((3.2 + 3.1) / 2)  # steps 19 and 20: the last 10% of 20
-    assert row.tokens_per_s == pytest.approx(107.0)  # median of 100, 101, ..., 114
-    assert row.bits_per_byte == 2.5
-    assert (row.held_out_loss, row.loss_at_init) == (2.5, 5.0)
     assert (row.depth, row.width, row.lr) == (3, 64, 3e-3)
-    assert (row.clipped_share, row.grad_norm_p999, row.spikes) == (0.25, 2.0, None)  # spikes need 101 steps
-    assert str(row.outcome) == "trained"
+    assert row.reached == {
+        "tokens": STEPS * 8 * 128,
+        "flops": pytest.approx(STEPS * 8 * 128 * 7.4e3),
+        "train_loss": pytest.approx((3.2 + 3.1) / 2),  # steps 19 and 20: the last 10% of 20
+        **{"bits_per_byte": 2.5, "held_out_loss": 2.5, "over_fourgram": None, "loss_at_init": 5.0},
+        "tokens_per_s": pytest.approx(107.0),  # median of 100, 101, ..., 114
+        **{"clipped_share": 0.25, "grad_norm_p999": 2.0, "spikes": None},  # spikes need 101 steps
+    }
+    assert row.ended == "trained"
 
 
 def test_the_held_out_loss_that_training_measured_stands_in_for_an_evaluation(tmp_path):
@@ -51,16 +49,15 @@ def test_the_held_out_loss_that_training_measured_stands_in_for_an_evaluation(tm
     for i, expected in ((9, None), (-1, 3.5)):  # of step 10, and of the last
         lines[i]["held_out_loss"] = 3.5
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert summary(folder).held_out_loss == expected
+        assert reached(folder)["held_out_loss"] == expected
     write_eval(folder, 20, 3.0)
-    assert summary(folder).held_out_loss == 3.0
+    assert reached(folder)["held_out_loss"] == 3.0
 
 
-def test_spikes_are_those_of_the_run_and_the_train_loss_of_few_steps_is_that_of_the_last(tmp_path):
-    losses = [2.0] * 150
-    losses[120] = 2.2
-    assert summary(write_run(tmp_path / "run", losses=losses, training__steps=150)).spikes == 1
-    assert train_loss(read_run(write_run(tmp_path / "few", losses=[5.0, 4.0, 3.0]))) == 3.0
+def test_the_train_loss_of_few_steps_is_that_of_the_last_and_spikes_are_the_runs(tmp_path):
+    assert reached(write_run(tmp_path / "few", losses=[5.0, 4.0, 3.0]))["train_loss"] == 3.0
+    losses = [2.0] * 120 + [2.2] + [2.0] * 29
+    assert reached(write_run(tmp_path / "run", losses=losses, training__steps=150))["spikes"] == 1
 
 
 def test_newest_evaluation_of_the_highest_step_counts_and_never_the_training_split(tmp_path):
@@ -70,18 +67,18 @@ def test_newest_evaluation_of_the_highest_step_counts_and_never_the_training_spl
         *((10, 3.0, "validation", 1.5), (20, 1.0, "test", 1.5)),
     ):
         write_eval(folder, step, bits, split=split)
-        assert summary(folder).bits_per_byte == expected
+        assert reached(folder)["bits_per_byte"] == expected
 
 
 def test_an_evaluation_by_the_way_is_no_result_of_a_run_that_is_done(tmp_path):
     """Nor is a mean taken over it and others."""
     early = write_run(tmp_path / "early", done=False)
     write_eval(early, 10, 9.0)
-    assert summary(early).bits_per_byte == 9.0
+    assert reached(early)["bits_per_byte"] == 9.0
     (early / "DONE").write_text('{"step": 20}')
-    assert (summary(early).held_out_loss, summary(early).bits_per_byte) == (None, None)
+    assert (reached(early)["held_out_loss"], reached(early)["bits_per_byte"]) == (None, None)
     write_run(tmp_path / "other", seed=1, bits=2.0)
-    assert study_of(rows_of(tmp_path)).settings["held_out_loss_n"].to_list() == [1]
+    assert study_in(tmp_path).settings["held_out_loss_n"].to_list() == [1]
 
 
 def test_text_table_is_aligned_and_says_one_seed(tmp_path):
@@ -98,9 +95,6 @@ def test_text_table_is_aligned_and_says_one_seed(tmp_path):
         table[0].index("outcome")
     }
     assert "one seed (0)" in table[5]
-
-
-# ---- how a run ended --------------------------------------------------------------------------
 
 
 BOUND = (1 - LEARNT) * ENTROPY
@@ -120,42 +114,39 @@ NOISE = (ENTROPY + np.random.default_rng(0).normal(0, 0.2, 200)).tolist()
     ],
 )
 def test_a_run_that_is_done_trained_or_lost_what_it_had_learnt_or_never_learnt(tmp_path, losses, kind):
-    assert pytest.approx(3.8) == BOUND and "5%" in outcome.__doc__ and "unigram" in outcome.__doc__
+    assert pytest.approx(3.8) == BOUND and "5%" in RunFolder.outcome.__doc__ and "unigram" in RunFolder.outcome.__doc__
     run = read_run(write_run(tmp_path / "run", losses=losses, training__steps=200))
-    assert outcome(run).kind == kind
+    assert run.outcome == kind
 
 
 def test_without_an_entropy_nothing_is_called_a_plateau_and_the_report_says_so(tmp_path):
-    assert summary(write_run(tmp_path / "run", losses=[9.0] * STEPS, entropy=None)).outcome.kind == "trained"
+    assert read_run(write_run(tmp_path / "run", losses=[9.0] * STEPS, entropy=None)).outcome == "trained"
     assert any("Unigram entropy not recorded" in text for text in texts(tmp_path, "note"))
 
 
 def test_unfinished_until_done_and_diverged_names_the_step(tmp_path):
     folder = write_run(tmp_path / "run", losses=[4.0] * 7, done=False)
-    assert str(summary(folder).outcome) == "unfinished (step 7 of 20)"
+    assert read_run(folder).ended == "unfinished (step 7 of 20)"
     (folder / "DIVERGED").write_text('{"step": 8, "where": "the loss", "loss": NaN}')
-    assert (str(summary(folder).outcome), summary(folder).train_loss) == ("diverged (step 8)", None)
+    assert (read_run(folder).ended, reached(folder)["train_loss"]) == ("diverged (step 8)", None)
     for name in ("metrics.jsonl", "starts.jsonl", "DIVERGED"):
         (folder / name).unlink()
-    row = summary(folder)
-    assert str(row.outcome) == "unfinished (step 0 of 20)"
-    assert (row.train_loss, row.bits_per_byte, row.tokens_per_s) == (None, None, None)
+    row = read_run(folder)
+    assert row.ended == "unfinished (step 0 of 20)"
+    assert (row.reached["train_loss"], row.reached["bits_per_byte"], row.reached["tokens_per_s"]) == (None, None, None)
     # A loss that is not finite is enough.
     folder = write_run(tmp_path / "line", losses=[4.0, 4.0, float("inf")], done=False)
-    assert outcome(read_run(folder)) == Outcome("diverged", 3, STEPS)
-
-
-# ---- folders ----------------------------------------------------------------------------------
+    assert read_run(folder).ended == "diverged (step 3)"
 
 
 def test_half_a_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "run", bits=2.0)
-    whole = summary(folder)
+    whole = reached(folder)
     for name in ("metrics.jsonl", "eval.jsonl", "starts.jsonl"):
         with open(folder / name, "ab") as file:
             file.write('{"step": 21, "loss": "é'.encode()[:-1])
     run = read_run(folder)
-    assert replace(summary(folder), run=whole.run) == whole and run.last_step == STEPS
+    assert reached(folder) == whole and run.last_step == STEPS
     assert (len(run.evals), len(run.starts), len(run.cut), run.damage) == (1, 1, 3, ())
     (note,) = texts(tmp_path, "note")
     assert note.startswith("Half a last line") and str(folder / "metrics.jsonl") in note
@@ -164,28 +155,16 @@ def test_half_a_last_line_is_ignored(tmp_path):
     assert read_run(folder).last_step == STEPS
 
 
-def test_find_runs_reads_every_depth_but_not_below_a_run(tmp_path):
-    write_run(tmp_path / "b")
-    write_run(tmp_path / "a" / "deep" / "run")
-    (tmp_path / "b" / "checkpoints" / "20").mkdir(parents=True)
-    (tmp_path / "b" / "checkpoints" / "20" / "config.json").write_text("{}")
-    assert [run.folder for run in find_runs(tmp_path)] == [tmp_path / "a" / "deep" / "run", tmp_path / "b"]
-    assert [run.folder for run in find_runs(tmp_path / "b")] == [tmp_path / "b"]
-
-
-# ---- seeds and differences --------------------------------------------------------------------
-
-
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
     for seed, (loss, bits) in enumerate([(1.0, 2.0), (2.0, 2.0), (4.5, 2.3)]):
         write_run(tmp_path / str(seed), losses=[loss] * STEPS, bits=bits, seed=seed)
-    study = study_of(rows_of(tmp_path))
+    study = study_in(tmp_path)
     [setting] = study.settings.to_dicts()
     assert (setting["train_loss"], setting["train_loss_n"]) == (2.5, 3)
     assert setting["train_loss_sd"] == pytest.approx(((1.5**2 + 0.5**2 + 2.0**2) / 2) ** 0.5)
     table = text_table(study)
     assert "2.500 ± 1.803" in table and "2.100 ± 0.173" in table and "3 seeds (0, 1, 2)" in table
-    assert ending([row.outcome for row in study.rows]) == "2 trained, 1 plateau"  # a mean is over all that finished
+    assert ending(study.rows) == "2 trained, 1 plateau"  # a mean is over all that finished
 
 
 def test_means_leave_out_seeds_that_did_not_finish_or_have_no_number_and_say_so(tmp_path):
@@ -204,7 +183,7 @@ def test_differing_data_and_config_are_said_and_never_averaged(tmp_path):
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, fingerprint="beef")
     write_run(tmp_path / "c", seed=2, optim__lr=0.5)
-    assert study_of(rows_of(tmp_path)).settings["runs"].to_list() == [1, 1, 1]
+    assert study_in(tmp_path).settings["runs"].to_list() == [1, 1, 1]
     data, uneven = texts(tmp_path, "warning")
     assert "same data" in data and "do not compare" in data and "f00d (2 runs)" in data and "beef (1 run)" in data
     assert uneven.startswith("Not every method was run at the same depths, widths and learning rates")
@@ -222,9 +201,8 @@ def test_axes_of_a_sweep_are_no_warning_unless_methods_were_run_at_different_one
 def test_what_follows_from_an_axis_is_a_note_and_splits_no_method(tmp_path):
     for i, (width, ffn) in enumerate([(64, 176), (64, 176), (128, 352)]):
         write_run(tmp_path / str(i), seed=i % 2, model__width=width, model__ffn_dim=ffn)
-    settings = study_of(rows_of(tmp_path)).settings
-    assert settings.select("also", "runs").rows() == [("model.width=64", 2), ("model.width=128", 1)]
-    assert texts(tmp_path, "warning") == []
+    also = study_in(tmp_path).settings.select("also", "runs").rows()
+    assert also == [("model.width=64", 2), ("model.width=128", 1)] and texts(tmp_path, "warning") == []
     assert texts(tmp_path, "note")[0].startswith("Runs differ in model.ffn_dim: 176 (2 runs), 352 (1 run).")
 
 
@@ -238,7 +216,7 @@ def test_what_follows_from_an_earlier_key_is_a_note_and_experts_are_a_word(tmp_p
     (note,) = (text for text in texts(tmp_path, "note") if "expert_dim" in text)
     assert note.endswith("It is the same wherever these are: model.moe.num_experts.")
     write_run(tmp_path / "wide", bits=1.8, model__moe__num_experts=8, model__moe__expert_dim=176)  # it says more now
-    assert study_of(rows_of(tmp_path)).settings["other"].to_list() == [
+    assert study_in(tmp_path).settings["other"].to_list() == [
         *("dense, expert_dim=176", "8 experts, expert_dim=176", "8 experts, expert_dim=88")
     ]
 
@@ -246,35 +224,31 @@ def test_what_follows_from_an_earlier_key_is_a_note_and_experts_are_a_word(tmp_p
 def test_what_is_compared_is_no_difference_and_runtime_differences_are_notes_and_do_not_split_seeds(tmp_path):
     for i, (placement, init) in enumerate([("pre", "plain"), ("span", "scale"), ("post", "gpt2")]):
         write_run(tmp_path / "compared" / str(i), placement, init)
-    assert notices(study_of(rows_of(tmp_path / "compared"))) == []
+    assert notices(study_in(tmp_path / "compared")) == []
     shutil.rmtree(tmp_path / "compared")
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, mesh__fsdp=2, device="gpu")
     assert texts(tmp_path, "warning") == []
     notes = " ".join(texts(tmp_path, "note"))
     assert "mesh.fsdp" in notes and "gpu" in notes
-    assert study_of(rows_of(tmp_path)).settings.height == 1
+    assert study_in(tmp_path).settings.height == 1
 
 
 def test_the_same_run_twice_and_an_old_evaluation_are_said(tmp_path):
     write_run(tmp_path / "a")
     write_eval(write_run(tmp_path / "b"), 10, 2.0)
     assert any("several folders" in text for text in texts(tmp_path, "warning"))
-    notes = texts(tmp_path, "note")
     assert any(
-        "No evaluation of the last step, so no held-out numbers: span / scale-L1, seed 0 (10 of 20)" in n for n in notes
+        "No evaluation of the last step, so no held-out numbers: span / scale-L1, seed 0 (10 of 20)" in text
+        for text in texts(tmp_path, "note")
     )
-    assert summary(tmp_path / "b").held_out_loss is None
     # One by hand, of other tokens or on other data, is no result either.
     run = write_run(tmp_path / "d", bits=2.0, seed=4)
-    write_eval(run, STEPS, 7.0, asked_tokens=3)
-    write_eval(run, STEPS, 8.0, fingerprint="beef")
-    assert summary(run).held_out_loss == 2.0
+    for made in ({"asked_tokens": 3}, {"fingerprint": "beef"}):
+        write_eval(run, STEPS, 7.0, **made)
+    assert reached(run)["held_out_loss"] == 2.0
     write_eval(write_run(tmp_path / "c", losses=[4.0] * 15, done=False), 10, 2.0)  # still running: the newest there is
     assert any("not of the run's last: span / scale-L1, seed 0 (10 of 15)" in text for text in texts(tmp_path, "note"))
-
-
-# ---- the command line -------------------------------------------------------------------------
 
 
 def test_command_prints_the_table_and_the_path(tmp_path, capsys):
@@ -307,11 +281,8 @@ def test_bad_arguments_are_one_line(tmp_path, arguments, says):
 
 
 def test_a_baseline_is_config_keys_and_a_value_may_hold_commas():
-    assert keys_of("placement=pre,init=plain", "--baseline") == {"placement": "pre", "init": "plain"}
-    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale-L1", "--confirm") == {
-        "model.init_targets": "attn_out,ffn_out",
-        "init": "scale-L1",
-    }
+    pairs = {"model.init_targets": "attn_out,ffn_out", "init": "scale-L1"}
+    assert keys_of("model.init_targets=attn_out,ffn_out,init=scale-L1", "--confirm") == pairs
 
 
 def test_the_command_exits_with_2_and_one_line_and_imports_no_accelerator_library(tmp_path):
