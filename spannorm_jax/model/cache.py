@@ -43,25 +43,26 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
     angles_BxTxK2 = decoder.angles(cache["k"].shape[2])[positions_BxT]
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, cache: Cache) -> tuple[Any, Cache, Stats | None]:
-        """The block itself; its attention also leaves the new cache of one layer, (B, S, G, K)."""
+        """The block itself; its attention also writes its keys and values into the cache of all."""
 
         def attn(x_BxTxD: Array) -> Array:
             nonlocal cache
             with jax.named_scope("attention"):
                 q, k, v = block.attn.qkv(x_BxTxD, angles)
-                cache = {"k": _write(cache["k"], positions_BxT, k), "v": _write(cache["v"], positions_BxT, v)}
-                return block.attn.project(cached_attention(q, cache["k"], cache["v"], positions_BxT))
+                cache = {name: _write(cache[name], layer, positions_BxT, new) for name, new in (("k", k), ("v", v))}
+                here = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+                return block.attn.project(cached_attention(q, *here, positions_BxT))
 
         stream, stats = block(stream, layer, attn, block.feed_forward)
         return stream, cache, stats
 
-    passed = decoder.run(tokens_BxT, step, cache, angles_BxTxK2)
+    passed = decoder.run(tokens_BxT, step, angles=angles_BxTxK2, carried=cache)
     return passed.features, passed.ys
 
 
-def _write(slots_BxSxGxK: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:
+def _write(slots_LxBxSxGxK: Array, layer: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:
     # vmap keeps the batch a batch: rows stay on the device that holds them.
-    written = jax.vmap(lambda slots, positions, new: slots.at[positions].set(new))(
-        slots_BxSxGxK, positions_BxT, new_BxTxGxK
-    )
-    return constrain(written, _LAYER_AXES)
+    written = jax.vmap(
+        lambda slots, positions, new: slots.at[layer, positions].set(new), in_axes=(1, 0, 0), out_axes=1
+    )(slots_LxBxSxGxK, positions_BxT, new_BxTxGxK)
+    return constrain(written, ("layers", *_LAYER_AXES))

@@ -50,11 +50,12 @@ class Decoder(Trunk):
         per_layer: Any = None,
         angles: Array | None = None,
         remat: str = "",
+        carried: Any = None,
     ) -> Pass:
         """One pass over tokens, at positions 0..T-1 unless `angles` say others. The rest is `Trunk.run_from`'s."""
         if angles is None:
             angles = self.angles(tokens_BxT.shape[1])
-        return self.run_from(self.enter(self.embeddings(tokens_BxT)), angles, step, per_layer, remat)
+        return self.run_from(self.enter(self.embeddings(tokens_BxT)), angles, step, per_layer, remat, carried)
 
     def angles(self, length: int) -> Array:
         """Rotary angles (T, K / 2) of the positions 0..length-1."""

@@ -16,7 +16,7 @@ from spannorm_jax.model.block import Block
 from spannorm_jax.model.kernels.attention import keep_attention
 from spannorm_jax.model.moe import experts
 from spannorm_jax.model.moe.router import Stats
-from spannorm_jax.parallel.mesh import constrain, target_platform
+from spannorm_jax.parallel.mesh import target_platform
 
 ACTIVATION = ("batch", "time", "activation")
 STACKS = {False: "blocks", True: "moe_blocks"}  # has experts -> attribute of the stack
@@ -56,9 +56,9 @@ def scans(cfg: ModelConfig) -> list[list[Stride]]:
 def over_blocks(
     stacks: Stacks, cfg: ModelConfig, execution: ExecutionConfig, step: BoundStep, stream: Any, per_layer: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Runs step(block, stream, layer, x) -> (stream, y, stats) over all blocks; x is a slice of `per_layer`, (L, ...).
+    """Runs step(block, carry, layer, x) -> (carry, y, stats) over all blocks; x is a slice of `per_layer`, (L, ...).
 
-    Returns the stream, the ys (L, ...) and the stats of the blocks with experts. Compile time does
+    Returns the carry, the ys (L, ...) and the stats of the blocks with experts. Compile time does
     not depend on the depth: `scans(cfg)` are one program each.
     """
     all_ys, all_stats = [], []
@@ -84,8 +84,7 @@ def _scan(
     ]
 
     def run(place: Stride, stream: Any, weights: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
-        stream, y, stats = step(nnx.merge(parts[place.moe][0], weights), stream, layer, x)
-        return jax.tree.map(lambda x: constrain(x, ACTIVATION), stream), y, stats
+        return step(nnx.merge(parts[place.moe][0], weights), stream, layer, x)
 
     def period(stream: Any, inputs: list[Any]) -> tuple[Any, Any]:
         ys, of_experts = [], None

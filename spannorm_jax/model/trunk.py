@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -11,7 +12,8 @@ from spannorm_jax.model.block import Block
 from spannorm_jax.model.layers import Norms
 from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.model.placement import placement_of
-from spannorm_jax.model.stack import STACKS, Stacks, Step, over_blocks
+from spannorm_jax.model.stack import ACTIVATION, STACKS, Stacks, Step, over_blocks
+from spannorm_jax.parallel.mesh import constrain
 
 
 class Pass(NamedTuple):
@@ -51,7 +53,13 @@ class Trunk(nnx.Module):
         return placement_of(self.cfg).leave(stream, self.ends)
 
     def run_from(
-        self, stream: Any, angles: Array | None, step: Step | None = None, per_layer: Any = None, remat: str = ""
+        self,
+        stream: Any,
+        angles: Array | None,
+        step: Step | None = None,
+        per_layer: Any = None,
+        remat: str = "",
+        carried: Any = None,
     ) -> Pass:
         """Runs step(block, stream, layer, angles, x) -> (stream, y, stats) over all blocks, from `enter`'s stream on.
 
@@ -60,12 +68,16 @@ class Trunk(nnx.Module):
           step: by default the block itself, `Block.whole`.
           per_layer: a tree of (L, ...); x is a block's slice of it.
           remat: instead of the execution's, if given.
+          carried: a tree that goes from block to block beside the stream: x is what the block before returned as its
+            y, and `Pass.ys` what the last one returned. A loop's carry is updated in place, where xs and ys are copied.
         """
         execution = dataclasses.replace(self.execution, remat=remat) if remat else self.execution
         step = step or Block.whole
 
-        def bound(block: Block, stream: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
-            return step(block, stream, layer, angles, x)
+        def bound(block: Block, carry: Any, layer: Array, x: Any) -> tuple[Any, Any, Stats | None]:
+            stream, y, stats = step(block, carry[0], layer, angles, x if carried is None else carry[1])
+            stream = jax.tree.map(lambda x: constrain(x, ACTIVATION), stream)
+            return ((stream, None), y, stats) if carried is None else ((stream, y), None, stats)
 
-        stream, ys, stats = over_blocks(self.stacks, self.cfg, execution, bound, stream, per_layer)
-        return Pass(self.leave(stream), stream, ys, stats)
+        carry, ys, stats = over_blocks(self.stacks, self.cfg, execution, bound, (stream, carried), per_layer)
+        return Pass(self.leave(carry[0]), carry[0], ys if carried is None else carry[1], stats)
