@@ -228,17 +228,17 @@ def _read(path: Path, verify_mib: float = math.inf) -> TokenStore | None:
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         if meta.pop("meta_sha256") != _meta_sha256(meta):
-            raise ValueError(f"{_META} has not the hash it was written with")
+            raise ValueError(f"{path / _META} has not the hash it was written with")
         dtype, num_tokens = np.dtype(meta.pop("dtype")), meta.pop("num_tokens")
         size = file.stat().st_size
         if size != num_tokens * dtype.itemsize:
-            raise ValueError(f"{_TOKENS} has {size} bytes where {_META} says {num_tokens * dtype.itemsize}")
+            raise ValueError(f"{file} has {size} bytes where {_META} says {num_tokens * dtype.itemsize}")
         # An empty file, which a shard may be, has no map.
         tokens = np.memmap(file, dtype, mode="r") if size else np.zeros(0, dtype)
         if size > verify_mib * 2**20:
             print(f"only the size of {file} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr)
         elif hashlib.sha256(tokens.data).hexdigest() != meta["sha256"]:
-            raise ValueError(f"{_TOKENS} has not the hash in {_META}")
+            raise ValueError(f"{file} has not the hash in {_META}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"token store {path} is damaged or cannot be read ({one_line(error)}); delete {path}, and it is rebuilt"
