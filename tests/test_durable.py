@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from spannorm_jax.durable import append_line, to_json, write_json
+from spannorm_jax.durable import append_line, to_json, unwritable, write_json
 
 
 def test_every_number_in_a_file_is_json(tmp_path):
@@ -37,3 +37,12 @@ def test_a_line_that_cannot_be_written_leaves_no_part_of_it_and_no_empty_file(tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b'{"a": 1}\n'] if before else [])
+
+
+def test_causes_that_go_in_a_ring_have_an_end():
+    ring = [RuntimeError(str(i)) for i in range(3)]
+    for i, error in enumerate(ring):
+        error.__cause__ = ring[(i + 1) % 3]
+    assert unwritable(ring[0]) is None
+    ring[-1].__cause__ = OSError(errno.ENOSPC, "no room")
+    assert unwritable(ring[0]) == "the disk is full"

@@ -7,6 +7,7 @@ two matrices enclose a nonlinearity, D -> F -> D, the product over both is v_in 
 Elementwise products are written *, transposes A'. Sources are at the functions.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class Projection:
     def backward(self, C: ndarray, G: ndarray) -> ndarray:
         """Gradient at the matrix's output, for one after the norm. The matrix then multiplies it by v."""
         return _each(self.scale(C)) * G
+
+    def normed_before(self, C: ndarray) -> ndarray:
+        """What the norm multiplies a covariance by where it stands before the matrix, whose v is no part of it."""
+        return _each(dataclasses.replace(self, factor=1.0).scale(C))
 
 
 def _each(factor_T: ndarray) -> ndarray:
@@ -145,16 +150,12 @@ class FeedForwardKernel:
 
     def forward(self, C: ndarray) -> ndarray:
         hidden, _ = self._hidden(C)
-        # The norm divides what it reads, a variance of which the matrix's v is no part.
-        return self.out.factor * _each(self.hidden_scale(hidden)) * hidden
-
-    def hidden_scale(self, hidden_TxT: ndarray) -> ndarray:
-        return Projection(1.0, self.out.gain, self.out.eps).scale(hidden_TxT)
+        return self.out.factor * self.out.normed_before(hidden) * hidden
 
     def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
         """Covariance of the gradient of the input, and those of the weights."""
         hidden, slope = self._hidden(C)
-        scale = _each(self.hidden_scale(hidden))
+        scale = self.out.normed_before(hidden)
         at_hidden = self.out.factor * scale * G * slope
         # |dW_out|^2 = sum_tu (h_t . h_u)(g_t . g_u) over units x D numbers. |dW_in|^2 alike, where a gradient that
         # has reached a unit is D std_out^2 = v_out D / units of G: the units cancel.
@@ -316,15 +317,12 @@ class AttentionKernel:
 
     def forward(self, C: ndarray) -> ndarray:
         heads = self._heads(C)[2]
-        return self.out.factor * _each(self.heads_scale(heads)) * heads
-
-    def heads_scale(self, heads_TxT: ndarray) -> ndarray:
-        return Projection(1.0, self.out.gain, self.out.eps).scale(heads_TxT)
+        return self.out.factor * self.out.normed_before(heads) * heads
 
     def backward(self, C: ndarray, G: ndarray) -> tuple[ndarray, Squares]:
         """Covariance of the gradient of the input, and those of the weights."""
         A, each, heads = self._heads(C)
-        scale = _each(self.heads_scale(heads))
+        scale = self.out.normed_before(heads)
         g = self.out.factor * scale * G  # at a head's output
         At = A.swapaxes(1, 2)
         turns = rotary_turns(len(C), self.head_dim, self.rope_theta)

@@ -191,6 +191,5 @@ def effective_rank(covariance_TxT: ndarray) -> float:
     if not np.isfinite(covariance_TxT).all():  # the solver would raise
         return math.nan
     eigenvalues = np.maximum(np.linalg.eigvalsh(covariance_TxT), 0)
-    share = eigenvalues / max(eigenvalues.sum(), np.finfo(float).tiny)
-    share = share[share > 0]
+    share = eigenvalues[eigenvalues > 0] / max(eigenvalues.sum(), np.finfo(float).tiny)
     return math.exp(-float(np.sum(share * np.log(share))))

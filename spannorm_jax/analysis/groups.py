@@ -1,8 +1,6 @@
 """What a measurement is asked for; read without JAX."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from spannorm_jax.errors import UserError, did_you_mean
 
@@ -29,14 +27,6 @@ class Settings:
                 raise UserError(f"--{name} {getattr(self, name)} must be {least} or more")
         if self.text not in TEXTS:
             raise UserError(f"--text {self.text!r} is no kind of text; {did_you_mean(self.text, TEXTS)}")
-        for group in self.only:
+        for group in self.only or ("",):
             if group not in GROUPS:
                 raise UserError(f"--only {group!r} is no group; {did_you_mean(group, GROUPS)}")
-        if not self.only:
-            raise UserError(f"--only names no group; write some of {','.join(GROUPS)}")
-
-    def filled(self, tokens: int, fit_tokens: int) -> "Settings":
-        return dataclasses.replace(self, tokens=tokens, fit_tokens=fit_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

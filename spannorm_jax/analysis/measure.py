@@ -1,6 +1,7 @@
 """The signal of a model, measured: every number of docs/signal.md, group by group."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jax import Array
 
-from spannorm_jax.analysis import blocks, gradients, replaced
+from spannorm_jax.analysis import blocks, fields, gradients, replaced
 from spannorm_jax.analysis.groups import Settings
 from spannorm_jax.config import Config, MeshConfig, replace, to_dict
 from spannorm_jax.data.loader import eval_batches
@@ -66,7 +66,7 @@ def signal(
             what = Measured(config, model, params, model.init_model_state())
             facts["step"] = 0
         tokens, fit_tokens, settings = probe_tokens(config, data, settings)
-        facts["settings"] = settings.to_dict()
+        facts["settings"] = dataclasses.asdict(settings)
         record = start_record("spannorm_jax.analysis.signal", argv, data_facts(data), facts)
         return record | measure(what, tokens, fit_tokens, settings)
 
@@ -89,13 +89,14 @@ def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np
         else _rows(data.eval, T, settings.rows, "--rows")
     )
     if "affine" not in settings.only:
-        return tokens, None, settings.filled(T, 0)
+        return tokens, None, dataclasses.replace(settings, tokens=T, fit_tokens=0)
     model = define(config.model)
     shapes = jax.eval_shape(lambda p: model.bind(p).run(jnp.zeros((1, T), jnp.int32)).stream, _abstract(model))
     needed = replaced.unknowns(shapes)
     rows = -(-(settings.fit_tokens or 4 * needed) // T)
     replaced.check_tokens(rows * T, needed)
-    return tokens, _rows(data.train, T, rows, "--fit_tokens"), settings.filled(T, rows * T)
+    fit_tokens = _rows(data.train, T, rows, "--fit_tokens")
+    return tokens, fit_tokens, dataclasses.replace(settings, tokens=T, fit_tokens=rows * T)
 
 
 def _distinct(config: Config, T: int, rows: int) -> np.ndarray:
@@ -129,6 +130,7 @@ def _rows(store: TokenStore, T: int, rows: int, flag: str) -> np.ndarray:
 # ---- groups ---------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")
 def measure(
     what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
 ) -> dict[str, Any]:
@@ -136,13 +138,6 @@ def measure(
 
     Of weights that are not finite, or whose stream is not, they are NaN.
     """
-    with np.errstate(all="ignore"):
-        return _measured(what, tokens_BxT1, fit_tokens, settings)
-
-
-def _measured(
-    what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
-) -> dict[str, Any]:
     tokens = jnp.asarray(tokens_BxT1)
     found: dict[str, Any] = {}
     if "forward" in settings.only:
@@ -194,19 +189,11 @@ def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
 
 
 def effective_rank(grams_BxNxN: np.ndarray) -> float:
-    """Roy & Vetterli 2007: exp of the entropy of the eigenvalues' shares, mean over rows.
-
-    NaN where there are no shares: of what is not finite, and of zeros.
-    """
-    if not (np.isfinite(grams_BxNxN).all() and grams_BxNxN.any(axis=(1, 2)).all()):
+    """`fields.effective_rank`, mean over rows. NaN where there are no shares: of what is not finite, and of zeros."""
+    if not grams_BxNxN.any(axis=(1, 2)).all():
         return math.nan
-    ranks = []
-    for gram in grams_BxNxN:
-        # On the host: XLA's solver also makes the eigenvectors, which takes much longer.
-        values = np.maximum(scipy.linalg.eigvalsh(gram.astype(np.float64), driver="evd"), 0)
-        shares = values[values > 0] / np.sum(values)
-        ranks.append(math.exp(-np.sum(shares * np.log(shares))))
-    return float(np.mean(ranks))
+    # On the host: XLA's solver also makes the eigenvectors, which takes much longer.
+    return float(np.mean([fields.effective_rank(gram.astype(np.float64)) for gram in grams_BxNxN]))
 
 
 def _relative(squares_L: np.ndarray) -> list[float]:
@@ -266,9 +253,7 @@ def _replaced(
     whole = loss(before[1], depth - 1)
 
     def change(streams: Sequence[Any]) -> list[float | None]:
-        costs = dict(
-            zip(chosen, (loss(s, layer) - whole for s, layer in zip(streams, chosen, strict=True)), strict=True)
-        )
+        costs = {layer: loss(stream, layer) - whole for stream, layer in zip(streams, chosen, strict=True)}
         return [costs.get(layer) for layer in range(depth)]
 
     found: dict[str, Any] = {}

@@ -37,6 +37,32 @@ def init_in(model: dict[str, Any]) -> str:
     return reading(model["init"], model.get("variance_exponent", 0.0), model.get("depth_factor", "weight"))
 
 
+# Key -> heading in a table.
+_COLUMNS = {
+    "stream_variance": "stream var",
+    "attn_variance": "attn var",
+    "ffn_variance": "ffn var",
+    "token_correlation": "correlation",
+    "effective_rank": "rank",
+    "stream_grad_norm": "gradient",
+    "skip_path": "skip path",
+    "skip_loss_change": "skipped",
+    "affine_loss_change": "affine",
+}
+_MOST = 24  # rows of a table
+
+
+def table(record: dict[str, Any], depth: int) -> list[str]:
+    """The lines of a table of what a record has of each block, or of evenly spread ones."""
+    columns = [key for key in _COLUMNS if key in record]
+    if not columns:
+        return []
+    lines = ["", "block" + "".join(f"{_COLUMNS[key]:>13}" for key in columns)]
+    for layer in sorted({round(i * (depth - 1) / (_MOST - 1)) for i in range(_MOST)}):
+        lines.append(f"{layer + 1:>5}" + "".join(f"{shown(record[key][layer], '.4g'):>13}" for key in columns))
+    return lines
+
+
 def shown(value: float | None, form: str) -> str:
     """A number in a table, or a dash where there is none, or none that is finite."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)

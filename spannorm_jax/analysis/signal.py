@@ -6,7 +6,7 @@ python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x
 from typing import Any
 
 from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
-from spannorm_jax.analysis.quantities import init_in, shown
+from spannorm_jax.analysis.quantities import init_in, shown, table
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
@@ -16,17 +16,6 @@ from spannorm_jax.run.folder import read_config, run_folder_path
 
 # What may differ from a run's own config; anything else would measure another model.
 _OVERRIDABLE = ("platform", "execution.", "data.data_dir", "data.cache_dir", "data.verify_mib")
-_COLUMNS = {  # of the table
-    "stream_variance": "stream var",
-    "attn_variance": "attn var",
-    "ffn_variance": "ffn var",
-    "token_correlation": "correlation",
-    "effective_rank": "rank",
-    "stream_grad_norm": "gradient",
-    "skip_loss_change": "skipped",
-    "affine_loss_change": "affine",
-}
-_MOST = 24  # blocks of the table
 
 
 def main(argv: list[str]) -> int:
@@ -35,17 +24,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="FILE.py or FILE.py:arg, see configs/: the model at initialisation")
     parser.add_argument("--workdir", type=run_folder_path, help="a run's folder: one of its checkpoints")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest, or last good one)")
-    parser.add_argument(
-        "--text", default=Settings.text, help=f"of the rows: {' or '.join(TEXTS)} (default: {TEXTS[0]})"
-    )
+    parser.add_argument("--text", default=Settings.text, help=f"of the rows: {' or '.join(TEXTS)} (%(default)s)")
     parser.add_argument("--tokens", type=int, default=0, help="of a row (default: data.seq_len)")
-    parser.add_argument("--rows", type=int, default=Settings.rows, help=f"(default: {Settings.rows})")
-    parser.add_argument(
-        "--probes", type=int, default=Settings.probes, help=f"random gradients (default: {Settings.probes})"
-    )
-    parser.add_argument(
-        "--blocks", type=int, default=Settings.blocks, help=f"to leave out (default: {Settings.blocks}; 0: all)"
-    )
+    for name, of in (("rows", "of tokens"), ("probes", "random gradients"), ("blocks", "to leave out; 0: all")):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help=f"{of} (default %(default)s)")
     parser.add_argument("--fit_tokens", type=int, default=0, help="of affine maps (default: 4 times their unknowns)")
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)} (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
@@ -74,28 +56,19 @@ def main(argv: list[str]) -> int:
             write_text(out, line + "\n")
         except OSError as error:
             raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
-    print(line if args.json else table(record))
+    print(line if args.json else _printed(record))
     return 0
 
 
-def table(record: dict[str, Any]) -> str:
-    """Some of the numbers, of evenly spread blocks."""
-    model = record["config"]["model"]
-    columns = {key: title for key, title in _COLUMNS.items() if key in record}
-    depth = model["depth"]
-    layers = sorted({round(i * (depth - 1) / (_MOST - 1)) for i in range(_MOST)})
-    lines = [
-        f"{model['placement']} / {init_in(model)}: {depth} blocks, width {model['width']}, step {record['step']}, "
-        f"{record['settings']['rows']} x {record['settings']['tokens']} tokens"
-    ]
-    whole = ("loss", "useful_share", "update_logits_change")
-    lines += [f"{name} {shown(record[name], '.4f')}" for name in whole if name in record]
-    if columns:
-        lines += ["", "block" + "".join(f"{title:>13}" for title in columns.values())]
-    for layer in layers if columns else ():
-        values = (record[key][layer] for key in columns)
-        lines.append(f"{layer + 1:>5}" + "".join(f"{shown(value, '.4g'):>13}" for value in values))
-    return "\n".join(lines)
+def _printed(record: dict[str, Any]) -> str:
+    """Some of the numbers."""
+    model, settings = record["config"]["model"], record["settings"]
+    head = (
+        f"{model['placement']} / {init_in(model)}: {model['depth']} blocks, width {model['width']}, step "
+        f"{record['step']}, {settings['rows']} x {settings['tokens']} tokens"
+    )
+    whole = [key for key in ("loss", "useful_share", "update_logits_change") if key in record]
+    return "\n".join([head, *(f"{key} {shown(record[key], '.4f')}" for key in whole), *table(record, model["depth"])])
 
 
 if __name__ == "__main__":

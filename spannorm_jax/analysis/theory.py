@@ -5,7 +5,7 @@ python -m spannorm_jax.analysis.theory --config configs/dense.py:depth=24,width=
 No weights are drawn and no data is read. docs/theory.md has the derivation, and what is left out.
 """
 
-from spannorm_jax.analysis.quantities import shown
+from spannorm_jax.analysis.quantities import shown, table
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.config_file import load, resolve_without_data, split_overrides
@@ -15,16 +15,6 @@ from spannorm_jax.model.initialisation import init_of
 
 MAX_TOKENS = 256  # memory grows with the square: 128 blocks take about a GiB
 MAX_DEPTH = 1024  # time grows with the square
-# Of the table: heading, format.
-COLUMNS = {
-    "stream_variance": ("stream var", ".4g"),
-    "attn_variance": ("attn var", ".4g"),
-    "ffn_variance": ("ffn var", ".4g"),
-    "token_correlation": ("token corr", ".4f"),
-    "effective_rank": ("eff. rank", ".2f"),
-    "stream_grad_norm": ("grad norm", ".4g"),
-    "skip_path": ("skip path", ".4g"),
-}
 
 
 def parse(argv: list[str]) -> tuple[ModelConfig, int, bool]:
@@ -48,23 +38,17 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.analysis import prediction  # JAX comes with it: a command that is mistyped does without
 
     found = prediction.predict(cfg, tokens)
+    record = prediction.as_dict(cfg, tokens, found)
     if as_json:
-        print(to_json(prediction.as_dict(cfg, tokens, found)))
+        print(to_json(record))
         return 0
     print(f"{cfg.placement} / {init_of(cfg)} / {cfg.ffn}: {cfg.depth} blocks, width {cfg.width}, {tokens} tokens")
-    print(f"the stream enters block 1 with variance {found.entry_variance:.4g}\n")
-    print("block" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values()))
-    for layer in range(cfg.depth):
-        row = (shown(getattr(found, name)[layer], form) for name, (_, form) in COLUMNS.items())
-        print(f"{layer + 1:>5}{''.join(f'{text:>11}' for text in row)}")
+    print(f"the stream enters block 1 with variance {found.entry_variance:.4g}")
+    print("\n".join(table(record, cfg.depth)))
     print("\ngradient norms of weights, for one of norm 1 at the output:")
     for site, norms in found.weight_grad_norm.items():
         own = [norm for norm in norms if norm is not None]
         print(f"  {site:<12} first block {shown(own[0], '.4g'):<10} last {shown(own[-1], '.4g')}")
-    print(
-        f"\ngradient of the stream, first block over last: {shown(found.stream_grad_norm[0], '.4g')}; "
-        f"by the skip path alone {shown(found.skip_path[0], '.4g')}"
-    )
     for note in found.notes:
         print(f"note: {note}")
     return 0

@@ -4,18 +4,16 @@
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from spannorm_jax.data.tokenizer import Tokenizer
+from spannorm_jax.data.tokenizer import Tokenizer, lengths
 
 _LONGEST_RUN = 256  # characters
 # The expression of byte-level BPE (GPT-2's), with an upper bound wherever it has a "+". OpenAI's cl100k_base bounds
@@ -23,7 +21,7 @@ _LONGEST_RUN = 256  # characters
 _BOUNDED_RUNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}|\s{1,N}(?!\S)|\s{1,N}"
 ).replace(",N}", f",{_LONGEST_RUN}}}")
-_TELL_EVERY_S = 10.0
+_TOLD_ABOVE = 16 << 20  # bytes of text, which take longer than one waits without a word
 
 
 def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
@@ -31,7 +29,7 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
 
     In training, not in the tokenizer that comes of it, a run of more than 256 letters, digits, other signs or white
     space is cut into runs of 256, since the trainer's time grows with the square of the longest. So no token is longer
-    than that, with a space before it. Progress is told on stderr.
+    than that, with a space before it. A long training is told on stderr.
 
     Args:
       texts: documents.
@@ -41,8 +39,7 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     # A process of its own, since native code hears no Ctrl-C: this one hears it, and ends that one.
     command = [sys.executable, "-P", "-c", "from spannorm_jax.data import bpe; bpe.trainer()", str(vocab_size)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    num_bytes, began = 0, time.monotonic()
-    told = began
+    num_bytes = 0
     with subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
@@ -52,15 +49,11 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
                 for text in texts:
                     pickle.dump(text, process.stdin)
                     num_bytes += len(text)
-                    if time.monotonic() - told >= _TELL_EVERY_S:
-                        told = _tell("reading", num_bytes, began)
                     if max_bytes and num_bytes >= max_bytes:
                         break
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    made, _ = process.communicate(timeout=_TELL_EVERY_S)
-                    break
-                _tell("merging", num_bytes, began)
+            if num_bytes >= _TOLD_ABOVE:
+                print(f"training the tokenizer on {num_bytes >> 20} MiB of text", file=sys.stderr, flush=True)
+            made, _ = process.communicate()
         except BaseException:  # raised again: Ctrl-C too must end that process
             process.kill()
             with contextlib.suppress(BrokenPipeError):
@@ -69,13 +62,6 @@ def train(texts: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     if process.returncode:
         raise RuntimeError(f"the process that trains the tokenizer ended with code {process.returncode}")
     return made.decode()
-
-
-def _tell(doing: str, num_bytes: int, began: float) -> float:
-    now = time.monotonic()
-    said = f"training the tokenizer: {doing}, {num_bytes / 2**20:.1f} MiB read, {now - began:.0f} s"
-    print(said, file=sys.stderr, flush=True)
-    return now
 
 
 def trainer() -> None:
@@ -141,26 +127,7 @@ def load(source: str, vocab_size: int) -> Tokenizer:
         (encoded,) = tokenizer.encode_batch_fast([text.decode("utf-8", errors="replace")], add_special_tokens=False)
         return np.array(encoded.ids, dtype)
 
-    def decode(tokens: np.ndarray) -> str:
-        ids = np.asarray(tokens).astype(np.int64, casting="safe").reshape(-1)
-        if ids.size and not 0 <= ids.min() <= ids.max() < len(words):
-            raise ValueError(f"token ids {ids.min()} .. {ids.max()} are not all below {len(words)}")
-        return b"".join(words[i] for i in ids).decode("utf-8", errors="replace")
-
-    token_bytes = np.zeros(vocab_size, np.int32)
-    token_bytes[: len(words)] = [len(word) for word in words]
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return Tokenizer(
-        name=f"bpe-{digest}",
-        hash=digest,
-        source=source,
-        vocab_size=vocab_size,
-        end_of_text=end_of_text,
-        dtype=dtype,
-        token_bytes=token_bytes,
-        encode=encode,
-        decode=decode,
-    )
+    return Tokenizer(source, words, vocab_size, end_of_text, dtype, lengths(words, vocab_size), encode)
 
 
 def _characters() -> list[str]:

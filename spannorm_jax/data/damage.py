@@ -1,11 +1,10 @@
-"""A TFDS dataset whose files have changed since they were written: which file it is, and what to do.
+"""A TFDS dataset whose files have changed since they were written: which it is, and what to do.
 
 array_record files hold checksums of their own, over every byte that is read; the JSON files beside them hold none, so
 that what they say is compared with the records.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,24 +16,19 @@ from spannorm_jax.errors import UserError, one_line
 
 def damaged(path: Path, why: object) -> UserError:
     return UserError(
-        f"dataset file {path} is damaged ({one_line(why)[:200]}); delete {path.parent if path.suffix else path} and "
+        f"dataset {path} is damaged ({one_line(why)[:200]}); delete {path if path.is_dir() else path.parent} and "
         "prepare the dataset again, or put the file back from a copy"
     )
 
 
 @contextlib.contextmanager
-def naming_the_damaged_file(folder: Path) -> Iterator[None]:
-    """Turns what TFDS raises over damaged metadata in `folder` into a UserError that names the file."""
+def naming_the_damaged_folder(folder: Path) -> Iterator[None]:
+    """Turns what TFDS raises over damaged metadata in `folder` into a UserError that names the folder."""
     try:
         yield
     except (UserError, tfds.core.DatasetNotFoundError):
         raise
     except Exception as error:  # TFDS, protobuf and json each raise their own kinds over one flipped byte
-        for path in sorted(folder.glob("*.json")):
-            try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                raise damaged(path, error) from error
         raise damaged(folder, error) from error
 
 

@@ -24,16 +24,10 @@ class TrainLoader:
         self._order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start .. stop - 1 (None: to the end) of a step's batch, int32 [stop - start, T + 1].
-
-        Raises:
-          ValueError: the step is below 1 or the rows are not within the batch.
-        """
-        stop = self._batch_size if stop is None else stop
-        if step < 1 or not 0 <= start < stop <= self._batch_size:
-            raise ValueError(f"no rows {start} .. {stop} of {self._batch_size} in step {step}")
+        """Rows start .. stop - 1 (None: to the end) of a step's batch, int32 [stop - start, T + 1]."""
         first = (step - 1) * self._batch_size
-        return np.stack([self._order[i] for i in range(first + start, first + stop)])
+        last = first + (self._batch_size if stop is None else stop)
+        return np.stack([self._order[i] for i in range(first + start, last)])
 
 
 def check_held_out(store: TokenStore, tokenizer: Tokenizer) -> None:

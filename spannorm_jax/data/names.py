@@ -44,12 +44,10 @@ def asked_for(data: DataConfig) -> tuple[str, str, Name]:
     if not data.full_name:
         return "data.dataset", data.dataset, name
     exact = parse(data.full_name, "data.full_name")
-    fault = "has no version" if not exact.version else ""
-    if exact.version and not _may_be(name, exact):
-        fault = f"is not what data.dataset={data.dataset!r} names"
-    if fault:
+    if not exact.version or not _may_be(name, exact):
         raise UserError(
-            f"config key data.full_name={data.full_name!r} {fault}; leave data.full_name out, and it is filled in"
+            f"config key data.full_name={data.full_name!r} is no name, with its version, of data.dataset="
+            f"{data.dataset!r}; leave data.full_name out, and it is filled in"
         )
     return "data.full_name", data.full_name, exact
 
@@ -68,18 +66,22 @@ def made_here(data: DataConfig) -> bool:
     return parse(data.dataset, "data.dataset").base == python_files.DATASET
 
 
-def embedded(name: Name) -> str:
+def embedded(data: DataConfig) -> str:
     """TFDS's full name of a `python_source`, which tells its contents; "" for anything else.
 
-    Without a hash in `name` it is what lies on this machine, and naming that reads all of it.
+    Without a hash in its name it is what lies on this machine, and naming that reads all of it.
     """
+    key, asked, name = asked_for(data)
     if name.base != python_files.DATASET:
         return ""
     if _HASHED.fullmatch(name.config):
         return f"{name.base}/{name.config}/{name.version or python_files.VERSION}"
     if name.config in _KINDS and name.version in ("", python_files.VERSION):
         return python_files.full_name(_KINDS[name.config])
-    return ""
+    raise UserError(
+        f"config key {key}={asked!r} is no {name.base}; write {name.base}, {name.base}/sys_path, or the full name that "
+        "a run recorded"
+    )
 
 
 def _may_be(name: Name, exact: Name) -> bool:

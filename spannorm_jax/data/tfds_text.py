@@ -1,5 +1,6 @@
 """Finds a TFDS dataset that is prepared on disk and reads the text of one of its splits."""
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
-from spannorm_jax.data import damage, names, python_files, python_source
+from spannorm_jax.data import damage, names, python_source
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.paths import below_home, user_path
 
@@ -32,43 +33,41 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
       UserError: the dataset or its config is unknown, not prepared, damaged, or in another file format, or
         it is in TFRecord and TensorFlow is not installed.
     """
-    key, asked, name = names.asked_for(data)
     root = _data_dir(data)
-    if full_name := names.embedded(name):
+    if full_name := names.embedded(data):
         return python_source.prepare(root, full_name)
 
+    key, asked, name = names.asked_for(data)
     base, config, version = name
-    builder_class = _builder_class(base)
-    prepared = _prepared(root, base)
-    absent = "" if root.is_dir() else f", which {'is no folder' if root.exists() else 'does not exist'}"
-    own = next((f.parent for f in (root, *root.parents[:2]) if f.name == base and _prepared(f.parent, base)), None)
-    where = f"set config key data.data_dir{f'={own}' if own else ' to where it is'}"  # its own folder is named often
+    builder_class, prepared = _builder_class(base), _prepared(root, base)
+    there = ", ".join(prepared) or ("nothing of that name" if root.is_dir() else "no such folder")
+    where = f"set config key data.data_dir to the folder that holds {base}/"
     if builder_class is None and not prepared:
         known = {*tfds.list_builders(with_community_datasets=False), *(f.name for f in root.glob("[!.]*/"))}
-        hint = did_you_mean(base, known)
         raise UserError(
-            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies in {root}{absent}; "
-            f"{f'{where}; {hint}' if absent or own else hint}"
+            f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies in {root} (there: {there}); "
+            f"{where}; {did_you_mean(base, known)}"
         )
     configs = {p.split("/")[1] for p in prepared if p.count("/") == 2}
     configs |= set(builder_class.builder_configs) if builder_class else set()
-    configs |= {"sys_path"} if base == python_files.DATASET else set()
     if config and config not in configs:
         hint = did_you_mean(config, configs) if configs else f"write {base!r} alone"
         raise UserError(f"config key {key}={asked!r}: {base!r} has no config {config!r}; {hint}")
     wanted = [p for p in prepared if {config, version} - {""} <= {*p.split("/")[1:]}]
-    try:
-        with damage.naming_the_damaged_file(root / wanted[-1] if wanted else root):
-            builder = tfds.builder(str(name), data_dir=root) if wanted else None
-    except tfds.core.DatasetNotFoundError:  # files without code, and not of this config
-        builder = None
-    if builder is None or not _is_prepared(Path(builder.data_dir)):
-        can_make = builder_class and base != python_files.DATASET  # which is made here, or nowhere
-        there = ", ".join(prepared) or "nothing of that name"
-        raise UserError(
-            f"dataset {asked!r} is not prepared in {root}{absent or f' (there: {there})'}; {where}"
-            f"{f', or run {_how_to_prepare(name, root)}' if can_make else ''}"
-        )
+    builder = None
+    with contextlib.suppress(tfds.core.DatasetNotFoundError):  # files without code, and not of this config
+        if wanted:
+            with damage.naming_the_damaged_folder(root / wanted[-1]):
+                builder = tfds.builder(str(name), data_dir=root)
+    if builder is None or not (Path(builder.data_dir) / _INFO).is_file():
+        make = f", or run {_how_to_prepare(name, root)}" if builder_class else ""
+        raise UserError(f"dataset {asked!r} is not prepared in {root} (there: {there}); {where}{make}")
+    _check_format(builder, asked, name)
+    return builder
+
+
+def _check_format(builder: tfds.core.DatasetBuilder, asked: str, name: names.Name) -> None:
+    """Raises UserError unless the examples can be read here, and readies TensorFlow where it is to read them."""
     wrong = f"dataset {asked!r} is prepared in {builder.data_dir} as"
     elsewhere = f"set config key data.data_dir to another folder DIR, and run {_how_to_prepare(name, 'DIR')}"
     if _format(builder) is None:
@@ -80,7 +79,6 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
             extra = "pip install 'spannorm_jax[tf]'"
             raise UserError(f"{wrong} tfrecord, which takes TensorFlow to read: {extra}; or {elsewhere}") from error
         tensorflow.config.set_visible_devices([], "GPU")  # it would take the accelerator's memory from JAX
-    return builder
 
 
 def open_split(
@@ -95,37 +93,29 @@ def open_split(
       shard: (i, n), the i-th (from 0) of n parts of the split, which in a row are all of it; None: all.
 
     Raises:
-      UserError: at the call, the split or the text feature is unknown, the feature is no text, or the split is empty,
-        or has lost or gained records; at a text, a record is damaged.
+      UserError: at the call, the split or the text feature is unknown, the feature is no text, or the split has lost
+        or gained records; at a text, a record is damaged.
     """
     key = "data.eval_split" if split == data.eval_split else "data.train_split"
-    splits = builder.info.splits
+    splits, full_name = builder.info.splits, builder.info.full_name
     try:
-        num_examples = splits[split].num_examples
+        part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
+        num_examples = splits[split].num_examples and splits[part].num_examples
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(
-            f"config key {key}={split!r} is no split of {builder.info.full_name}; {did_you_mean(split, splits)}"
+            f"config key {key}={split!r} is no split of {full_name}; {did_you_mean(split, splits)}"
         ) from error
-    if not num_examples:
-        raise UserError(
-            f"config key {key}={split!r} holds no examples in {builder.info.full_name}; "
-            f"choose a larger part of {', '.join(sorted(splits))}"
-        )
     features = builder.info.features
     features = features if isinstance(features, tfds.features.FeaturesDict) else {}
     text_features = [n for n, f in features.items() if _is_text(f)]
     if data.text_feature not in text_features:
         fault = "is not text" if data.text_feature in features else "is unknown"
         hint = did_you_mean(data.text_feature, text_features) if text_features else "it has no text"
-        raise UserError(
-            f"config key data.text_feature={data.text_feature!r} {fault} in {builder.info.full_name}; {hint}"
-        )
-    if _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(f"config key data.text_feature={data.text_feature!r} {fault} in {full_name}; {hint}")
+    if num_examples and _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
         damage.check_records(builder, split)
-    part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
-    if not splits[part].num_examples:  # more shards than examples
-        return iter(())
-    return _texts(builder, part, data.text_feature)
+    # A part of a split with fewer examples than shards may have none.
+    return _texts(builder, part, data.text_feature) if num_examples else iter(())
 
 
 def _is_text(feature: tfds.features.FeatureConnector) -> bool:
@@ -150,13 +140,12 @@ def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Itera
         stop = min(start + _READ_AT_ONCE, len(source))
         try:
             records = source.__getitems__(list(range(start, stop)))
+            if not all(records):  # what the reader makes of a record that it cannot find
+                raise ValueError("records are missing")
             texts = [_text(record, feature) for record in records]
         except (RuntimeError, ValueError, IndexError, TypeError, DecodeError):
             damage.check_records(builder, split, whole=True)
             raise  # no file is damaged: it failed this once
-        if not all(records):  # what the reader makes of a record that it cannot find
-            damage.check_records(builder, split, whole=True)
-            raise damage.damaged(Path(builder.data_dir), "records are missing")
         yield from texts
 
 
@@ -183,8 +172,6 @@ def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str)
 
 def identity(builder: tfds.core.DatasetBuilder) -> str:
     """Returns the full name, plus what tells apart two preparations that share name and version."""
-    if builder.name == python_files.DATASET:  # its config name is a hash of the contents
-        return builder.info.full_name
     sizes = [(s.name, s.num_bytes, s.shard_lengths) for s in builder.info.splits.values()]
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
     return f"{builder.info.full_name}-{digest[:8]}"
@@ -204,10 +191,6 @@ def _builder_class(name: str) -> type[tfds.core.DatasetBuilder] | None:
         return tfds.builder_cls(name)
     except tfds.core.DatasetNotFoundError:
         return None
-
-
-def _is_prepared(folder: Path) -> bool:
-    return (folder / _INFO).is_file()
 
 
 def _prepared(root: Path, base: str) -> list[str]:

@@ -3,6 +3,8 @@
 `tokens.open_tokenizer` returns the one that a config names.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,26 +17,40 @@ from spannorm_jax.config import DataConfig
 class Tokenizer:
     """What the rest of the code needs to know of a tokenizer."""
 
-    name: str  # in token stores and fingerprints: `bytes`, or `bpe-<hash>`
-    hash: str  # 16 hex digits of the sha256 of `source`; "" for bytes, which are always the same
     source: str  # of its tokenizer.json; "" for bytes
-    vocab_size: int  # ids are 0 .. vocab_size - 1, some of which may never occur
+    words: list[bytes]  # what each id in use stands for, b"" for end_of_text
+    vocab_size: int  # ids are 0 .. vocab_size - 1; those from len(words) on only fill up the embedding's rows
     end_of_text: int  # the id that ends every document; `encode` never returns it
     dtype: np.dtype  # holds every id, on disk
-    token_bytes: np.ndarray  # int32 [vocab_size], bytes of text each id stands for (0 for end_of_text)
+    token_bytes: np.ndarray  # int32 [vocab_size], bytes of text each id stands for
     # UTF-8 text -> ids, `dtype` [num_tokens]. Bytes that are not UTF-8 stand for U+FFFD, so any input is legal.
     encode: Callable[[bytes], np.ndarray]
-    # Ids -> text. end_of_text stands for none; a character that is cut at either end becomes U+FFFD. An id outside the
-    # vocabulary raises ValueError.
-    decode: Callable[[np.ndarray], str]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits of the sha256 of `source`; "" for bytes, which are always the same."""
+        return self.source and hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """In token stores and fingerprints: `bytes`, or `bpe-<hash>`."""
+        return f"bpe-{self.hash}" if self.source else "bytes"
 
     @property
     def num_ids(self) -> int:
-        """Ids in use, 0 .. num_ids - 1; those from there to vocab_size only fill up the embedding's rows."""
-        return int(max(np.flatnonzero(self.token_bytes)[-1], self.end_of_text)) + 1
+        return len(self.words)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Ids -> text. A character that is cut at either end becomes U+FFFD. ValueError for an id that is not used."""
+        ids = np.asarray(tokens).astype(np.int64, casting="safe").reshape(-1)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_ids:
+            raise ValueError(f"token ids {ids.min()} .. {ids.max()} are not all below {self.num_ids}")
+        return b"".join(self.words[i] for i in ids.tolist()).decode("utf-8", errors="replace")
 
 
-_END_OF_BYTES = 0xFF  # a byte that UTF-8 never holds
+def lengths(words: list[bytes], vocab_size: int) -> np.ndarray:
+    """`Tokenizer.token_bytes`."""
+    return np.array([len(word) for word in words] + [0] * (vocab_size - len(words)), np.int32)
 
 
 def _encode_bytes(text: bytes) -> np.ndarray:
@@ -43,25 +59,8 @@ def _encode_bytes(text: bytes) -> np.ndarray:
     return np.frombuffer(utf8, np.uint8)
 
 
-def _decode_bytes(tokens: np.ndarray) -> str:
-    ids = np.asarray(tokens).astype(np.int64, casting="safe").reshape(-1)
-    if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
-        raise ValueError(f"token ids {ids.min()} .. {ids.max()} are not all bytes, 0 .. 255")
-    text = ids[ids != _END_OF_BYTES].astype(np.uint8).tobytes()
-    return text.decode("utf-8", errors="replace")
-
-
-BYTES = Tokenizer(
-    name="bytes",
-    hash="",
-    source="",
-    vocab_size=256,
-    end_of_text=_END_OF_BYTES,
-    dtype=np.dtype(np.uint8),
-    token_bytes=(np.arange(256) != _END_OF_BYTES).astype(np.int32),
-    encode=_encode_bytes,
-    decode=_decode_bytes,
-)
+_BYTES = [bytes([i]) for i in range(0xFF)] + [b""]  # UTF-8 never holds 0xFF, which ends a document
+BYTES = Tokenizer("", _BYTES, 256, 0xFF, np.dtype(np.uint8), lengths(_BYTES, 256), _encode_bytes)
 _ROWS_MULTIPLE = 128  # rows of the embedding that any usual mesh.tensor divides
 
 

@@ -9,6 +9,7 @@ by its hash.
 import functools
 import hashlib
 import json
+import math
 import sys
 import types
 import urllib.parse
@@ -39,7 +40,7 @@ class TokenStore:
     """The tokens of one split."""
 
     path: Path  # of its folder
-    tokens: np.memmap  # [num_tokens] of the tokenizer's dtype, read only
+    tokens: np.ndarray  # [num_tokens] of the tokenizer's dtype, a map of the file, read only
     dataset: str  # TFDS's full name, with config and version
     split: str
     text_feature: str
@@ -54,28 +55,27 @@ class TokenStore:
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
 class _Source:
     """The dataset that a config names. TFDS, whose import takes its time, is asked only when it must be."""
 
-    def __init__(self, data: DataConfig):
-        self._data = data
+    data: DataConfig
 
     @functools.cached_property
     def _builder(self) -> Any:
-        return _tfds().open_dataset(self._data)
+        return _tfds().open_dataset(self.data)
 
     @functools.cached_property
     def identity(self) -> str:
         """Name that no other contents have, for folders."""
-        _, _, name = names.asked_for(self._data)
-        return names.embedded(name) or _tfds().identity(self._builder)
+        return names.embedded(self.data) or _tfds().identity(self._builder)
 
     @property
     def full_name(self) -> str:
         return self._builder.info.full_name
 
     def texts(self, split: str, shard: Shard | None = None) -> Iterator[bytes]:
-        return _tfds().open_split(self._builder, self._data, split, shard)
+        return _tfds().open_split(self._builder, self.data, split, shard)
 
 
 def _tfds() -> types.ModuleType:
@@ -99,7 +99,7 @@ def open_store(data: DataConfig, split: str) -> TokenStore:
         complete = [n for n in left if not left[n]]
         if left and not complete:
             shards.refuse(path, left)
-        facts = _facts(data, source, tokenizer, split)
+        facts = _facts(source, tokenizer, split)
         if complete:
             _join(path, complete[0], tokenizer, facts)
         else:
@@ -119,14 +119,15 @@ def write_shard(data: DataConfig, split: str, shard: Shard) -> list[int]:
       UserError: as `open_store`, and if a part on disk is damaged.
     """
     source, tokenizer, path = _place(data, split)
-    if not path.is_dir():
-        shards.write(path, shard, _chunks(source.texts(split, shard), tokenizer))
+    facts = _facts(source, tokenizer, split)
+    if not path.is_dir() and not shards.folder(path, shard).is_dir():
+        _write(path, _chunks(source.texts(split, shard), tokenizer), tokenizer, facts, shard)
     left = shards.begun(path)
     if path.is_dir():  # meanwhile joined by another process, which did not need this part
         shards.remove(path)
         return []
     if not left[shard[1]]:
-        _join(path, shard[1], tokenizer, _facts(data, source, tokenizer, split))
+        _join(path, shard[1], tokenizer, facts)
     return left[shard[1]]
 
 
@@ -214,40 +215,35 @@ def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> 
     return cache / f"v{FORMAT}" / dataset / tokenizer_name / data.text_feature / split_folder
 
 
-def _facts(data: DataConfig, source: _Source, tokenizer: Tokenizer, split: str) -> dict:
-    feature = data.text_feature
-    named = {"dataset": source.full_name, "split": split, "text_feature": feature, "tokenizer": tokenizer.name}
-    return {"format": FORMAT, **named}
+def _facts(source: _Source, tokenizer: Tokenizer, split: str) -> dict:
+    named = {"dataset": source.full_name, "split": split, "text_feature": source.data.text_feature}
+    return {"format": FORMAT, **named, "tokenizer": tokenizer.name}
 
 
-def _read(path: Path, verify_mib: int) -> TokenStore | None:
+def _read(path: Path, verify_mib: float = math.inf) -> TokenStore | None:
     """Returns the store in folder `path`, checked; None if there is no such folder."""
     if not path.is_dir():
         return None
-    remedy = f"delete {path}, and it is rebuilt"
+    file = path / _TOKENS
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        checksum = meta.pop("meta_sha256")
-        num_bytes_on_disk = (path / _TOKENS).stat().st_size
+        if meta.pop("meta_sha256") != _meta_sha256(meta):
+            raise ValueError(f"{path / _META} has not the hash it was written with")
+        dtype, num_tokens = np.dtype(meta.pop("dtype")), meta.pop("num_tokens")
+        size = file.stat().st_size
+        if size != num_tokens * dtype.itemsize:
+            raise ValueError(f"{file} has {size} bytes where {_META} says {num_tokens * dtype.itemsize}")
+        # An empty file, which a shard may be, has no map.
+        tokens = np.memmap(file, dtype, mode="r") if size else np.zeros(0, dtype)
+        if size > verify_mib * 2**20:
+            print(f"only the size of {file} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr)
+        elif hashlib.sha256(tokens.data).hexdigest() != meta["sha256"]:
+            raise ValueError(f"{file} has not the hash in {_META}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"token store {path} cannot be read ({one_line(error)}); {remedy}") from error
-    if checksum != _meta_sha256(meta):
-        raise UserError(f"{path / _META} is damaged: it has not the hash it was written with; {remedy}")
-    dtype = np.dtype(meta.pop("dtype"))
-    num_tokens = meta.pop("num_tokens")
-    if num_bytes_on_disk != num_tokens * dtype.itemsize:
         raise UserError(
-            f"{path / _TOKENS} has {num_bytes_on_disk} bytes where its {_META} says "
-            f"{num_tokens * dtype.itemsize}; {remedy}"
-        )
+            f"token store {path} is damaged or cannot be read ({one_line(error)}); delete {path}, and it is rebuilt"
+        ) from error
     del meta["format"]
-    tokens = np.memmap(path / _TOKENS, dtype, mode="r", shape=(num_tokens,))
-    if num_bytes_on_disk > verify_mib << 20:
-        print(
-            f"only the size of {path / _TOKENS} was checked: it is above data.verify_mib={verify_mib}", file=sys.stderr
-        )
-    elif hashlib.sha256(tokens.data).hexdigest() != meta["sha256"]:
-        raise UserError(f"{path / _TOKENS} is damaged: it has not the hash in its {_META}; {remedy}")
     return TokenStore(path=path, tokens=tokens, **meta)
 
 
@@ -256,16 +252,26 @@ def _meta_sha256(meta: dict) -> str:
 
 
 def _join(path: Path, n: int, tokenizer: Tokenizer, facts: dict) -> None:
+    def chunks() -> Iterator[np.ndarray]:
+        for i in range(n):
+            part = _read(shards.folder(path, (i, n)))
+            if part is None:
+                raise UserError(f"a shard of token store {path} was removed while it was joined; repeat the command")
+            yield from (part.tokens[j : j + _WRITE_AT_ONCE] for j in range(0, part.num_tokens, _WRITE_AT_ONCE))
+
     try:
-        _write(path, shards.read_all(path, n, tokenizer.dtype), tokenizer, facts)
-    except OSError as error:
+        _write(path, chunks(), tokenizer, facts)
+    except UserError:
         if not path.is_dir():
-            raise UserError(f"the shards of token store {path} cannot be joined ({error})") from error
+            raise
         # Another process joined and removed them while we read.
     shards.remove(path)
 
 
-def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts: dict) -> None:
+def _write(
+    path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts: dict, shard: Shard | None = None
+) -> None:
+    """Writes the store in folder `path`, or one of its shards, which alone may hold no text."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.sha256()
     with durable.temporary_folder(path.parent, "data.cache_dir") as temp:
@@ -275,7 +281,7 @@ def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts
                 digest.update(tokens.tobytes())
                 file.write(tokens.tobytes())
         num_bytes = int(counts @ tokenizer.token_bytes)
-        if num_bytes == 0:
+        if num_bytes == 0 and not shard:
             raise UserError(
                 f"split {facts['split']!r} of {facts['dataset']} holds no text in feature "
                 f"{facts['text_feature']!r}; set config key data.text_feature or another split"
@@ -288,12 +294,10 @@ def _write(path: Path, chunks: Iterator[np.ndarray], tokenizer: Tokenizer, facts
             "sha256": digest.hexdigest(),
             "unigram_entropy": _entropy(counts),
         }
-        (temp / _META).write_text(
-            json.dumps(meta | {"meta_sha256": _meta_sha256(meta)}, indent=2) + "\n", encoding="utf-8"
-        )
+        durable.write_json(temp / _META, meta | {"meta_sha256": _meta_sha256(meta)})
         if tokenizer.source:
             (temp / _TOKENIZER).write_text(tokenizer.source, encoding="utf-8")
-        durable.publish(temp, path)
+        durable.publish(temp, shards.folder(path, shard) if shard else path)
 
 
 def _chunks(texts: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -301,9 +305,8 @@ def _chunks(texts: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray
     end = np.array([tokenizer.end_of_text], tokenizer.dtype)
     pending, size = [], 0
     for text in texts:
-        tokens = tokenizer.encode(text)
-        pending += [tokens, end]
-        size += len(tokens) + 1
+        pending += [tokenizer.encode(text), end]
+        size += len(pending[-2]) + 1
         if size >= _WRITE_AT_ONCE:
             yield np.concatenate(pending)
             pending, size = [], 0

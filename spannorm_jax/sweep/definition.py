@@ -68,27 +68,9 @@ def product(*sweeps: Iterable[Point]) -> list[Point]:
     return made
 
 
-def zipped(*sweeps: Iterable[Point]) -> Iterator[Point]:
-    """The first points of all sweeps as one, then the second ones, and so on.
-
-    Raises:
-      ValueError: one sweep is longer than another, or two points disagree.
-    """
-    for points in zip(*sweeps, strict=True):
-        made = product(*([point] for point in points))
-        if not made:
-            raise ValueError(f"these points of zipped sweeps set one thing to two values: {points}")
-        yield made[0]
-
-
 def chain(*sweeps: Iterable[Point]) -> Iterator[Point]:
     """The points of one sweep after those of another."""
     return itertools.chain(*sweeps)
-
-
-def where(keep: Callable[[dict[str, str]], bool], points: Iterable[Point]) -> Iterator[Point]:
-    """The points for which `keep` is true. It is given arguments and overrides in one dictionary."""
-    return (point for point in points if keep(_argument_values(point[0]) | point[1]))
 
 
 def sweep_seed(size: str) -> Iterable[Point]:

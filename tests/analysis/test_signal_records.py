@@ -81,7 +81,7 @@ def test_every_case_is_measured_once_and_read_back(tmp_path, monkeypatch):
     from spannorm_jax.analysis import measure, prediction
 
     def signal(config, workdir, step, settings, argv):
-        return {"config": {"model": vars(config.model), "seed": config.seed}, "settings": settings.to_dict()}
+        return {"config": {"model": vars(config.model), "seed": config.seed}, "settings": vars(settings)}
 
     monkeypatch.setattr(measure, "signal", signal)
     monkeypatch.setattr(prediction, "predict", lambda cfg, tokens: None)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import LIMIT_S
 from tiny import prepare
 
 import spannorm_jax
@@ -37,14 +38,21 @@ def tiny(tiny_dir, tmp_path) -> DataConfig:
 
 @pytest.fixture
 def start_python():
-    """Starts `python -c code args...` with the package importable."""
+    """Starts `python -c code args...`, where `data` is the first argument, a config."""
 
-    def start(code, *args):
+    def start(code, data, *args):
         env = os.environ | {"PYTHONPATH": str(Path(spannorm_jax.__file__).parents[1])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, **pipes)
+        begin = f"import sys; from spannorm_jax.config import DataConfig; data = {data}\n"
+        return subprocess.Popen([sys.executable, "-c", begin + code, *map(str, args)], env=env, **pipes)
 
     return start
+
+
+@pytest.fixture
+def run_python(start_python):
+    """What `start_python` prints: (standard output, standard error)."""
+    return lambda *args: start_python(*args).communicate(timeout=LIMIT_S)
 
 
 @pytest.fixture

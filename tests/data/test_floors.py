@@ -41,13 +41,6 @@ def test_probabilities_are_those_of_counts_in_dictionaries():
         assert found[b, t] == pytest.approx(probability(grams, context, windows[b, t + 1]), rel=1e-12)
 
 
-def test_probabilities_of_a_context_sum_to_one():
-    grams = floors.count_ngrams(np.random.default_rng(1).integers(3, size=40), ORDER, VOCAB)
-    for context in itertools.product(range(VOCAB), repeat=ORDER - 1):
-        windows = np.array([[*context, word] for word in range(VOCAB)])
-        assert floors.witten_bell(grams, windows, VOCAB)[:, -1].sum() == pytest.approx(1, rel=1e-12)
-
-
 def stores(tmp_path, train, held_out):
     """Token stores of bytes, as far as floors read them."""
     made = {}

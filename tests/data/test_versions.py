@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import tensorflow_datasets as tfds
-from processes import LIMIT_S
 from tiny import prepare
 
 from spannorm_jax import evaluate, train
-from spannorm_jax.config import Config, DataConfig, changed_keys, replace
+from spannorm_jax.config import Config, DataConfig, changed_keys, replace, to_dict
 from spannorm_jax.data import python_files
-from spannorm_jax.data.overlap import shared_examples
+from spannorm_jax.data.open import shared_examples
 from spannorm_jax.data.tokens import open_store
 from spannorm_jax.errors import UserError
 from spannorm_jax.report.differing import differing_keys
@@ -115,22 +114,17 @@ def test_a_run_outlives_an_upgrade_of_python(source_data, tmp_path, monkeypatch)
     assert not (tmp_path / "tfds").exists()
 
 
-def test_a_name_makes_no_difference_where_the_fingerprint_is_the_same():
+def test_names_of_the_same_data_make_no_difference_to_a_start_or_a_report(tmp_path):
     old = replace(Config(), data__dataset="a", data__full_name="a/1.0.0", data__fingerprint="f00d")
     new = replace(old, data__dataset="a:1.0.0", data__full_name="b/c/1.0.0")
     assert changed_keys(old, new) == []
     unknown = [replace(config, data__fingerprint="") for config in (old, new)]
     assert [key for key, _, _ in changed_keys(*unknown)] == ["data.dataset", "data.full_name"]
-    other = replace(new, data__fingerprint="beef")
-    assert "data.fingerprint" in [key for key, _, _ in changed_keys(old, other)]
-
-
-def test_a_report_does_not_tell_runs_apart_by_the_name_of_the_same_data(tmp_path):
-    prepare_nested(tmp_path)
-    names = ("nested", "nested:1.0.0")
-    for name in names:
-        train.main(argv(tmp_path / "runs" / name, *options(tmp_path, dataset=name)))
-    assert differing_keys([read_run(tmp_path / "runs" / name) for name in names]) == {}
+    assert "data.fingerprint" in [key for key, _, _ in changed_keys(old, replace(new, data__fingerprint="beef"))]
+    for i, config in enumerate((old, new)):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text(json.dumps(to_dict(config)))
+    assert differing_keys([read_run(tmp_path / str(i)) for i in range(2)]) == {}
 
 
 # ---- splits that are short -----------------------------------------------------------------------
@@ -196,17 +190,6 @@ def test_shared_examples_are_counted(tmp_path):
     ):
         found = shared_examples(dataclasses.replace(data, train_split=train_split, eval_split=eval_split))
         assert found == shared, (train_split, eval_split)
-
-
-def test_plain_names_do_not_open_tfds(start_python):
-    code = """
-import sys
-from spannorm_jax.config import DataConfig
-from spannorm_jax.data.overlap import shared_examples
-print(shared_examples(DataConfig()), shared_examples(DataConfig(train_split='train[:9%]', eval_split='test[:9%]+val')))
-print('tensorflow_datasets' in sys.modules)
-"""
-    assert start_python(code).communicate(timeout=LIMIT_S) == ("0 0\nFalse\n", "")
 
 
 @pytest.mark.parametrize(("eval_split", "shared"), [("train[80%:]", 8), ("validation", 0)])

@@ -1,8 +1,6 @@
 """Sweeps compose as functions, over points that are an argument and overrides."""
 
-import pytest
-
-from spannorm_jax.sweep.definition import arguments, chain, fixed, options, product, seeds, where, zipped
+from spannorm_jax.sweep.definition import arguments, chain, fixed, options, product, seeds
 
 
 def test_arguments_and_options_are_products_and_write_values_as_overrides_do():
@@ -31,19 +29,5 @@ def test_a_product_joins_along_what_both_set():
     assert product(fixed("tiny"), fixed("124m")) == []
 
 
-def test_zipped_goes_side_by_side_and_refuses_what_does_not_fit():
-    rates = options({"optim.lr": (1e-3, 1e-2)})
-    assert list(zipped(arguments(width=(32, 64)), rates)) == [
-        ("width=32", {"optim.lr": "0.001"}),
-        ("width=64", {"optim.lr": "0.01"}),
-    ]
-    with pytest.raises(ValueError, match="longer"):
-        list(zipped(seeds(2), seeds(3), arguments(width=(1, 2))))
-    with pytest.raises(ValueError, match="two values"):
-        list(zipped(fixed("depth=1"), fixed("depth=2")))
-
-
-def test_where_sees_arguments_and_overrides():
-    points = product(fixed("tiny"), arguments(depth=(6, 12)), seeds(2))
-    kept = where(lambda v: v["preset"] == "tiny" and (v["depth"] == "6" or v["seed"] == "1"), points)
-    assert list(chain(kept, fixed("124m"))) == [*points[:2], points[3], ("124m", {})]
+def test_a_chain_has_the_points_of_one_after_those_of_another():
+    assert list(chain(seeds(1), fixed("124m"))) == [("", {"seed": "0"}), ("124m", {})]
