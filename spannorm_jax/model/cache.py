@@ -1,8 +1,8 @@
 """The decoder over a cache of keys and values: new tokens attend to what was computed before.
 
-The cache is a plain pytree, {"k", "v"} of (L, B, S, G, K) in the compute dtype. Slot s of a row holds its token at
-position s, so rows of different lengths share a batch exactly: prompts are padded on the right, no token sees a later
-slot, and the tokens that follow a prompt overwrite its padding.
+The cache is a plain pytree, {"k", "v"} of (B, L, S, GK) in the compute dtype; a token's heads lie side by side, which
+fills whole vectors. Slot s of a row holds its token at position s, so rows of different lengths share a batch exactly:
+prompts are padded on the right, no token sees a later slot, and the tokens that follow a prompt overwrite its padding.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ from spannorm_jax.model.moe.router import Stats
 from spannorm_jax.parallel.mesh import constrain
 
 Cache = dict[str, Array]
-_LAYER_AXES = ("batch", "time", "kv_heads", "head_dim")
+_AXES = ("batch", "layers", "time", "kv_heads")
 
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int) -> Cache:
     """Zeros for `rows` sequences of up to `slots` tokens, of a resolved config."""
-    shape = (cfg.depth, rows, slots, cfg.num_kv_heads, cfg.width // cfg.num_heads)
-    zeros = constrain(jnp.zeros(shape, cfg.dtype), ("layers", *_LAYER_AXES))
+    shape = (rows, cfg.depth, slots, cfg.num_kv_heads * (cfg.width // cfg.num_heads))
+    zeros = constrain(jnp.zeros(shape, cfg.dtype), _AXES)
     return {"k": zeros, "v": zeros}
 
 
@@ -49,9 +49,11 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
             nonlocal cache
             with jax.named_scope("attention"):
                 q, k, v = block.attn.qkv(x_BxTxD, angles)
+                heads = k.shape[2:]
                 cache = {name: _write(cache[name], layer, positions_BxT, new) for name, new in (("k", k), ("v", v))}
-                here = (jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
-                return block.attn.project(cached_attention(q, *here, positions_BxT))
+                here = (jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False) for name in ("k", "v"))
+                k, v = (x_BxSxGK.reshape(*x_BxSxGK.shape[:2], *heads) for x_BxSxGK in here)
+                return block.attn.project(cached_attention(q, k, v, positions_BxT))
 
         stream, stats = block(stream, layer, attn, block.feed_forward)
         return stream, cache, stats
@@ -60,9 +62,10 @@ def cached_features(decoder: Decoder, tokens_BxT: Array, positions_BxT: Array, c
     return passed.features, passed.ys
 
 
-def _write(slots_LxBxSxGxK: Array, layer: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:
+def _write(slots_BxLxSxGK: Array, layer: Array, positions_BxT: Array, new_BxTxGxK: Array) -> Array:
+    new_BxTxGK = new_BxTxGxK.reshape(*new_BxTxGxK.shape[:2], -1)
     # vmap keeps the batch a batch: rows stay on the device that holds them.
-    written = jax.vmap(
-        lambda slots, positions, new: slots.at[layer, positions].set(new), in_axes=(1, 0, 0), out_axes=1
-    )(slots_LxBxSxGxK, positions_BxT, new_BxTxGxK)
-    return constrain(written, ("layers", *_LAYER_AXES))
+    written = jax.vmap(lambda slots, positions, new: slots.at[layer, positions].set(new))(
+        slots_BxLxSxGK, positions_BxT, new_BxTxGK
+    )
+    return constrain(written, _AXES)
