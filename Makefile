@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-slow lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,15 @@ test-process: env ## whole processes: killed, stopped, in pairs, with damaged fi
 # A file's tests on both workers, for each opens a browser of its own.
 test-pages: demo-smoke ## pages in a browser (chromium): demo-smoke's, and of each sweep's archives
 	$(BIN)/python -m pytest -m pages --dist load tests/report/test_pages.py
+
+# libtpu stays out of .venv, where every start of JAX would look for a TPU.
+.venv-tpu/installed: setup.cfg requirements.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test,tpu-plan]'
+	touch $@
+
+test-tpu: .venv-tpu/installed ## our programs by the TPU's own compiler, which needs no TPU (Linux)
+	.venv-tpu/bin/python -m pytest -m tpu --dist load tests/plan/test_tpu.py
 
 test-slow: env ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"

@@ -60,23 +60,24 @@ def plan(config: Config, other: Config | None, target: Target, program: str, num
     Raises:
       UserError: the mesh does not fit the devices or the model.
     """
-    costs = []
+    plans = []
     for one in [config] if other is None else [config, other]:
-        one = _resolved(one, target, program)
+        one = resolved(one, target, program)
         print(f"{setting(one, target.platform)}\n{_where(one, target)}\n", flush=True)
         try:
-            costs.append(_costs(one, target, program, num_lanes))
+            plans.append(costs(one, target, program, num_lanes))
         except DoesNotFit as refused:
             print(_refusal(one, target, program, num_lanes, refused))
             return 0
-        for name, cost, seconds in costs[-1]:
+        for name, cost, seconds in plans[-1]:
             print(report(name, cost, one, target, seconds), flush=True)
     if other is not None:
-        print(_compared(*costs))
+        print(_compared(*plans))
     return 0
 
 
-def _resolved(config: Config, target: Target, program: str) -> Config:
+def resolved(config: Config, target: Target, program: str) -> Config:
+    """The config as it runs on the target. Raises UserError if the mesh does not fit the devices or the model."""
     config = resolve_without_data(config, platform="accelerator")
     shape = mesh_shape(config.mesh, len(target.devices))
     if program == "evaluate":
@@ -87,9 +88,9 @@ def _resolved(config: Config, target: Target, program: str) -> Config:
     return config
 
 
-def _costs(config: Config, target: Target, program: str, num_lanes: int) -> list[tuple[str, TargetCost, float]]:
+def costs(config: Config, target: Target, program: str, num_lanes: int) -> list[tuple[str, TargetCost, float]]:
     """Name, cost and compile seconds of each program. Raises DoesNotFit."""
-    costs = []
+    found = []
     clock = target.kind.clock_ghz * 1e9
     with compiling_for(target.devices):
         for name, compile_it in compile_programs(program, config, target.devices, num_lanes):
@@ -102,8 +103,8 @@ def _costs(config: Config, target: Target, program: str, num_lanes: int) -> list
             cost = cost_of(compiled, target.platform, target.kind.peak_flops / clock if clock else 0.0)
             if target.platform == "gpu" and cost.memory > target.kind.memory_gb * 1e9:
                 raise DoesNotFit(cost.memory, target.kind.memory_gb * 1e9)
-            costs.append((name, cost, seconds))
-    return costs
+            found.append((name, cost, seconds))
+    return found
 
 
 def _as_refusal(error: Exception) -> DoesNotFit | None:
@@ -128,7 +129,7 @@ def _refusal(config: Config, target: Target, program: str, num_lanes: int, refus
     tried = []
     for change, other in _smaller(config, target, refused):
         try:
-            [(_, cost, _)] = _costs(other, target, program, num_lanes)
+            [(_, cost, _)] = costs(other, target, program, num_lanes)
         except DoesNotFit:
             tried.append(change)
             continue

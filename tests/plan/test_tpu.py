@@ -1,0 +1,128 @@
+"""Our programs by the TPU's own compiler, which needs no TPU: `make test-tpu`, in a venv that has libtpu.
+
+What is asserted is what a user of a pod relies on: the programs compile, attention is the kernel's, a weight is
+gathered in the compute dtype, the head once a step, an activation never; and SpanNorm costs what PreNorm costs.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import spannorm_jax
+from spannorm_jax.config_file import load
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.plan import target
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-tpu"),
+]
+CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
+DEPTH, WIDTH, VOCAB, ROWS, TIME = 4, 128, 512, 16, 128
+FSDP = {"mesh.data": 2, "mesh.fsdp": 2}
+
+
+@functools.cache
+def topology(slices=1):
+    return target.open_target("v5e:2x2", slices)
+
+
+@functools.cache
+def costs(program, arg="", overrides=(), slices=1):
+    """Name -> cost of the programs of a small decoder on a v5e:2x2, heads of 128."""
+    small = {
+        "model.vocab_size": VOCAB,
+        "model.num_heads": 1,
+        "data.seq_len": TIME,
+        "training.batch_size": ROWS,
+        "eval.batch_size": ROWS,
+    } | dict(overrides)
+    file = "moe.py" if "model.moe.top_k" in small else "dense.py"
+    config = load(f"{CONFIGS}/{file}:tiny,depth={DEPTH},width={WIDTH}{arg}", [(k, str(v)) for k, v in small.items()])
+    config = target.resolved(config, topology(slices), program)
+    return {name: cost for name, cost, _ in target.costs(config, topology(slices), program, num_lanes=4)}
+
+
+def train(placement="span", slices=1, **overrides):
+    return costs("train", f",placement={placement}", tuple(sorted(overrides.items())), slices)["train"]
+
+
+def gathered(cost):
+    """The shapes that collectives of a kind bring, as XLA writes them: bf16[128,512]."""
+    found = set()
+    for line in cost.text.splitlines():
+        if " all-gather(" in line or " all-gather-start(" in line:
+            found.add(line.split(" = ")[1].split("{")[0].lstrip("("))
+    return found
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_trains(placement):
+    cost = train(placement, **FSDP)
+    assert "tpu_custom_call" in cost.text
+    assert "splash_mha_fwd" in cost.text
+    shapes = gathered(cost)
+    assert shapes  # weights are split over fsdp
+    matrices = {shape for shape in shapes if shape.count(",") >= 1}
+    assert not {shape for shape in matrices if shape.startswith("f32")}
+    assert not {shape for shape in matrices if f"{ROWS // 4},{TIME}" in shape or f"{ROWS},{TIME}" in shape}
+
+
+@pytest.mark.parametrize("chunks_mib", [0, 1])
+def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(chunks_mib):
+    """Also where the loss has pieces: of 4 rows a device 1 MiB holds half of the logits of 512 x 128 positions."""
+    cost = train(**FSDP, **{"execution.max_logits_mib": chunks_mib, "data.seq_len": 1024})
+    size = VOCAB * WIDTH
+    of_head = [c for c in cost.collectives if "loss" in c.name and c.bytes * 2 >= size]
+    assert sum(c.count for c in of_head if c.kind == "all_gather") <= 1
+    assert sum(c.count for c in of_head if c.kind != "all_gather") <= 1
+
+
+def test_spannorm_costs_what_prenorm_costs():
+    """At a width where the blocks and not the overhead of small programs are what is compared."""
+    wide = {"model.width": 512, "model.num_heads": 4, "model.ffn_dim": 1408, "data.seq_len": 512}
+    span, pre = train("span", **wide), train("pre", **wide)
+    assert span.all_cycles == pytest.approx(pre.all_cycles, rel=0.05)
+    assert span.memory == pytest.approx(pre.memory, rel=0.05)
+    received = [sum(c.received for c in cost.collectives) for cost in (span, pre)]
+    assert received[0] == pytest.approx(received[1], rel=0.01)
+
+
+@pytest.mark.parametrize("grouped_matmul", ["ragged_dot", "padded"])
+def test_experts_train(grouped_matmul):
+    moe = {"model.moe.top_k": 2, "mesh.expert": 4, "mesh.data": 1, "model.moe.expert_dim": 128}
+    cost = train(**moe, **{"execution.grouped_matmul": grouped_matmul})
+    assert ("ragged-dot" in cost.text) == (grouped_matmul == "ragged_dot")
+    assert {"all_to_all"} <= {c.kind for c in cost.collectives}
+
+
+@pytest.mark.parametrize("program", ["evaluate", "signal", "sample", "lanes"])
+def test_other_programs_compile(program):
+    for cost in costs(program).values():
+        assert 0 < cost.memory < 16e9
+        assert cost.cycles > 0
+        assert not cost.unknown
+
+
+def test_positions_that_no_block_divides_run_in_the_kernel():
+    assert "splash_mha_fwd" in train(**{"data.seq_len": 100}).text
+
+
+def test_two_slices():
+    """The gradient's way between slices is a collective of its own."""
+    cost = train(slices=2, **FSDP | {"mesh.data": 4})
+    assert cost.collectives
+    assert "splash_mha_fwd" in cost.text
+
+
+def test_what_does_not_fit_is_refused_with_what_would(capsys):
+    """100 GB of logits, in one piece, on 16 GB."""
+    large = {"model.vocab_size": 200192, "training.batch_size": 512, "data.seq_len": 1024}
+    overrides = [(key, str(value)) for key, value in (large | {"execution.max_logits_mib": 10**6}).items()]
+    config = load(f"{CONFIGS}/dense.py:tiny,depth=2,width=128", overrides)
+    assert target.plan(config, None, topology(), "train", 1) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    assert "num_microbatches" in said
