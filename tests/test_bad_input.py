@@ -186,7 +186,14 @@ def test_a_sample_that_cannot_be(refuse, tmp_path, option, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), ["--devices", "required"]),
+        ((), ["--topology", "--devices", "not both"]),
+        (("--devices=8", "--topology=v5e:2x2"), ["not both"]),
+        (("--topology=v5x:2x2",), ["'v5x:2x2'", "did you mean 'v5"]),
+        (("--topology=v5e",), ["'v5e' has no shape", "v5e:4x4"]),
+        (("--topology=v5e-17",), ["'v5e-17' is no slice", "16, 32"]),
+        (("--topology=v5e:2x2",), ["compiler is not installed", "tpu-plan"]),
+        (("--devices=8", "--program=sample"), ["need --topology"]),
+        (("--topology=v5e:2x2", "--slices=0"), ["--slices '0'", "1 to 2048"]),
         (("--devices=0",), ["--devices '0'", "1 to 2048"]),
         (("--devices=-8",), ["--devices '-8'", "1 to 2048"]),
         (("--devices=many",), ["--devices 'many'", "1 to 2048"]),

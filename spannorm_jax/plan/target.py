@@ -207,24 +207,40 @@ def report(name: str, cost: TargetCost, config: Config, target: Target, seconds:
     )
 
 
-def _time(name: str, cost: TargetCost, config: Config, target: Target) -> list[str]:
-    positions = config.training.batch_size * task_of(config).positions(config)
-    flops = flops_per_token(task_of(config).define(config), task_of(config).positions(config)) * positions
-    fastest = flops / len(target.devices) / target.kind.peak_flops
+def seconds_of(cost: TargetCost, config: Config, target: Target, program: str) -> float:
+    """A TPU's by its compiler's model, a GPU's at least: its memory traffic, and the peak; 0 if a chip's clock is not
+    known."""
+    if target.platform == "tpu":
+        return cost.all_cycles / target.kind.clock_ghz / 1e9 if target.kind.clock_ghz else 0.0
+    return max(cost.moved / target.kind.bandwidth, _fastest(config, target, program))
+
+
+def peak_share(cost: TargetCost, config: Config, target: Target, program: str) -> float:
+    """The FLOPs that MFU counts, at the peak, over `seconds_of`; 0 where there is none, or the program is no step."""
+    seconds = seconds_of(cost, config, target, program)
+    return _fastest(config, target, program) / seconds if seconds else 0.0
+
+
+def _fastest(config: Config, target: Target, program: str) -> float:
+    """Seconds of a train step's FLOPs at the peak; 0 for other programs."""
+    task = task_of(config)
+    positions = task.positions(config)
+    flops = flops_per_token(task.define(config), positions) * config.training.batch_size * positions
+    return flops / len(target.devices) / target.kind.peak_flops if program == "train" else 0.0
+
+
+def _time(program: str, cost: TargetCost, config: Config, target: Target) -> list[str]:
+    milliseconds = 1e3 * seconds_of(cost, config, target, program)
     if target.platform == "gpu":
-        seconds = max(cost.moved / target.kind.bandwidth, fastest if name == "train" else 0.0)
-        return [
-            f"  at least            {seconds * 1e3:.1f} ms: {cost.kernels:,} kernels that move {size_words(cost.moved)}"
-            + (f"; {fastest * 1e3:.1f} ms of FLOPs at the peak" if name == "train" else "")
-        ]
+        peak = f"; {1e3 * _fastest(config, target, program):.1f} ms of FLOPs at the peak" if program == "train" else ""
+        work = f"{cost.kernels:,} kernels that move {size_words(cost.moved)}{peak}"
+        return [f"  at least            {milliseconds:.1f} ms: {work}"]
     kernels = "".join(f" + {cycles / 1e6:.1f} of {kernel}" for kernel, cycles in sorted(cost.kernel_cycles.items()))
     lines = [f"  compiler's model    {cost.cycles / 1e6:.1f} million cycles{kernels}"]
     if target.kind.clock_ghz:
-        seconds = cost.all_cycles / target.kind.clock_ghz / 1e9
-        share = f", {fastest / seconds:.0%} of the peak" if name == "train" else ""
-        lines.append(
-            f"                      {seconds * 1e3:.1f} ms at {target.kind.clock_ghz} GHz{share}; waiting is left out"
-        )
+        share = f", {peak_share(cost, config, target, program):.0%} of the peak" if program == "train" else ""
+        said = f"{milliseconds:.1f} ms at {target.kind.clock_ghz} GHz{share}; waiting is left out"
+        lines.append(f"                      {said}")
     if cost.unknown:
         lines.append(f"                      not counted: {', '.join(cost.unknown)}")
     return lines

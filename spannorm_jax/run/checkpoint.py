@@ -123,9 +123,22 @@ class Checkpoints:
         return TrainState(restored, items["params"], items["opt_state"], items["model_state"])
 
     def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Items by name, as `abstract` has them; one without arrays is not in the checkpoint."""
+        """Items by name, as `abstract` has them; one without arrays is not in the checkpoint.
+
+        Raises:
+          UserError: an array has another shape there: an older version laid its weights out otherwise.
+        """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items() if tree}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except ValueError as error:
+            shapes = re.search(r"Requested shape: (\(.*?\)) .* the stored shape: (\(.*?\))", str(error))
+            if not shapes:
+                raise
+            raise UserError(
+                f"{self._path(step)} is of an older version, which laid weights out otherwise ({shapes[2]}, now "
+                f"{shapes[1]}); read it with the commit that its starts.jsonl names, or train anew"
+            ) from error
         return {name: restored[name] if tree else {} for name, tree in abstract.items()}
 
     def restore_model(self, step: int, abstract_params: Any, abstract_model_state: Any) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
 DEPTH, WIDTH, HIDDEN, VOCAB, ROWS, TIME = 5, 64, 192, 512, 16, 32
 MATRICES = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN  # of a block
 GAINS = 2 * WIDTH
+ALL_GAINS = DEPTH * GAINS + WIDTH
 PARAMS = DEPTH * (MATRICES + GAINS) + 2 * VOCAB * WIDTH + WIDTH
 
 
@@ -52,8 +53,9 @@ def test_memory_of_a_device_is_what_lies_there():
     found = needs(data=2, fsdp=4)
     counters = 2 * 4  # AdamW's and the schedule's
     assert found.params == PARAMS
-    assert found.state == {"parameters": PARAMS * 4 // 4, "optimizer": 2 * PARAMS * 4 // 4 + counters}
-    assert found.gradients == PARAMS * 4 // 4
+    here = (PARAMS - ALL_GAINS) * 4 // 4 + ALL_GAINS * 4  # gains are whole on every device
+    assert found.state == {"parameters": here, "optimizer": 2 * here + counters}
+    assert found.gradients == here
     # XLA's account of the same: state, the run's step, this device's rows of tokens, and the numbers but for the three
     # that only experts read.
     batch, numbers = ROWS // 8 * (TIME + 1) * 4, 11 * 4
@@ -68,14 +70,13 @@ def in_blocks(found, kind, sliced=False):
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient_once(dtype, size):
-    """Of the blocks: forward and backward, matrices in the compute dtype; gains and their gradients in float32."""
+    """Of the blocks: forward and backward, matrices in the compute dtype. Gains are whole, their gradients float32."""
     found = needs(fsdp=8, model__dtype=dtype)
     share = 7 / 8
-    # A gain's backward reads it twice: for its input, and for what follows. XLA may gather it for each.
-    at_least = share * 2 * (MATRICES * size + GAINS * 4)
-    assert at_least <= in_blocks(found, "all_gather") <= at_least + share * 2 * GAINS * 4
-    assert in_blocks(found, "all_reduce", sliced=True) == 2 * share * (MATRICES * size + GAINS * 4)
-    assert in_blocks(found, "all_reduce") == in_blocks(found, "reduce_scatter") == 0
+    assert in_blocks(found, "all_gather") == share * 2 * MATRICES * size
+    assert in_blocks(found, "all_reduce", sliced=True) == 2 * share * MATRICES * size
+    assert in_blocks(found, "all_reduce") == 2 * share * GAINS * 4
+    assert in_blocks(found, "reduce_scatter") == 0
 
 
 def test_replicas_sum_each_gradient_once():
@@ -112,8 +113,8 @@ def test_16b_per_device_by_hand(devices, fsdp, expert):
     state = make_program(config, define(config.model, config.execution), mesh).abstract_state
     experts = (L - 1) * 64 * 3 * D * F
     attention, shared, dense, router = L * 4 * D * D, (L - 1) * 2 * 3 * D * F, 3 * D * H, (L - 1) * D * 64
-    others = attention + shared + dense + router + 2 * V * D + (2 * L + 1) * D
-    here = 4 * (experts // (fsdp * expert) + others // fsdp)
+    others, gains = attention + shared + dense + router + 2 * V * D, (2 * L + 1) * D
+    here = 4 * (experts // (fsdp * expert) + others // fsdp + gains)
     assert sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(state.params)) == here
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in moments) == 2 * here

@@ -228,6 +228,14 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_one_line(tmp_path):
             reading.restore_model(1, ABSTRACT.params, {})
 
 
+def test_weights_that_an_older_version_laid_out_otherwise_are_one_line(tmp_path):
+    save(tmp_path, 1)
+    with opened(tmp_path) as reading:
+        turned = {"blocks": {"w": jax.ShapeDtypeStruct((4, 3), np.float32, sharding=SHARDING)}}
+        with pytest.raises(UserError, match=r"older version.*\(3, 4\), now \(4, 3\)"):
+            reading.restore_model(1, ABSTRACT.params | turned, {})
+
+
 def test_multiples_of_keep_every_stay(tmp_path):
     with opened(tmp_path, keep_last=2, keep_every=4) as saving:
         for step in range(1, 10):
