@@ -18,14 +18,14 @@ from spannorm_jax.training.step import make_program
 from spannorm_jax.training.task import abstract_batch
 from spannorm_jax.training.tasks import task_of
 
-PROGRAMS = ("train", "evaluate", "signal", "sample", "lanes")
 SAMPLED_ROWS = 8  # texts that `sample` continues side by side
 Programs = Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]
 
 
 def compile_programs(kind: str, config: Config, devices: list[Any], num_lanes: int = 1) -> Programs:
-    """Names of the programs of a kind in PROGRAMS, each with what compiles it; `config` is resolved.
+    """Names of the programs of a kind, each with what compiles it; `config` is resolved.
 
+    A kind is train, evaluate, signal, sample or lanes.
     `sample` is two: `prefill` reads prompts of an eighth of data.seq_len, `decode` makes one token of each row.
 
     Raises:

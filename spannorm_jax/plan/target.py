@@ -11,6 +11,7 @@ from typing import Any
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import flops_per_token
+from spannorm_jax.model.stack import remat_for
 from spannorm_jax.parallel.devices import DEVICE_KINDS, DeviceKind, known_kind
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, mesh_shape
 from spannorm_jax.plan.cost import TargetCost, cost_of
@@ -148,7 +149,7 @@ def _smaller(config: Config, target: Target, refused: DoesNotFit) -> Iterator[tu
         config = replace(config, **changes)
         return config
 
-    if config.execution.remat not in ("auto", "block"):
+    if remat_for(config.execution.remat, target.platform) != "block":
         yield (
             " ".join([*words, "--config.execution.remat=block"]),
             changed("execution.remat=block", execution__remat="block"),
