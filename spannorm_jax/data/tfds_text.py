@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data import damage, names, python_source
+from spannorm_jax.data.python_files import DATASET
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.paths import below_home, user_path
 
@@ -43,7 +44,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
     there = ", ".join(prepared) or ("nothing of that name" if root.is_dir() else "no such folder")
     where = f"set config key data.data_dir to the folder that holds {base}/"
     if builder_class is None and not prepared:
-        known = {*tfds.list_builders(with_community_datasets=False), *(f.name for f in root.glob("[!.]*/"))}
+        known = {DATASET, *tfds.list_builders(with_community_datasets=False), *(f.name for f in root.glob("[!.]*/"))}
         raise UserError(
             f"config key {key}={asked!r}: no TFDS dataset {base!r} is known or lies in {root} (there: {there}); "
             f"{where}; {did_you_mean(base, known)}"

@@ -167,12 +167,12 @@ def test_remat_recomputes_what_it_says():
         params = jax.eval_shape(model.init, jax.random.key(0))
         return count_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, "dot_general")
 
-    # A block has 6 linear layers: q, k, v, out, in, out. Each is one matmul forward and two backward, as is the head's.
-    # Attention has 2 forward and, making its weights again, 5 backward. `dots` repeats none of them, `block` all of the
-    # forward ones that it needs.
-    assert matmuls(remat="none") == 3 * (6 + 1) + 7
-    assert matmuls(remat="dots") == 3 * (6 + 1) + 7
-    assert matmuls(remat="block") in (3 * (6 + 1) + 7 + 7, 3 * (6 + 1) + 7 + 8)  # the last is no gradient's input
+    # A block has 7 linear layers: q, k, v, out, two in, out. Each is one matmul forward and two backward, as is the
+    # head's. Attention has 2 forward and, making its weights again, 5 backward. `dots` repeats none of them, `block`
+    # all of the forward ones that it needs.
+    assert matmuls(remat="none") == 3 * (7 + 1) + 7
+    assert matmuls(remat="dots") == 3 * (7 + 1) + 7
+    assert matmuls(remat="block") in (3 * (7 + 1) + 7 + 8, 3 * (7 + 1) + 7 + 9)  # the last is no gradient's input
 
 
 def test_a_train_steps_program_is_as_long_whatever_the_depth():
