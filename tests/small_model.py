@@ -47,7 +47,7 @@ def drawn_params(placement="span", tied_head=False):
 
     def draw(spec):
         norm = spec.role == "norm"
-        return (rng.uniform(0.5, 1.5, spec.shape) if norm else 0.3 * rng.standard_normal(spec.shape)).astype(np.float32)
+        return (rng.uniform(0.5, 1.5, spec.shape) if norm else 0.3 * standard_normal(rng, spec)).astype(np.float32)
 
     return model.map_weights(draw)
 
@@ -67,3 +67,12 @@ def assert_trees_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
     jax.tree.map_with_path(close, got, want)
+
+
+def standard_normal(rng, spec):
+    """NumPy's numbers for a weight. Its `parts` are drawn after the inputs, wherever they lie."""
+    if "parts" not in spec.axes:
+        return rng.standard_normal(spec.shape)
+    part, shape = spec.axes.index("parts"), list(spec.shape)
+    shape[part : part + 2] = shape[part + 1], shape[part]
+    return rng.standard_normal(shape).swapaxes(part, part + 1)

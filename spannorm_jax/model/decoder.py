@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig
-from spannorm_jax.model.kernels.cpu import linear
+from spannorm_jax.model.kernels.cross_entropy import head_logits
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.stack import ACTIVATION, Step
@@ -74,10 +74,7 @@ class Decoder(Trunk):
         """(..., D) -> (..., V) in float32, whatever the compute dtype."""
         with jax.named_scope("head"):
             features, matrix = self.head_inputs(features)
-            matrix = matrix.astype(features.dtype)
-            if features.dtype == jnp.float32:
-                return linear(features, matrix)
-            return jnp.matmul(features, matrix, preferred_element_type=jnp.float32)
+            return head_logits(features, matrix.astype(features.dtype))
 
     def __call__(self, tokens_BxT: Array) -> Array:
         """Logits (B, T, V) in float32; position t sees tokens 0..t."""

@@ -82,7 +82,8 @@ def rotate(x_BxTxHxK: Array, angles_TxK2: Array) -> Array:
     cos, sin = jnp.cos(angles_TxK2)[..., None, :], jnp.sin(angles_TxK2)[..., None, :]
     if target_platform() == "tpu":  # half a head is no whole vector there: its other half comes by a matmul, exactly
         K = x_BxTxHxK.shape[-1]
-        turned = jnp.matmul(x_BxTxHxK, np.roll(np.eye(K), K // 2, axis=1).astype(x_BxTxHxK.dtype))
+        swap_KxK = np.roll(np.eye(K), K // 2, axis=1).astype(x_BxTxHxK.dtype)
+        turned = jnp.matmul(x_BxTxHxK, swap_KxK, precision=jax.lax.Precision.HIGHEST)  # else float32 is cut to bfloat16
         cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
         return (x_BxTxHxK.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x_BxTxHxK.dtype)
     a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)

@@ -1,20 +1,11 @@
-"""Options of XLA's compilers by platform: those worth more than the compilers' own choice for every program here."""
+"""Options of XLA's compilers by platform, for the train step, the signal and evaluation."""
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-# docs/speed.md has what each changes in the compilers' plans.
 XLA_OPTIONS: dict[str, dict[str, str]] = {
-    "tpu": {
-        # Off: a product over a gathered weight would be made of as many small ones as there are devices.
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-        # Gathers of the next block's weights run while the last one's are used.
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-        "xla_tpu_overlap_compute_collective_tc": "true",
-    },
+    # No collective matmul: a product over a gathered weight would be made of as many small ones as there are devices.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
 
 

@@ -56,7 +56,7 @@ class TargetCost:
 
 
 def cost_of(compiled: Any, platform: str, flops_a_cycle: float) -> TargetCost:
-    """Reads a compiled program of `platform` (tpu, gpu); `flops_a_cycle` is a TPU's peak."""
+    """Reads a compiled program of `platform` (tpu, gpu); `flops_a_cycle` is a TPU's peak, 0 if it is not known."""
     text = compiled.as_text()
     module = Module(text)
     memory = compiled.memory_analysis()
@@ -87,7 +87,7 @@ def _tpu(module: Module, flops_a_cycle: float) -> dict[str, Any]:
         if name.startswith("splash"):
             kind = next(kind for kind in _SPLASH_BUNDLES if f"_{kind}" in name)
             return _splash("fused" if kind == "dkv" and fused else kind, shapes)
-        if name.startswith("ragged-dot") and "metadata" not in name:
+        if name.startswith("ragged-dot") and flops_a_cycle:
             return _ragged_dot(shapes, flops_a_cycle)
         unknown.add(f"kernel {name}")
         return 0.0

@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from spannorm_jax.config import Config, replace
+from spannorm_jax.config import Config, divisors, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.model.stack import remat_for
@@ -128,7 +129,7 @@ def _refusal(config: Config, target: Target, program: str, num_lanes: int, refus
     if program != "train":
         return words
     tried = []
-    for change, other in _smaller(config, target, refused):
+    for change, other in islice(_smaller(config, target, refused), _MOST_TRIES):
         try:
             [(_, cost, _)] = costs(other, target, program, num_lanes)
         except DoesNotFit:
@@ -140,37 +141,22 @@ def _refusal(config: Config, target: Target, program: str, num_lanes: int, refus
 
 def _smaller(config: Config, target: Target, refused: DoesNotFit) -> Iterator[tuple[str, Config]]:
     """Configs of the same run that take less memory, the nearest first: (what to write, config)."""
-    words: list[str] = []
-    tries = 0
-
-    def changed(word: str, **changes: Any) -> Config:
-        nonlocal config
-        words.append(f"--config.{word}")
-        config = replace(config, **changes)
-        return config
-
+    words = ""
     if remat_for(config.execution.remat, target.platform) != "block":
-        yield (
-            " ".join([*words, "--config.execution.remat=block"]),
-            changed("execution.remat=block", execution__remat="block"),
-        )
-        tries += 1
+        words, config = "--config.execution.remat=block", replace(config, execution__remat="block")
+        yield words, config
     shape = mesh_shape(config.mesh, len(target.devices))
-    if shape["data"] > 1 and config.model.width % (shape["data"] * shape["fsdp"]) == 0:
-        fsdp = shape["data"] * shape["fsdp"]
-        mesh = changed(f"mesh.fsdp={fsdp} --config.mesh.data=1", mesh__fsdp=fsdp, mesh__data=1)
-        yield " ".join(words), mesh
-        tries += 1
-    rows = config.training.batch_size // batch_shards(shape)  # of a device
-    pieces = config.training.num_microbatches
-    base = list(words)
-    while tries < _MOST_TRIES and rows % (2 * pieces) == 0:
-        pieces *= 2
-        if pieces < min(rows, refused.needed / refused.available) and rows % (2 * pieces) == 0:
-            continue  # it would still be too much
-        word = f"--config.training.num_microbatches={pieces}"
-        yield " ".join([*base, word]), replace(config, training__num_microbatches=pieces)
-        tries += 1
+    fsdp = shape["data"] * shape["fsdp"]
+    if shape["data"] > 1 and config.model.width % fsdp == 0:
+        words += f" --config.mesh.fsdp={fsdp} --config.mesh.data=1"
+        config = replace(config, mesh__fsdp=fsdp, mesh__data=1)
+        yield words.strip(), config
+    now = config.training.num_microbatches
+    more = [k for k in divisors(config.training.batch_size // batch_shards(shape)) if k > now and k % now == 0]
+    # Fewer pieces than the memory is exceeded by would still be too much.
+    for pieces in [k for k in more if k / now >= refused.needed / refused.available] or more[-1:]:
+        piece = f"{words} --config.training.num_microbatches={pieces}"
+        yield piece.strip(), replace(config, training__num_microbatches=pieces)
 
 
 # ---- words --------------------------------------------------------------------------------------------

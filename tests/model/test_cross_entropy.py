@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small_model import assert_trees_close
 
 from spannorm_jax.model.kernels.cross_entropy import cross_entropy
 
@@ -44,8 +45,7 @@ def test_value_and_gradients(num_chunks, vocab):
     value, grads = ours(num_chunks)(*args)
     want, want_grads = jax.value_and_grad(plain, (0, 1))(*args)
     assert float(value) == pytest.approx(float(want), rel=1e-6)
-    for got, exact in zip(grads, want_grads, strict=True):
-        np.testing.assert_allclose(got, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+    assert_trees_close(grads, want_grads, 2e-6)
 
 
 def test_gradients_in_bfloat16_are_those_of_float32_rounded():
@@ -56,8 +56,8 @@ def test_gradients_in_bfloat16_are_those_of_float32_rounded():
     exact = jax.grad(plain, (0, 1))(features.astype(jnp.float32), rounded, *rest)
     assert (dfeatures.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
     # A term is rounded to 8 bits, 2^-9 of it; those of dfeatures are rounded once more as a sum.
-    np.testing.assert_allclose(np.float32(dfeatures), exact[0], rtol=0, atol=2**-7 * np.abs(exact[0]).max())
-    np.testing.assert_allclose(dhead, exact[1], rtol=0, atol=2**-8 * np.abs(exact[1]).max())
+    assert_trees_close(dfeatures, exact[0], 2**-7)
+    assert_trees_close(dhead, exact[1], 2**-8)
 
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -71,8 +71,7 @@ def test_on_eight_devices(shape):
         placed = [jax.device_put(x, NamedSharding(mesh, head if i == 1 else batch)) for i, x in enumerate(args)]
         value, grads = ours(3)(*placed)
     assert float(value) == pytest.approx(float(want_value), rel=1e-6)
-    for got, exact in zip(grads, want_grads, strict=True):
-        np.testing.assert_allclose(got, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+    assert_trees_close(grads, want_grads, 2e-6)
 
 
 def test_a_target_is_correct_if_no_logit_is_larger():

@@ -9,6 +9,7 @@ import pytest
 
 from spannorm_jax.config import Config, replace
 from spannorm_jax.errors import UserError
+from spannorm_jax.model import layers
 from spannorm_jax.model.kernels.cpu import gelu, linear
 from spannorm_jax.model.layers import Norm, rotary_angles, rotate
 from spannorm_jax.validation import validate
@@ -86,3 +87,16 @@ def test_rotations_keep_lengths_at_any_theta_and_position(theta):
     x = np.float32(np.random.default_rng(0).standard_normal((1, 2**16, 1, 64)))
     turned = rotate(x, rotary_angles(2**16, 64, theta))
     np.testing.assert_allclose(np.sum(np.square(turned), -1), np.sum(x**2, -1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rotation_of_a_tpu_is_that_of_others(dtype, monkeypatch):
+    """Its swap of a head's halves is exact: the same products and sums, whose roundings alone may fuse otherwise."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3, 16)), dtype)
+    angles = rotary_angles(7, 16, 100.0)
+    want = rotate(x, angles)
+    monkeypatch.setattr(layers, "target_platform", lambda: "tpu")
+    turned = rotate(x, angles)
+    assert turned.dtype == want.dtype
+    one_rounding = float(jnp.finfo(dtype).eps) * np.abs(np.float32(want)).max()
+    np.testing.assert_allclose(np.float32(turned), np.float32(want), rtol=0, atol=one_rounding)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_model import assert_trees_close, configure, start
+from small_model import assert_trees_close, configure, standard_normal, start
 
 from spannorm_jax import config as configs
 from spannorm_jax.config import MeshConfig
@@ -82,7 +82,7 @@ def drawn(model):
     rng, scalars = np.random.default_rng(1), PLACEMENTS[model.cfg.placement].scalar_gains
 
     def draw(w):
-        drawn = 0.2 * rng.standard_normal(w.shape) + (w.role == "norm")
+        drawn = 0.2 * standard_normal(rng, w) + (w.role == "norm")
         return (drawn * (0.1 if w.site in scalars else 1)).astype(np.float32)  # no norm holds what those multiply
 
     return model.map_weights(draw)
@@ -141,11 +141,11 @@ CASES += [
 def test_eight_devices_train_as_one(one_device, placement, variant, layout):
     config, expected = one_device(placement, variant)
     values, _ = trajectory(config, LAYOUTS[layout], 8)
-    # Sums in another order: measured 9e-6 at most over all cases and steps, which AdamW's first steps (signs of
-    # gradients) could amplify on other hardware. A wrong reduction is off by a factor, a lost shard by 1e-2.
+    # Sums in another order: measured 7e-7 at most over all cases, which AdamW's first steps (signs of gradients) could
+    # amplify on other hardware. A wrong reduction is off by a factor, a lost shard by 1e-2.
     np.testing.assert_allclose(values[0], expected[0], rtol=5e-6)
     # With experts that rounding also decides which of two nearly even ones a token takes: 2e-5 was seen after a step.
-    np.testing.assert_allclose(values, expected, rtol=2e-4 if variant.startswith("moe") else 2e-5)
+    np.testing.assert_allclose(values, expected, rtol=2e-4 if variant.startswith("moe") else 5e-6)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "all_three"])
@@ -159,8 +159,8 @@ def test_an_optimiser_whose_state_is_factored_trains_as_on_one_device(layout, mo
     config = make_config(optim__name="factored")
     want, _ = trajectory(config, {"data": 1}, 1)
     values, state = trajectory(config, LAYOUTS[layout], 8)
-    np.testing.assert_allclose(values, want, rtol=2e-5)
-    assert np.min(want[:, 0]) < want[0, 0] - 0.02
+    np.testing.assert_allclose(values, want, rtol=5e-6)
+    assert want[-1, 0] < want[0, 0] - 0.02
     model, mesh = define(config.model, config.execution), make_mesh(MeshConfig(**LAYOUTS[layout]), jax.devices()[:8])
     program = make_program(config, model, mesh)
     whole = [x for x in jax.tree.leaves(state.opt_state) if x.ndim and x.sharding.is_fully_replicated]

@@ -11,12 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from spannorm_jax.model.kernels.cpu import linear, weight_gradient
-from spannorm_jax.parallel.mesh import constrain
+from spannorm_jax.parallel.mesh import LOGICAL_AXES, constrain, partition_spec
 
 Sums = dict[str, Array]
 _ACTIVATION = ("batch", "time", "activation")
+
+
+def head_logits(x: Array, matrix_DxV: Array) -> Array:
+    """x (..., D) times the head's matrix in x's dtype: (..., V) in float32."""
+    if x.dtype == jnp.float32:
+        return linear(x, matrix_DxV)
+    return jnp.matmul(x, matrix_DxV, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -56,24 +64,49 @@ def _over_chunks(
     """What `cross_entropy` returns, and the objective's gradients in features and head, empty if not asked for."""
     with jax.named_scope("head"):
         matrix = constrain(head_DxV.astype(features_BxTxD.dtype), ("activation", "vocab"))
-    chunk = partial(_chunk, matrix, z_loss, gradient)
-    inputs = features_BxTxD, targets_BxT, weights_BxT
-    if num_chunks == 1:
-        sums, dhead, dfeatures = chunk(*inputs)
+    args = (matrix, z_loss, features_BxTxD, targets_BxT, weights_BxT)
+    if jax.sharding.get_abstract_mesh().empty:
+        sums, dhead, dfeatures = _over_pieces(num_chunks, gradient, (), *args)
     else:
-
-        def add(total: tuple[Sums, Array], piece: tuple[Array, ...]) -> tuple[tuple[Sums, Array], Array]:
-            sums, dhead, dfeatures = chunk(*piece)
-            return jax.tree.map(jnp.add, total, (sums, dhead)), dfeatures
-
-        pieces = jax.tree.map(partial(_pieces, num_chunks), inputs)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *(x[0] for x in pieces))[:2])
-        (sums, dhead), dfeatures = jax.lax.scan(add, zeros, pieces)
-        B, T, D = features_BxTxD.shape
-        dfeatures = dfeatures.swapaxes(0, 1).reshape(B, -1, D)[:, :T] if gradient else dfeatures
-    if gradient:
-        dfeatures, dhead = constrain(dfeatures, _ACTIVATION), constrain(dhead, ("embed", "vocab"))
+        # By hand: a compiler would sum the head's gradient over the devices in each piece, and not once.
+        features, rows, whole = partition_spec(_ACTIVATION), partition_spec(_ACTIVATION[:2]), PartitionSpec()
+        grads = (partition_spec(("embed", "vocab")), features) if gradient else (whole, whole)
+        sums, dhead, dfeatures = jax.shard_map(
+            partial(_over_devices, num_chunks, gradient),
+            in_specs=(partition_spec(("activation", "vocab")), whole, features, rows, rows),
+            out_specs=(whole, *grads),
+            check_vma=False,
+        )(*args)
     return (sums["nll"] + z_loss * sums["z"], sums), (dfeatures, dhead)
+
+
+def _over_devices(num_chunks: int, gradient: bool, *args: Array) -> tuple[Sums, Array, Array]:
+    """`_over_pieces` of each device: the sums of all, and the part of the head's gradient that is this one's."""
+    sums, dhead, dfeatures = _over_pieces(num_chunks, gradient, LOGICAL_AXES["vocab"], *args)
+    batch, (embed,) = LOGICAL_AXES["batch"], LOGICAL_AXES["embed"]
+    if gradient:
+        dhead = jax.lax.psum_scatter(dhead, embed, scatter_dimension=0, tiled=True)
+        dhead = jax.lax.psum(dhead, tuple(axis for axis in batch if axis != embed))
+    return jax.lax.psum(sums, batch), dhead, dfeatures
+
+
+def _over_pieces(
+    num_chunks: int, gradient: bool, vocab_axes: tuple[str, ...], matrix_DxV: Array, z_loss: Array, *inputs: Array
+) -> tuple[Sums, Array, Array]:
+    """Sums, and the gradients of head and features, of the rows here, piece by piece."""
+    chunk = partial(_chunk, matrix_DxV, z_loss, gradient, vocab_axes)
+    if num_chunks == 1:
+        return chunk(*inputs)
+
+    def add(total: tuple[Sums, Array], piece: tuple[Array, ...]) -> tuple[tuple[Sums, Array], Array]:
+        sums, dhead, dfeatures = chunk(*piece)
+        return jax.tree.map(jnp.add, total, (sums, dhead)), dfeatures
+
+    pieces = jax.tree.map(partial(_pieces, num_chunks), inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk, *(x[0] for x in pieces))[:2])
+    (sums, dhead), dfeatures = jax.lax.scan(add, zeros, pieces)
+    B, T, D = inputs[0].shape
+    return sums, dhead, dfeatures.swapaxes(0, 1).reshape(B, -1, D)[:, :T] if gradient else dfeatures
 
 
 def _pieces(num_chunks: int, x: Array) -> Array:
@@ -85,19 +118,31 @@ def _pieces(num_chunks: int, x: Array) -> Array:
 
 
 def _chunk(
-    matrix_DxV: Array, z_loss: Array, gradient: bool, x_BxTxD: Array, targets_BxT: Array, weights_BxT: Array
+    matrix_DxV: Array,
+    z_loss: Array,
+    gradient: bool,
+    vocab_axes: tuple[str, ...],
+    x_BxTxD: Array,
+    targets_BxT: Array,
+    weights_BxT: Array,
 ) -> tuple[Sums, Array, Array]:
-    """Sums of a piece, and the gradients of its objective in the matrix (float32) and in x."""
+    """Sums of a piece, and the gradients of its objective in the matrix (float32) and in x.
+
+    `vocab_axes` are mesh axes that split the vocabulary: V of it are here.
+    """
     with jax.named_scope("head"):
-        if x_BxTxD.dtype == jnp.float32:
-            logits = linear(x_BxTxD, matrix_DxV)
-        else:
-            logits = jnp.matmul(x_BxTxD, matrix_DxV, preferred_element_type=jnp.float32)
+        logits = head_logits(x_BxTxD, matrix_DxV)
+    over_devices = partial(jax.lax.psum, axis_name=vocab_axes)
+    ids_V = jnp.arange(logits.shape[-1])
+    if vocab_axes:
+        ids_V += jax.lax.axis_index(vocab_axes) * logits.shape[-1]
     # Reductions over the vocabulary, which a compiler can make in as few passes as it likes.
-    is_target = jnp.arange(logits.shape[-1]) == targets_BxT[..., None]
-    log_z_BxT = jax.nn.logsumexp(logits, axis=-1)
-    target_BxT = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    correct = target_BxT >= jnp.max(logits, axis=-1)  # an argmax would be a pass of its own
+    is_target = ids_V == targets_BxT[..., None]
+    largest_BxT = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
+    total_BxT = over_devices(jnp.sum(jnp.exp(logits - largest_BxT[..., None]), axis=-1))
+    log_z_BxT = largest_BxT + jnp.log(total_BxT)
+    target_BxT = over_devices(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+    correct = target_BxT >= largest_BxT  # an argmax would be a pass of its own
     sums = {
         "nll": jnp.sum((log_z_BxT - target_BxT) * weights_BxT),
         "log_z": jnp.sum(log_z_BxT * weights_BxT),
@@ -108,9 +153,10 @@ def _chunk(
     if not gradient:
         return sums, jnp.zeros(()), jnp.zeros(())
     scale_BxT = weights_BxT * (1 + 2 * z_loss * log_z_BxT)
-    softmax = jnp.exp(logits - log_z_BxT[..., None])
+    # By the sum and not by its logarithm, whose rounding would be that of a larger number.
+    softmax = jnp.exp(logits - largest_BxT[..., None]) / total_BxT[..., None]
     dlogits = scale_BxT[..., None] * softmax - jnp.where(is_target, weights_BxT[..., None], 0.0)
     dlogits = dlogits.astype(x_BxTxD.dtype)
     with jax.named_scope("head"):
         dhead_DxV = weight_gradient(x_BxTxD, dlogits, jnp.float32)
-        return sums, dhead_DxV, jnp.matmul(dlogits, matrix_DxV.T)
+        return sums, dhead_DxV, over_devices(jnp.matmul(dlogits, matrix_DxV.T))
