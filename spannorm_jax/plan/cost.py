@@ -1,8 +1,8 @@
-"""What a device's own compiler says of a program that it has compiled: memory, cycles, kernels, bytes.
+"""What a device's compiler says of a compiled program: memory, cycles, kernels, bytes.
 
-On a TPU cycles are XLA's `estimated_cycles` of the scheduled program with loops multiplied out, and of a condition its
-cheapest branch. They leave out Pallas kernels, which have models of their own here, and all waiting. On a GPU there are
-no cycles: kernels and the bytes that they read and write are counted.
+On a TPU cycles are XLA's `estimated_cycles` of the scheduled program. Loops are multiplied out, and
+the cheapest branch of a condition counts. They leave out Pallas kernels, which have models here,
+and all waiting. On a GPU there are no cycles: kernels and the bytes that they move are counted.
 """
 
 import math
@@ -140,7 +140,7 @@ def _gpu(module: Module) -> dict[str, Any]:
 
 
 def _moved(module: Module, made: Instruction) -> int:
-    """Bytes of operands and results; of an array that a fusion only slices, or updates in place, those of the part."""
+    """Bytes of operands and results. What a fusion slices or updates in place counts as the part."""
     sizes = [sum(array_bytes(module.shape_of(made, operand))) for operand in made.operands]
     written = sum(array_bytes(made.shape))
     if made.opcode != "fusion":

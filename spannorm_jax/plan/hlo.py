@@ -1,4 +1,4 @@
-"""XLA's text of a compiled program (`compiled.as_text()`): its instructions, and how often each of them runs."""
+"""XLA's text of a compiled program (`as_text()`): instructions, and how often each runs."""
 
 import math
 import re

@@ -173,16 +173,8 @@ def _where(config: Config, target: Target) -> str:
 
 def report(name: str, cost: TargetCost, config: Config, target: Target, seconds: float) -> str:
     """The printed plan of one program."""
-    parts = ", ".join(
-        f"{part} {size_words(size)}"
-        for part, size in (
-            ("arguments", cost.arguments),
-            ("temporaries", cost.temporaries),
-            ("outputs", cost.outputs),
-            ("code", cost.code),
-        )
-        if size
-    )
+    names = ("arguments", "temporaries", "outputs", "code")
+    parts = ", ".join(f"{part} {size_words(size)}" for part in names if (size := getattr(cost, part)))
     return "\n".join(
         [
             f"{name}, compiled in {seconds:.0f} s",

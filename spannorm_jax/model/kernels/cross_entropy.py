@@ -1,8 +1,8 @@
-"""Cross-entropy of the next token in pieces of the time axis, its gradient made in the forward pass.
+"""Cross-entropy in pieces of the time axis, with its gradient made in the forward pass.
 
-Logits exist for one piece at once, and are never made again: beside a piece's sums the forward pass leaves the gradient
-of the features, and adds to that of the head's matrix, in float32. So the matrix is cast, gathered and its gradient
-summed over devices once a step, and not once a piece.
+Logits exist for one piece at once, and are never made again. Beside a piece's sums the forward
+pass leaves the gradient of the features, and adds to that of the head's matrix, in float32.
+So the matrix is cast and gathered, and its gradient summed over devices, once a step.
 """
 
 from functools import partial
@@ -31,11 +31,12 @@ def head_logits(x: Array, matrix_DxV: Array) -> Array:
 def cross_entropy(
     features_BxTxD: Array, head_DxV: Array, targets_BxT: Array, weights_BxT: Array, z_loss: Array, num_chunks: int
 ) -> tuple[Array, Sums]:
-    """The objective nll + z_loss z, and the sums over positions times their weights that it is made of.
+    """The objective nll + z_loss z, and the weighted sums over positions that it is made of.
 
-    Logits are the features times the head (float32, cast to the features' dtype), in float32. The sums are `nll`
-    (nats), `log_z`, `z` (its square), `correct` (no logit is larger than the target's) and `count`. Only the
-    objective has a gradient, in the features and the head. Pieces are equal: the last is filled up with weights of 0.
+    Logits are float32: the features times the head, which is cast to their dtype. The sums are
+    `nll` (nats), `log_z`, `z` (its square), `correct` (no logit is larger than the target's) and
+    `count`. Only the objective has a gradient, in the features and the head. Pieces are equal: the
+    last is filled up with weights of 0.
     """
     return _over_chunks(features_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, num_chunks, False)[0]
 
@@ -61,7 +62,7 @@ def _over_chunks(
     num_chunks: int,
     gradient: bool,
 ) -> tuple[tuple[Array, Sums], tuple[Array, Array]]:
-    """What `cross_entropy` returns, and the objective's gradients in features and head, empty if not asked for."""
+    """What `cross_entropy` returns, and the gradients of features and head, if asked for."""
     with jax.named_scope("head"):
         matrix = constrain(head_DxV.astype(features_BxTxD.dtype), ("activation", "vocab"))
     args = (matrix, z_loss, features_BxTxD, targets_BxT, weights_BxT)
@@ -81,7 +82,7 @@ def _over_chunks(
 
 
 def _over_devices(num_chunks: int, gradient: bool, *args: Array) -> tuple[Sums, Array, Array]:
-    """`_over_pieces` of each device: the sums of all, and the part of the head's gradient that is this one's."""
+    """`_over_pieces` of each device: the sums of all, its own part of the head's gradient."""
     sums, dhead, dfeatures = _over_pieces(num_chunks, gradient, LOGICAL_AXES["vocab"], *args)
     batch, (embed,) = LOGICAL_AXES["batch"], LOGICAL_AXES["embed"]
     if gradient:
