@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import assert_trees_close
 
 from spannorm_jax.config import Config, replace
 from spannorm_jax.errors import UserError
@@ -98,5 +99,4 @@ def test_the_rotation_of_a_tpu_is_that_of_others(dtype, monkeypatch):
     monkeypatch.setattr(layers, "target_platform", lambda: "tpu")
     turned = rotate(x, angles)
     assert turned.dtype == want.dtype
-    one_rounding = float(jnp.finfo(dtype).eps) * np.abs(np.float32(want)).max()
-    np.testing.assert_allclose(np.float32(turned), np.float32(want), rtol=0, atol=one_rounding)
+    assert_trees_close(turned, want, float(jnp.finfo(dtype).eps))

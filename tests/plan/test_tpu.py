@@ -32,13 +32,8 @@ def topology(slices=1):
 @functools.cache
 def costs(program, arg="", overrides=(), slices=1):
     """Name -> cost of the programs of a small decoder on a v5e:2x2, heads of 128."""
-    small = {
-        "model.vocab_size": VOCAB,
-        "model.num_heads": 1,
-        "data.seq_len": TIME,
-        "training.batch_size": ROWS,
-        "eval.batch_size": ROWS,
-    } | dict(overrides)
+    small = {"model.vocab_size": VOCAB, "model.num_heads": 1, "data.seq_len": TIME, "training.batch_size": ROWS}
+    small |= {"eval.batch_size": ROWS} | dict(overrides)
     file = "moe.py" if "model.moe.top_k" in small else "dense.py"
     config = load(f"{CONFIGS}/{file}:tiny,depth={DEPTH},width={WIDTH}{arg}", [(k, str(v)) for k, v in small.items()])
     config = target.resolved(config, topology(slices), program)

@@ -37,7 +37,13 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
     length, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
     T = -(-length // _SPLASH_MULTIPLE) * _SPLASH_MULTIPLE
     block = next(size for size in (512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(block_q=block, block_kv=block, **_splash_backward(T, block))
+    # One kernel for all gradients leaves a part of the queries' for each block of keys: it pays where that is one.
+    fused = T <= _SPLASH_MAX_KEYS
+    dkv, dq = (T, None) if fused else (block, block)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=dkv, block_kv_dkv=dkv, block_q_dq=dq, block_kv_dq=dq,
+        use_fused_bwd_kernel=fused,
+    )  # fmt: skip
     # A causal mask hides the positions that fill up T from all others. Without one they are another segment.
     mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
     segments_T = None if causal or length == T else (jnp.arange(T) >= length).astype(jnp.int32)
@@ -63,14 +69,6 @@ def _splash(q_BxTxHxK: Array, k_BxTxGxK: Array, v_BxTxGxK: Array, causal: bool) 
             attention_on_one_device, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False
         )
     return attention_on_one_device(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
-
-
-def _splash_backward(T: int, block: int) -> dict[str, Any]:
-    """One kernel for all three gradients is faster than two, but leaves a part of the queries' for each block of keys,
-    to be summed: it is taken where one block holds all keys."""
-    if T <= _SPLASH_MAX_KEYS:
-        return {"block_q_dkv": T, "block_kv_dkv": T, "use_fused_bwd_kernel": True}
-    return {"block_q_dkv": block, "block_kv_dkv": block, "block_q_dq": block, "block_kv_dq": block}
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, bool], Array]] = {

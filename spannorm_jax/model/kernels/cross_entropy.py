@@ -6,7 +6,6 @@ So the matrix is cast and gathered, and its gradient summed over devices, once a
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,16 +40,9 @@ def cross_entropy(
     return _over_chunks(features_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, num_chunks, False)[0]
 
 
-def _forward(*args: Any) -> tuple[tuple[Array, Sums], tuple[Array, Array]]:
-    return partial(_over_chunks, gradient=True)(*args)
-
-
 def _backward(num_chunks: int, gradients: tuple[Array, Array], g: tuple[Array, Sums]) -> tuple[Array | None, ...]:
     dfeatures, dhead = gradients
     return (dfeatures * g[0].astype(dfeatures.dtype), dhead * g[0], None, None, None)
-
-
-cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_chunks(
@@ -161,3 +153,6 @@ def _chunk(
     with jax.named_scope("head"):
         dhead_DxV = weight_gradient(x_BxTxD, dlogits, jnp.float32)
         return sums, dhead_DxV, over_devices(jnp.matmul(dlogits, matrix_DxV.T))
+
+
+cross_entropy.defvjp(partial(_over_chunks, gradient=True), _backward)
