@@ -95,8 +95,7 @@ def test_experts_train(grouped_matmul):
 @pytest.mark.parametrize("program", ["evaluate", "signal", "sample", "lanes"])
 def test_other_programs_compile(program):
     for cost in costs(program).values():
-        assert 0 < cost.memory < 16e9
-        assert cost.cycles > 0
+        assert min(cost.memory, cost.cycles) > 0
         assert not cost.unknown
 
 
