@@ -1,12 +1,14 @@
-"""A quarter of an hour of one GPU, used from its first second: the most valuable runs first.
+"""A quarter of an hour of one GPU, used from its first second: the most valuable first.
 
     python -m experiments.gpu_session --prepare                    # where there is no GPU: the data, to be carried
+    python -m experiments.gpu_session --compile h100 --out plans   # there too: all its programs, by the GPU's compiler
     python -m experiments.gpu_session --minutes 15 --out records   # where there is one
 
-`--prepare` packs the token stores that the runs read into WORK/data.tar.xz. The session unpacks it and does the parts
-of PLAN in their order, as lanes of one program each. After each part, and at its end, it packs what has ended into
-a new archive in OUT. It ends before its minutes do: runs at work save their step, and the same command goes on.
-`--config.a.b=c` is one of every run, as for sweeps: with a tiny model on a CPU it is a rehearsal.
+`--prepare` packs the token stores that are read into WORK/data.tar.xz. The session unpacks it and makes the records of
+MEASURES, each before the next begins, then the runs of PLAN, as lanes of one program each. After each part, and at its
+end, it packs what has ended into a new archive in OUT. It ends before its minutes do: runs at work save their step, and
+the same command goes on. `--config.a.b=c` is one of every measure and run, as for sweeps: with a tiny model on a CPU it
+is a rehearsal.
 """
 
 import contextlib
@@ -17,25 +19,32 @@ import signal
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
+
+from experiments.gpu_measures import MEASURES, NO_AUTOTUNING, Overrides, compile_for, measure
+from experiments.record import about, save_record
 from experiments.sweep_records import ended, keep, unpack
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config import replace
+from spannorm_jax.config import MeshConfig, replace
 from spannorm_jax.config_file import split_overrides
 from spannorm_jax.data.floors import floors
 from spannorm_jax.data.tokens import open_store, open_tokenizer
 from spannorm_jax.errors import UserError
+from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.paths import user_path
+from spannorm_jax.plan.target import open_target
+from spannorm_jax.plan.topology import known_name
 from spannorm_jax.sweep.cost import run_flops
 from spannorm_jax.sweep.expansion import Sweep, expand
 from spannorm_jax.sweep.records import ENDED, RunPlace
-from spannorm_jax.sweep.runner import FAILED_EXIT, INTERRUPTED_EXIT, local
-
-Overrides = Sequence[tuple[str, str]]
+from spannorm_jax.sweep.runner import FAILED_EXIT, INTERRUPTED_EXIT, in_groups, local
+from spannorm_jax.training.program_key import program_key
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,10 @@ PLAN = (
 JOBS = 2  # while one compiles or evaluates, the other trains
 # None of these changes what a run is. A checkpoint of eight lanes, and small batches of evaluation, keep a GPU waiting.
 QUICK = (
-    ("platform", "gpu"),
     ("checkpoint.every_steps", "1000"),
     ("eval.batch_size", "256"),
     ("metrics.tensorboard", "false"),
 )
-XLA_FLAGS = "--xla_gpu_autotune_level=0"  # autotuning takes three quarters of the time to compile (docs/sweeps.md)
 SAVE_S, KILL_S = 60, 20  # before the end: when runs at work are asked to save their step, and when they are killed
 
 _DATA, _TOKENS, _FULL_NAME, _RUNS = "data.tar.xz", "tokens", "full_name", "sweeps"
@@ -125,13 +132,20 @@ def ending(seconds: float) -> Iterator[list[int]]:
 
 
 def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
-    """Does what is left of PLAN, as far as the seconds reach: 0, or 1 if runs have failed."""
-    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+    """Does what is left of MEASURES and PLAN, as far as the seconds reach: 0, or 1 if something has failed."""
+    end = time.monotonic() + seconds - SAVE_S
     runs, codes, kept = work / _RUNS, list[int](), list[Future[int]]()
     jobs = min(JOBS, len(os.sched_getaffinity(0)))
     with ending(seconds) as signals, ThreadPoolExecutor(1) as packer:  # which packs while the next part trains
+        for one in MEASURES:
+            left = min(one.limit_s, end - time.monotonic())
+            if left > 0 and not signals and not (out / f"gpu-{one.name}.json").exists():
+                print(f"{one.name}: at most {left:.0f} s", flush=True)
+                if not measure(one, out, left, [*same_text(), *overrides], lambda: bool(signals)):
+                    codes.append(FAILED_EXIT)
+        os.environ.setdefault("XLA_FLAGS", NO_AUTOTUNING)
         for part in PLAN:
-            whole = expand(part.sweep, "cpu", overrides=overrides)
+            whole = expand(part.sweep, "cpu", overrides=[*QUICK, *overrides])
             print(_said(part, whole, runs), flush=True)
             if signals or INTERRUPTED_EXIT in codes:
                 continue
@@ -141,6 +155,38 @@ def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
         packed.result()
     print(f"records of what has ended are in {out}; what is left goes on with the same command")
     return FAILED_EXIT if FAILED_EXIT in codes else 0
+
+
+def same_text() -> Overrides:
+    """A benchmark's config reads what the runs of PLAN read, and no other text need be carried."""
+    data = expand(PLAN[0].sweep, "cpu").runs[0].config.data
+    return [(f"data.{key}", getattr(data, key)) for key in ("dataset", "train_split", "eval_split", "tokenizer")]
+
+
+def compiled(chip: str, out: Path, argv: list[str], overrides: Overrides) -> int:
+    """Compiles for a GPU all that a session runs on it, and records the plans: 1 if one does not compile or fit.
+
+    Raises:
+      UserError: the chip's compiler is not here.
+    """
+    to = open_target(known_name(f"{chip}:1x1x1"), 1)
+    overrides = [*same_text(), *overrides]
+    with jax.set_mesh(make_mesh(MeshConfig(), to.devices)):  # which implementation `auto` is, is asked of it
+        programs = [(one.name, *program) for one in MEASURES for program in one.programs(overrides)]
+    lanes: dict[Any, tuple] = {}  # a part's program may be another's
+    for part in PLAN:
+        for group in in_groups(part.of(expand(part.sweep, "cpu", overrides=overrides)).runs, part.lanes):
+            config = group[0].config
+            lanes.setdefault(
+                (program_key(config), len(group)), (part.sweep, group[0].name, "lanes", config, len(group))
+            )
+    programs += lanes.values()
+    plans: dict[str, dict[str, dict]] = {}
+    for name, title, plan in compile_for(to, programs):
+        print(name, title, plan, flush=True)
+        plans.setdefault(name, {})[title] = plan
+        save_record(out / f"gpu-session-{chip}.json", {"about": about("experiments.gpu_session", argv), "plans": plans})
+    return FAILED_EXIT if any("error" in plan for part in plans.values() for plan in part.values()) else 0
 
 
 def _said(part: Part, sweep: Sweep, out: Path) -> str:
@@ -156,6 +202,7 @@ def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m experiments.gpu_session", description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="make WORK/data.tar.xz, and say what the parts take")
+    parser.add_argument("--compile", metavar="CHIP", help="h100 or h200, whose compiler is in the extra gpu")
     parser.add_argument("--minutes", type=float, metavar="M", help="after which the session has ended")
     parser.add_argument("--out", type=user_path, help="folder of the records")
     parser.add_argument("--work", type=user_path, default=Path("runs/gpu_session"), help="folder of data and runs")
@@ -166,9 +213,11 @@ def main(argv: list[str]) -> int:
         path = prepare(args.work, overrides)
         print(f"carry along {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return 0
+    if args.compile and args.out:
+        return compiled(args.compile, args.out, argv, overrides)
     if args.out is None or args.minutes is None or not 1 < args.minutes < 10_000:
         raise UserError("a session takes --out and --minutes, above 1 and below 10,000; or --prepare makes its data")
-    overrides = [*QUICK, *carried(args.work), *overrides]
+    overrides = [("platform", "gpu"), *carried(args.work), *overrides]
     return session(args.work, args.out, args.minutes * 60 - (time.monotonic() - began), overrides)
 
 

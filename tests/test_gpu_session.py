@@ -1,6 +1,7 @@
 """The session of one GPU, rehearsed with models that take a moment: its data, its deadline, and that it goes on."""
 
 import functools
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from experiments import gpu_session
+from experiments.gpu_measures import MEASURES, Measure
 from experiments.sweep_records import archives, runs_in
 from spannorm_jax.errors import UserError
 from spannorm_jax.sweep.display import Display
@@ -32,6 +34,7 @@ def sweep_rung_m(size):
 def sweep_rate_stress(size):
     return product(seeds(2), options({"optim.lr": (3e-3, 6e-3)}))
 """
+ROOT = Path(__file__).parents[1]
 TINY = ["--config.platform=cpu", "--config.eval.batch_size=8"]
 
 
@@ -45,7 +48,9 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(gpu_session, "JOBS", 1)
+    monkeypatch.setattr(gpu_session, "MEASURES", ())
     monkeypatch.setattr(gpu_session, "PLAN", gpu_session.PLAN[:4])
     return tmp_path / "work"
 
@@ -110,6 +115,46 @@ def test_a_session_ends_at_its_deadline_with_records_and_goes_on(work, monkeypat
     assert "stopped; the same command goes on" in capfd.readouterr().out
     assert session(work) == 0
     assert ended() == {"rung_m": 4, "rate_stress": 4}
+
+
+@pytest.mark.process
+def test_a_session_records_each_measure_before_the_next_and_not_again(work, monkeypatch, capfd):
+    """One fails and the next follows; a benchmark that is stopped leaves no record, and only these are tried again."""
+    quick = ("--rounds=1", "--steps=1")
+    option = "--option=execution.attention=blocked,xla"
+    step = ("--placements=span", "--only_steps", *quick)
+    measures = [
+        Measure("step", "throughput", "configs/dense.py", 2, step, 600),
+        Measure("unknown", "throughput", "configs/dense.py", 2, ("--rounds=none",), 600),
+        Measure("stopped", "throughput", "configs/dense.py", 2, step, 0.1),
+        Measure("attention", "variants", "configs/dense.py", 2, (option, *quick), 600),
+    ]
+    monkeypatch.setattr(gpu_session, "MEASURES", measures)
+    monkeypatch.setattr(gpu_session, "PLAN", gpu_session.PLAN[:1])
+    monkeypatch.setattr(gpu_session, "local", lambda *args: 0)
+    assert gpu_session.main(["--prepare", f"--work={work}", *TINY]) == 0
+    assert session(work) == 1
+    assert {path.name for path in Path("records").glob("gpu-*")} == {"gpu-step.json", "gpu-attention.json"}
+    texts = [Path(f"records/gpu-{name}.json").read_text(encoding="utf-8") for name in ("step", "attention")]
+    step, attention = map(json.loads, texts)
+    assert step["placements"].keys() == {"pre", "span"}
+    assert step["placements"]["span"]["compile_s"] > 0
+    assert attention["variants"].keys() == {"blocked", "xla"}
+    said = capfd.readouterr().out
+    assert "unknown: failed with code 2" in said
+    assert "stopped: stopped" in said
+    monkeypatch.setattr(gpu_session, "MEASURES", [measures[0], measures[3]])
+    assert session(work) == 0
+    assert "at most" not in capfd.readouterr().out
+
+
+def test_what_a_measure_compiles_is_what_its_command_does():
+    """A measure's options are those of its benchmark, and each program is one that a plan can be asked for."""
+    for one in MEASURES:
+        titles = [title for title, *_ in one.programs([("data.dataset", "python_source")])]
+        kinds = {kind for _, kind, *_ in one.programs([])}
+        assert len(titles) == len({*titles}) > 1
+        assert kinds <= {"train", "lanes"}
 
 
 @pytest.mark.parametrize(

@@ -154,13 +154,15 @@ device_description_str: "{gpu.name}"
 
 @contextlib.contextmanager
 def compiling_for(devices: list[Any]) -> Iterator[None]:
-    """JAX asks this machine for cuDNN's version and the GPU's; while a GPU's topology is compiled for, it has both."""
+    """JAX asks this machine for cuDNN's version and the GPU's, tokamax for its device: a topology answers here."""
     if devices[0].platform != "gpu":
         yield
         return
     from jax._src.cudnn import fused_attention_stablehlo as fused
+    from jax.extend import backend
 
     with (
+        patch.object(backend, "get_default_device", lambda: devices[0]),
         patch.object(fused, "check_cudnn_version", lambda: 91000),
         patch.object(fused, "check_compute_capability", lambda _: True),
         patch.object(fused, "is_cuda_compute_capability_equal", lambda _: False),

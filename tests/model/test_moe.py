@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -68,6 +69,8 @@ def test_a_backend_that_cannot_run_is_refused_by_name_and_passed_over_by_auto():
 
 
 def ragged_dot_of_a_kernel(x, w, sizes, implementation):
+    """As tokamax does, which reads the command line if nobody has: a run's --config is no flag of its."""
+    assert flags.FLAGS.is_parsed()
     assert "xla" not in implementation
     return jax.lax.ragged_dot(x, w, sizes)
 
@@ -85,6 +88,7 @@ def ragged_dot_without_a_kernel(x, w, sizes, implementation):
     ],
 )
 def test_a_gpu_takes_tokamax_if_its_kernels_run(monkeypatch, module, runs, why):
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setitem(sys.modules, "tokamax", module)
     _tokamax_problem.cache_clear()

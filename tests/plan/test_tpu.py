@@ -4,50 +4,36 @@ What is asserted is what a user of a pod relies on: the programs compile, attent
 gathered in the compute dtype, the head once a step, an activation never; and SpanNorm costs what PreNorm costs.
 """
 
-import functools
 import importlib.util
-from pathlib import Path
 
 import pytest
 
-import spannorm_jax
 from spannorm_jax.config_file import load
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.plan import target
+from tests.plan.planned import (
+    CONFIGS,
+    FSDP,
+    VOCAB,
+    WIDE,
+    WIDTH,
+    assert_gathers_weights_in_the_compute_dtype_and_no_activation,
+    costs,
+    open_target,
+    train_cost,
+)
 
 pytestmark = [
     pytest.mark.tpu,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-tpu"),
 ]
-CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
-DEPTH, WIDTH, VOCAB, ROWS, TIME = 4, 128, 512, 16, 128
-FSDP = {"mesh.data": 2, "mesh.fsdp": 2}
 
 
-@functools.cache
-def topology(slices=1):
-    return target.open_target("v5e:2x2", slices)
-
-
-@functools.cache
-def costs(program, arg="", overrides=(), slices=1):
-    """Name -> cost of the programs of a small decoder on a v5e:2x2, heads of 128."""
-    small = {"model.vocab_size": VOCAB, "model.num_heads": 1, "data.seq_len": TIME, "training.batch_size": ROWS}
-    small |= {"eval.batch_size": ROWS} | dict(overrides)
-    file = "moe.py" if "model.moe.top_k" in small else "dense.py"
-    config = load(f"{CONFIGS}/{file}:tiny,depth={DEPTH},width={WIDTH}{arg}", [(k, str(v)) for k, v in small.items()])
-    config = target.resolved(config, topology(slices), program)
-    return {name: cost for name, cost, _ in target.costs(config, topology(slices), program, num_lanes=4)}
+TOPOLOGY = "v5e:2x2"
 
 
 def train(placement="span", slices=1, **overrides):
-    return costs("train", f",placement={placement}", tuple(sorted(overrides.items())), slices)["train"]
-
-
-def gathered(cost):
-    """The shapes that are gathered, as XLA writes them: bf16[128,512]."""
-    lines = [line for line in cost.text.splitlines() if " all-gather(" in line or " all-gather-start(" in line]
-    return {line.split(" = ")[1].split("{")[0].lstrip("(") for line in lines}
+    return train_cost(TOPOLOGY, slices, placement, overrides)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -55,10 +41,7 @@ def test_every_placement_trains(placement):
     cost = train(placement, **FSDP)
     assert "tpu_custom_call" in cost.text
     assert "splash_mha_fwd" in cost.text
-    shapes = gathered(cost)
-    assert shapes  # weights are split over fsdp
-    assert not {shape for shape in shapes if shape.startswith("f32") and "," in shape}
-    assert not {shape for shape in shapes if f"{ROWS // 4},{TIME}" in shape or f"{ROWS},{TIME}" in shape}
+    assert_gathers_weights_in_the_compute_dtype_and_no_activation(cost)
 
 
 @pytest.mark.parametrize("chunks_mib", [0, 1])
@@ -75,9 +58,7 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(chunks_mib):
 
 
 def test_spannorm_costs_what_prenorm_costs():
-    """At a width where the blocks and not the overhead of small programs are what is compared."""
-    wide = {"model.width": 512, "model.num_heads": 4, "model.ffn_dim": 1408, "data.seq_len": 512}
-    span, pre = train("span", **wide), train("pre", **wide)
+    span, pre = train("span", **WIDE), train("pre", **WIDE)
     assert span.all_cycles == pytest.approx(pre.all_cycles, rel=0.05)
     assert span.memory == pytest.approx(pre.memory, rel=0.05)
     received = [sum(c.received for c in cost.collectives) for cost in (span, pre)]
@@ -94,7 +75,7 @@ def test_experts_train(grouped_matmul):
 
 @pytest.mark.parametrize("program", ["evaluate", "signal", "sample", "lanes"])
 def test_other_programs_compile(program):
-    for cost in costs(program).values():
+    for cost in costs(TOPOLOGY, 1, program).values():
         assert min(cost.memory, cost.cycles) > 0
         assert not cost.unknown
 
@@ -109,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys):
     large = {"model.vocab_size": 200192, "training.batch_size": 512, "data.seq_len": 1024}
     overrides = [(key, str(value)) for key, value in (large | {"execution.max_logits_mib": 10**6}).items()]
     config = load(f"{CONFIGS}/dense.py:tiny,depth=2,width=128", overrides)
-    assert target.plan(config, None, topology(), "train", 1) == 0
+    assert target.plan(config, None, open_target(TOPOLOGY, 1), "train", 1) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
     assert "num_microbatches" in said

@@ -96,6 +96,10 @@ _padded.defvjp(_padded_forward, _padded_backward)
 
 
 def _tokamax(x_PxD: Array, w_ExDxF: Array, sizes_E: Array) -> Array:
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # it would read our command's options as its own
+        flags.FLAGS.mark_as_parsed()
     # Its kernels by name: left to itself, it would take XLA's dense product where they cannot run, and not say so.
     ragged_dot = importlib.import_module("tokamax").ragged_dot
     return ragged_dot(x_PxD, w_ExDxF, sizes_E, implementation=("mosaic", "triton"))
