@@ -143,12 +143,27 @@ class DataConfig:
     # text of the training split that bpe is trained on, from its front; 0: all of it
     bpe_train_mib: int = option(256, least=0)
     tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
-    seq_len: int = option(128, least=1)  # tokens the model sees, T; a window has one more
+    # tokens the model sees, T; a window has one more. Of images: their patches, filled in
+    seq_len: int = option(128, least=1)
     data_dir: str = option("", runtime=True)  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = option("", runtime=True)  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
     # token stores up to this size are hashed whole at each start
     verify_mib: int = option(4096, least=0, runtime=True)
     fingerprint: str = ""  # hash of the tokens trained and evaluated on; "": filled in at start
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Of task=image: patches of an image are what tokens of a text are."""
+
+    size: int = option(0, least=0)  # pixels of a side, to which images are cut square and scaled; 0: the dataset's
+    channels: int = option(0, least=0, most=3)  # 1: grey, 3: colours; 0: the dataset's
+    patch: int = option(4, least=1)  # pixels of a patch's side; must divide size
+    positions: str = option("sincos2d", choices=("sincos2d", "learned"))  # what is added to each patch
+    pool: str = option("mean", choices=("mean", "token"))  # what the head reads: all patches, or one token before them
+    label_smoothing: float = option(0.0, least=0, below=1)  # of the objective alone: losses are reported without it
+    pad: int = option(0, least=0)  # training images are padded by so many pixels, and cut to size anywhere
+    flip: bool = False  # half of the training images, left to right
 
 
 @dataclass(frozen=True)
@@ -233,11 +248,14 @@ class MeshConfig:
 @dataclass(frozen=True)
 class Config:
     seed: int = option(0, least=0, beginning=True)  # initialisation and data order
+    # text: the next token | image: the class of an image (`training/tasks/`)
+    task: str = option("text", choices=("text", "image"))
     # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
     platform: str = option("auto", choices=("auto", "cpu", "gpu", "tpu"), runtime=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -216,11 +216,19 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 
 def resolve_without_data(config: Config, platform: str) -> Config:
-    """`resolve` for programs that train on nothing: it takes the tokenizer's size from the config. Raises UserError."""
+    """`resolve` for programs that train on nothing: it takes the tokenizer's size from the config, the images' too.
+
+    Raises UserError.
+    """
     data = config.data
+    sizes = {"model.vocab_size": config.model.vocab_size, "image.size": config.image.size}
+    sizes |= {"image.channels": config.image.channels} if config.task == "image" else {}
+    for key, value in sizes.items():
+        if config.task == "image" and not value:
+            raise UserError(f"config key {key}=0 leaves to the dataset what is needed without it; write it")
     return resolve(
         config,
-        vocab_size=vocab_size(data),
+        vocab_size=1 if config.task == "image" else vocab_size(data),
         platform=platform,
         fingerprint=data.fingerprint,
         full_name=data.full_name,

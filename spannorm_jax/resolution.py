@@ -23,9 +23,14 @@ def num_steps(config: Config) -> int:
 
 
 def fill_sizes(config: Config) -> Config:
-    """Fills in the sizes that follow from others: key-value heads, hidden units of the feed-forward and the experts."""
-    model = config.model
+    """Fills in the sizes that follow from others: key-value heads, hidden units of the feed-forward and the experts.
+
+    Of images also their patches, if the size is known.
+    """
+    model, image = config.model, config.image
     ffn_dim = model.ffn_dim or default_ffn_dim(model.width, model.ffn)
+    if config.task == "image" and image.size:
+        config = replace(config, data__seq_len=(image.size // image.patch) ** 2 + (image.pool == "token"))
     return replace(
         config,
         model__num_kv_heads=model.num_kv_heads or model.num_heads,
@@ -67,6 +72,8 @@ def resolve(
             vocab_size=model.vocab_size or vocab_size,
             dtype=("float32" if platform == "cpu" else "bfloat16") if model.dtype == "auto" else model.dtype,
         ),
-        data=dataclasses.replace(data, full_name=full_name, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash),
+        data=dataclasses.replace(
+            config.data, full_name=full_name, fingerprint=fingerprint, tokenizer_hash=tokenizer_hash
+        ),
         training=dataclasses.replace(config.training, steps=num_steps(config)),
     )

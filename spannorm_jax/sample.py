@@ -11,6 +11,7 @@ from spannorm_jax.config_file import check_overridable, for_this_machine, overri
 from spannorm_jax.errors import visible
 from spannorm_jax.inference.options import SampleOptions, check_options
 from spannorm_jax.run.folder import read_config, run_folder_path
+from spannorm_jax.validation import check_text
 
 _OVERRIDABLE = ("platform", "mesh.")
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     options = SampleOptions(args.max_tokens, args.temperature, args.top_k, args.seed, args.max_cache_mib)
     check_options(options)
     config = override(for_this_machine(read_config(args.workdir)), overrides)
+    check_text(config, "sampling")
 
     from spannorm_jax.inference.sampling import sample  # JAX comes with it: a command that is mistyped does without
 

@@ -17,9 +17,16 @@ def validate(config: Config) -> None:
     for key, value in flatten(config).items():
         _check(key, value, known.get(key, Rule()))
     _validate_shapes(config)
+    _validate_images(config)
     _validate_length(config)
     _validate_moe(config)
     _validate_parametrisation(config)
+
+
+def check_text(config: Config, what: str) -> None:
+    """Raises UserError for a config of images: `what` is of text alone."""
+    if config.task != "text":
+        raise UserError(f"{what} is of task=text, and this is a model of task={config.task}")
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:
@@ -65,6 +72,26 @@ def _validate_moe(config: Config) -> None:
             f"config key model.moe.every={moe.every} does not divide the {depth - moe.first_dense} blocks "
             "after the first dense ones (model.depth - model.moe.first_dense); write a divisor"
         )
+
+
+def _validate_images(config: Config) -> None:
+    image, default = config.image, Config().image
+    if config.task != "image":
+        if image != default:
+            raise UserError(f"config group image is of task=image, and task={config.task}; write --config.task=image")
+        return
+    if image.size % image.patch:
+        near = [p for p in divisors(image.size) if p <= image.patch][-1]
+        raise UserError(
+            f"config key image.patch={image.patch} does not divide image.size={image.size}; write for example {near}"
+        )
+    if image.positions == "sincos2d" and config.model.width % 4:
+        raise UserError(
+            f"config key model.width={config.model.width} is no multiple of 4, and image.positions=sincos2d gives a "
+            "quarter of it to each of two sines and two cosines; write a multiple, or image.positions=learned"
+        )
+    if config.model.tied_head:
+        raise UserError("config key model.tied_head=True is of embeddings of tokens; leave it out with task=image")
 
 
 def _validate_parametrisation(config: Config) -> None:

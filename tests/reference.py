@@ -40,6 +40,7 @@ class Options:
     theta: float = 10000.0
     router: Router | None = None
     warmup: tuple[float, int] | None = None  # ProRes's T, and the update t
+    causal: bool = True  # False: neither a mask nor rotary positions
 
 
 def to_float64(tree):
@@ -70,7 +71,7 @@ def rope(x_K, position, theta):
 
 
 def attention(w, x_TxD, options):
-    """Causal softmax attention of one sequence; query head h reads key-value head h // (H / G)."""
+    """Softmax attention of one sequence; query head h reads key-value head h // (H / G)."""
     T, D = x_TxD.shape
     H, K = w["q"].shape[1:]
     G = w["k"].shape[1]
@@ -84,12 +85,14 @@ def attention(w, x_TxD, options):
             k = rms_norm(k, w["k_norm"]["gain"], options.eps)
         if "v_norm" in w:
             v = rms_norm(v, w["v_norm"]["gain"], options.eps)
-        q = np.stack([rope(q[t], t, options.theta) for t in range(T)])
-        k = np.stack([rope(k[t], t, options.theta) for t in range(T)])
+        if options.causal:
+            q = np.stack([rope(q[t], t, options.theta) for t in range(T)])
+            k = np.stack([rope(k[t], t, options.theta) for t in range(T)])
         for t in range(T):
-            logits = k[: t + 1] @ q[t] / math.sqrt(K)
+            end = t + 1 if options.causal else T
+            logits = k[:end] @ q[t] / math.sqrt(K)
             p = np.exp(logits - logits.max())
-            heads[t, h] = (p / p.sum()) @ v[: t + 1]
+            heads[t, h] = (p / p.sum()) @ v[:end]
     heads = heads.reshape(T, H * K)
     if "heads_norm" in w:
         heads = rms_norm(heads, w["heads_norm"]["gain"], options.eps)
@@ -323,7 +326,14 @@ def warmed(A, F, n, l, options):
 
 
 def _stream(params, tokens_T, options, seen):
-    """What the head reads, for one sequence; seen[layer] grows by what its router did."""
+    x = params["embed"][tokens_T]
+    if "head" not in params:
+        x = x * math.sqrt(x.shape[-1])
+    return features(params, x, options, seen)
+
+
+def features(params, x_TxD, options, seen=None):
+    """What the head reads of one sequence's embeddings; seen[layer] grows by what its router did."""
     norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
     blocks, ends = params["moe_blocks" if options.router else "blocks"], params.get("ends", {})
     depth = len(blocks["ffn"]["out"])
@@ -331,11 +341,8 @@ def _stream(params, tokens_T, options, seen):
     def end_norm(name, x):
         return norm_fn(x, ends[name]["gain"], options.eps)
 
-    x = params["embed"][tokens_T]
-    if "head" not in params:
-        x = x * math.sqrt(x.shape[-1])
     equation = EQUATIONS[options.placement]
-    stream = equation.enter(x, end_norm)
+    stream = equation.enter(x_TxD, end_norm)
     for layer in range(depth):
         w = {
             part: {

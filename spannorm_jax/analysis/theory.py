@@ -12,6 +12,7 @@ from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.initialisation import init_of
+from spannorm_jax.validation import check_text
 
 MAX_TOKENS = 256  # memory grows with the square: 128 blocks take about a GiB
 MAX_DEPTH = 1024  # time grows with the square
@@ -27,7 +28,9 @@ def parse(argv: list[str]) -> tuple[ModelConfig, int, bool]:
     args = parser.parse_args(rest)
     if not (args.tokens.isdecimal() and 2 <= int(args.tokens[:9]) <= MAX_TOKENS):
         raise UserError(f"--tokens {args.tokens[:80]!r} must be a number of tokens, from 2 to {MAX_TOKENS}")
-    cfg = resolve_without_data(load(args.config, overrides), platform="cpu").model
+    config = load(args.config, overrides)
+    check_text(config, "a prediction")
+    cfg = resolve_without_data(config, platform="cpu").model
     if cfg.depth > MAX_DEPTH:
         raise UserError(f"config key model.depth={cfg.depth} is too deep to predict; write {MAX_DEPTH} or less")
     return cfg, int(args.tokens), args.json

@@ -1,6 +1,7 @@
 """Batches: training rows as a function of (seed, step), and an exact pass over held-out data."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -10,18 +11,22 @@ from spannorm_jax.data.tokens import TokenStore, Windows
 from spannorm_jax.errors import UserError
 
 
+def shuffled(source: Any, seed: int) -> grain.MapDataset:
+    """An infinite order in which every epoch holds each element once, freshly shuffled from the seed."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
 class TrainLoader:
     """Training batches without state: any process may ask for any rows of any step.
 
-    Row r of step s (the first is step 1) is element (s - 1) * batch_size + r of an infinite order in which every epoch
-    holds each window once, freshly shuffled from the seed. Batches run on across epochs, so no window is dropped.
+    Row r of step s (the first is step 1) is element (s - 1) * batch_size + r of `shuffled` windows. Batches run on
+    across epochs, so no window is dropped.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int):
         """Raises UserError if the store is shorter than one window of seq_len + 1 tokens."""
         self._batch_size = batch_size
-        windows = Windows(store, seq_len)
-        self._order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+        self._order = shuffled(Windows(store, seq_len), seed)
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start .. stop - 1 (None: to the end) of a step's batch, int32 [stop - start, T + 1]."""

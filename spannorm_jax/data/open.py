@@ -13,6 +13,7 @@ from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.parallel import distributed
 from spannorm_jax.resolution import resolve
+from spannorm_jax.validation import check_text
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class OpenData:
 
 
 def open_data(config: Config) -> tuple[OpenData, Config]:
-    """Opens (or builds) the token stores, and resolves the config against them and the platform."""
+    """Opens (or builds) the token stores, and resolves the config against them and the platform.
+
+    Raises UserError, also for a config of another task.
+    """
+    check_text(config, "this command")
     data = OpenData(
         open_store(config.data, config.data.train_split),
         open_store(config.data, config.data.eval_split),
@@ -61,14 +66,14 @@ def shared_examples(data: DataConfig) -> int:
     TFDS, whose import takes its time, is asked only if a split of one name is in both.
 
     Raises:
-      UserError: TFDS is asked and the dataset cannot be opened (see `tfds_text.open_dataset`).
+      UserError: TFDS is asked and the dataset cannot be opened (see `tfds_files.open_dataset`).
     """
     names, other_names = _names(data.train_split), _names(data.eval_split)
     if names.isdisjoint(other_names) and "all" not in names | other_names:
         return 0
-    from spannorm_jax.data import tfds_text
+    from spannorm_jax.data import tfds_files
 
-    splits = tfds_text.open_dataset(data).info.splits
+    splits = tfds_files.open_dataset(data).info.splits
     train, held_out = _examples(splits[data.train_split]), _examples(splits[data.eval_split])
     return sum(int(np.sum(train[file] & held_out[file])) for file in train.keys() & held_out.keys())
 

@@ -79,16 +79,16 @@ class _Source:
 
 
 def _tfds() -> types.ModuleType:
-    from spannorm_jax.data import tfds_text
+    from spannorm_jax.data import tfds_files
 
-    return tfds_text
+    return tfds_files
 
 
 def open_store(data: DataConfig, split: str) -> TokenStore:
     """Opens the token store of `split`. One that is not there is built first, of its shards if they are there.
 
     Raises:
-      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_text`), the split holds no text, a
+      UserError: the tokenizer, dataset, split or text feature is wrong (see `tfds_files`), the split holds no text, a
         folder cannot be written, a store on disk is damaged, or some but not all of its shards are there.
     """
     source, tokenizer, path = _place(data, split)

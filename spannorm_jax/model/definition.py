@@ -108,10 +108,13 @@ def _drawn(key: Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
     return jax.random.normal(key, drawn, jnp.float32).swapaxes(part, part + 1)
 
 
-def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: type[Trunk] = Decoder) -> ModelDef:
+Modules = Callable[[ModelConfig, ExecutionConfig], Trunk]  # a trunk and its ends
+
+
+def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: Modules = Decoder) -> ModelDef:
     """The structure of a resolved config's model; allocates nothing, and `execution` changes no number of it.
 
-    `modules` are a trunk and its ends. Raises ValueError for a weight that was declared with an unknown role or logical
+    Raises ValueError for a weight that was declared with an unknown role or logical
     axis.
     """
     layers = stack_layers(cfg)

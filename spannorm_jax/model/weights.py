@@ -21,7 +21,7 @@ class WeightSpec:
     site: str  # the kind of weight (`q`, `ffn_out`, `after_attn`, ...); initialisation reads it
     fan_in: float  # inputs that one output sums; an integer, except after `parametrisation.at_base` rescaled it
     fan_out: float  # outputs that one input reaches
-    start: float | None  # where every number of a gain starts; None for weights that are drawn
+    start: float | None  # where every number starts, of a gain or a head; None for weights that are drawn
     layers: tuple[int, ...] = ()  # the blocks that own the slices of a stacked weight; () outside of blocks
 
 
@@ -30,10 +30,17 @@ class ModelState(nnx.Variable):
 
 
 def weight(
-    shape: tuple[int, ...], axes: tuple[str, ...], role: str, site: str, *, fan_in: int, fan_out: int
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    role: str,
+    site: str,
+    *,
+    fan_in: int,
+    fan_out: int,
+    start: float | None = None,
 ) -> nnx.Param:
-    """Declares a weight that is drawn; an initialisation says with what standard deviation."""
-    return _declared(WeightSpec(shape, axes, role, site, fan_in, fan_out, None))
+    """Declares a matrix. An initialisation says with what standard deviation it is drawn, if it has no `start`."""
+    return _declared(WeightSpec(shape, axes, role, site, fan_in, fan_out, start))
 
 
 def gain(shape: tuple[int, ...], axes: tuple[str, ...], site: str, start: float = 1.0) -> nnx.Param:

@@ -79,7 +79,7 @@ def test_prepared_by_shards_trained_and_evaluated(options, tmp_path, capsys):
 
 
 def test_tfrecord_makes_the_same_stores(options, tmp_path):
-    """With the extra [tf]; test_tfds_text.py plays TensorFlow's part where it is not installed."""
+    """With the extra [tf]; test_tfds_files.py plays TensorFlow's part where it is not installed."""
     pytest.importorskip("tensorflow")
     prepare_c4(tmp_path / "tfds", file_format="tfrecord")
     other = [f"--config.data.{key}={tmp_path / name}" for key, name in (("data_dir", "tfds"), ("cache_dir", "other"))]

@@ -122,7 +122,7 @@ CONFIG = replace(  # learns in a moment
 
 @pytest.fixture(autouse=True)
 def patched(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "TEXT", PATCHED)
+    monkeypatch.setitem(tasks.TASKS, "text", PATCHED)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -2,9 +2,11 @@
 
 from spannorm_jax.config import Config
 from spannorm_jax.training.task import Task
+from spannorm_jax.training.tasks.image import IMAGE
 from spannorm_jax.training.tasks.text import TEXT
+
+TASKS = {"text": TEXT, "image": IMAGE}
 
 
 def task_of(config: Config) -> Task:
-    """Text: there is no other yet, and so no option."""
-    return TEXT
+    return TASKS[config.task]

@@ -1,10 +1,11 @@
-"""Finds a TFDS dataset that is prepared on disk and reads the text of one of its splits."""
+"""Finds a TFDS dataset that is prepared on disk and reads the texts or the images of one of its splits."""
 
 import contextlib
 import hashlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ _INFO = "dataset_info.json"  # in the folder of each version that is complete
 _READ_AT_ONCE = 16  # examples; four times as fast as one at a time, and books still fit
 
 
-def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
+def open_dataset(data: DataConfig, kind: str = "text") -> tfds.core.DatasetBuilder:
     """Returns the builder of `data.full_name`, or, if that is open, of `data.dataset` in its newest version.
 
-    Its examples lie in `data_dir` as array_record or TFRecord. Only `python_source` is ever prepared here; other
-    datasets are read, never made.
+    `kind` is the package of TFDS that knows it. Its examples lie in `data_dir` as array_record or TFRecord. Only
+    `python_source` is ever prepared here; other datasets are read, never made.
 
     Raises:
       UserError: the dataset or its config is unknown, not prepared, damaged, or in another file format, or
@@ -40,7 +41,7 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
 
     key, asked, name = names.asked_for(data)
     base, config, version = name
-    builder_class, prepared = _builder_class(base), _prepared(root, base)
+    builder_class, prepared = _builder_class(base, kind), _prepared(root, base)
     there = ", ".join(prepared) or ("nothing of that name" if root.is_dir() else "no such folder")
     where = f"set config key data.data_dir to the folder that holds {base}/"
     if builder_class is None and not prepared:
@@ -61,16 +62,16 @@ def open_dataset(data: DataConfig) -> tfds.core.DatasetBuilder:
             with damage.naming_the_damaged_folder(root / wanted[-1]):
                 builder = tfds.builder(str(name), data_dir=root)
     if builder is None or not (Path(builder.data_dir) / _INFO).is_file():
-        make = f", or run {_how_to_prepare(name, root)}" if builder_class else ""
+        make = f", or run {_how_to_prepare(name, root, kind)}" if builder_class else ""
         raise UserError(f"dataset {asked!r} is not prepared in {root} (there: {there}); {where}{make}")
-    _check_format(builder, asked, name)
+    _check_format(builder, asked, name, kind)
     return builder
 
 
-def _check_format(builder: tfds.core.DatasetBuilder, asked: str, name: names.Name) -> None:
+def _check_format(builder: tfds.core.DatasetBuilder, asked: str, name: names.Name, kind: str) -> None:
     """Raises UserError unless the examples can be read here, and readies TensorFlow where it is to read them."""
     wrong = f"dataset {asked!r} is prepared in {builder.data_dir} as"
-    elsewhere = f"set config key data.data_dir to another folder DIR, and run {_how_to_prepare(name, 'DIR')}"
+    elsewhere = f"set config key data.data_dir to another folder DIR, and run {_how_to_prepare(name, 'DIR', kind)}"
     if _format(builder) is None:
         raise UserError(f"{wrong} {builder.info.file_format.value}, not as array_record or tfrecord; {elsewhere}")
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
@@ -97,16 +98,8 @@ def open_split(
       UserError: at the call, the split or the text feature is unknown, the feature is no text, or the split has lost
         or gained records; at a text, a record is damaged.
     """
-    key = "data.eval_split" if split == data.eval_split else "data.train_split"
-    splits, full_name = builder.info.splits, builder.info.full_name
-    try:
-        part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
-        num_examples = splits[split].num_examples and splits[part].num_examples
-    except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"config key {key}={split!r} is no split of {full_name}; {did_you_mean(split, splits)}"
-        ) from error
-    features = builder.info.features
+    part, num_examples = _part(builder, data, split, shard)
+    features, full_name = builder.info.features, builder.info.full_name
     features = features if isinstance(features, tfds.features.FeaturesDict) else {}
     text_features = [n for n, f in features.items() if _is_text(f)]
     if data.text_feature not in text_features:
@@ -117,6 +110,44 @@ def open_split(
         damage.check_records(builder, split)
     # A part of a split with fewer examples than shards may have none.
     return _texts(builder, part, data.text_feature) if num_examples else iter(())
+
+
+def open_images(
+    builder: tfds.core.DatasetBuilder, data: DataConfig, split: str, features: tuple[str, str]
+) -> Iterator[tuple[bytes, int]]:
+    """An iterator over encoded images and their classes, of the features of these names.
+
+    Raises:
+      UserError: at the call, the split is unknown; at an image, a record is damaged.
+    """
+    _part(builder, data, split)
+    image, label = features
+    if _format(builder) is tfds.core.FileFormat.TFRECORD:
+        decoders = {image: tfds.decode.SkipDecoding()}
+        dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=_in_order(), decoders=decoders)
+        return ((example[image], int(example[label])) for example in tfds.as_numpy(dataset))
+
+    def read(record: bytes) -> tuple[bytes, int]:
+        values = tf_example_pb2.Example.FromString(record).features.feature
+        return values[image].bytes_list.value[0], values[label].int64_list.value[0]
+
+    damage.check_records(builder, split)
+    return _records(builder, split, read)
+
+
+def _part(
+    builder: tfds.core.DatasetBuilder, data: DataConfig, split: str, shard: tuple[int, int] | None = None
+) -> tuple[Any, int]:
+    """A split, or the part of it, as TFDS takes it, and its examples. Raises UserError if there is no such split."""
+    key = "data.eval_split" if split == data.eval_split else "data.train_split"
+    splits = builder.info.splits
+    try:
+        part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split
+        return part, splits[split].num_examples and splits[part].num_examples
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"config key {key}={split!r} is no split of {builder.info.full_name}; {did_you_mean(split, splits)}"
+        ) from error
 
 
 def _is_text(feature: tfds.features.FeatureConnector) -> bool:
@@ -132,8 +163,12 @@ def _format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat | None:
 
 def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
-        yield from _tfrecord_texts(builder, split, feature)
-        return
+        return _tfrecord_texts(builder, split, feature)
+    return _records(builder, split, partial(_text, feature))
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: Any, read: Callable[[bytes], Any]) -> Iterator[Any]:
+    """`read` of each record of files in array_record. Raises UserError if one is damaged."""
     # Raw records, since TFDS without TensorFlow can neither decode nor skip most features that nest or repeat.
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
@@ -143,32 +178,35 @@ def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Itera
             records = source.__getitems__(list(range(start, stop)))
             if not all(records):  # what the reader makes of a record that it cannot find
                 raise ValueError("records are missing")
-            texts = [_text(record, feature) for record in records]
+            found = [read(record) for record in records]
         except (RuntimeError, ValueError, IndexError, TypeError, DecodeError):
             damage.check_records(builder, split, whole=True)
             raise  # no file is damaged: it failed this once
-        yield from texts
+        yield from found
 
 
-def _text(record: bytes, feature: str) -> bytes:
+def _text(feature: str, record: bytes) -> bytes:
     """The text of a serialised tf.train.Example; one that lacks it has an empty one."""
     values = tf_example_pb2.Example.FromString(record).features.feature[feature].bytes_list.value
     return values[0] if values else b""
 
 
 def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
-    # One file after another: by default TFDS interleaves them, and a split would not be its shards in a row.
-    in_order = tfds.ReadConfig(interleave_cycle_length=1)
     # A Translation, whose features are all text, is no FeaturesDict of which TFDS could decode a part.
     part = type(builder.info.features) is tfds.features.FeaturesDict
     dataset = builder.as_dataset(
         split=split,
         shuffle_files=False,
-        read_config=in_order,
+        read_config=_in_order(),
         decoders=tfds.decode.PartialDecoding({feature: True}) if part else None,
     )
     for example in tfds.as_numpy(dataset):
         yield example[feature]
+
+
+def _in_order() -> tfds.ReadConfig:
+    """One file after another: by default TFDS interleaves them, and a split would not be its shards in a row."""
+    return tfds.ReadConfig(interleave_cycle_length=1)
 
 
 def identity(builder: tfds.core.DatasetBuilder) -> str:
@@ -184,10 +222,10 @@ def _data_dir(data: DataConfig) -> Path:
     return below_home("tensorflow_datasets", "set config key data.data_dir or the variable TFDS_DATA_DIR").absolute()
 
 
-def _builder_class(name: str) -> type[tfds.core.DatasetBuilder] | None:
+def _builder_class(name: str, kind: str) -> type[tfds.core.DatasetBuilder] | None:
     # TFDS imports its builders in a row and silently stops at the first that lacks a package
     # (h5py, for one), which hides the text datasets behind it.
-    importlib.import_module("tensorflow_datasets.text")
+    importlib.import_module(f"tensorflow_datasets.{kind}")
     try:
         return tfds.builder_cls(name)
     except tfds.core.DatasetNotFoundError:
@@ -201,10 +239,10 @@ def _prepared(root: Path, base: str) -> list[str]:
     return sorted(name for name in names if "/." not in name)
 
 
-def _how_to_prepare(name: names.Name, data_dir: Path | str) -> str:
+def _how_to_prepare(name: names.Name, data_dir: Path | str, kind: str) -> str:
     # Not `tfds build`, which does not start without TensorFlow. The second import has `_builder_class`'s reason.
     return (
-        'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text; '
+        f'python -c "import tensorflow_datasets as tfds, tensorflow_datasets.{kind}; '
         f"tfds.builder('{name}', data_dir='{data_dir}')"
         ".download_and_prepare(file_format='array_record')\""
     )

@@ -1,0 +1,53 @@
+"""Vision Transformers with the decoder's blocks, placements and initialisations.
+
+    python -m spannorm_jax.train --config configs/vision.py:tiny,placement=span,init=scale --workdir runs/digits
+
+The argument is a preset, then any of depth, width, placement, init (or rival), as in configs/dense.py. Everything else
+is an override, for example --config.image.label_smoothing=0.1 --config.image.pool=token
+
+preset   data            blocks  width  heads  patches        parameters
+tiny     digits              12     64      4  16 of 2 x 2       601,536   scikit-learn's: always there
+fashion  fashion_mnist       12     96      6  49 of 4 x 4     1,348,416   Debian's dataset-fashion-mnist, or TFDS
+cifar    cifar10             12    192      3  64 of 4 x 4     5,362,560   TFDS
+s16      imagenet2012        12    384      6  196 of 16 x 16 21,817,344   TFDS; big_vision's recipe, less its mixing
+
+Parameters are those of placement=span. `pip install 'spannorm_jax[vision]'` reads images. s16 follows big_vision's
+vit_s16_i1k (Beyer et al. 2022, arXiv 2205.01580) but for RandAugment, mixup and random scales, which are not here.
+"""
+
+from ml_collections import ConfigDict
+
+from .common import decoder
+
+PRESETS = {
+    "tiny": {"depth": 12, "width": 64, "head_dim": 16, "seq_len": 16, "batch_size": 64, "lr": 1e-3},
+    "fashion": {"depth": 12, "width": 96, "head_dim": 16, "seq_len": 49, "batch_size": 128, "lr": 1e-3},
+    "cifar": {"depth": 12, "width": 192, "head_dim": 64, "seq_len": 64, "batch_size": 128, "lr": 1e-3},
+    "s16": {"depth": 12, "width": 384, "head_dim": 64, "seq_len": 196, "batch_size": 1024, "lr": 1e-3},
+}
+# preset -> dataset, held-out split, size, channels, patch, classes, epochs, images, pad
+_DATA = {
+    "tiny": ("digits", "test", 8, 1, 2, 10, 40, 1_437, 1),
+    "fashion": ("fashion_mnist", "test", 28, 1, 4, 10, 10, 60_000, 2),
+    "cifar": ("cifar10", "test", 32, 3, 4, 10, 200, 50_000, 4),
+    "s16": ("imagenet2012", "validation", 224, 3, 16, 1000, 90, 1_281_167, 0),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    preset, config = decoder(arg, PRESETS)
+    dataset, held_out, size, channels, patch, classes, epochs, images, pad = _DATA[preset]
+    config.task = "image"
+    config.data.dataset, config.data.eval_split = dataset, held_out
+    config.image.size, config.image.channels, config.image.patch, config.image.pad = size, channels, patch, pad
+    config.image.flip = dataset not in ("digits", "mnist")
+    config.image.label_smoothing = 0.1
+    config.model.vocab_size, config.model.norm, config.model.ffn = classes, "layernorm", "gelu"
+    config.training.steps = epochs * images // config.training.batch_size
+    config.optim.b2, config.optim.weight_decay = 0.999, 0.05
+    config.eval.batch_size = 256
+    if preset == "s16":
+        config.image.label_smoothing, config.optim.weight_decay = 0.0, 0.1
+        config.optim.warmup_fraction = 10_000 / config.training.steps
+        config.checkpoint.every_steps, config.metrics.log_every = 1000, 10
+    return config

@@ -1,0 +1,173 @@
+"""Images: the class of each."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from spannorm_jax.config import Config, ImageConfig
+from spannorm_jax.data.images import ImageStore, fingerprint, held_out_rows, open_images, rows_of
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.vision import Encoder
+from spannorm_jax.resolution import resolve
+from spannorm_jax.training.task import Batch, Field, Fields, Rows, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenImages:
+    train: ImageStore
+    eval: ImageStore
+
+
+# ---- data -------------------------------------------------------------------------------------
+
+
+def _open(config: Config) -> tuple[OpenImages, Config]:
+    splits = config.data.train_split, config.data.eval_split
+    train, held_out = (open_images(config.data, config.image, split) for split in splits)
+    _, size, _, channels = train.images.shape
+    if 0 < config.model.vocab_size < train.num_classes:
+        raise UserError(
+            f"config key model.vocab_size={config.model.vocab_size} is below the {train.num_classes} classes of "
+            f"{train.dataset}; write {train.num_classes}, or 0"
+        )
+    config = dataclasses.replace(config, image=dataclasses.replace(config.image, size=size, channels=channels))
+    if size % config.image.patch:
+        raise UserError(
+            f"config key image.patch={config.image.patch} does not divide the {size} pixels of a side of "
+            f"{train.dataset}; write a divisor"
+        )
+    return OpenImages(train, held_out), resolve(
+        config,
+        vocab_size=train.num_classes,
+        platform=jax.default_backend(),
+        fingerprint=fingerprint(train, held_out),
+        full_name=train.dataset,
+    )
+
+
+def _define(config: Config) -> ModelDef:
+    return define(config.model, config.execution, partial(Encoder, image=config.image))
+
+
+def _fields(B: int, image: ImageConfig, **more: Field) -> Fields:
+    shape = (B, image.size, image.size, image.channels)
+    fields = {"image": Field(shape, "uint8", ("batch", "parts", "parts", "parts"))}
+    return fields | {"label": Field((B,), "int32", ("batch",))} | more
+
+
+def _train_fields(config: Config) -> Fields:
+    B = config.training.batch_size
+    return _fields(B, config.image, draw=Field((B,), "uint32", ("batch",)))
+
+
+def _eval_fields(config: Config) -> Fields:
+    B = config.eval.batch_size
+    return _fields(B, config.image, weights=Field((B,), "float32", ("batch",)))
+
+
+def _rows(config: Config, data: OpenImages) -> Callable[[int, int, int], Rows]:
+    return rows_of(data.train, config.seed, config.training.batch_size)
+
+
+def _held_out(config: Config, data: OpenImages) -> Iterator[tuple[Rows, dict[str, int]]]:
+    return ((rows, {}) for rows in held_out_rows(data.eval, config.eval.batch_size))
+
+
+def _facts(data: OpenImages) -> dict[str, Any]:
+    return {
+        "dataset": data.train.dataset,
+        "fingerprint": fingerprint(data.train, data.eval),
+        "train_images": len(data.train.labels),
+        "eval_images": len(data.eval.labels),
+        "unigram_entropy": data.train.label_entropy,
+    }
+
+
+def _announced(config: Config, data: OpenImages) -> str:
+    image = config.image
+    return (
+        f"data {data.train.dataset}, {len(data.train.labels):,} training images of {image.size} x {image.size} x "
+        f"{image.channels}, {data.train.num_classes} classes, fingerprint {config.data.fingerprint}"
+    )
+
+
+# ---- loss -------------------------------------------------------------------------------------
+
+
+def augmented(images_BxSxSxC: Array, draw_B: Array, image: ImageConfig) -> Array:
+    """Each image padded by zeros, cut to its size anywhere and, every second one, flipped: by its own `draw`."""
+
+    def one(x: Array, draw: Array) -> Array:
+        to_cut, to_flip = jax.random.split(jax.random.key(draw))
+        if image.pad:
+            row, column = jax.random.randint(to_cut, (2,), 0, 2 * image.pad + 1)
+            padded = jnp.pad(x, ((image.pad, image.pad), (image.pad, image.pad), (0, 0)))
+            x = jax.lax.dynamic_slice(padded, (row, column, 0), x.shape)
+        return jnp.where(jax.random.bernoulli(to_flip), x[:, ::-1], x) if image.flip else x
+
+    return jax.vmap(one)(images_BxSxSxC, draw_B) if image.pad or image.flip else images_BxSxSxC
+
+
+def loss_sums(encoder: Encoder, batch: Batch, z_loss: ArrayLike = 0.0) -> dict[str, Any]:
+    """Sums over the images with weight 1, as `Task.loss_sums` has them.
+
+    A batch with `draw` is of training, and is augmented. Label smoothing (Szegedy et al. 2016, arXiv 1512.00567,
+    section 7) is in the objective alone.
+    """
+    image = encoder.image
+    pixels = augmented(batch["image"], batch["draw"], image) if "draw" in batch else batch["image"]
+    passed = encoder.run(pixels)
+    logits_BxC = encoder.logits(passed.features)
+    with jax.named_scope("loss"):
+        labels, w = batch["label"], batch.get("weights", jnp.ones(len(logits_BxC)))
+        log_z = jax.nn.logsumexp(logits_BxC, axis=-1)
+        nll = log_z - jnp.take_along_axis(logits_BxC, labels[:, None], axis=-1)[:, 0]
+        even = log_z - jnp.mean(logits_BxC, axis=-1)  # of a target that is the same for all classes
+        smoothed = (1 - image.label_smoothing) * nll + image.label_smoothing * even
+        correct = jnp.argmax(logits_BxC, axis=-1) == labels
+        parts = {"nll": nll, "log_z": log_z, "z": log_z**2, "correct": correct, "count": jnp.ones_like(nll)}
+        sums = {name: jnp.sum(part * w) for name, part in parts.items()}
+        objective = jnp.sum((smoothed + z_loss * log_z**2) * w)
+    router = {"router": passed.stats} if passed.stats else {}
+    return {"objective": objective} | sums | router
+
+
+# ---- measures ---------------------------------------------------------------------------------
+
+
+def _measures(totals: dict[str, float]) -> dict[str, float]:
+    """Loss (nats an image), and accuracy of the likeliest class."""
+    return {
+        "loss": totals["nll"] / totals["count"],
+        "accuracy": totals["correct"] / totals["count"],
+        "images": int(totals["count"]),
+    }
+
+
+IMAGE = Task(
+    open=_open,
+    check=lambda config, data: None,
+    define=_define,
+    positions=lambda config: config.data.seq_len,
+    train_fields=_train_fields,
+    eval_fields=_eval_fields,
+    rows=_rows,
+    inputs=lambda batch: batch["image"],
+    loss_sums=lambda config, mesh_shape, rows: loss_sums,
+    held_out=_held_out,
+    measures=_measures,
+    logged=("loss", "accuracy"),
+    facts=_facts,
+    files=lambda data: {},
+    announced=_announced,
+    warn=lambda config, data: None,
+    floors=lambda config, data, measures: {"chance": math.log(data.train.num_classes)},
+)
