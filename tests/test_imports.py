@@ -100,7 +100,8 @@ def of(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("spannorm_jax", []), ("configs", []), ("experiments", []), ("tests", ["test"])]
+    ("folder", "extras"),
+    [("spannorm_jax", ["eval"]), ("configs", []), ("experiments", []), ("tests", ["test"])],
 )
 def test_what_is_imported_is_declared(folder, extras):
     assert {name for name in foreign(folder) if not of(name) & declared(*extras)} == set()

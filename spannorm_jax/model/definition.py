@@ -29,7 +29,7 @@ from spannorm_jax.model.weights import ROLES, ModelState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, so that programs can be kept for it
 class ModelDef:
     """A model's structure."""
 

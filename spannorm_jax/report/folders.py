@@ -116,10 +116,11 @@ def read_run(folder: Path) -> RunFolder:
     """Raises NotARun: its config is absent, is no JSON object, or lacks a key that a report needs."""
     reader = _Reader(folder)
     config, starts = _read_config(reader), tuple(reader.lines(STARTS))
-    metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
+    metrics, lines = _columns(reader.lines(METRICS, with_steps=True)), reader.lines(EVAL, with_steps=True)
+    evals, judged = (tuple(line for line in lines if ("tasks" in line) == of_tasks) for of_tasks in (False, True))
     done, diverged = reader.object(DONE), reader.object(DIVERGED)
     said = tuple(reader.damage), tuple(reader.cut)
-    return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said)
+    return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said, judged)
 
 
 def find_runs(roots: Path | Sequence[Path], passed_over: Callable[[str], None] = lambda why: None) -> list[RunFolder]:

@@ -211,8 +211,10 @@ def is_evaluated(workdir: Path, config: Config, step: int) -> bool:
     for text in lines:
         with contextlib.suppress(ValueError):  # half a line, which a crash leaves
             line = json.loads(text)
+            if not isinstance(line, dict) or "step" not in line or "tasks" in line:
+                continue  # the last is lm-eval's judgement
             # A line from before a key came agrees with whatever is asked.
-            if isinstance(line, dict) and "step" in line and all(line.get(k, v) == v for k, v in asked.items()):
+            if all(line.get(k, v) == v for k, v in asked.items()):
                 return True
     return False
 
