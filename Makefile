@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-eval test-slow lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,15 @@ test-pages: demo-smoke ## pages in a browser (chromium): demo-smoke's, and of ea
 
 test-tpu: .venv-tpu/installed ## our programs by the TPU's own compiler, which needs no TPU (Linux)
 	.venv-tpu/bin/python -m pytest -m tpu --dist load tests/plan/test_tpu.py
+
+# lm-evaluation-harness brings pandas, scikit-learn and others, which nothing else here needs.
+.venv-eval/installed: setup.cfg requirements.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test,eval]'
+	touch $@
+
+test-eval: .venv-eval/installed ## tasks of lm-evaluation-harness on runs
+	.venv-eval/bin/python -m pytest -m eval tests/inference/test_harness.py
 
 test-slow: env ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"
