@@ -8,7 +8,7 @@ checkpoints/   Orbax
 tensorboard/   the scalars of metrics.jsonl
 profile/       traces of the profiler, if asked for
 wandb.json     the id of the run at Weights & Biases, whose own files are in wandb/, if asked for
-eval.jsonl     one line an evaluation
+eval.jsonl     one line an evaluation, of held-out loss or of tasks
 DONE           {"step": n}, once the last checkpoint is committed
 DIVERGED       what was not finite, and at which step, if that stopped the run
 LOCK           held by the trainer at work, with its process and host
