@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the top down. A name is a package or a module; on one line, each imports only what stands to its right.
 FLOORS = (
     ("sweep",),
-    ("train", "evaluate", "sample", "prepare", "show_init"),
+    ("train", "evaluate", "sample", "prepare", "show_init", "api"),
     ("analysis", "plan", "inference"),
     ("training",),
     ("report",),

@@ -112,6 +112,15 @@ def _read_config(reader: _Reader) -> dict[str, Any]:
     return config
 
 
+def metrics_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, by step. Raises UserError if a line is damaged, or there is none."""
+    reader = _Reader(folder)
+    lines = reader.lines(METRICS, with_steps=True)
+    if reader.damage or not lines:
+        raise UserError(reader.damage[0] if reader.damage else f"{folder} holds no {METRICS}; name the folder of a run")
+    return lines
+
+
 def read_run(folder: Path) -> RunFolder:
     """Raises NotARun: its config is absent, is no JSON object, or lacks a key that a report needs."""
     reader = _Reader(folder)
