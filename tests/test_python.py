@@ -95,7 +95,8 @@ def test_a_block_by_itself_is_that_of_the_model(options):
         stack = "moe_blocks" if spannorm_jax.config.moe_layers(cfg)[layer] else "blocks"
         row = spannorm_jax.model.definition.stack_layers(cfg)[stack].index(layer)
         got = nnx.to_pure_dict(nnx.state(block, nnx.Param))
-        assert_trees_close(got, jax.tree.map(lambda all: all[row], params[stack]), 1e-6)  # rounding: one is jitted
+        want = jax.tree.map(lambda all, row=row: all[row], params[stack])
+        assert_trees_close(got, want, 1e-6)  # rounding: one is jitted
         stream, _, _ = block.whole(stream, layer, None)
     whole = model.bind(params, model.init_model_state()).run_from(x, None).stream
     assert jnp.allclose(stream, whole, rtol=0, atol=1e-5)  # of unit size, float32, four blocks
