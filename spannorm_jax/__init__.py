@@ -13,6 +13,7 @@ _HOMES = {
     "Run": "inference.loaded",
     **dict.fromkeys(("define", "make_block", "ModelDef"), "model.definition"),
     **{"Block": "model.block", "Trunk": "model.trunk", "weight": "model.weights", "gain": "model.weights"},
+    "rotary_angles": "model.layers",
     **{"PLACEMENTS": "model.placement", "INITS": "model.initialisation", "initial_size": "model.initialisation"},
     "UserError": "errors",
 }

@@ -293,21 +293,19 @@ def _tasks(config: Config, data: OpenData | None, names: Sequence[str], include_
 
 
 def _results(results: Any, run: Run) -> Iterator[dict[str, Any]]:
+    """The scores of each task, as a line of eval.jsonl has them."""
     for name, samples in results["samples"].items():
-        for key, value in results["results"][name].items():
+        found = results["results"][name]
+        for key, value in found.items():
             metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr"):
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
                 continue
-            own = [s for s in samples if s["filter"] == filtered]
-            stderr = results["results"][name].get(f"{metric}_stderr,{filtered}")
-            yield {
-                "task": name,
-                "metric": metric if filtered == "none" else f"{metric}, {filtered}",
-                "value": value,
-                "stderr": stderr if isinstance(stderr, float) else _ratio_stderr(metric, value, own),
-                "chance": _chance(metric, own, run),
-                "n": len(own),
-            }
+            own = [sample for sample in samples if sample["filter"] == filtered]
+            error = found.get(f"{metric}_stderr,{filtered}")  # or words
+            error = float(error) if isinstance(error, float) else _ratio_stderr(metric, float(value), own)
+            label = metric if filtered == "none" else f"{metric}, {filtered}"
+            score = {"task": name, "metric": label, "value": float(value), "stderr": error}
+            yield score | {"chance": _chance(metric, own, run), "n": len(own)}
 
 
 _ROLLING: dict[str, Callable[[float], float]] = {  # metric -> its derivative by the loss in nats a byte or word
