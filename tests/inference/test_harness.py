@@ -238,13 +238,14 @@ def test_tasks_on_the_users_disk_have_chance_and_error(capsys, workdir, lm, fold
     assert rolling["stderr"] == pytest.approx(resampled, rel=0.15) and rolling["n"] == 3
     one = judged(capsys, workdir, f"{folder}/choice.yaml", "--limit", 1)
     assert one["choice", "acc"]["n"] == 1
+    argv = ["--tasks", "choice", "--include_path", str(folder), "--out", "none"]
+    assert command.main(["--workdir", str(workdir), *argv]) == 0
+    assert "chance 0.3333  (3 documents)" in capsys.readouterr().out
 
 
-def test_a_judgement_is_recorded_beside_the_held_out_loss_and_not_as_one(capsys, workdir, folder, monkeypatch):
+def test_a_judgement_is_recorded_beside_the_held_out_loss_and_not_as_one(capsys, workdir, folder):
     target = workdir / "eval.jsonl"
     judged(capsys, workdir, "choice", "--include_path", folder, out=str(target))
-    config = run_folder.read_config(workdir)
-    assert not run_folder.is_evaluated(workdir, config, 2)
     run = read_run(workdir)
     assert run.held_out is None and run.evals == () and {score["task"] for score in run.tasks} == {"choice"}
     target.unlink()

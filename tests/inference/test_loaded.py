@@ -1,5 +1,6 @@
 """A run used from Python: its logits and losses against full forward passes, and against what `evaluate` computes."""
 
+import json
 import logging
 import math
 
@@ -14,7 +15,7 @@ from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.errors import UserError
 from spannorm_jax.inference.loaded import load_run
 from spannorm_jax.inference.scoring import windows
-from spannorm_jax.run.folder import read_config
+from spannorm_jax.run.folder import EVAL, is_evaluated, read_config, what_is_evaluated
 from spannorm_jax.training.step import make_evaluate
 
 # A token's loss, some nats, comes of float32 logits of a size of ten: 1e-6 each, and sums of a hundred lose no more.
@@ -138,3 +139,11 @@ def test_tasks_that_cannot_be_asked_for_are_one_line(monkeypatch, workdir, argv,
     with pytest.raises(UserError) as refused:
         command.main(["--workdir", str(workdir), *argv])
     assert words in str(refused.value)
+
+
+def test_a_line_of_tasks_is_no_evaluation_of_held_out_loss(tmp_path):
+    config = small_config()
+    line = what_is_evaluated(config, 2)
+    for more, evaluated in (({"tasks": []}, False), ({}, True)):
+        (tmp_path / EVAL).write_text(json.dumps(line | more) + "\n")
+        assert is_evaluated(tmp_path, config, 2) == evaluated
