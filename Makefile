@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-eval test-slow lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,15 @@ test-tpu: .venv-tpu/installed ## our programs by the TPU's own compiler, which n
 
 test-cuda: .venv-cuda/installed ## our programs by XLA for an H100, which needs none (Linux; not in .ci/run)
 	.venv-cuda/bin/python -m pytest -m slow --dist load tests/plan/test_cuda.py
+
+# lm-evaluation-harness brings pandas, scikit-learn and others, which nothing else here needs.
+.venv-eval/installed: setup.cfg requirements.txt
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test,eval]'
+	touch $@
+
+test-eval: .venv-eval/installed ## tasks of lm-evaluation-harness on runs
+	.venv-eval/bin/python -m pytest -m eval tests/inference/test_harness.py
 
 test-slow: env ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"

@@ -37,6 +37,7 @@ from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
 
+PRESETS = os.path.join(os.path.dirname(__file__), "presets")  # configs/ of the repository, which a wheel has too
 _FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
 
 
@@ -110,8 +111,16 @@ def _apply_override(config: Any, key: str, text: str) -> None:
     config[last] = _parse_text(text, kind, f"config key {key}")
 
 
+def _found(path: str) -> str:
+    """Where a config file is: configs/NAME.py is the package's own, unless there is one in the working folder."""
+    folder, name = os.path.split(path)
+    own = os.path.join(PRESETS, name)
+    return own if folder == "configs" and not os.path.isfile(path) and os.path.isfile(own) else path
+
+
 def run_file(path: str) -> types.ModuleType:
     """The module that a config file makes. Raises UserError for whatever fails inside it."""
+    path = _found(path)
     if not os.path.isfile(path):
         raise UserError(f"config file {path[:200]!r} does not exist; see configs/ (FILE.py or FILE.py:arg)")
     module_spec = importlib.util.spec_from_file_location(f"{_FOLDER}.config_file", path)
@@ -162,6 +171,7 @@ def split_spec(spec: str) -> tuple[str, str]:
 def read_config_file(spec: str) -> ConfigDict:
     """What `get_config(arg)` of `FILE.py[:arg]` returns. Raises UserError."""
     path, arg = split_spec(spec)
+    path = _found(path)
     module = run_file(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} defines no get_config(arg)")

@@ -35,11 +35,7 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: ProcessFlag
       UserError: there is no such sound checkpoint, the data differ from the run's, the mesh does not fit, or `out`
         cannot be written; NotRecorded if that shows after the work, which has its result then.
     """
-    start_jax(config.platform, flags)
-    distributed.check_devices()
-    default_sigterm()
-    if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
-        _check_writable(out)
+    begin(config, workdir, flags, out)
     with open_trained(workdir, step, "evaluating") as restore:
         task = task_of(config)
         data, config, mesh = distributed.run_on_all(lambda: _match_machine(config))
@@ -55,9 +51,23 @@ def evaluate(config: Config, workdir: Path, step: int | None, flags: ProcessFlag
         line["eval_overlap"] = overlap
     if distributed.is_first() and (floors := task.floors(config, data, result)):
         line["floors"] = floors
+    add_line(out, line)
+    return line
+
+
+def begin(config: Config, workdir: Path, flags: ProcessFlags, out: Path | None) -> None:
+    """Starts JAX with the other processes. Raises UserError if that fails, or `out` cannot be written."""
+    start_jax(config.platform, flags)
+    distributed.check_devices()
+    default_sigterm()
+    if out is not None and out != workdir / run_folder.EVAL and distributed.is_first():
+        _check_writable(out)
+
+
+def add_line(out: Path | None, line: dict[str, Any]) -> None:
+    """Appends an evaluation's line, on process 0. Raises NotRecorded."""
     if out is not None:
         distributed.from_first(lambda: _append(out, line))
-    return line
 
 
 class NotRecorded(UserError):

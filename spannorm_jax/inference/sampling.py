@@ -1,5 +1,6 @@
 """Text from a run's checkpoint, from its folder alone: prompts are read at once, then one token a step over a cache."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,14 @@ def as_computed(model: ModelDef, params: Any) -> Any:
     return model.map_weights(lambda spec, w: w.astype(model.cfg.dtype) if spec.role in _CAST else w, params)
 
 
+@functools.lru_cache(maxsize=32)
+def _programs(model: ModelDef, temperature: float, top_k: int, num_ids: int, slots: int) -> tuple[Callable, ...]:
+    """`as_computed`, `prefill` and `decode`, which a second call with the same shapes does not compile again."""
+    pick = partial(choose, temperature=temperature, top_k=top_k, vocab_size=num_ids)
+    step = jax.jit(partial(decode, model, pick), donate_argnums=2)
+    return jax.jit(partial(as_computed, model)), jax.jit(partial(prefill, model, pick, slots)), step
+
+
 def generate(
     model: ModelDef,
     params: Any,
@@ -108,13 +117,15 @@ def generate(
     tokenizer: Tokenizer,
     prompts: list[np.ndarray],
     options: SampleOptions,
-    show: Callable[[np.ndarray], None] = lambda tokens: None,
+    show: Callable[[np.ndarray], Any] = lambda tokens: None,
     rows_multiple: int = 1,
+    slots: int = 1,
 ) -> list[np.ndarray]:
     """Continues prompts (ids, at least one each); returns each one's new ids, without the end of text.
 
-    `show` is given every step's tokens, (number of prompts,), as they come; rows that have ended repeat the end of
-    text. The batch is filled up to a multiple of `rows_multiple`, which the mesh may need.
+    `show` is given every step's tokens, (number of prompts,), as they come, and ends it by True; rows that have ended
+    repeat the end of text. The batch is filled up to a multiple of `rows_multiple`, which the mesh may need, and
+    prompts to `slots` tokens, so that others of that shape compile nothing.
 
     Raises:
       UserError: the logits are not finite.
@@ -122,17 +133,14 @@ def generate(
     B, end = len(prompts), tokenizer.end_of_text
     lengths = np.ones(-(-B // rows_multiple) * rows_multiple, np.int32)
     lengths[:B] = [len(prompt) for prompt in prompts]
-    tokens = np.full((len(lengths), lengths.max()), end, np.int32)
+    tokens = np.full((len(lengths), max(slots, lengths.max())), end, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    pick = partial(
-        choose, temperature=options.temperature, top_k=options.top_k, vocab_size=tokenizer.num_ids
-    )  # end of text is the last id
-    slots = int(lengths.max()) + options.max_tokens
-    first = jax.jit(partial(prefill, model, pick, slots))
-    step = jax.jit(partial(decode, model, pick), donate_argnums=2)
-
-    params = jax.jit(partial(as_computed, model))(params)
+    # End of text is the last id.
+    cast, first, step = _programs(
+        model, options.temperature, options.top_k, tokenizer.num_ids, tokens.shape[1] + options.max_tokens
+    )
+    params = cast(params)
     rows = first(params, model_state, tokens, lengths, options.seed)
     made = np.full((B, options.max_tokens), end, np.int32)
     ended = np.zeros(B, bool)
@@ -145,8 +153,7 @@ def generate(
             raise UserError("the model's logits are not finite: these weights have diverged; give an older --step")
         made[:, t] = np.where(ended, end, np.asarray(newest)[:B])
         ended |= made[:, t] == end
-        show(made[:, t])
-        if ended.all():
+        if show(made[:, t]) is True or ended.all():
             break
     return [row[: np.argmax(row == end)] if end in row else row for row in made]
 

@@ -19,6 +19,8 @@ from spannorm_jax.model.weights import ModelState
 
 
 class Block(nnx.Module):
+    """A block whose weights are declared, not drawn: `definition.make_block` draws those of one, `whole` runs it."""
+
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, moe: bool = False, causal: bool = True):
         self.cfg = cfg
         self.attn = Attention(cfg, execution, causal)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from spannorm_jax.config import ExecutionConfig, ModelConfig, moe_layers
+from spannorm_jax.model.block import Block
 from spannorm_jax.model.branches import warmup_factor
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.initialisation import initial_size
@@ -29,7 +30,7 @@ from spannorm_jax.model.weights import ROLES, ModelState, WeightSpec
 from spannorm_jax.parallel.mesh import LOGICAL_AXES, sharding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, so that programs can be kept for it
 class ModelDef:
     """A model's structure."""
 
@@ -138,6 +139,29 @@ def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: 
         return jax.ShapeDtypeStruct((len(layers[path[0]]), *state.shape), state.dtype)
 
     return ModelDef(cfg, graph, declared.causal, _nested(params, spec_of), _nested(model_state, stacked))
+
+
+def make_block(cfg: ModelConfig, layer: int, key: Array, causal: bool = True) -> Block:
+    """Block `layer` (from 0) of a resolved config's model by itself, its weights drawn: a module for models of others.
+
+    They are the weights that `ModelDef.init` gives that block with this key. `block.whole(stream, layer, angles)`
+    returns the stream after it, nothing, and what its router did; angles are `rotary_angles`, or None for no positions.
+    A branch warm-up is over.
+    """
+    moe = moe_layers(cfg)[layer]
+    block = Block(cfg, ExecutionConfig(), moe, causal)
+
+    def draw(path: tuple[Any, ...], spec: WeightSpec) -> Array:
+        own = dataclasses.replace(spec, shape=(1, *spec.shape[1:]), layers=(layer,))
+        return _draw(key, [entry.key for entry in path], own, initial_size(cfg, own))[0]
+
+    drawn = jax.tree_util.tree_map_with_path(draw, define(cfg).weights[STACKS[moe]], is_leaf=_is_spec)
+    params = nnx.state(block, nnx.Param)
+    nnx.replace_by_pure_dict(params, drawn)
+    nnx.update(block, params)
+    if cfg.branch_warmup_steps:
+        block.warmup_factor[...] = jnp.ones(())
+    return block
 
 
 def stack_layers(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import is_runtime
-from spannorm_jax.report import palette, stats
+from spannorm_jax.report import palette, stats, tables
 from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
 from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.frames import GRAVEST
 from spannorm_jax.report.rates import drifts, rates
-from spannorm_jax.report.runs import KEPT, LEARNT, NOT_RECORDED, SHORTEST_MEAN, RunFolder
+from spannorm_jax.report.runs import KEPT, LEARNT, NOT_RECORDED, SHORTEST_MEAN, RunFolder, finite
 from spannorm_jax.report.study import Arm, Size, Study, choosing, keys_text
 from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
 
 Table = tuple[Header, list[list[str]]]  # and lines
-TABLES = ("results", "differences", "learning_rates", "drifts", "overall")
+TABLES = ("results", "differences", "learning_rates", "drifts", "overall", "tasks")
 
 _DEFINITIONS = {
     "placement": "Where each block puts its norms (config key model.placement).",
@@ -62,6 +62,7 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
         **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
         **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
         **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
+        "tasks": _tasks(study),
         "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in results[0]), "unigram entropy"]],
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
@@ -183,6 +184,17 @@ def _overall(study: Study) -> Table:
     ]
     numbers = ("difference", "settings", "pairs", "settings in which it is lower")
     return _header(("method", "baseline"), numbers), lines
+
+
+def _tasks(study: Study) -> Table:
+    lines = []
+    for run in (study.rows[i] for i in study.runs["row"]):
+        for score in run.tasks:
+            value, error, chance = (finite(score.get(key)) for key in ("value", "stderr", "chance"))
+            own = "–" if value is None else tables.spread(value, error, ".4f")
+            cells = [f"{score.get(key)}" for key in ("task", "metric", "step")]
+            lines.append([run_name(run), *cells, own, tables.number(chance, ".4f"), str(score.get("n"))])
+    return _header(("run", "task", "metric"), ("step", "value", "chance", "documents")), lines
 
 
 def _below(study: Study) -> list[str]:

@@ -112,14 +112,24 @@ def _read_config(reader: _Reader) -> dict[str, Any]:
     return config
 
 
+def metrics_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, by step. Raises UserError if a line is damaged, or there is none."""
+    reader = _Reader(folder)
+    lines = reader.lines(METRICS, with_steps=True)
+    if reader.damage or not lines:
+        raise UserError(reader.damage[0] if reader.damage else f"{folder} holds no {METRICS}; name the folder of a run")
+    return lines
+
+
 def read_run(folder: Path) -> RunFolder:
     """Raises NotARun: its config is absent, is no JSON object, or lacks a key that a report needs."""
     reader = _Reader(folder)
     config, starts = _read_config(reader), tuple(reader.lines(STARTS))
-    metrics, evals = _columns(reader.lines(METRICS, with_steps=True)), tuple(reader.lines(EVAL, with_steps=True))
+    metrics, lines = _columns(reader.lines(METRICS, with_steps=True)), reader.lines(EVAL, with_steps=True)
+    evals, judged = (tuple(line for line in lines if ("tasks" in line) == of_tasks) for of_tasks in (False, True))
     done, diverged = reader.object(DONE), reader.object(DIVERGED)
     said = tuple(reader.damage), tuple(reader.cut)
-    return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said)
+    return RunFolder(reader.folder, config, starts, metrics, evals, done, diverged, *said, judged)
 
 
 def find_runs(roots: Path | Sequence[Path], passed_over: Callable[[str], None] = lambda why: None) -> list[RunFolder]:

@@ -48,11 +48,12 @@ class RunFolder:
     config: dict[str, Any] = field(repr=False)  # nested, as in config.json
     starts: tuple[dict[str, Any], ...] = field(repr=False)  # one for each time the trainer started
     metrics: Metrics = field(repr=False)
-    evals: tuple[dict[str, Any], ...] = field(repr=False)  # in the order written
+    evals: tuple[dict[str, Any], ...] = field(repr=False)  # of held-out loss, in the order written
     done: dict[str, Any] | None = None
     diverged: dict[str, Any] | None = None
     damage: tuple[str, ...] = ()  # what could not be read
     cut: tuple[str, ...] = ()  # files that end in half a line, which a trainer at work or killed leaves
+    judged: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # evaluations by tasks, in the order written
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -173,6 +174,16 @@ class RunFolder:
         lines = [e for e in evals if e.get("split") in (None, options.get("data.eval_split"))]
         lines = lines or [e for e in evals if e.get("split") != options.get("data.train_split")]
         return max(reversed(lines), key=lambda e: e["step"], default=None)  # the first of equals wins
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """The scores of tasks, each from the newest evaluation of the highest step that has it."""
+        found: dict[Any, dict[str, Any]] = {}
+        for line in sorted(self.judged, key=lambda line: line["step"]):
+            for score in line["tasks"] if isinstance(line["tasks"], list) else ():
+                if isinstance(score, dict):
+                    found[str(score.get("task")), str(score.get("metric"))] = score | {"step": line["step"]}
+        return list(found.values())
 
     @property
     def floors(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ checkpoints/   Orbax
 tensorboard/   the scalars of metrics.jsonl
 profile/       traces of the profiler, if asked for
 wandb.json     the id of the run at Weights & Biases, whose own files are in wandb/, if asked for
-eval.jsonl     one line an evaluation
+eval.jsonl     one line an evaluation, of held-out loss or of tasks
 DONE           {"step": n}, once the last checkpoint is committed
 DIVERGED       what was not finite, and at which step, if that stopped the run
 LOCK           held by the trainer at work, with its process and host
@@ -211,8 +211,10 @@ def is_evaluated(workdir: Path, config: Config, step: int) -> bool:
     for text in lines:
         with contextlib.suppress(ValueError):  # half a line, which a crash leaves
             line = json.loads(text)
+            if not isinstance(line, dict) or "step" not in line or "tasks" in line:
+                continue  # the last is lm-eval's judgement
             # A line from before a key came agrees with whatever is asked.
-            if isinstance(line, dict) and "step" in line and all(line.get(k, v) == v for k, v in asked.items()):
+            if all(line.get(k, v) == v for k, v in asked.items()):
                 return True
     return False
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
-from spannorm_jax.config_file import authors_errors, load, run_file, split_spec
+from spannorm_jax.config_file import PRESETS, authors_errors, load, run_file, split_spec
 from spannorm_jax.data.names import made_here
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.sweep.definition import Point, product
 
-CONFIGS = Path("configs")  # of the checkout that a command is typed in
+CONFIGS = Path("configs")  # of the checkout that a command is typed in, or else those of the package
 _PREFIX = "sweep_"
 
 
@@ -127,9 +127,8 @@ def sweeps_of(file: str) -> dict[str, types.FunctionType]:
 
 def _find(wanted: Sequence[str], file: str | None) -> tuple[str, dict[str, types.FunctionType]]:
     """The config file that defines all of the sweeps `wanted`, and those that it has."""
-    files = [file] if file else [str(path) for path in sorted(CONFIGS.glob("*.py"))]
-    if not files:
-        raise UserError("there is no configs/ here with sweeps in it; work in the checkout, or give --config FILE.py")
+    here = sorted(CONFIGS.glob("*.py")) or sorted(Path(PRESETS).glob("*.py"))
+    files = [file] if file else [str(CONFIGS / path.name) for path in here]
     found = {path: sweeps_of(path) for path in files}
     every = {name for sweeps in found.values() for name in sweeps}
     for name in wanted:

@@ -11,38 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import small_config, write_small_run
 
 from spannorm_jax import sample as command
-from spannorm_jax.config import CheckpointConfig, Config, MeshConfig, replace, to_dict
 from spannorm_jax.config_file import for_this_machine
 from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.errors import UserError, visible
 from spannorm_jax.inference.options import SampleOptions
 from spannorm_jax.inference.sampling import TextStream, choose, encode_prompt, generate, sample
 from spannorm_jax.model.definition import define
-from spannorm_jax.parallel.mesh import make_mesh
-from spannorm_jax.resolution import resolve
-from spannorm_jax.run import folder as run_folder
-from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.training.step import make_program
 
-PADDED = 320  # rows of the embedding; the tokenizer has 256
 PROMPTS = [np.frombuffer(text, np.uint8) for text in (b"def ", b"x", b"import os\n")]
 
 
 @pytest.fixture(scope="module")
 def config():
-    small = {
-        "model__depth": 2,
-        "model__width": 16,
-        "model__num_heads": 2,
-        "model__num_kv_heads": 1,
-        "model__qk_norm": True,
-        "model__vocab_size": PADDED,
-        "data__seq_len": 32,
-        "training__batch_size": 8,
-    }
-    return resolve(replace(Config(), **small), vocab_size=256, platform="cpu", fingerprint="")
+    return small_config()
 
 
 @pytest.fixture(scope="module")
@@ -189,21 +173,8 @@ def test_an_empty_prompt_begins_a_document():
 
 
 @pytest.fixture(scope="module")
-def workdir(config, model, tmp_path_factory):
-    """A run with checkpoints 1 and 2, of other weights each."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    with run_folder.open_run(workdir, config):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        checkpoints = Checkpoints(workdir / run_folder.CHECKPOINTS, CheckpointConfig())
-        with jax.set_mesh(mesh):
-            program = make_program(config, model, mesh)
-            for step in (1, 2):
-                state = program.init(step)
-                state = dataclasses.replace(state, params=endless(loud_padding(state.params)))
-                checkpoints.save(step, state, to_dict(config))
-        checkpoints.wait()
-        checkpoints.close()
-    return workdir
+def workdir(config, tmp_path_factory):
+    return write_small_run(tmp_path_factory.mktemp("runs") / "run", config, lambda p: endless(loud_padding(p)))
 
 
 def run(capsys, workdir, *argv):

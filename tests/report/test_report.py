@@ -60,6 +60,21 @@ def test_the_train_loss_of_few_steps_is_that_of_the_last_and_spikes_are_the_runs
     assert reached(write_run(tmp_path / "run", losses=losses, training__steps=150))["spikes"] == 1
 
 
+def test_scores_of_tasks_are_on_the_page_and_no_held_out_numbers(tmp_path):
+    folder = write_run(tmp_path / "runs" / "run", bits=2.5)
+    score = {"task": "mine", "metric": "acc", "value": 0.5, "stderr": 0.0125, "chance": 0.25, "n": 1600}
+    older, damaged = score | {"value": 0.125}, [score | {"metric": "f1", "value": None, "chance": None}, 7]
+    with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
+        for step, tasks in ((20, [score, *damaged]), (10, [older]), (20, "none")):
+            file.write(json.dumps({"step": step, "loss": 9.0, "split": "validation", "tasks": tasks}) + "\n")
+    assert reached(folder)["held_out_loss"] == 2.5 and len(read_run(folder).evals) == 1
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    told = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert "| span / scale-L1, seed 0 | mine | acc | 20 | 0.5000 ± 0.0125 | 0.2500 | 1600 |" in told
+    assert "| mine | f1 | 20 | – | – | 1600 |" in told and "0.125 " not in told
+    assert "<h2>Tasks</h2>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_newest_evaluation_of_the_highest_step_counts_and_never_the_training_split(tmp_path):
     folder = write_run(tmp_path / "run")
     for step, bits, split, expected in (
