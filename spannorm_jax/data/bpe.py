@@ -110,7 +110,7 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(source)
         vocab = json.loads(source)["model"]["vocab"]
-        of_character = {character: byte for byte, character in enumerate(_characters())}
+        of_character = {character: byte for byte, character in enumerate(byte_characters())}
         words = [b""] * len(vocab)
         for token, i in vocab.items():
             words[i] = bytes(of_character[character] for character in token)
@@ -130,7 +130,7 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     return Tokenizer(source, words, vocab_size, end_of_text, dtype, lengths(words, vocab_size), encode)
 
 
-def _characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level BPE's vocabulary."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

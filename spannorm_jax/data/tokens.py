@@ -145,7 +145,7 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
     path = folder / _TOKENIZER
     if not folder.is_dir():
         texts = source.texts(data.train_split)
-        with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
+        with durable.temporary_folder(folder.parent, "config key data.cache_dir") as temp:
             trained = bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20)
             (temp / _TOKENIZER).write_text(trained, encoding="utf-8")
             durable.publish(temp, folder)
@@ -274,7 +274,7 @@ def _write(
     """Writes the store in folder `path`, or one of its shards, which alone may hold no text."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.sha256()
-    with durable.temporary_folder(path.parent, "data.cache_dir") as temp:
+    with durable.temporary_folder(path.parent, "config key data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
             for tokens in chunks:
                 counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
