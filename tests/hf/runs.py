@@ -1,0 +1,54 @@
+"""Run folders with random weights, gains apart from one, that no training has made."""
+
+import jax
+import numpy as np
+
+from spannorm_jax.config import CheckpointConfig, Config, replace, to_dict
+from spannorm_jax.config_file import check, resolve_without_data
+from spannorm_jax.durable import write_json
+from spannorm_jax.model.definition import define
+from spannorm_jax.run.checkpoint import Checkpoints
+from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
+from spannorm_jax.run.state import TrainState
+
+SEQ_LEN = 24
+
+
+def configure(**changes):
+    """A model of 4 blocks whose options all differ from what transformers would take by itself."""
+    small = {"depth": 4, "width": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48, "norm_eps": 1e-5}
+    small |= {"rope_theta": 777.0, "init": "plain", "dtype": "float32"}
+    named = {f"model__{name}": value for name, value in (small | changes).items()}
+    config = resolve_without_data(replace(Config(), data__seq_len=SEQ_LEN, training__steps=4, **named), "cpu")
+    check(config)
+    return config
+
+
+def experts(**moe):
+    return {f"moe__{name}": value for name, value in ({"num_experts": 4, "top_k": 2, "expert_dim": 24} | moe).items()}
+
+
+def draw(config, seed=0):
+    """Weights and model state: matrices keep variances, gains and biases are random, and a warm-up is over."""
+    model, rng = define(config.model), np.random.default_rng(seed)
+
+    def weight(spec):
+        if spec.role == "norm":
+            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        return (rng.standard_normal(spec.shape) * spec.fan_in**-0.5).astype(np.float32)
+
+    def state(path, shape):
+        if path[-1].key == "warmup_factor":
+            return np.ones(shape.shape, np.float32)
+        return (0.1 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    return model, model.map_weights(weight), jax.tree.map_with_path(state, model.model_state)
+
+
+def save(workdir, config, params, model_state, step=1):
+    """A run's folder with one checkpoint."""
+    workdir.mkdir(parents=True)
+    write_json(workdir / CONFIG, to_dict(config))
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
+    checkpoints.save(step, TrainState(np.int32(step), params, {"none": np.zeros(1)}, model_state), {"step": step})
+    checkpoints.close()

@@ -1,0 +1,121 @@
+"""transformers computes what we do, with every placement and in every stock architecture: `make test-hf`.
+
+The exports are made here; what needs torch runs in a venv of its own (Makefile), one process for all of them.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import SEQ_LEN, configure, draw, experts, save
+
+from spannorm_jax.hf.export import export
+from spannorm_jax.hf.stock import STOCK
+from spannorm_jax.model.placement import PLACEMENTS
+
+ROOT = Path(__file__).parents[2]
+VENVS = [
+    pytest.param(".venv-hf", marks=pytest.mark.process),
+    pytest.param(".venv-hf4", marks=pytest.mark.slow),
+]
+# Logits have entries up to 5. The two sides sum in other orders, and the largest difference seen was 6e-6.
+CLOSE = 1e-5
+
+MUP = {"parametrisation": "completep", "base_width": 16, "base_depth": 2, "base_head_dim": 4}
+PRE = {"placement": "pre"}
+SIGMOID = {"scores": "sigmoid", "balance": "bias"}
+QWEN = {"renormalize": False, "every": 2}
+STOCK_CASES = {  # architecture -> models that it carries
+    "LlamaForCausalLM": [
+        PRE,
+        PRE | {"num_kv_heads": 4} | MUP,
+        {"placement": "lns"},
+        {"placement": "layerscale", "tied_head": False},
+        {"placement": "pre_embnorm"},
+        {"placement": "pre_embnorm", "tied_head": True},
+        PRE | {"init": "scale", "depth_factor": "multiplier"},
+        PRE | {"branch_warmup_steps": 1.0},
+    ],
+    "GraniteForCausalLM": [PRE | {"tied_head": True}, PRE | {"tied_head": True} | MUP],
+    "Qwen3ForCausalLM": [PRE | {"qk_norm": True}, PRE | {"qk_norm": True, "tied_head": True} | MUP],
+    "Exaone4ForCausalLM": [{"placement": "olmo2"}, {"placement": "olmo2"} | MUP],
+    "Gemma2ForCausalLM": [{"placement": "peri"}, {"placement": "peri", "tied_head": True}, {"placement": "peri"} | MUP],
+    "Gemma3ForCausalLM": [{"placement": "peri", "qk_norm": True}],
+    "BitNetForCausalLM": [{"placement": "subln"}],
+    "ArceeForCausalLM": [PRE | {"ffn": "gelu"}, PRE | {"ffn": "relu"}],
+    "StableLmForCausalLM": [PRE | {"norm": "layernorm"}],
+    "MixtralForCausalLM": [PRE | experts(), {"placement": "layerscale"} | experts() | MUP],
+    "Qwen3MoeForCausalLM": [
+        PRE | {"qk_norm": True} | experts(**QWEN),
+        PRE | {"qk_norm": True} | experts(first_dense=1, every=3),
+    ],
+    "Glm4MoeForCausalLM": [
+        PRE | experts(**SIGMOID, num_shared=2, first_dense=1),
+        PRE | {"qk_norm": True} | experts(scores="sigmoid", num_shared=1, renormalize=False),
+    ],
+}
+CUSTOM_CASES = [
+    *({"placement": name} for name in PLACEMENTS),
+    *({"placement": name} | experts() for name in PLACEMENTS),
+    {"placement": "span", "tied_head": True, "qk_norm": True, "norm": "layernorm"} | MUP,
+    {"placement": "span", "ffn": "gelu"},
+    {"placement": "span_raw", "ffn": "relu"} | experts(renormalize=False),
+    {"placement": "mix", "mix_share": 0.5, "init": "scale", "depth_factor": "multiplier"},
+    {"placement": "span"} | experts(**SIGMOID, num_shared=2, first_dense=2, every=2),
+    {"placement": "subln"} | experts(num_shared=1, every=2),
+    {"placement": "siamese"} | experts(**SIGMOID, first_dense=1, top_k=3),
+]
+CASES = {
+    **{f"{name}-{i}": (name, changes) for name, models in STOCK_CASES.items() for i, changes in enumerate(models)},
+    **{
+        f"custom-{i:02}-{changes['placement']}": ("SpannormForCausalLM", changes)
+        for i, changes in enumerate(CUSTOM_CASES)
+    },
+}
+
+
+def test_every_stock_architecture_has_a_case():
+    assert set(STOCK_CASES) == {architecture.name for architecture in STOCK}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A folder for each case, with the export and our logits of full-length rows."""
+    folder = tmp_path_factory.mktemp("hf")
+    made, cases = folder / "runs", folder / "cases"
+    for seed, (name, (architecture, changes)) in enumerate(CASES.items()):
+        config = configure(**changes)
+        model, params, state = draw(config, seed)
+        save(made / name, config, params, state)
+        (cases / name).mkdir(parents=True)
+        arch = "custom" if architecture == "SpannormForCausalLM" else "stock"
+        assert export(config, made / name, None, cases / name / "export", arch, "float32") == architecture
+        tokens = np.random.default_rng(seed).integers(255, size=(2, SEQ_LEN)).astype(np.int32)
+        logits = jax.jit(lambda p, s, t, model=model: model.bind(p, s)(t))(params, state, tokens)
+        np.savez(cases / name / "reference.npz", tokens=tokens, logits=np.asarray(logits))
+    return cases
+
+
+@pytest.fixture(scope="module", params=VENVS)
+def looked(request, exports):
+    """Case -> what transformers makes of it."""
+    python = ROOT / request.param / "bin/python"
+    assert python.exists(), f"make {request.param}/installed makes the environment of this test"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(exports.parent / "home")}
+    command = [str(python), str(Path(__file__).with_name("torch_side.py")), str(exports)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT ")[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_computes_what_we_do(looked, name):
+    found = looked[name]
+    assert (found["class"], found["keys"], found["by_default"]["keys"]) == (CASES[name][0], {}, {})
+    for one in (found, found["by_default"]):
+        assert one["off"] < CLOSE and one["padded_off"] < CLOSE
+        assert one["cached"] == one["recomputed"] and one["padded_text_is_the_same"]
