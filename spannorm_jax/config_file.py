@@ -325,13 +325,13 @@ def recorded_config(values: dict[str, Any]) -> Config:
 
 def _checked(config: Config) -> Config:
     check(config)
-    folders = {
+    paths = {
         f"data__{name}": str(user_path(text, f"config key data.{name}").absolute())
-        for name, text in (("data_dir", config.data.data_dir), ("cache_dir", config.data.cache_dir))
-        if text
+        for name in ("data_dir", "cache_dir", "tokenizer_file")
+        if (text := getattr(config.data, name))
     }
     # Absolute, so that a run's config holds in any working folder.
-    return replace(config, **folders, model__init=_init(config.model))
+    return replace(config, **paths, model__init=_init(config.model))
 
 
 def _init(model: ModelConfig) -> str:

@@ -15,7 +15,15 @@ from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
 
 # What may differ from the run's own config; anything else would evaluate another model.
-_OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir", "data.verify_mib")
+_OVERRIDABLE = (
+    "platform",
+    "mesh.",
+    "eval.",
+    "data.data_dir",
+    "data.cache_dir",
+    "data.tokenizer_file",
+    "data.verify_mib",
+)
 
 
 def main(argv: list[str]) -> int:

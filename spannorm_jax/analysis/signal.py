@@ -15,7 +15,7 @@ from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import read_config, run_folder_path
 
 # What may differ from a run's own config; anything else would measure another model.
-_OVERRIDABLE = ("platform", "execution.", "data.data_dir", "data.cache_dir", "data.verify_mib")
+_OVERRIDABLE = ("platform", "execution.", "data.data_dir", "data.cache_dir", "data.tokenizer_file", "data.verify_mib")
 
 
 def main(argv: list[str]) -> int:

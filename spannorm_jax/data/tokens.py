@@ -139,6 +139,9 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
     """
     if data.tokenizer == "bytes":
         return BYTES
+    if data.tokenizer_file:
+        path = user_path(data.tokenizer_file, "config key data.tokenizer_file")
+        return _load_tokenizer(data, path, "set config key data.tokenizer_file to a byte-level BPE's tokenizer.json")
     source = source or _Source(data)
     name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
     folder = _folder(data, source.identity, name, data.train_split)
@@ -149,12 +152,14 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
             trained = bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20)
             (temp / _TOKENIZER).write_text(trained, encoding="utf-8")
             durable.publish(temp, folder)
+    return _load_tokenizer(data, path, f"delete {folder}, and it is trained again")
+
+
+def _load_tokenizer(data: DataConfig, path: Path, remedy: str) -> Tokenizer:
     try:
         opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer {path} cannot be read ({error}); delete {folder}, and it is trained again"
-        ) from error
+        raise UserError(f"tokenizer {path} cannot be read ({error}); {remedy}") from error
     if data.tokenizer_hash not in ("", opened.hash):
         raise UserError(
             f"the tokenizer here has hash {opened.hash}, not data.tokenizer_hash={data.tokenizer_hash}; put the "

@@ -1,6 +1,5 @@
 """A run's checkpoint as a folder that transformers loads: weights, config.json, tokenizer, and a model card."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def named_tensors(
 
     def theirs(tensors: Tensors, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         for ours, tensor in tensors.items():
-            name = their_name(ours, architecture)
+            name = architecture.their_name(ours)
             yield prefix + name, tensor - np.float32(architecture.minus) if name.endswith("norm.weight") else tensor
             zeros = architecture.zeros(name)
             if zeros and "ffn.bias" not in tensors:
@@ -105,14 +104,6 @@ def named_tensors(
     yield from theirs(ends, "")
     for layer, block in enumerate(blocks):
         yield from theirs(block, f"model.layers.{layer}.")
-
-
-def their_name(ours: str, architecture: Architecture) -> str:
-    """An architecture's name of a tensor, in its block."""
-    number = re.search(r"experts\.(\d+)\.", ours)
-    names = stock.ENDS | architecture.names
-    name = names[re.sub(r"experts\.\d+\.", "experts.{e}.", ours)].format(e=number[1] if number else "")
-    return name if name.endswith("bias") else f"{name}.weight"
 
 
 def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:

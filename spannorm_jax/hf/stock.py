@@ -4,8 +4,9 @@ docs/huggingface.md lists what is folded on the way. An architecture that could 
 applies elsewhere (Llama's embeddings are not multiplied) gets the constant in its weights.
 """
 
+import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,14 @@ class Architecture:
     minus: float = 0.0
     scales: bool = False
     tied: Callable[[ModelConfig], bool] = lambda cfg: False
-    zeros: Callable[[str], str] = field(default=lambda name: "")
+    zeros: Callable[[str], str] = lambda name: ""
+
+    def their_name(self, ours: str) -> str:
+        """Its name of a tensor, one of a block in its block."""
+        number = re.search(r"experts\.(\d+)\.", ours)
+        name = (ENDS | self.names)[re.sub(r"experts\.\d+\.", "experts.{e}.", ours)]
+        name = name.format(e=number[1] if number else "")
+        return name if name.endswith("bias") else f"{name}.weight"
 
 
 def traits(cfg: ModelConfig) -> dict[str, Any]:

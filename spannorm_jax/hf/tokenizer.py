@@ -10,15 +10,17 @@ from spannorm_jax.data.bpe import byte_characters
 from spannorm_jax.data.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+_SPECIAL = {"content": END_OF_TEXT, "normalized": False, "special": True}
+_SPECIAL |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
 
 
 def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
     """Name of a file -> its JSON."""
     end = tokenizer.end_of_text
     made = json.loads(tokenizer.source) if tokenizer.source else _bytes()
-    special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False}
-    special |= {"normalized": False, "special": True}
-    made |= {"added_tokens": [{"id": end} | special], "decoder": _byte_level(use_regex=True)}
+    added = made.get("added_tokens") or [{"id": end} | _SPECIAL]
+    special = {name: value for name, value in added[0].items() if name != "id"}
+    made |= {"added_tokens": added, "decoder": made.get("decoder") or _byte_level(use_regex=True)}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what version 5 calls it older readers do not know
         "model_max_length": seq_len,
@@ -26,9 +28,7 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
         "split_special_tokens": True,
         "added_tokens_decoder": {str(end): special},
         # Documents begin after an end of text.
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), special["content"]),
     }
     return {"tokenizer.json": made, "tokenizer_config.json": config}
 
@@ -56,6 +56,16 @@ def _bytes() -> dict[str, Any]:
             "merges": [],
         },
     }
+
+
+def run_tokenizer_json(values: dict[str, Any], end_of_text: int) -> str:
+    """A tokenizer.json as `bpe.load` takes it: of its added tokens the one that ends a document. "": it is bytes."""
+    if values.get("model", {}).get("vocab") == _bytes()["model"]["vocab"]:
+        return ""
+    added = [token for token in values.get("added_tokens") or [] if token["id"] == end_of_text]
+    added = added or [{"id": end_of_text} | _SPECIAL]
+    unused = dict.fromkeys(("truncation", "padding", "post_processor"))  # what would cut texts, or add to them
+    return json.dumps(values | unused | {"added_tokens": added}, ensure_ascii=False)
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:

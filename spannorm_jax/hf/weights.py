@@ -8,6 +8,7 @@ outside the blocks are `embed`, `head` and `ends.final`. Rotary embeddings turn 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from spannorm_jax.config import ModelConfig, moe_layers
@@ -108,44 +109,38 @@ def _folded(cfg: ModelConfig, block: Tensors) -> Tensors:
     return block
 
 
-def imported(cfg: ModelConfig, tensor: Callable[[str, int | None], np.ndarray]) -> dict[str, Any]:
-    """Parameters, as `exported` has them with nothing folded; of placements and options that Llama's layout has.
+def imported(cfg: ModelConfig, tensor: Callable[[str, int | None, tuple[int, ...]], np.ndarray]) -> dict[str, Any]:
+    """Parameters of a model that Llama's layout has: SwiGLU, its head not tied, nothing folded, no shared experts.
 
-    `tensor` gives a tensor by its name here and its block.
+    `tensor` gives a tensor by its name here, its block (None: outside) and its shape.
     """
-    D, kinds = cfg.width, moe_layers(cfg)
-    K = D // cfg.num_heads
+    D, K = cfg.width, cfg.width // cfg.num_heads
+    kinds, placement = moe_layers(cfg), placement_of(cfg)
+
+    def of(layer: int | None, name: str, *shape: int) -> np.ndarray:
+        return np.asarray(tensor(name, layer, shape), np.float32)
+
+    def feed_forward(layer: int, prefix: str, F: int) -> dict[str, np.ndarray]:
+        into = [of(layer, f"{prefix}.in_.{part}", F, D).T for part in range(2)]
+        return {"in_": np.stack(into), "out": of(layer, f"{prefix}.out", D, F).T}
 
     def block(layer: int, moe: bool) -> dict[str, Any]:
-        def of(name: str) -> np.ndarray:
-            return np.asarray(tensor(name, layer), np.float32)
+        heads = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
+        attn: dict[str, Any] = {
+            name: of(layer, f"attn.{name}", n * K, D).T.reshape(D, n, K) for name, n in heads.items()
+        }
+        attn["out"] = of(layer, "attn.out", D, D).T.reshape(-1, K, D)
+        attn |= {f"{name}_norm": {"gain": of(layer, f"attn.{name}_norm", K)} for name in "qk" if cfg.qk_norm}
+        norms = {name: {"gain": of(layer, f"norms.{name}", D)} for name in placement.block_norms}
+        if not moe:
+            return {"attn": attn, "ffn": feed_forward(layer, "ffn", cfg.ffn_dim), "norms": norms}
+        experts = range(cfg.moe.num_experts)
+        each = [feed_forward(layer, f"ffn.experts.{e}", cfg.moe.expert_dim) for e in experts]
+        ffn = {name: np.stack([expert[name] for expert in each]) for name in ("in_", "out")}
+        return {"attn": attn, "ffn": ffn | {"router": of(layer, "ffn.router", len(experts), D).T}, "norms": norms}
 
-        def feed_forward(prefix: str) -> dict[str, Any]:
-            return {"in_": np.stack([of(f"{prefix}.in_.{i}").T for i in range(2)]), "out": of(f"{prefix}.out").T}
-
-        attn: dict[str, Any] = {name: of(f"attn.{name}").T.reshape(D, -1, K) for name in "qkv"}
-        attn["out"] = of("attn.out").T.reshape(-1, K, D)
-        if cfg.qk_norm:
-            attn |= {name: {"gain": of(f"attn.{name}")} for name in ("q_norm", "k_norm")}
-        ffn = feed_forward("ffn") if not moe else {"router": of("ffn.router").T}
-        if moe:
-            experts = [feed_forward(f"ffn.experts.{e}") for e in range(cfg.moe.num_experts)]
-            ffn |= {name: np.stack([expert[name] for expert in experts]) for name in ("in_", "out")}
-        norms = {name: {"gain": of(f"norms.{name}")} for name in placement_of(cfg).block_norms}
-        return {"attn": attn, "ffn": ffn, "norms": norms}
-
-    def stacked(trees: list[Any]) -> Any:
-        if isinstance(trees[0], dict):
-            return {name: stacked([tree[name] for tree in trees]) for name in trees[0]}
-        return np.stack(trees)
-
-    made: dict[str, Any] = {
-        STACKS[moe]: stacked([block(layer, moe) for layer, kind in enumerate(kinds) if kind == moe])
-        for moe in sorted(set(kinds))
-    }
-    made["ends"] = {
-        name: {"gain": np.asarray(tensor(f"ends.{name}", None), np.float32)} for name in placement_of(cfg).end_norms
-    }
-    made["embed"] = np.asarray(tensor("embed", None), np.float32)
-    made["head"] = np.asarray(tensor("head", None), np.float32).T
-    return made
+    blocks = {moe: [block(layer, moe) for layer, kind in enumerate(kinds) if kind == moe] for moe in set(kinds)}
+    made = {STACKS[moe]: jax.tree.map(lambda *leaves: np.stack(leaves), *trees) for moe, trees in blocks.items()}
+    made["ends"] = {name: {"gain": of(None, f"ends.{name}", D)} for name in placement.end_norms}
+    V = cfg.vocab_size
+    return made | {"embed": of(None, "embed", V, D), "head": of(None, "head", V, D).T}

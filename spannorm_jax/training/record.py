@@ -129,7 +129,7 @@ class Record:
         """A start as a line of starts.jsonl, without its first step."""
         session = self.session
         return start_record(
-            "spannorm_jax.train",
+            session.flags.module,
             session.flags.argv,
             session.task.facts(session.data),
             {
