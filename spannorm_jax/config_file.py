@@ -37,6 +37,7 @@ from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
 
+LOCAL_DATA = ("data.data_dir", "data.cache_dir", "data.tokenizer_file", "data.verify_mib")  # where a run's data lie
 _FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
 
 

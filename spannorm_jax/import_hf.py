@@ -1,8 +1,8 @@
 """Makes a run of a model on disk: python -m spannorm_jax.import_hf DIR --workdir runs/y [--config.data.dataset=c4/en]
 
-DIR is a folder as Hugging Face lays it out, of Llama's, Qwen3's or Mixtral's architecture, with its tokenizer.json. The
-run is at step 0: evaluate, sample and analysis read it, and train goes on from there with --config configs/run.py:runs/y
-and what --config.a.b=value gave it here (data, training, optim, ...).
+DIR is a folder as Hugging Face lays it out, of Llama's, Qwen3's or Mixtral's architecture, with its tokenizer.json.
+--config.a.b=value says what is no part of the model: data, training, optim. The run is at step 0: evaluate, sample and
+analysis read it, and train goes on from there with --config configs/run.py:runs/y
 """
 
 from spannorm_jax.command import Parser, run_command

@@ -57,7 +57,7 @@ def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str
             ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
             files = tokenizer_files(tokenizer, config.data.seq_len)
             files["config.json"] = config_json(config, architecture, dtype) | ids
-            files["generation_config.json"] = ids | _generation(config)
+            files["generation_config.json"] = ids | _generation(config, tokenizer.num_ids)
             for name, values in files.items():
                 write_json(folder / name, values)
             publish(folder, out)
@@ -137,8 +137,9 @@ def config_json(config: Config, architecture: Architecture, dtype: str) -> dict[
     return made | architecture.own(cfg)
 
 
-def _generation(config: Config) -> dict[str, Any]:
-    """As `sample` draws if nothing else is asked for."""
+def _generation(config: Config, num_ids: int) -> dict[str, Any]:
+    """As `sample` draws if nothing else is asked for; rows that fill up the vocabulary are never drawn."""
     usual = SampleOptions()
     drawn = {"do_sample": True, "temperature": usual.temperature, "top_k": usual.top_k}
-    return {"max_length": config.data.seq_len} | drawn
+    unused = list(range(num_ids, config.model.vocab_size))
+    return {"max_length": config.data.seq_len} | drawn | ({"suppress_tokens": unused} if unused else {})

@@ -87,12 +87,12 @@ def traits(cfg: ModelConfig) -> dict[str, Any]:
         "norm": cfg.norm,
         "qk_norm": "q" in inner_norms(cfg),
         "tied_head": cfg.tied_head,
-        "moe.num_experts": moe.num_experts > 0,
+        "moe.num_experts": moe.num_experts,
     }
     if not moe.num_experts:
         return found
-    shown = ("scores", "renormalize", "num_shared", "every", "first_dense")
-    return found | {f"moe.{name}": getattr(moe, name) for name in shown} | {"moe.balance=bias": moe.balance == "bias"}
+    shown = ("scores", "renormalize", "num_shared", "every", "first_dense", "balance")
+    return found | {f"moe.{name}": getattr(moe, name) for name in shown}
 
 
 def _like_llama(**more: Any) -> dict[str, Collection[Any]]:
@@ -102,7 +102,7 @@ def _like_llama(**more: Any) -> dict[str, Collection[Any]]:
         "norm": ("rmsnorm",),
         "qk_norm": (False,),
     }
-    return usual | {"moe.num_experts": (False,)} | more
+    return usual | {"moe.num_experts": (0,)} | more
 
 
 def _lns(cfg: ModelConfig, blocks: list[Tensors], ends: Tensors) -> None:
@@ -199,12 +199,17 @@ def _mixtral(cfg: ModelConfig) -> dict[str, Any]:
     return experts | {"intermediate_size": cfg.moe.expert_dim, "sliding_window": None}
 
 
-_ROUTED_ONLY = {"moe.num_experts": (True,), "moe.scores": ("softmax",), "moe.num_shared": (0,)}
-_SOFTMAX = _ROUTED_ONLY | {"moe.balance=bias": (False,)}
+_SOME = range(1, 2**31)
+_SOFTMAX: dict[str, Collection[Any]] = {
+    "moe.num_experts": _SOME,
+    "moe.scores": ("softmax",),
+    "moe.num_shared": (0,),
+    "moe.balance": ("aux_loss", "none"),
+}
 _SIGMOID_SHARED: dict[str, Collection[Any]] = {
-    "moe.num_experts": (True,),
+    "moe.num_experts": _SOME,
     "moe.scores": ("sigmoid",),
-    "moe.num_shared": range(1, 2**31),
+    "moe.num_shared": _SOME,
     "moe.every": (1,),
 }
 # The first that has all traits of a model carries it.
@@ -285,13 +290,7 @@ STOCK = (
     Architecture(
         "Glm4MoeForCausalLM",
         "glm4_moe",
-        _like_llama(qk_norm=(False, True))
-        | {
-            "moe.num_experts": (True,),
-            "moe.scores": ("sigmoid",),
-            "moe.num_shared": range(1, 2**31),
-            "moe.every": (1,),
-        },
+        _like_llama(qk_norm=(False, True)) | _SIGMOID_SHARED,
         SHARED | _LLAMA_NORMS,
         _glm4_moe,
         zeros=lambda name: "mlp.gate.e_score_correction_bias" if name == "mlp.gate.weight" else "",
@@ -306,14 +305,18 @@ def stock_for(cfg: ModelConfig) -> tuple[Architecture | None, str]:
     def lacks(architecture: Architecture) -> list[str]:
         return [key for key, values in architecture.has.items() if key in found and found[key] not in values]
 
-    nearest = min(STOCK, key=lambda architecture: len(lacks(architecture)))
+    def distance(architecture: Architecture) -> tuple[int, bool]:
+        lacking = lacks(architecture)
+        return len(lacking), "moe.num_experts" in lacking  # of two, the one of the same kind
+
+    nearest = min(STOCK, key=distance)
     missing = lacks(nearest)
     if not missing:
         return nearest, ""
     if not any(cfg.placement in architecture.has["placement"] for architecture in STOCK):
         return None, f"no architecture of transformers has model.placement={cfg.placement}"
     shown = ", ".join(f"model.{key}={found[key]}" for key in missing)
-    return None, f"the nearest, {nearest.name}, has not {shown}"
+    return None, f"the nearest, {nearest.name}, lacks {shown}"
 
 
 def as_pre(cfg: ModelConfig, blocks: list[Tensors], ends: Tensors) -> None:

@@ -5,13 +5,23 @@ import numpy as np
 
 from spannorm_jax.config import CheckpointConfig, Config, replace, to_dict
 from spannorm_jax.config_file import check, resolve_without_data
+from spannorm_jax.data import bpe
 from spannorm_jax.durable import write_json
 from spannorm_jax.model.definition import define
 from spannorm_jax.run.checkpoint import Checkpoints
-from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
+from spannorm_jax.run.folder import CHECKPOINTS, CONFIG, TOKENIZER
 from spannorm_jax.run.state import TrainState
 
 SEQ_LEN = 24
+
+
+def with_bpe(config, text, size=300):
+    """The config and the tokenizer.json of a BPE that is trained on `text`; its rows are rounded up to 384."""
+    source = bpe.train([text.encode()], size, 0)
+    loaded = bpe.load(source, -(-size // 128) * 128)
+    changes = {"tokenizer": "bpe", "bpe_vocab_size": size, "tokenizer_hash": loaded.hash}
+    changed = {f"data__{key}": value for key, value in changes.items()}
+    return replace(config, **changed, model__vocab_size=loaded.vocab_size), source
 
 
 def configure(**changes):
@@ -33,8 +43,8 @@ def draw(config, seed=0):
     model, rng = define(config.model), np.random.default_rng(seed)
 
     def weight(spec):
-        if spec.role == "norm":
-            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        if spec.role == "norm":  # a number that multiplies a branch which nothing norms is small
+            return (rng.uniform(0.5, 1.5, spec.shape) * (0.1 if "scalar" in spec.axes else 1)).astype(np.float32)
         return (rng.standard_normal(spec.shape) * spec.fan_in**-0.5).astype(np.float32)
 
     def state(path, shape):
@@ -45,10 +55,12 @@ def draw(config, seed=0):
     return model, model.map_weights(weight), jax.tree.map_with_path(state, model.model_state)
 
 
-def save(workdir, config, params, model_state, step=1):
+def save(workdir, config, params, model_state, step=1, tokenizer=""):
     """A run's folder with one checkpoint."""
     workdir.mkdir(parents=True)
     write_json(workdir / CONFIG, to_dict(config))
+    if tokenizer:
+        (workdir / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     checkpoints = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(step, TrainState(np.int32(step), params, {"none": np.zeros(1)}, model_state), {"step": step})
     checkpoints.close()

@@ -11,10 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import SEQ_LEN, configure, draw, experts, save
+from runs import SEQ_LEN, configure, draw, experts, save, with_bpe
 
+from spannorm_jax.durable import write_json
 from spannorm_jax.hf.export import export
 from spannorm_jax.hf.stock import STOCK
+from spannorm_jax.hf.tokenizer import END_OF_TEXT
+from spannorm_jax.inference.options import SampleOptions
+from spannorm_jax.inference.sampling import run_tokenizer, sample
 from spannorm_jax.model.placement import PLACEMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -78,26 +82,45 @@ CASES = {
 }
 
 
+BPE = {"bpe-stock": ("LlamaForCausalLM", PRE), "bpe-custom": ("SpannormForCausalLM", {"placement": "span"})}
+WITH_TEXT = ("LlamaForCausalLM-0", "custom-02-span", "custom-42-span", *BPE)
+TEXTS = ["def f(x):\n\treturn x", "", " é 漢字 🙂\0 it's 12345", "<|endoftext|>", "a<|endoftext|>b"]
+PROMPT, NEW = "def f", 12
+
+
 def test_every_stock_architecture_has_a_case():
     assert set(STOCK_CASES) == {architecture.name for architecture in STOCK}
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """A folder for each case, with the export and our logits of full-length rows."""
+    """A folder with one for each case, of the export and our logits of full-length rows; and what we make of texts."""
     folder = tmp_path_factory.mktemp("hf")
-    made, cases = folder / "runs", folder / "cases"
-    for seed, (name, (architecture, changes)) in enumerate(CASES.items()):
-        config = configure(**changes)
+    made, cases, texts = folder / "runs", folder / "cases", {}
+    for seed, (name, (architecture, changes)) in enumerate((CASES | BPE).items()):
+        config, source = configure(**changes), ""
+        if name in BPE:
+            config, source = with_bpe(config, Path(__file__).read_text(encoding="utf-8"))
         model, params, state = draw(config, seed)
-        save(made / name, config, params, state)
+        save(made / name, config, params, state, tokenizer=source)
         (cases / name).mkdir(parents=True)
         arch = "custom" if architecture == "SpannormForCausalLM" else "stock"
         assert export(config, made / name, None, cases / name / "export", arch, "float32") == architecture
         tokens = np.random.default_rng(seed).integers(255, size=(2, SEQ_LEN)).astype(np.int32)
-        logits = jax.jit(lambda p, s, t, model=model: model.bind(p, s)(t))(params, state, tokens)
+        # Without jit dense models share the programs of their operations, which takes a tenth of the time.
+        with jax.disable_jit(not config.model.moe.num_experts):
+            logits = jax.jit(lambda p, s, t, model=model: model.bind(p, s)(t))(params, state, tokens)
         np.savez(cases / name / "reference.npz", tokens=tokens, logits=np.asarray(logits))
-    return cases
+        if name in WITH_TEXT:
+            write_json(cases / name / "asked.json", {"texts": TEXTS, "prompt": PROMPT, "new": NEW})
+            said = []
+            options = SampleOptions(max_tokens=NEW, temperature=0)
+            sample(config, made / name, None, [PROMPT], options, said.append)
+            tokenizer = run_tokenizer(config, made / name)
+            ours = {"ids": [tokenizer.encode(text.encode()).tolist() for text in TEXTS], "decoded": TEXTS}
+            ours |= {"end": [tokenizer.end_of_text] * 3, "decoded_end": END_OF_TEXT}
+            texts[name] = ours | {"greedy": "".join(said).removesuffix("\n")}
+    return cases, texts
 
 
 @pytest.fixture(scope="module", params=VENVS)
@@ -105,17 +128,23 @@ def looked(request, exports):
     """Case -> what transformers makes of it."""
     python = ROOT / request.param / "bin/python"
     assert python.exists(), f"make {request.param}/installed makes the environment of this test"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(exports.parent / "home")}
-    command = [str(python), str(Path(__file__).with_name("torch_side.py")), str(exports)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(exports[0].parent / "home")}
+    command = [str(python), str(Path(__file__).with_name("torch_side.py")), str(exports[0])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT ")[1])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | BPE)
 def test_transformers_computes_what_we_do(looked, name):
     found = looked[name]
-    assert (found["class"], found["keys"], found["by_default"]["keys"]) == (CASES[name][0], {}, {})
+    assert (found["class"], found["keys"], found["by_default"]["keys"]) == ((CASES | BPE)[name][0], {}, {})
     for one in (found, found["by_default"]):
         assert one["off"] < CLOSE and one["padded_off"] < CLOSE
         assert one["cached"] == one["recomputed"] and one["padded_text_is_the_same"]
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_text_is_what_it_is_here(looked, exports, name):
+    """Ids, also of a forged end of text; and the greedy continuation."""
+    assert looked[name]["text"] == exports[1][name]

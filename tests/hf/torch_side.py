@@ -21,10 +21,11 @@ def greedy(model, tokens, new, cached):
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new, min_new_tokens=new
         )[:, tokens.shape[1] :]
     first = tokens.shape[1]
-    end = model.generation_config.eos_token_id
+    config = model.generation_config
+    never = [config.eos_token_id, *(config.suppress_tokens or [])]  # the former by min_new_tokens
     for _ in range(new):
         logits = model(tokens, use_cache=False).logits[:, -1]
-        logits[:, end] = -float("inf")  # as min_new_tokens
+        logits[:, never] = -float("inf")
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
     return tokens[:, first:]
 
@@ -68,10 +69,20 @@ def look(folder, implementation):
 
 
 def text(folder):
-    """What the tokenizer does with the texts beside an export."""
+    """What the tokenizer does with the texts beside an export, and the greedy text after a prompt."""
+    asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "export")
-    ids = [tokenizer(line).input_ids for line in json.loads((folder / "texts.json").read_text(encoding="utf-8"))]
-    return {"ids": ids, "decoded": [tokenizer.decode(line) for line in ids], "end": tokenizer.eos_token_id}
+    model = AutoModelForCausalLM.from_pretrained(folder / "export", trust_remote_code=True)
+    ids = [tokenizer(line).input_ids for line in asked["texts"]]
+    prompt = tokenizer(asked["prompt"], return_tensors="pt")
+    [made] = model.generate(**prompt, do_sample=False, max_new_tokens=asked["new"], max_length=None)
+    return {
+        "ids": ids,
+        "decoded": [tokenizer.decode(line) for line in ids],
+        "end": [tokenizer.eos_token_id, tokenizer.bos_token_id, model.generation_config.eos_token_id],
+        "decoded_end": tokenizer.decode([tokenizer.eos_token_id]),
+        "greedy": tokenizer.decode(made, skip_special_tokens=True),
+    }
 
 
 if __name__ == "__main__":
@@ -80,6 +91,6 @@ if __name__ == "__main__":
     found = {}
     for folder in sorted(Path(sys.argv[1]).iterdir()):
         found[folder.name] = look(folder, "eager") | {"by_default": look(folder, None)}
-        if (folder / "texts.json").exists():
+        if (folder / "asked.json").exists():
             found[folder.name]["text"] = text(folder)
     print("RESULT " + json.dumps(found))
