@@ -1,5 +1,6 @@
 """The model card of an exported run: what its folder records, in words. Nothing here is known from elsewhere."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ tags: [{tags}]
 
 # {title}, {depth} blocks of width {width}
 
-Trained with spannorm_jax from random weights{continued}. {params:,} parameters{active}, norm placement
+Trained with spannorm_jax from {origin}. {params:,} parameters{active}, norm placement
 `{placement}` ({title}), initialisation `{init}`, {stored} weights.
 
 ```python
@@ -59,11 +60,13 @@ def card(
     workdir: Path, config: Config, model: ModelDef, step: int, architecture: Architecture, dtype: str, num_ids: int
 ) -> str:
     """The text of README.md for the checkpoint of a step."""
-    start = _last(workdir / run_folder.STARTS, lambda line: line.get("first_step", 0) <= max(step, 1))
-    metrics = _last(workdir / run_folder.METRICS, lambda line: line.get("step") == step)
-    measured = _last(workdir / run_folder.EVAL, lambda line: line.get("step") == step)
-    held_out = "not measured"
-    if measured:
+    starts = _lines(workdir / run_folder.STARTS)
+    begun = starts[0].get("command", "") if starts else ""
+    start = ([line for line in starts if line.get("first_step", 0) <= step] or [{}])[-1]
+    loss, held_out = "not recorded", "not measured"
+    for metrics in _lines(workdir / run_folder.METRICS, step):
+        loss = f"{_shown(metrics.get('loss'))} nats a token"
+    for measured in _lines(workdir / run_folder.EVAL, step):
         held_out = (
             f"{_shown(measured.get('loss'))} nats a token, {_shown(measured.get('bits_per_byte'))} bits per byte "
             f"({measured.get('tokens', 0):,} tokens of `{measured.get('split')}`)"
@@ -83,7 +86,7 @@ def card(
         title=placement_of(config.model).title,
         depth=config.model.depth,
         width=config.model.width,
-        continued=start.get("imported", ""),
+        origin=f"the weights of an import (`{begun}`)" if "import_hf" in begun else "random weights",
         params=count_params(model),
         active=active,
         placement=config.model.placement,
@@ -97,7 +100,7 @@ def card(
         tokens=step * config.training.batch_size * config.data.seq_len,
         step=step,
         seq_len=config.data.seq_len,
-        loss=f"{_shown(metrics.get('loss'))} nats a token" if metrics else "not recorded",
+        loss=loss,
         held_out=held_out,
         commit=start.get("git_commit") or "not recorded",
         versions=", ".join(f"{k} {v}" for k, v in start.get("versions", {}).items()) or "not recorded",
@@ -108,16 +111,14 @@ def card(
     )
 
 
-def _last(path: Path, holds: Any) -> dict[str, Any]:
-    """The last line of a file of JSON lines that `holds` says; {} if there is none."""
-    found: dict[str, Any] = {}
+def _lines(path: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, those of a step if one is given."""
+    found = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
+        with contextlib.suppress(ValueError):  # half a line, which a crash leaves
             line = json.loads(text)
-        except ValueError:  # half a line, which a crash leaves
-            continue
-        if isinstance(line, dict) and holds(line):
-            found = line
+            if isinstance(line, dict) and step in (None, line.get("step")):
+                found.append(line)
     return found
 
 

@@ -105,7 +105,7 @@ def import_model(
     if text:
         config = replace(config, **{f"data__{key}": value for key, value in named.items()})
     start_jax(config.platform)
-    tensors = TensorFiles(source)
+    params = read_params(config, TensorFiles(source), layout, bool(values.get("tie_word_embeddings")))
     with temporary_folder(workdir.absolute().parent, "--workdir") as temp:
         write_text(temp / TOKENIZER, text)
         here = {"data__tokenizer_file": str(temp / TOKENIZER)} if text else {}
@@ -113,7 +113,6 @@ def import_model(
         made = replace(session.config, data__tokenizer_file=config.data.tokenizer_file)
         with Record(dataclasses.replace(session, config=made)) as record, jax.set_mesh(session.mesh):
             state = record.begin(silent=True)
-            params = _params(made, tensors, layout, bool(values.get("tie_word_embeddings")))
             state.params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
             record.save(0, state)
             record.close()
@@ -144,12 +143,12 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
         said.pop("sliding_window", None)
     ours = {}
     for key in _NEEDED:
-        if not isinstance(said.get(key), int):
-            raise UserError(f"{path}: {key} is missing, or no integer")
+        if not isinstance(said.get(key), int) or said[key] < 1:
+            raise UserError(f"{path}: {key}={said.get(key)!r} must be an integer above 0")
     for key, value in said.items():
         if key in _OURS:
             ours[_OURS[key]] = value
-        elif key == "layer_types" and set(value) <= {"full_attention"}:
+        elif key == "layer_types" and value == ["full_attention"] * len(value):
             continue
         # What is false, 0 or empty asks for nothing.
         elif value not in _MUST[key] if key in _MUST else value and key not in _READ:
@@ -158,18 +157,18 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
     if said.get("head_dim", head_dim) != head_dim:
         raise refuse("head_dim", said["head_dim"], f"and our heads have hidden_size / num_attention_heads = {head_dim}")
     rope = said.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise refuse("rope_parameters", rope)
     model = ours | {
         "placement": "pre",
         "init": "gpt2",
-        "rope_theta": float(rope.get("rope_theta", said["rope_theta"])),
+        "rope_theta": rope.get("rope_theta", said["rope_theta"]),
         "qk_norm": True in layout.architecture.has["qk_norm"],
         "moe__expert_dim": ours["ffn_dim"] if "moe__num_experts" in ours else 0,
     }
-    model["norm_eps"] = float(model["norm_eps"])
     changes = {f"model__{name}": value for name, value in model.items()}
-    changes["data__seq_len"] = min(said.get("max_position_embeddings", _LONGEST), _LONGEST)
+    longest = said.get("max_position_embeddings")
+    changes["data__seq_len"] = min(longest, _LONGEST) if isinstance(longest, int) else _LONGEST
     return layout, replace(Config(), **changes)
 
 
@@ -188,7 +187,7 @@ def _tokenizer(source: Path, values: dict[str, Any], path: Path) -> tuple[str, i
         raise UserError(f"tokenizer {path} cannot be used ({error}); give another --tokenizer") from error
 
 
-def _params(config: Config, tensors: TensorFiles, layout: _Layout, tied: bool) -> dict[str, Any]:
+def read_params(config: Config, tensors: TensorFiles, layout: _Layout, tied: bool) -> dict[str, Any]:
     """The model's parameters, float32. Raises UserError for a tensor that is missing, or more than the model has.
 
     A tied head becomes a matrix of its own, for embeddings are not multiplied there.

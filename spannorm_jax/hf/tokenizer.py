@@ -26,6 +26,7 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],  # version 4 would add token_type_ids, which none takes
         "added_tokens_decoder": {str(end): special},
         # Documents begin after an end of text.
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), special["content"]),
