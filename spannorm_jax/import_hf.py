@@ -2,7 +2,7 @@
 
 DIR is a folder as Hugging Face lays it out, of Llama's, Qwen3's or Mixtral's architecture, with its tokenizer.json.
 --config.a.b=value says what is no part of the model: data, training, optim. The run is at step 0: evaluate, sample and
-analysis read it, and train goes on from there with --config configs/run.py:runs/y
+analysis read it, and train goes on from there with --config runs/y/config.json
 """
 
 from spannorm_jax.command import Parser, run_command
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     config = import_model(source, args.workdir, tokenizer, overrides, argv)
     print(
         f"{args.workdir}: {config.model.depth} blocks, width {config.model.width}, data {config.data.full_name} "
-        f"({config.data.tokenizer}), step 0; to train on: --config configs/run.py:{args.workdir}"
+        f"({config.data.tokenizer}), step 0; to train on: --config {args.workdir}/config.json"
     )
     return 0
 

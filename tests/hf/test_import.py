@@ -4,7 +4,7 @@ everything that a run is for."""
 import json
 
 import chex
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -74,7 +74,7 @@ def test_what_leaves_comes_back_to_the_bit(exported, changes):
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_weights_of_half_the_bits_are_exact(exported, dtype):
     _, folder = exported(LLAMA)
     tensors = {name: tensor.astype(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -253,7 +253,7 @@ def test_the_run_is_evaluated_sampled_measured_trained_on_and_exported(exported,
     assert result["step"] == 0 and 0 < result["loss"] < 20
     assert signal.main(["--workdir", workdir, "--json", "--rows=1", "--only=forward"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 0
-    assert train.main(["--config", f"configs/run.py:{workdir}", "--workdir", workdir]) == 0
+    assert train.main(["--config", f"{workdir}/config.json", "--workdir", workdir]) == 0
     assert "continuing after step 0" in capsys.readouterr().out
     assert export_command.main(["--workdir", workdir, "--out", str(tmp_path / "again")]) == 0
     card = (tmp_path / "again/README.md").read_text(encoding="utf-8")
