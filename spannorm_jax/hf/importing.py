@@ -50,7 +50,7 @@ _READ = {
     *("model_type", "head_dim", "rope_theta", "rope_parameters", "tie_word_embeddings", "max_position_embeddings"),
     *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path", "output_router_logits", "router_aux_loss_coef"),
-    *("router_jitter_noise", "attention_dropout", "max_window_layers", "attn_implementation", "quantization_config"),
+    *("router_jitter_noise", "attention_dropout", "max_window_layers", "attn_implementation"),
 }
 _MUST: dict[str, tuple[Any, ...]] = {  # key -> what our model has, if it is said
     "hidden_act": ("silu",),
@@ -100,10 +100,10 @@ def import_model(
     values = read_json(source / CONFIG)
     layout, config = model_config(source, values)
     text, num_ids = _tokenizer(source, values, tokenizer or source / TOKENIZER)
-    named = {"tokenizer": "bpe", "bpe_vocab_size": num_ids, "tokenizer_file": str((workdir / TOKENIZER).absolute())}
     config = override(config, overrides)
     if text:
-        config = replace(config, **{f"data__{key}": value for key, value in named.items()})
+        own = {"data__tokenizer": "bpe", "data__bpe_vocab_size": num_ids}
+        config = replace(config, **own, data__tokenizer_file=str((workdir / TOKENIZER).absolute()))
     start_jax(config.platform)
     params = read_params(config, TensorFiles(source), layout, bool(values.get("tie_word_embeddings")))
     with temporary_folder(workdir.absolute().parent, "--workdir") as temp:
@@ -137,7 +137,7 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
     said = layout.defaults | said
 
     def refuse(key: str, value: Any, why: str = "which our model has not") -> UserError:
-        return UserError(f"{path}: {key}={value!r}, {why}; only models that have nothing else can be imported")
+        return UserError(f"{path}: {key}={value!r}, {why}; take the key out if it says nothing of the model")
 
     if said.get("use_sliding_window") is False:
         said.pop("sliding_window", None)
@@ -155,7 +155,7 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
             raise refuse(key, value)
     head_dim = said["hidden_size"] // said["num_attention_heads"]
     if said.get("head_dim", head_dim) != head_dim:
-        raise refuse("head_dim", said["head_dim"], f"and our heads have hidden_size / num_attention_heads = {head_dim}")
+        raise refuse("head_dim", said["head_dim"], f"where ours is hidden_size / num_attention_heads = {head_dim}")
     rope = said.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise refuse("rope_parameters", rope)
