@@ -37,7 +37,7 @@ test: lint ## lint, and all tests within the tests' own process, and short comma
 test-quick: env ## the model, the train step, bad input
 	$(BIN)/python -m pytest tests/model tests/training tests/test_bad_input.py
 
-test-process: env .venv-hf/installed ## whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings; and test-hf
+test-process: env .venv-hf/installed ## whole processes: killed, stopped, in pairs, in odd surroundings; and test-hf
 	$(BIN)/python -m pytest -m "process and not slow"
 
 # A file's tests on both workers, for each opens a browser of its own.
@@ -60,7 +60,7 @@ test-tpu: .venv-tpu/installed ## our programs by the TPU's own compiler, which n
 	touch $@
 
 test-hf: env .venv-hf/installed ## exported runs in transformers 5 (test-slow: in 4.57 too)
-	$(BIN)/python -m pytest -m process --dist load tests/hf
+	$(BIN)/python -m pytest -m process tests/hf
 
 test-slow: env .venv-hf/installed .venv-hf4/installed ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config
+from spannorm_jax.config_file import LOCAL_DATA
 from spannorm_jax.durable import to_json
 from spannorm_jax.hf.custom import CUSTOM
 from spannorm_jax.hf.stock import Architecture
@@ -65,12 +66,15 @@ def card(
     start = ([line for line in starts if line.get("first_step", 0) <= step] or [{}])[-1]
     loss, held_out = "not recorded", "not measured"
     for metrics in _lines(workdir / run_folder.METRICS, step):
-        loss = f"{_shown(metrics.get('loss'))} nats a token"
+        loss = f"{_number(metrics.get('loss'))} nats a token"
     for measured in _lines(workdir / run_folder.EVAL, step):
         held_out = (
-            f"{_shown(measured.get('loss'))} nats a token, {_shown(measured.get('bits_per_byte'))} bits per byte "
+            f"{_number(measured.get('loss'))} nats a token, {_number(measured.get('bits_per_byte'))} bits per byte "
             f"({measured.get('tokens', 0):,} tokens of `{measured.get('split')}`)"
         )
+    shown = json.loads((workdir / run_folder.CONFIG).read_text(encoding="utf-8"))
+    for key in LOCAL_DATA:  # where data lie on a machine is no business of whoever reads the card
+        shown["data"].pop(key.removeprefix("data."), None)
     custom = architecture is CUSTOM
     active = f" ({count_params(model, active=True):,} active)" if config.model.moe.num_experts else ""
     notes = [
@@ -107,7 +111,7 @@ def card(
         command=start.get("command", "not recorded"),
         notes="\n".join(notes),
         code_licence="The modelling file is under the Apache License 2.0.\n" if custom else "",
-        config=to_json(json.loads((workdir / run_folder.CONFIG).read_text(encoding="utf-8")), indent=2),
+        config=to_json(shown, indent=2),
     )
 
 
@@ -122,5 +126,5 @@ def _lines(path: Path, step: int | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def _shown(number: Any) -> str:
+def _number(number: Any) -> str:
     return f"{number:.4f}" if isinstance(number, int | float) else "not finite"
