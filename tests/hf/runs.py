@@ -4,9 +4,11 @@ import jax
 import numpy as np
 
 from spannorm_jax.config import CheckpointConfig, Config, replace, to_dict
-from spannorm_jax.config_file import check, resolve_without_data
+from spannorm_jax.config_file import check, override, resolve_without_data
 from spannorm_jax.data import bpe
 from spannorm_jax.durable import write_json
+from spannorm_jax.hf.files import TensorFiles, read_json
+from spannorm_jax.hf.importing import model_config, read_params
 from spannorm_jax.model.definition import define
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, CONFIG, TOKENIZER
@@ -64,3 +66,11 @@ def save(workdir, config, params, model_state, step=1, tokenizer=""):
     checkpoints = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(step, TrainState(np.int32(step), params, {"none": np.zeros(1)}, model_state), {"step": step})
     checkpoints.close()
+
+
+def read_model(folder):
+    """The model of a config.json, computing in float32, and the parameters beside it."""
+    values = read_json(folder / "config.json")
+    layout, config = model_config(folder, values)
+    config = override(replace(config, model__dtype="float32"), [])
+    return config.model, read_params(config, TensorFiles(folder), layout, values.get("tie_word_embeddings", False))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from runs import configure, draw, experts, save, with_bpe
+from runs import configure, draw, experts, read_model, save, with_bpe
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -20,8 +20,7 @@ from spannorm_jax.config import DataConfig
 from spannorm_jax.data.tokens import open_tokenizer
 from spannorm_jax.errors import UserError
 from spannorm_jax.hf.export import export
-from spannorm_jax.hf.files import TensorFiles, read_json
-from spannorm_jax.hf.importing import model_config, read_params
+from spannorm_jax.hf.files import read_json
 from spannorm_jax.hf.tokenizer import run_tokenizer_json
 
 LLAMA = {"placement": "pre"}
@@ -44,13 +43,6 @@ def exported(tmp_path):
     return run
 
 
-def read(folder):
-    """The model of a config.json and the parameters beside it."""
-    values = read_json(folder / "config.json")
-    layout, config = model_config(folder, values)
-    return config.model, read_params(config, TensorFiles(folder), layout, values.get("tie_word_embeddings", False))
-
-
 def rewrite(folder, tensors=None, **changes):
     """Changes keys of config.json (None: removes one), and tensors."""
     values = read_json(folder / "config.json") | changes
@@ -62,7 +54,7 @@ def rewrite(folder, tensors=None, **changes):
 @pytest.mark.parametrize("changes", LAYOUTS, ids=["llama", "qwen3", "mixtral"])
 def test_what_leaves_comes_back_to_the_bit(exported, changes):
     params, folder = exported(changes)
-    model, back = read(folder)
+    model, back = read_model(folder)
     chex.assert_trees_all_equal(back, params)
     want = configure(**changes).model
     for name in ("depth", "width", "num_heads", "num_kv_heads", "vocab_size", "placement", "norm_eps", "rope_theta"):
@@ -79,7 +71,7 @@ def test_weights_of_half_the_bits_are_exact(exported, dtype):
     _, folder = exported(LLAMA)
     tensors = {name: tensor.astype(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
     rewrite(folder, tensors)
-    _, back = read(folder)
+    _, back = read_model(folder)
     np.testing.assert_array_equal(back["embed"], tensors["model.embed_tokens.weight"].astype(np.float32))
 
 
@@ -90,7 +82,7 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(exported, stored):
     if not stored:
         del tensors["lm_head.weight"]
     rewrite(folder, tensors, tie_word_embeddings=True)
-    model, back = read(folder)
+    model, back = read_model(folder)
     assert not model.tied_head
     np.testing.assert_array_equal(back["head"], params["embed"].T)
 
@@ -98,10 +90,10 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(exported, stored):
 def test_what_is_left_out_is_what_transformers_takes(exported):
     _, folder = exported(LLAMA)
     rewrite(folder, rope_theta=None, rope_parameters=None, rms_norm_eps=None, head_dim=None)
-    model, _ = read(folder)
+    model, _ = read_model(folder)
     assert (model.rope_theta, model.norm_eps) == (10_000.0, 1e-6)
     rewrite(folder, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rope_theta=1e4)
-    assert read(folder)[0].rope_theta == 5e5  # version 5's key counts
+    assert read_model(folder)[0].rope_theta == 5e5  # version 5's key counts
 
 
 @pytest.mark.parametrize(
@@ -141,7 +133,7 @@ def test_what_our_model_has_not_is_one_line(exported, tmp_path, monkeypatch, cap
 def test_a_window_that_is_switched_off_is_none(exported):
     _, folder = exported(LLAMA | {"qk_norm": True})
     rewrite(folder, sliding_window=4096, use_sliding_window=False, layer_types=["full_attention"] * 4)
-    read(folder)
+    read_model(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

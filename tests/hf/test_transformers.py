@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import SEQ_LEN, configure, draw, experts, save, with_bpe
+from runs import SEQ_LEN, configure, draw, experts, read_model, save, with_bpe
 
 from spannorm_jax.durable import write_json
 from spannorm_jax.hf.export import export
@@ -19,6 +19,7 @@ from spannorm_jax.hf.stock import STOCK
 from spannorm_jax.hf.tokenizer import END_OF_TEXT
 from spannorm_jax.inference.options import SampleOptions
 from spannorm_jax.inference.sampling import run_tokenizer, sample
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.placement import PLACEMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -123,16 +124,33 @@ def exports(tmp_path_factory):
     return cases, texts
 
 
+def torch_side(venv, *arguments):
+    """What torch_side.py prints, in a venv."""
+    python = ROOT / venv / "bin/python"
+    assert python.exists(), f"make {venv}/installed makes the environment of this test"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(arguments[0].parent / "home")}
+    command = [str(python), str(Path(__file__).with_name("torch_side.py")), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module", params=VENVS)
 def looked(request, exports):
     """Case -> what transformers makes of it."""
-    python = ROOT / request.param / "bin/python"
-    assert python.exists(), f"make {request.param}/installed makes the environment of this test"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(exports[0].parent / "home")}
-    command = [str(python), str(Path(__file__).with_name("torch_side.py")), str(exports[0])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT ")[1])
+    return json.loads(torch_side(request.param, exports[0]).split("RESULT ")[1])
+
+
+@pytest.mark.parametrize("venv", VENVS)
+def test_models_of_transformers_own_compute_here_what_they_do_there(tmp_path, venv):
+    """Their config.json is what that version writes, and says nothing that is refused."""
+    torch_side(venv, tmp_path / "cases", "make")
+    for folder in (tmp_path / "cases").iterdir():
+        reference = np.load(folder / "reference.npz")
+        config, params = read_model(folder)
+        model = define(config)
+        logits = jax.jit(lambda params, tokens, model=model: model.bind(params)(tokens))(params, reference["tokens"])
+        np.testing.assert_allclose(logits, reference["logits"], rtol=0, atol=CLOSE, err_msg=folder.name)
 
 
 @pytest.mark.parametrize("name", CASES | BPE)

@@ -1,6 +1,7 @@
 """What transformers makes of exported folders, as JSON. It runs where torch is, and this package is not.
 
 python torch_side.py CASES: each folder in CASES holds `export` and `reference.npz` (tokens, logits).
+python torch_side.py CASES make: makes CASES, models of transformers' own, each with such a `reference.npz`.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 NEW, PADDING = 6, 5
 
@@ -85,9 +86,27 @@ def text(folder):
     }
 
 
+@torch.no_grad()
+def make(folder):
+    """Small models of the architectures that are imported, random in everything, in several files."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 95, "max_position_embeddings": 64}
+    kinds = {"llama": {}, "llama-tied": {"tie_word_embeddings": True}, "qwen3": {}, "mixtral": {"num_local_experts": 4}}
+    torch.manual_seed(0)
+    for name, own in kinds.items():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.partition("-")[0], **sizes, **own)).eval()
+        for key, weight in model.named_parameters():
+            weight.uniform_(0.5, 1.5) if "norm" in key else weight.normal_(0, 0.2)
+        model.save_pretrained(folder / name, max_shard_size="20KB")
+        tokens = torch.randint(95, (2, 40))
+        np.savez(folder / name / "reference.npz", tokens=tokens.numpy(), logits=model(tokens).logits.numpy())
+
+
 if __name__ == "__main__":
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if sys.argv[2:] == ["make"]:
+        sys.exit(make(Path(sys.argv[1])))
     found = {}
     for folder in sorted(Path(sys.argv[1]).iterdir()):
         found[folder.name] = look(folder, "eager") | {"by_default": look(folder, None)}
