@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-eval test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-eval test-hf test-slow lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +37,7 @@ test: lint ## lint, and all tests within the tests' own process, and short comma
 test-quick: env ## the model, the train step, bad input
 	$(BIN)/python -m pytest tests/model tests/training tests/test_bad_input.py
 
-test-process: env ## whole processes: killed, stopped, in pairs, with damaged files, in odd surroundings
+test-process: env .venv-hf/installed ## whole processes: killed, stopped, in pairs, in odd surroundings; and test-hf
 	$(BIN)/python -m pytest -m "process and not slow"
 
 # A file's tests on both workers, for each opens a browser of its own.
@@ -71,5 +71,14 @@ test-cuda: .venv-cuda/installed ## our programs by XLA for an H100, which needs 
 test-eval: .venv-eval/installed ## tasks of lm-evaluation-harness on runs
 	.venv-eval/bin/python -m pytest -m eval tests/inference/test_harness.py
 
-test-slow: env ## test-process, all faults, and the commands of experiments/launch/README.md
+# torch and transformers alone: this package is not there, and its pins would not go with version 4.
+.venv-hf/installed .venv-hf4/installed: .venv-%/installed: tests/hf/requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+test-hf: env .venv-hf/installed ## exported runs in transformers 5 (test-slow: in 4.57 too)
+	$(BIN)/python -m pytest -m process tests/hf
+
+test-slow: env .venv-hf/installed .venv-hf4/installed ## test-process, all faults, and the commands of experiments/launch/README.md
 	$(BIN)/python -m pytest -m "process or slow"

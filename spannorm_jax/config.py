@@ -142,6 +142,8 @@ class DataConfig:
     bpe_vocab_size: int = option(8192, least=257)
     # text of the training split that bpe is trained on, from its front; 0: all of it
     bpe_train_mib: int = option(256, least=0)
+    # a tokenizer.json to use where bpe would train one; its one added token, if any, ends a document
+    tokenizer_file: str = option("", runtime=True)
     tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
     # tokens the model sees, T; a window has one more. Of images: their patches, filled in
     seq_len: int = option(128, least=1)

@@ -1,13 +1,14 @@
 """From `--config FILE.py[:arg]` and `--config.a.b=value` to a validated `Config`.
 
 A config file (`configs/*.py`) defines `get_config(arg)`, which edits `default_config()` and returns it. What stands
-beside it in its folder it imports by a relative name: `from .common import decoder`.
+beside it in its folder it imports by a relative name: `from .common import decoder`. A run's config.json is taken too.
 Every failure on this way is the user's to mend, and is one line.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import sys
 import traceback
@@ -38,6 +39,7 @@ from spannorm_jax.resolution import fill_sizes, resolve
 from spannorm_jax.validation import validate
 
 PRESETS = os.path.join(os.path.dirname(__file__), "presets")  # configs/ of the repository, which a wheel has too
+LOCAL_DATA = ("data.data_dir", "data.cache_dir", "data.tokenizer_file", "data.verify_mib")  # where a run's data lie
 _FOLDER = "_config_folder"  # the package that a config file's folder is while it is read
 
 
@@ -214,15 +216,29 @@ def _place(error: Exception, path: str, folder: str, function: types.FunctionTyp
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Reads a config file, applies `(dotted key, text)` overrides and validates the result.
+    """Reads a config file, or a run's config.json, applies `(dotted key, text)` overrides and validates the result.
 
     Raises:
       UserError: with one line that names the key, the value and what to write instead.
     """
-    config = read_config_file(spec).copy_and_resolve_references().to_dict()
+    if spec.endswith(".json"):
+        config = _read_recorded(spec)
+    else:
+        config = read_config_file(spec).copy_and_resolve_references().to_dict()
     for key, text in overrides:
         _apply_override(config, key, text)
     return _checked(from_dict(config))
+
+
+def _read_recorded(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {path[:200]!r} cannot be read ({one_line(error)})") from error
+    return to_dict(recorded_config(values))
 
 
 def resolve_without_data(config: Config, platform: str) -> Config:
@@ -343,13 +359,13 @@ def recorded_config(values: dict[str, Any]) -> Config:
 
 def _checked(config: Config) -> Config:
     check(config)
-    folders = {
+    paths = {
         f"data__{name}": str(user_path(text, f"config key data.{name}").absolute())
-        for name, text in (("data_dir", config.data.data_dir), ("cache_dir", config.data.cache_dir))
-        if text
+        for name in ("data_dir", "cache_dir", "tokenizer_file")
+        if (text := getattr(config.data, name))
     }
     # Absolute, so that a run's config holds in any working folder.
-    return replace(config, **folders, model__init=_init(config.model))
+    return replace(config, **paths, model__init=_init(config.model))
 
 
 def _init(model: ModelConfig) -> str:

@@ -171,12 +171,12 @@ def _holder(file: BinaryIO) -> str:
 
 
 @contextlib.contextmanager
-def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
+def temporary_folder(parent: Path, chosen_by: str) -> Iterator[Path]:
     """Yields a new folder in `parent` that no other process has; removes what is left of it.
 
     Args:
       parent: made if it is absent.
-      key: config key that chose `parent`, for the error line.
+      chosen_by: the config key or flag that chose `parent`, for the error line.
 
     Raises:
       UserError: `parent` cannot be written, or the disk is full before the caller is done.
@@ -188,7 +188,7 @@ def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"cannot write to {parent} ({error.strerror}); set config key {key} to a folder that you may write"
+            f"cannot write to {parent} ({error.strerror}); set {chosen_by} to a folder that you may write"
         ) from error
     try:
         yield folder
@@ -199,7 +199,7 @@ def temporary_folder(parent: Path, key: str) -> Iterator[Path]:
         if why is None:
             raise
         raise UserError(
-            f"cannot write to {parent}: {why}; make room and repeat the command, or set config key {key} to a "
+            f"cannot write to {parent}: {why}; make room and repeat the command, or set {chosen_by} to a "
             "folder with room"
         ) from error
     finally:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.command import Parser, add_flags, flags_of, run_command
-from spannorm_jax.config_file import check_overridable, for_this_machine, override, split_overrides
+from spannorm_jax.config_file import LOCAL_DATA, check_overridable, for_this_machine, override, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
 
 # What may differ from the run's own config; anything else would evaluate another model.
-_OVERRIDABLE = ("platform", "mesh.", "eval.", "data.data_dir", "data.cache_dir", "data.verify_mib")
+_OVERRIDABLE = ("platform", "mesh.", "eval.", *LOCAL_DATA)
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ def parse(argv: list[str]) -> tuple[Config, Path, Flags, ProcessFlags]:
     """Config, run folder, flags and processes of a command line. Raises UserError."""
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m spannorm_jax.train", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/; or a run's config.json")
     parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder, made if absent")
     parser.add_argument("--profile_steps", metavar="A:B", help="trace steps A to B into the folder's profile/")
     parser.add_argument(

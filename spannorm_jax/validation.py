@@ -16,6 +16,10 @@ def validate(config: Config) -> None:
     known = rules()
     for key, value in flatten(config).items():
         _check(key, value, known.get(key, Rule()))
+    if config.data.tokenizer_file and config.data.tokenizer != "bpe":
+        raise UserError(
+            f"config key data.tokenizer_file={config.data.tokenizer_file!r} is of a BPE; write data.tokenizer=bpe too"
+        )
     _validate_shapes(config)
     _validate_images(config)
     _validate_length(config)

@@ -92,6 +92,7 @@ def refuse_train(refuse, tmp_path):
         ("--config.data.tokenizer=words", ["data.tokenizer='words'", "bytes"]),
         ("--config.data.dataset=python_sauce", ["python_sauce", "python_source"]),
         ("--config.data.dataset=1_000", ["data.dataset='1_000'", "not a TFDS name"]),
+        ("--config.data.tokenizer_file=x.json", ["data.tokenizer_file='", "data.tokenizer=bpe"]),
         ("--config.data.tokenizer_hash=" + 5000 * "x", ["data.tokenizer_hash=xxx", "leave it out"]),
         ("--config.data.train_split=" + 300 * "x", ["data.train_split=", "200 bytes"]),
         ("--config.data.dataset=é", ["data.dataset='é'", "not a TFDS name"]),

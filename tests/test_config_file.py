@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import spannorm_jax
+from spannorm_jax.config import to_dict
 from spannorm_jax.config_file import load, read_config_file, split_spec
+from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError
+from spannorm_jax.resolution import fill_sizes
 
 CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
 IMPORTS = "from .common import depth\n"
@@ -153,3 +156,15 @@ def test_what_does_not_go_together_is_one_line(arg, options, says):
         options = {"depth_factor": "multiplier"} | options
     with pytest.raises(UserError, match=says):
         load(f"{CONFIGS}/dense.py:tiny,{arg}", [(f"model.{key}", value) for key, value in options.items()])
+
+
+def test_a_runs_own_config_is_a_config(tmp_path):
+    path = tmp_path / "config.json"
+    config = fill_sizes(load("configs/dense.py:depth=2,width=32"))
+    write_json(path, to_dict(config))
+    assert load(str(path)) == config
+    assert load(str(path), [("model.depth", "3")]).model.depth == 3
+    for text in ("{", "[]", '{"modle": {}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.json|modle"):
+            load(str(path))

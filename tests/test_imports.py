@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # From the top down. A name is a package or a module; on one line, each imports only what stands to its right.
 FLOORS = (
     ("sweep",),
-    ("train", "evaluate", "sample", "prepare", "show_init", "api"),
-    ("analysis", "plan", "inference"),
+    ("train", "evaluate", "sample", "prepare", "show_init", "export", "import_hf", "api"),
+    ("analysis", "plan", "hf", "inference"),
     ("training",),
     ("report",),
     ("run",),
@@ -101,7 +101,7 @@ def of(name: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("spannorm_jax", ["eval"]), ("configs", []), ("experiments", []), ("tests", ["test", "eval"])],
+    [("spannorm_jax", ["eval"]), ("configs", []), ("experiments", []), ("tests", ["test", "eval", "hf"])],
 )
 def test_what_is_imported_is_declared(folder, extras):
     assert {name for name in foreign(folder) if not of(name) & declared(*extras)} == set()

@@ -18,6 +18,7 @@ FREE = {
     **dict.fromkeys(("model.placement", "model.init"), "a key of a table that needs no JAX"),
     **dict.fromkeys(("data.tokenizer_hash", "data.fingerprint"), "a hash"),
     **dict.fromkeys(("data.data_dir", "data.cache_dir"), "a folder"),
+    "data.tokenizer_file": "a file",
     "metrics.wandb_project": "Weights & Biases decides",
 }
 

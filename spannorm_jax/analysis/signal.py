@@ -8,14 +8,14 @@ from typing import Any
 from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
 from spannorm_jax.analysis.quantities import init_in, shown, table
 from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config_file import check_overridable, for_this_machine, load, override, split_overrides
+from spannorm_jax.config_file import LOCAL_DATA, check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
 from spannorm_jax.errors import UserError
 from spannorm_jax.paths import user_path
 from spannorm_jax.run.folder import read_config, run_folder_path
 
 # What may differ from a run's own config; anything else would measure another model.
-_OVERRIDABLE = ("platform", "execution.", "data.data_dir", "data.cache_dir", "data.verify_mib")
+_OVERRIDABLE = ("platform", "execution.", *LOCAL_DATA)
 
 
 def main(argv: list[str]) -> int:

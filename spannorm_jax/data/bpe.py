@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -96,7 +98,11 @@ def trainer() -> None:
 
 
 def load(source: str, vocab_size: int) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json that `train` made.
+    """Returns the tokenizer of a tokenizer.json: one that `train` made, or a BPE from elsewhere.
+
+    Its one added token, if it has any, is end-of-text; without one that is the id after the last. No text is given
+    the id. A BPE of bytes is exact; one of characters with `<0x00>` for the other bytes (SentencePiece's) may begin a
+    text with a space of its own.
 
     Args:
       source: the file's content.
@@ -108,18 +114,20 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(source)
-        vocab = json.loads(source)["model"]["vocab"]
-        of_character = {character: byte for byte, character in enumerate(_characters())}
-        words = [b""] * len(vocab)
+        parsed = json.loads(source)
+        vocab, added = parsed["model"]["vocab"], parsed.get("added_tokens") or []
+        end_of_text = added[0]["id"] if added else len(vocab)
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(parsed | {"added_tokens": []}) if added else source)
+        words = [b""] * (max(*vocab.values(), end_of_text) + 1)
+        word = _of_bytes if "ByteLevel" in json.dumps(parsed["pre_tokenizer"]) else _of_characters
         for token, i in vocab.items():
-            words[i] = bytes(of_character[character] for character in token)
+            words[i] = b"" if i == end_of_text else word(token)
     except Exception as error:  # `tokenizers` raises plain Exception
-        raise ValueError(f"not a byte-level BPE: {error}") from error
-    end_of_text = len(words)
-    if end_of_text >= vocab_size:
-        raise ValueError(f"{end_of_text + 1} tokens do not fit into {vocab_size} rows")
-    words.append(b"")
+        raise ValueError(f"not a BPE: {error}") from error
+    if len(added) > 1:
+        raise ValueError(f"it has {len(added)} added tokens; leave the one that ends a document")
+    if len(words) > vocab_size:
+        raise ValueError(f"{len(words)} tokens do not fit into {vocab_size} rows")
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
     def encode(text: bytes) -> np.ndarray:
@@ -130,7 +138,21 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     return Tokenizer(source, words, vocab_size, end_of_text, dtype, lengths(words, vocab_size), encode)
 
 
-def _characters() -> list[str]:
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_characters())}
+
+
+def _of_bytes(token: str) -> bytes:
+    return bytes(_byte_of()[character] for character in token)
+
+
+def _of_characters(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
+
+
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level BPE's vocabulary."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -37,7 +37,7 @@ def prepare(data_dir: Path, full_name: str) -> tfds.core.DatasetBuilder:
                 f"Python, which are {here!r}; set config key data.data_dir to where it is, or start a new run with "
                 f"data.dataset={dataset}"
             )
-        with durable.temporary_folder(data_dir / python_files.DATASET, "data.data_dir") as temp:
+        with durable.temporary_folder(data_dir / python_files.DATASET, "config key data.data_dir") as temp:
             # TFDS announces itself on stdout, which belongs to our programs.
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):

@@ -67,8 +67,11 @@ _ROWS_MULTIPLE = 128  # rows of the embedding that any usual mesh.tensor divides
 def vocab_size(data: DataConfig) -> int:
     """Ids of the tokenizer that `data` names, known before it is trained.
 
-    Those of BPE are `bpe_vocab_size` rounded up to a multiple of 128; the last ones never occur.
+    Those of BPE are `bpe_vocab_size`; one that is trained here has them rounded up to a multiple of 128, and the last
+    ones never occur.
     """
     if data.tokenizer == "bytes":
         return BYTES.vocab_size
+    if data.tokenizer_file:
+        return data.bpe_vocab_size
     return -(-data.bpe_vocab_size // _ROWS_MULTIPLE) * _ROWS_MULTIPLE

@@ -139,22 +139,27 @@ def open_tokenizer(data: DataConfig, source: _Source | None = None) -> Tokenizer
     """
     if data.tokenizer == "bytes":
         return BYTES
+    if data.tokenizer_file:
+        path = user_path(data.tokenizer_file, "config key data.tokenizer_file")
+        return _load_tokenizer(data, path, "set config key data.tokenizer_file to a byte-level BPE's tokenizer.json")
     source = source or _Source(data)
     name = f"bpe_{data.bpe_vocab_size}_{data.bpe_train_mib}MiB"
     folder = _folder(data, source.identity, name, data.train_split)
     path = folder / _TOKENIZER
     if not folder.is_dir():
         texts = source.texts(data.train_split)
-        with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
+        with durable.temporary_folder(folder.parent, "config key data.cache_dir") as temp:
             trained = bpe.train(texts, data.bpe_vocab_size, data.bpe_train_mib << 20)
             (temp / _TOKENIZER).write_text(trained, encoding="utf-8")
             durable.publish(temp, folder)
+    return _load_tokenizer(data, path, f"delete {folder}, and it is trained again")
+
+
+def _load_tokenizer(data: DataConfig, path: Path, remedy: str) -> Tokenizer:
     try:
         opened = bpe.load(path.read_text(encoding="utf-8"), vocab_size(data))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer {path} cannot be read ({error}); delete {folder}, and it is trained again"
-        ) from error
+        raise UserError(f"tokenizer {path} cannot be read ({error}); {remedy}") from error
     if data.tokenizer_hash not in ("", opened.hash):
         raise UserError(
             f"the tokenizer here has hash {opened.hash}, not data.tokenizer_hash={data.tokenizer_hash}; put the "
@@ -274,7 +279,7 @@ def _write(
     """Writes the store in folder `path`, or one of its shards, which alone may hold no text."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.sha256()
-    with durable.temporary_folder(path.parent, "data.cache_dir") as temp:
+    with durable.temporary_folder(path.parent, "config key data.cache_dir") as temp:
         with open(temp / _TOKENS, "wb") as file:
             for tokens in chunks:
                 counts += np.bincount(tokens, minlength=tokenizer.vocab_size)

@@ -5,6 +5,7 @@ from typing import Any
 
 from spannorm_jax.config import ModelConfig
 from spannorm_jax.model.placement import declare, final, post, pre
+from spannorm_jax.model.traced import choose, like
 
 _SANDWICH = ("before_attn", "after_attn", "before_ffn", "after_ffn")
 _IN_NORM = {"attn": "after_attn", "ffn": "after_ffn"}  # additions that end in a norm: its gain is their size
@@ -51,7 +52,7 @@ def layerscale(x, attn, ffn, n, layer, cfg):
 @declare("siamese", "SiameseNorm", block_norms=("side_attn", "side_ffn", *_SANDWICH), **_TWO_STREAMS)
 def siamese(stream, attn, ffn, n, layer, cfg):
     x, y = stream
-    damping = _like((2 * (layer + 1)) ** -0.5, x)
+    damping = like((2 * (layer + 1)) ** -0.5, x)
     branch = attn(n.before_attn(x + n.side_attn(y)))
     x, y = n.after_attn(x + branch * damping), y + branch
     branch = ffn(n.before_ffn(x + n.side_ffn(y)))
@@ -109,8 +110,8 @@ def mix(x, attn, ffn, n, layer, cfg):
     is_post = layer < math.floor(cfg.mix_share * cfg.depth + 1e-6)  # 0.29 x 100 is 28.999999999999996
 
     def sub_layer(x, f, norm):
-        y = x + f(_choose(is_post, x, norm(x)))
-        return _choose(is_post, norm(y), y)
+        y = x + f(choose(is_post, x, norm(x)))
+        return choose(is_post, norm(y), y)
 
     return sub_layer(sub_layer(x, attn, n.attn), ffn, n.ffn)
 
@@ -128,7 +129,7 @@ def mix(x, attn, ffn, n, layer, cfg):
     ),
 )
 def lns(x, attn, ffn, n, layer, cfg):
-    damping = _like((layer + 1) ** -0.5, x)
+    damping = like((layer + 1) ** -0.5, x)
     y = x + attn(n.before_attn(x) * damping)
     return y + ffn(n.before_ffn(y) * damping)
 
@@ -181,17 +182,3 @@ declare(
     end_norms=("entry", "final"),
     enter=lambda x, n: n.entry(x),
 )(pre.block)
-
-
-def _choose(condition: Any, x: Any, y: Any) -> Any:
-    """x if the condition holds, else y; the condition is Python's or traced."""
-    if isinstance(condition, bool):
-        return x if condition else y
-    import jax  # a command that is mistyped asks for the names here, and does without
-
-    return jax.tree.map(lambda a, b: jax.numpy.where(condition, a, b), x, y)
-
-
-def _like(factor: Any, x: Any) -> Any:
-    """A factor in the stream's dtype: a traced float32 one would turn a bfloat16 stream into float32."""
-    return factor.astype(x.dtype) if hasattr(factor, "astype") and hasattr(x, "dtype") else factor

@@ -10,6 +10,7 @@ class Flags:
     argv: list[str]  # the whole of it, for starts.jsonl
     profile_steps: range = range(0)  # steps to trace
     stop_code: int = 0  # exit code if a signal stops the run before its end
+    module: str = "spannorm_jax.train"  # whose command line it is
 
 
 def parse_steps(text: str) -> range:

@@ -129,7 +129,7 @@ class Record:
         """A start as a line of starts.jsonl, without its first step."""
         session = self.session
         return start_record(
-            "spannorm_jax.train",
+            session.flags.module,
             session.flags.argv,
             session.task.facts(session.data),
             {
@@ -214,7 +214,7 @@ class Record:
         met = diverged.record["step"] - 1
         self._checkpoints.wait()
         good, _ = distributed.from_first(lambda: self._checkpoints.newest_sound(before=met))
-        last = f"the last good checkpoint is step {good}" if good else "there is no good checkpoint"
+        last = f"the last good checkpoint is step {good}" if good is not None else "there is no good checkpoint"
         if met in self._checkpoints.steps():
             last += f" (that of step {met} holds the weights with which this happened)"
         distributed.print_once(f"stopped: {diverged}; {last}")  # first: there may be no room for the file
