@@ -6,10 +6,10 @@ The argument is a preset, then any of depth, width, placement, init (or rival), 
 is an override, for example --config.image.label_smoothing=0.1 --config.image.pool=token
 
 preset   data            blocks  width  heads  patches        parameters
-tiny     digits              12     64      4  16 of 2 x 2       601,536   scikit-learn's: always there
-fashion  fashion_mnist       12     96      6  49 of 4 x 4     1,348,416   Debian's dataset-fashion-mnist, or TFDS
-cifar    cifar10             12    192      3  64 of 4 x 4     5,362,560   TFDS
-s16      imagenet2012        12    384      6  196 of 16 x 16 21,817,344   TFDS; big_vision's recipe, less its mixing
+tiny     digits              12     64      4  16 of 2 x 2       592,320   scikit-learn's: always there
+fashion  fashion_mnist       12     96      6  49 of 4 x 4     1,332,000   Debian's dataset-fashion-mnist, or TFDS
+cifar    cifar10             12    192      3  64 of 4 x 4     5,324,352   TFDS
+s16      imagenet2012        12    384      6  196 of 16 x 16 21,922,176   TFDS; big_vision's recipe, less its mixing
 
 Parameters are those of placement=span. `pip install 'spannorm_jax[vision]'` reads images. s16 follows big_vision's
 vit_s16_i1k (Beyer et al. 2022, arXiv 2205.01580) but for RandAugment, mixup and random scales, which are not here.

@@ -145,8 +145,7 @@ class DataConfig:
     # a tokenizer.json to use where bpe would train one; its one added token, if any, ends a document
     tokenizer_file: str = option("", runtime=True)
     tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
-    # tokens the model sees, T; a window has one more. Of images: their patches, filled in
-    seq_len: int = option(128, least=1)
+    seq_len: int = option(128, least=1)  # tokens the model sees, T; a window has one more; of images filled in
     data_dir: str = option("", runtime=True)  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = option("", runtime=True)  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
     # token stores up to this size are hashed whole at each start
@@ -250,8 +249,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class Config:
     seed: int = option(0, least=0, beginning=True)  # initialisation and data order
-    # text: the next token | image: the class of an image (`training/tasks/`)
-    task: str = option("text", choices=("text", "image"))
+    task: str = option("text", choices=("text", "image"))  # text: the next token | image: its class
     # cpu | gpu | tpu; a platform that is absent is an error; auto: JAX's choice
     platform: str = option("auto", choices=("auto", "cpu", "gpu", "tpu"), runtime=True)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -272,10 +270,6 @@ def moe_layers(cfg: ModelConfig) -> tuple[bool, ...]:
     if not moe.num_experts:
         return (False,) * cfg.depth
     return tuple(i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 for i in range(cfg.depth))
-
-
-# How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.
-NAMES_OF_DATA = ("data.dataset", "data.full_name")
 
 
 def divisors(n: int) -> list[int]:
@@ -402,14 +396,3 @@ def former_defaults() -> dict[str, Any]:
 def unread(init: str) -> frozenset[str]:
     """Dotted keys of the options that an initialisation does not read: with it they say nothing of a run."""
     return frozenset(key for key, rule in rules().items() if rule.inits and init not in rule.inits)
-
-
-def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of every difference that continuing a run does not allow."""
-    was, now = flatten(old), flatten(new)
-    same_data = old.data.fingerprint == new.data.fingerprint != ""
-
-    def may_change(key: str) -> bool:
-        return is_runtime(key) or key in unread(new.model.init) or (same_data and key in NAMES_OF_DATA)
-
-    return [(k, was[k], now[k]) for k in was if was[k] != now[k] and not may_change(k)]

@@ -94,6 +94,11 @@ def _task_names(args: argparse.Namespace) -> list[str]:
 
 
 def _line(result: dict[str, Any]) -> str:
+    if "images" in result:
+        return (
+            f"step {result['step']}  loss {result['loss']:.4f} nats/image  accuracy {result['accuracy']:.4f}  "
+            f"({result['images']:,} images of {result['split']})"
+        )
     return (
         f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "
         f"{result['bits_per_byte']:.4f} bits/byte  accuracy {result['accuracy']:.4f}  "

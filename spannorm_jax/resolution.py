@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from spannorm_jax.config import Config, replace
+from spannorm_jax.config import Config, flatten, is_runtime, replace, unread
 from spannorm_jax.errors import UserError
+
+# How the data are named; data.fingerprint, the hash of the tokens, is what tells whether they are the same.
+NAMES_OF_DATA = ("data.dataset", "data.full_name")
 
 
 def default_ffn_dim(width: int, ffn: str) -> int:
@@ -77,3 +81,20 @@ def resolve(
         ),
         training=dataclasses.replace(config.training, steps=num_steps(config)),
     )
+
+
+def check_text(config: Config, what: str) -> None:
+    """Raises UserError for a config of images: `what` is of text alone."""
+    if config.task != "text":
+        raise UserError(f"{what} is of task=text, and this is a model of task={config.task}")
+
+
+def changed_keys(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every difference that continuing a run does not allow."""
+    was, now = flatten(old), flatten(new)
+    same_data = old.data.fingerprint == new.data.fingerprint != ""
+
+    def may_change(key: str) -> bool:
+        return is_runtime(key) or key in unread(new.model.init) or (same_data and key in NAMES_OF_DATA)
+
+    return [(k, was[k], now[k]) for k in was if was[k] != now[k] and not may_change(k)]

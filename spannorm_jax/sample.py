@@ -10,8 +10,8 @@ from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import check_overridable, for_this_machine, override, split_overrides
 from spannorm_jax.errors import visible
 from spannorm_jax.inference.options import SampleOptions, check_options
+from spannorm_jax.resolution import check_text
 from spannorm_jax.run.folder import read_config, run_folder_path
-from spannorm_jax.validation import check_text
 
 _OVERRIDABLE = ("platform", "mesh.")
 

@@ -5,6 +5,8 @@
 Nothing is allocated and no data is read, so it answers for any size at once.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from spannorm_jax.command import Parser, run_command
@@ -21,6 +23,9 @@ from spannorm_jax.model.parametrisation import PARAMETRISATIONS, forward
 from spannorm_jax.model.placement import placement_of
 from spannorm_jax.validation import notices
 
+if TYPE_CHECKING:
+    from spannorm_jax.model.definition import ModelDef
+
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
@@ -30,9 +35,10 @@ def main(argv: list[str]) -> int:
     config = resolve_without_data(load(args.config, overrides), platform="cpu")
     cfg = config.model
     # JAX comes with it: a command that is mistyped does without.
-    from spannorm_jax.model.definition import count_params, define
+    from spannorm_jax.model.definition import count_params
+    from spannorm_jax.training.tasks import task_of
 
-    model = define(cfg)
+    model = task_of(config).define(config)
     print(
         f"{cfg.placement} / {init_of(cfg)}: {cfg.depth} blocks, width {cfg.width}, {count_params(model):,} parameters\n"
     )
@@ -47,10 +53,11 @@ def main(argv: list[str]) -> int:
             ends = f"   mean of {sizes[0]:.6f} to {sizes[-1]:.6f}" if sizes[0] != sizes[-1] else ""
             print(f"{spec.site:<12}{spec.role:<11}{shape:<22}{spec.fan_in:>7}{size:>12.6f}{gain:>20.4f}{ends}")
         elif size != 1:
-            gains.append(f"{spec.site:<12}{'norm':<11}gain, starts at {size:.6g}")
+            kind = "gain, starts" if spec.role == "norm" else "starts"
+            gains.append(f"{spec.site:<12}{spec.role:<11}{kind} at {size:.6g}")
     print("\n".join(gains), end="\n" if gains else "")
     if PARAMETRISATIONS[cfg.parametrisation].base:
-        _print_multipliers(config)
+        _print_multipliers(config, model)
     branches = {"attn": "attention", "ffn": "feed-forward", "moe": "experts"}
     variance = predicted_branch_variance(cfg, model.specs())
     words = [f"{branches[name]} {np.mean(values):.6f}" for name, values in variance.items()]
@@ -67,12 +74,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _print_multipliers(config: Config) -> None:
+def _print_multipliers(config: Config, model: "ModelDef") -> None:
     """The table of a parametrisation that is not the standard one: what differs from the base, by weight."""
-    from spannorm_jax.model.definition import define
     from spannorm_jax.training.optimizer import OPTIMIZERS
 
-    cfg, model = config.model, define(config.model)
+    cfg = config.model
     read = PARAMETRISATIONS[cfg.parametrisation].base
     sizes = ", ".join(f"{size} {getattr(cfg, size)} from {getattr(cfg, f'base_{size}')}" for size in read)
     print(f"\n{cfg.parametrisation}, {sizes}; {config.optim.name}'s multipliers")

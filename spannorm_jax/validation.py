@@ -27,12 +27,6 @@ def validate(config: Config) -> None:
     _validate_parametrisation(config)
 
 
-def check_text(config: Config, what: str) -> None:
-    """Raises UserError for a config of images: `what` is of text alone."""
-    if config.task != "text":
-        raise UserError(f"{what} is of task=text, and this is a model of task={config.task}")
-
-
 def _check(key: str, value: Any, rule: Rule) -> None:
     wrong = ""
     if isinstance(value, str):

@@ -12,7 +12,7 @@ from spannorm_jax.config_file import load, resolve_without_data, split_overrides
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.initialisation import init_of
-from spannorm_jax.validation import check_text
+from spannorm_jax.resolution import check_text
 
 MAX_TOKENS = 256  # memory grows with the square: 128 blocks take about a GiB
 MAX_DEPTH = 1024  # time grows with the square

@@ -12,8 +12,7 @@ from spannorm_jax.config import Config, DataConfig
 from spannorm_jax.data.tokenizer import Tokenizer
 from spannorm_jax.data.tokens import TokenStore, fingerprint, open_store, open_tokenizer
 from spannorm_jax.parallel import distributed
-from spannorm_jax.resolution import resolve
-from spannorm_jax.validation import check_text
+from spannorm_jax.resolution import check_text, resolve
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from spannorm_jax.inference.sampling import run_tokenizer
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
+from spannorm_jax.resolution import check_text
 from spannorm_jax.run.trained import open_trained
 
 
@@ -36,6 +37,7 @@ def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str
     Raises:
       UserError: there is no such checkpoint, it cannot be exported so, or `out` is there or cannot be written.
     """
+    check_text(config, "an export")
     architecture = architecture_for(config, arch)
     check_new(out)
     start_jax("cpu")  # nothing is computed, and a model that takes several devices fits the host

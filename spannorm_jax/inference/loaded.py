@@ -19,6 +19,7 @@ from spannorm_jax.inference.sampling import encode_prompt, generate, run_tokeniz
 from spannorm_jax.inference.scoring import Scored, Scorer
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import batch_shards, check_divisible, make_mesh
+from spannorm_jax.resolution import check_text
 from spannorm_jax.run.trained import Trained, open_trained
 
 
@@ -93,6 +94,7 @@ def load_run(config: Config, workdir: Path, step: int | None, doing: str) -> Run
     Raises:
       UserError: there is no such sound checkpoint, its tokenizer is missing, or the mesh does not fit.
     """
+    check_text(config, doing)
     with open_trained(workdir, step, doing) as restore:
         tokenizer = run_tokenizer(config, workdir)
         mesh = make_mesh(config.mesh)

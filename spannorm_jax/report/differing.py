@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from spannorm_jax.config import NAMES_OF_DATA, is_runtime
+from spannorm_jax.config import is_runtime
 from spannorm_jax.report.runs import NOT_RECORDED, RunFolder
+from spannorm_jax.resolution import NAMES_OF_DATA
 
 # What a report compares; a difference in any other config key is said aloud.
 COMPARED_KEYS = ("model.placement", "model.init", "model.variance_exponent", "model.depth_factor", "seed")

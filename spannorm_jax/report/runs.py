@@ -212,6 +212,7 @@ class RunFolder:
             else self._final_loss,  # nats/token, mean over the last 10% of steps; None when diverged
             "held_out_loss": held_out,  # nats/token, of the evaluation that counts; None when diverged
             "bits_per_byte": bits,  # of the same
+            "accuracy": None if diverged else finite(evaluation.get("accuracy")),  # of its predictions
             "over_fourgram": over,  # of these, above what counts of four tokens reach: below zero is better
             "loss_at_init": finite(float(metrics.loss[0])) if self.last_step and metrics.step[0] == 1 else None,
             "tokens_per_s": statistics.median(speeds.tolist()) if len(speeds) else None,

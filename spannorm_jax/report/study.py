@@ -57,9 +57,9 @@ RUNS: dict[str, Any] = {  # the columns of runs.csv
     **{"fingerprint": pl.String, "folder": pl.String},
 }
 _OF_A_RUN = ("placement", "init", "depth", "width", "lr", "seed", "outcome", "last_step", "steps", "fingerprint")
-_MORE = {"method": pl.Int64, "also": pl.String, "over_fourgram": pl.Float64, "row": pl.Int64}
+_MORE = {"method": pl.Int64, "also": pl.String, "over_fourgram": pl.Float64, "accuracy": pl.Float64, "row": pl.Int64}
 NUMBERS = (  # of a run, whose mean and deviation a setting has
-    *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram"),
+    *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram", "accuracy"),
     *("spikes", "clipped_share", "grad_norm_p999", "tokens_per_s"),
 )
 

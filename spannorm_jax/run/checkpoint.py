@@ -28,10 +28,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from spannorm_jax.config import CheckpointConfig, Config, changed_keys
+from spannorm_jax.config import CheckpointConfig, Config
 from spannorm_jax.config_file import recorded_config
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
+from spannorm_jax.resolution import changed_keys
 from spannorm_jax.run.array_store import incomplete, join_parts
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
 from spannorm_jax.run.state import TrainState

@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.config import Config, changed_keys, replace, to_dict
+from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import recorded_config
 from spannorm_jax.data import names
 from spannorm_jax.durable import exclusive, unwritable, write_json, write_text
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.paths import user_path
+from spannorm_jax.resolution import changed_keys
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"

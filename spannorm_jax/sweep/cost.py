@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spannorm_jax.config import Config, ExecutionConfig, ModelConfig, OptimConfig
+from spannorm_jax.config import Config, DataConfig, OptimConfig
 from spannorm_jax.config_file import resolve_without_data
-from spannorm_jax.model.definition import define, flops_per_token
+from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.resolution import num_steps
 from spannorm_jax.sweep.expansion import Run, Sweep
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
 from spannorm_jax.training.program_key import program_key
+from spannorm_jax.training.tasks import task_of
 
 _STEPS, _WARMUP = 8, 2  # that are timed, and before them
 _LINE = 1000  # bytes of a logged step, in metrics.jsonl and in TensorBoard's file together
@@ -38,10 +39,16 @@ def cost(config: Config) -> Cost:
     """That of a run by its config as loaded. Evaluation of a whole split (eval.tokens=0) is not counted."""
     resolved = resolve_without_data(config, platform="cpu")
     steps, checkpoint = num_steps(config), config.checkpoint
-    model = dataclasses.replace(resolved.model, init="plain")
-    form = OptimConfig(name=config.optim.name)  # nothing else of it changes a size
-    flops, state_bytes = _size(model, config.data.seq_len, form)
-    tokens = steps * config.training.batch_size * config.data.seq_len
+    # Nothing else changes a size.
+    form = Config(
+        task=config.task,
+        model=dataclasses.replace(resolved.model, init="plain"),
+        data=DataConfig(seq_len=resolved.data.seq_len),
+        image=resolved.image,
+        optim=OptimConfig(name=config.optim.name),
+    )
+    flops, state_bytes = _size(form)
+    tokens = steps * config.training.batch_size * resolved.data.seq_len
     kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every else 0)
     kept = min(kept, 1 + (steps // checkpoint.every_steps if checkpoint.every_steps else 0))
     return Cost(
@@ -58,14 +65,15 @@ def run_flops(config: Config) -> float:
 
 
 @functools.cache
-def _size(cfg: ModelConfig, seq_len: int, optim: OptimConfig) -> tuple[int, int]:
+def _size(config: Config) -> tuple[int, int]:
     """Training FLOPs a token, and bytes of the weights and the optimiser's state."""
-    model = define(cfg, ExecutionConfig())
+    task = task_of(config)
+    model = task.define(config)
     weights = model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
     # No number changes the state's form.
-    init = make_optimizer(optim, model, numbers_of(Config())).init
+    init = make_optimizer(config.optim, model, numbers_of(Config())).init
     state = jax.tree.leaves((weights, jax.eval_shape(init, weights)))
-    return flops_per_token(model, seq_len), sum(x.size * x.dtype.itemsize for x in state)
+    return flops_per_token(model, task.positions(config)), sum(x.size * x.dtype.itemsize for x in state)
 
 
 def report(sweep: Sweep, rate: float | None) -> str:

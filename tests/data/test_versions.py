@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tiny import prepare
 
 from spannorm_jax import evaluate, train
-from spannorm_jax.config import Config, DataConfig, changed_keys, replace, to_dict
+from spannorm_jax.config import Config, DataConfig, replace, to_dict
 from spannorm_jax.data import python_files
 from spannorm_jax.data.open import shared_examples
 from spannorm_jax.data.tokens import open_store
@@ -17,6 +17,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.folders import read_run
 from spannorm_jax.report.page import read_study
+from spannorm_jax.resolution import changed_keys
 
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
 NUM = 40  # examples of each split

@@ -7,15 +7,15 @@ gathered in the compute dtype, an activation never; and SpanNorm costs what PreN
 import importlib.util
 
 import pytest
-
-from spannorm_jax.model.placement import PLACEMENTS
-from tests.plan.planned import (
+from planned import (
     FSDP,
     WIDE,
     assert_gathers_weights_in_the_compute_dtype_and_no_activation,
     costs,
     train_cost,
 )
+
+from spannorm_jax.model.placement import PLACEMENTS
 
 pytestmark = [
     pytest.mark.slow,

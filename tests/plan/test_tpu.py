@@ -7,11 +7,7 @@ gathered in the compute dtype, the head once a step, an activation never; and Sp
 import importlib.util
 
 import pytest
-
-from spannorm_jax.config_file import load
-from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.plan import target
-from tests.plan.planned import (
+from planned import (
     CONFIGS,
     FSDP,
     VOCAB,
@@ -22,6 +18,10 @@ from tests.plan.planned import (
     open_target,
     train_cost,
 )
+
+from spannorm_jax.config_file import load
+from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.plan import target
 
 pytestmark = [
     pytest.mark.tpu,
