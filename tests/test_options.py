@@ -57,6 +57,7 @@ def test_a_choice_that_is_none_is_refused_with_the_nearest(key):
     with pytest.raises(UserError, match=f"config key {key}='{choice}x' is unknown; did you mean '{choice}'"):
         validate(changed(key, choice + "x"))
     base = {"model__base_width": 64, "model__base_depth": 24}  # which a parametrisation needs
+    base |= {"task": "image"} if key.startswith("image.") else {}
     validate(replace(changed(key, choice), **base))
 
 
