@@ -7,7 +7,7 @@ is an override, for example --config.image.label_smoothing=0.1 --config.image.po
 
 preset   data            blocks  width  heads  patches        parameters
 tiny     digits              12     64      4  16 of 2 x 2       592,320   scikit-learn's: always there
-fashion  fashion_mnist       12     96      6  49 of 4 x 4     1,332,000   Debian's dataset-fashion-mnist, or TFDS
+fashion  fashion_mnist       12    128      4  49 of 4 x 4     2,365,824   Debian's dataset-fashion-mnist, or TFDS
 cifar    cifar10             12    192      3  64 of 4 x 4     5,324,352   TFDS
 s16      imagenet2012        12    384      6  196 of 16 x 16 21,922,176   TFDS; big_vision's recipe, less its mixing
 
@@ -21,7 +21,7 @@ from .common import decoder
 
 PRESETS = {
     "tiny": {"depth": 12, "width": 64, "head_dim": 16, "seq_len": 16, "batch_size": 64, "lr": 1e-3},
-    "fashion": {"depth": 12, "width": 96, "head_dim": 16, "seq_len": 49, "batch_size": 128, "lr": 1e-3},
+    "fashion": {"depth": 12, "width": 128, "head_dim": 32, "seq_len": 49, "batch_size": 128, "lr": 1e-3},
     "cifar": {"depth": 12, "width": 192, "head_dim": 64, "seq_len": 64, "batch_size": 128, "lr": 1e-3},
     "s16": {"depth": 12, "width": 384, "head_dim": 64, "seq_len": 196, "batch_size": 1024, "lr": 1e-3},
 }

@@ -107,7 +107,10 @@ def carried(work: Path) -> Overrides:
     if not (work / _DATA).exists():
         raise UserError(f"there is no {work / _DATA}; make it: python -m experiments.gpu_session --prepare")
     unpack(work / _DATA, work)
-    full_name = (work / _FULL_NAME).read_text(encoding="utf-8")
+    try:
+        full_name = (work / _FULL_NAME).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{work / _DATA} was not made by --prepare: it lacks the data's name") from error
     return ("data.cache_dir", str(work / _TOKENS)), ("data.full_name", full_name)
 
 
@@ -202,7 +205,9 @@ def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
     parser = Parser(prog="python -m experiments.gpu_session", description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="make WORK/data.tar.xz, and say what the parts take")
-    parser.add_argument("--compile", metavar="CHIP", help="h100 or h200, whose compiler is in the extra gpu")
+    parser.add_argument(
+        "--compile", choices=("h100", "h200", "b200"), help="a chip, whose compiler is in the extra gpu"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="after which the session has ended")
     parser.add_argument("--out", type=user_path, help="folder of the records")
     parser.add_argument("--work", type=user_path, default=Path("runs/gpu_session"), help="folder of data and runs")
@@ -213,7 +218,9 @@ def main(argv: list[str]) -> int:
         path = prepare(args.work, overrides)
         print(f"carry along {path}, {path.stat().st_size / 2**20:.1f} MiB")
         return 0
-    if args.compile and args.out:
+    if args.compile:
+        if args.out is None:
+            raise UserError("--compile takes --out, the folder of its record")
         return compiled(args.compile, args.out, argv, overrides)
     if args.out is None or args.minutes is None or not 1 < args.minutes < 10_000:
         raise UserError("a session takes --out and --minutes, above 1 and below 10,000; or --prepare makes its data")

@@ -158,7 +158,7 @@ class ImageConfig:
     """Of task=image: patches of an image are what tokens of a text are."""
 
     size: int = option(0, least=0)  # pixels of a side, to which images are cut square and scaled; 0: the dataset's
-    channels: int = option(0, least=0, most=3)  # 1: grey, 3: colours; 0: the dataset's
+    channels: int = option(0, least=0)  # 1: grey, 3: colours; 0: the dataset's
     patch: int = option(4, least=1)  # pixels of a patch's side; must divide size
     positions: str = option("sincos2d", choices=("sincos2d", "learned"))  # what is added to each patch
     pool: str = option("mean", choices=("mean", "token"))  # what the head reads: all patches, or one token before them

@@ -97,7 +97,7 @@ def _line(result: dict[str, Any]) -> str:
     if "images" in result:
         return (
             f"step {result['step']}  loss {result['loss']:.4f} nats/image  accuracy {result['accuracy']:.4f}  "
-            f"({result['images']:,} images of {result['split']})"
+            f"({result['images']:,} images of {result['split']}; chance {result['floors']['chance']:.4f} nats/image)"
         )
     return (
         f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     branches = {"attn": "attention", "ffn": "feed-forward", "moe": "experts"}
     variance = predicted_branch_variance(cfg, model.specs())
     words = [f"{branches[name]} {np.mean(values):.6f}" for name, values in variance.items()]
-    words[0] += " (at the first position; less where values are averaged)"
+    words[0] += f" ({'at the first position' if model.causal else 'at most'}; less where values are averaged)"
     additions = placement_of(cfg).additions
     print(
         f"\npredicted branch variance at unit-variance input: {', '.join(words)}"

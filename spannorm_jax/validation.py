@@ -78,6 +78,12 @@ def _validate_images(config: Config) -> None:
         if image != default:
             raise UserError(f"config group image is of task=image, and task={config.task}; write --config.task=image")
         return
+    if image.channels not in (0, 1, 3):
+        raise UserError(
+            f"config key image.channels={image.channels} must be 1 (grey) or 3 (colours), or the dataset's: 0"
+        )
+    if image.size and image.pad >= image.size:
+        raise UserError(f"config key image.pad={image.pad} moves images of {image.size} pixels out; write less")
     if image.size % image.patch:
         near = [p for p in divisors(image.size) if p <= image.patch][-1]
         raise UserError(

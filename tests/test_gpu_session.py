@@ -164,6 +164,7 @@ def test_what_a_measure_compiles_is_what_its_command_does():
         (["--minutes=1", "--out=records"], "--minutes, above 1"),
         (["--minutes=inf", "--out=records"], "below 10,000"),
         (["--minutes=15"], "takes --out"),
+        (["--compile=h100"], "--compile takes --out"),
     ],
 )
 def test_a_session_that_cannot_be_is_one_line(work, argv, says):

@@ -62,10 +62,13 @@ def open_images(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
     Raises:
       UserError: the dataset, split or a file is not there, it has no images with a class each, or a package is missing.
     """
-    base = names.asked_for(data)[2].base
-    if base == "digits":
+    key, asked, name = names.asked_for(data)
+    if name.base == "digits":
+        if name.config or name.version not in ("", "1.0.0"):
+            raise UserError(f"config key {key}={asked!r}: there is one digits; write digits, or digits/1.0.0")
         return _of_arrays(_digits(), "digits/1.0.0", data, image, split)
-    if base == "fashion_mnist" and DEBIAN.is_dir() and not _in_tfds(data):
+    debians = name.base == "fashion_mnist" and not name.config and name.version in ("", "3.0.1")
+    if debians and DEBIAN.is_dir() and not _in_tfds(data):
         splits = {"train": _idx("train"), "test": _idx("t10k")}
         return _of_arrays(splits, "fashion_mnist/3.0.1", data, image, split)
     return _of_tfds(data, image, split)
@@ -137,15 +140,14 @@ def _of_arrays(
     from tensorflow_datasets.core import ReadInstruction
 
     sizes = {name: types.SimpleNamespace(num_examples=len(labels)) for name, (_, labels) in splits.items()}
-    key = "data.eval_split" if split == data.eval_split else "data.train_split"
+    key = _key(data, split)
     try:
         found = ReadInstruction.from_spec(split).to_absolute(sizes)
     except (KeyError, ValueError, AssertionError) as error:
         hint = did_you_mean(split, splits)
         raise UserError(f"config key {key}={split!r} is no split of {dataset}; {hint}") from error
     images, labels = (np.concatenate([splits[p.splitname][i][p.from_ : p.to] for p in found]) for i in (0, 1))
-    if not len(labels):
-        raise UserError(f"config key {key}={split!r} of {dataset} has no images; write a larger part")
+    _check_some(len(labels), key, split, dataset)
     size, channels = image.size or images.shape[1], image.channels or images.shape[3]
     if (size, channels) != images.shape[2:]:
         pictures = map(_package("PIL.Image").fromarray, images.squeeze(-1))
@@ -177,21 +179,23 @@ def _of_tfds(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
     builder = _builder(data)
     feature, label = _features(builder)
     shape = builder.info.features[feature].shape
-    size, channels = image.size or shape[0], image.channels or shape[2]
+    size, channels = image.size or shape[0], image.channels or (1 if shape[2] == 1 else 3)
     if not size or (shape[0] != shape[1] and not image.size):
         raise UserError(
             f"images of {builder.info.full_name} have no one size; write config key image.size, such as 224"
         )
     cache = user_path(data.cache_dir, "config key data.cache_dir") if data.cache_dir else _cache()
     folder = cache.absolute() / "images" / f"v{FORMAT}" / tfds_files.identity(builder)
-    folder = folder / f"{size}x{size}x{channels or 3}" / urllib.parse.quote(split, safe="")
+    folder = folder / f"{size}x{size}x{channels}" / urllib.parse.quote(split, safe="")
     if not folder.is_dir():
         examples = tfds_files.open_images(builder, data, split, (feature, label))
-        _write(folder, examples, builder.info.splits[split].num_examples, size, channels or 3)
+        info, number = builder.info, builder.info.splits[split].num_examples
+        _check_some(number, _key(data, split), split, info.full_name)
+        _write(folder, examples, (number, size, size, channels), info.features[label].num_classes, info.full_name)
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         images, labels = np.load(folder / _IMAGES, mmap_mode="r"), np.load(folder / _LABELS)
-        if len(images) != len(labels) or images.shape[1:] != (size, size, channels or 3):
+        if len(images) != len(labels) or images.shape[1:] != (size, size, channels):
             raise ValueError("images and labels do not fit")
         store = ImageStore(images, labels, builder.info.features[label].num_classes, builder.info.full_name, split)
         if images.nbytes <= data.verify_mib * 2**20 and store.sha256 != meta["sha256"]:
@@ -217,14 +221,28 @@ def _features(builder: Any) -> tuple[str, str]:
     return found[0][0], found[1][0]
 
 
-def _write(folder: Path, examples: Iterator[tuple[bytes, int]], number: int, size: int, channels: int) -> None:
-    opened = _package("PIL.Image", "pillow").open
+def _write(
+    folder: Path,
+    examples: Iterator[tuple[bytes, int]],
+    shape: tuple[int, int, int, int],
+    num_classes: int,
+    dataset: str,
+) -> None:
+    """Writes the store in `folder`. Raises UserError for an image that cannot be read, or that has no class."""
+    pil = _package("PIL.Image", "pillow")
     with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
-        shape = (number, size, size, channels)
         images = np.lib.format.open_memmap(temp / _IMAGES, mode="w+", dtype=np.uint8, shape=shape)
-        labels = np.zeros(number, np.int32)
+        labels = np.zeros(shape[0], np.int32)
         for i, (encoded, label) in enumerate(examples):
-            images[i], labels[i] = _fit(opened(io.BytesIO(encoded)), size, channels), label
+            where = f"image {i} of split {urllib.parse.unquote(folder.name)!r} of {dataset}"
+            if not 0 <= label < num_classes:
+                raise UserError(
+                    f"{where} has class {label} of {num_classes}, as unlabelled ones have; take another split"
+                )
+            try:
+                images[i], labels[i] = _fit(pil.open(io.BytesIO(encoded)), shape[1], shape[3]), label
+            except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+                raise UserError(f"{where} cannot be read ({one_line(error)}); prepare the dataset again") from error
         images.flush()
         np.save(temp / _LABELS, labels)
         store = ImageStore(images, labels, 0, "", "")
@@ -240,6 +258,15 @@ def _fit(picture: Any, size: int, channels: int) -> np.ndarray:
     if (side, side) != picture.size or side != size:
         picture = picture.resize((size, size), box=(left, top, left + side, top + side))
     return np.asarray(picture).reshape(size, size, channels)
+
+
+def _key(data: DataConfig, split: str) -> str:
+    return "data.eval_split" if split == data.eval_split else "data.train_split"
+
+
+def _check_some(number: int, key: str, split: str, dataset: str) -> None:
+    if not number:
+        raise UserError(f"config key {key}={split!r} of {dataset} has no images; write a larger part")
 
 
 def _package(module: str, name: str = "pillow") -> Any:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import jax
+
 from spannorm_jax.config import Config, divisors, replace
 from spannorm_jax.config_file import resolve_without_data
+from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.model.stack import remat_for
 from spannorm_jax.parallel.devices import DEVICE_KINDS, DeviceKind, known_kind
@@ -19,6 +22,7 @@ from spannorm_jax.plan.cost import TargetCost, cost_of
 from spannorm_jax.plan.programs import compile_programs
 from spannorm_jax.plan.topology import compiling_for, topology_devices
 from spannorm_jax.plan.words import setting, size_words
+from spannorm_jax.resolution import check_text
 from spannorm_jax.training.tasks import task_of
 
 _MOST_TRIES = 4  # programs that are compiled to find one that fits
@@ -80,6 +84,8 @@ def plan(config: Config, other: Config | None, target: Target, program: str, num
 
 def resolved(config: Config, target: Target, program: str) -> Config:
     """The config as it runs on the target. Raises UserError if the mesh does not fit the devices or the model."""
+    if program == "sample":
+        check_text(config, "--program sample")
     config = resolve_without_data(config, platform="accelerator")
     shape = mesh_shape(config.mesh, len(target.devices))
     if program == "evaluate":
@@ -99,8 +105,9 @@ def costs(config: Config, target: Target, program: str, num_lanes: int) -> list[
             began = time.monotonic()
             try:
                 compiled = compile_it()
-            except Exception as error:
-                raise _as_refusal(error) or error from None
+            except jax.errors.JaxRuntimeError as error:
+                broken = UserError(f"{target.name}'s compiler fails on {name}: {one_line(error)[:300]}")
+                raise _as_refusal(error) or broken from None
             seconds = time.monotonic() - began
             cost = cost_of(compiled, target.platform, target.kind.peak_flops / clock if clock else 0.0)
             if target.platform == "gpu" and cost.memory > target.kind.memory_gb * 1e9:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,33 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
     return {
         **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
         **{"results": results, "looks": _looks(study), "chosen_on": _chosen_on(study), "errors": _errors(study)},
-        **{"baseline": study.baseline_text, "measure": study.measure, "several_lrs": study.varies("lr")},
+        **{
+            "unit": study.unit,
+            "baseline": study.baseline_text,
+            "measure": study.measure,
+            "several_lrs": study.varies("lr"),
+        },
         **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
         **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
         "tasks": _tasks(study),
-        "definitions": [(name, _DEFINITIONS[name]) for name in [*(name for name, _ in results[0]), "unigram entropy"]],
+        "definitions": _definitions(study, [*(name for name, _ in results[0]), "unigram entropy"]),
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
     }
+
+
+def _definitions(study: Study, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Names with what they mean; of images what a text's token frequencies are is that of classes."""
+    if study.unit == "nats/token":
+        return [(name, _DEFINITIONS[name]) for name in names]
+    words = {"nats per token": "nats per image", "nats/token": "nats/image", "token frequencies": "the classes’ shares"}
+    found = []
+    for name in names:
+        text = _DEFINITIONS[name]
+        for of_text, of_images in words.items():
+            text = text.replace(of_text, of_images)
+        found.append((name, text))
+    return found
 
 
 def in_markdown(shown: dict[str, Any]) -> dict[str, str]:
@@ -133,7 +152,7 @@ def _errors(study: Study) -> list[str]:
     lines = []
     for kind, (size, init), spread in errors(study):
         at = ", ".join(text for text in (shown[kind], study.size_text(size), init) if text)
-        lines.append(f"{at}: {spread.deviation:.4f} nats/token, {spread.df} degrees of freedom")
+        lines.append(f"{at}: {spread.deviation:.4f} {study.unit}, {spread.df} degrees of freedom")
     return lines
 
 
@@ -152,7 +171,7 @@ def _size(study: Study, at: Sequence[int]) -> list[str]:
 
 def _learning_rates(study: Study) -> Table:
     """Of each method and size where the learning rate varies: its best one, the optimum, the sensitivity."""
-    numbers = ("best run", "least loss at", "sensitivity (nats/token)")
+    numbers = ("best run", "least loss at", f"sensitivity ({study.unit})")
     lines = []
     for *at, best, kind, lr, low, high, _, mean, least, most, _ in rates(study).drop_nulls("best").iter_rows():
         optimum = "–" if kind is None else _optimum(lr, low, high)
@@ -201,7 +220,7 @@ def _tasks(study: Study) -> Table:
 def _below(study: Study) -> list[str]:
     levels = sorted({round(e, 4) for row in study.rows if (e := row.unigram_entropy) is not None})
     margin = f"{LEARNT:.0%} below the unigram entropy"
-    lines = [f"Learnt: below {(1 - LEARNT) * e:.3f} nats/token, {margin} of {e:.3f}." for e in levels]
+    lines = [f"Learnt: below {(1 - LEARNT) * e:.3f} {study.unit}, {margin} of {e:.3f}." for e in levels]
     if len(study.seeds) == 1:
         lines.append("One seed: no spread is known, so small differences may be chance.")
     return lines

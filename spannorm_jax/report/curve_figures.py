@@ -49,7 +49,7 @@ def loss(study: Study) -> Figure | None:
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
         f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
         "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram "
-        "entropy of the training data, and what n-grams counted on it and gzip reach on the held-out text. Curves may "
+        f"entropy of the training data, and {looks.study.floors_text} on the held-out data. Curves may "
         "leave the top of the figure."
     )
     if "late" in domains:
@@ -101,7 +101,7 @@ def _loss_view(looks: Looks, panels: Sequence[str], domains: dict[str, Domain], 
     for data, domain in domains.items():
         late = data == "late"
         y_scale = alt.Scale(domain=domain, nice=False)
-        title = "loss of the last third (nats/token)" if late else "training loss (nats/token)"
+        title = f"{'loss of the last third' if late else 'training loss'} ({looks.study.unit})"
         at_x = alt.X("step:Q", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(tickCount=5, grid=False))
         at_y = alt.Y("loss:Q", title=title, scale=y_scale, axis=alt.Axis(tickCount=6, format="~g"))
         base = alt.Chart().encode(x=at_x, color=looks.colour(), detail="curve:N")
@@ -150,7 +150,7 @@ def gap(study: Study) -> Figure | None:
     log, shown = alt.Scale(type="log", nice=False), alt.Axis(format="~s", grid=False)
     late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
     scale = alt.Scale(domain=_with_zero(late), nice=False)
-    y = alt.Y("gap:Q", title="loss less the baseline’s (nats/token)", scale=scale, axis=alt.Axis(tickCount=7))
+    y = alt.Y("gap:Q", title=f"loss less the baseline’s ({study.unit})", scale=scale, axis=alt.Axis(tickCount=7))
     base = looks.base(alt.X(f"{column}:Q", title=title, scale=log, axis=shown))
     tips = looks.tooltip(tokens=".3~s", gap="+.3f", low="+.3f", high="+.3f", seeds="d", lr="~g", baseline_lr="~g")
     points = {"filled": True, "size": 22}

@@ -32,7 +32,7 @@ def _axis(study: Study, axis: str, column: str = "") -> alt.X:
 
 
 def _loss_title(study: Study) -> str:
-    return f"{study.measure} loss (nats/token)"
+    return f"{study.measure} loss ({study.unit})"
 
 
 def loss_by(study: Study, axis: str) -> Figure | None:
@@ -122,7 +122,7 @@ def lr_sensitivity(study: Study) -> Figure | None:
         "less the best loss; a run that diverged has the loss at initialisation. Over the learning rates that all "
         "methods of a panel share. Mean over seeds and its 95% t interval. Less is steadier."
     )
-    encoding = {"title": "sensitivity (nats/token)", "scale": alt.Scale(zero=True, nice=True, domainMin=0)}
+    encoding = {"title": f"sensitivity ({study.unit})", "scale": alt.Scale(zero=True, nice=True, domainMin=0)}
     table, title = rates(study).drop_nulls("sensitivity"), "Learning rate sensitivity"
     table = table.select(*ARM[:3], "seeds", "sensitivity", low="least", high="most")
     return _by_size(study, table, "lr_sensitivity", title, "sensitivity", encoding, ".3f", caption)
@@ -174,7 +174,7 @@ def differences(study: Study) -> Figure | None:
     looks, several = Looks(study), study.varies("lr")
     panels, order = list(dict.fromkeys(table["panel"])), _methods_of(study, table)
     scale = alt.Scale(nice=False, padding=12)
-    x: Spec = {"title": f"difference in {study.measure} loss (nats/token)", "scale": scale}
+    x: Spec = {"title": f"difference in {study.measure} loss ({study.unit})", "scale": scale}
     base = alt.Chart().encode(
         y=alt.Y("method:N", sort=order, title=None, scale=alt.Scale(domain=order), axis=alt.Axis(labelLimit=320)),
         color=looks.colour(legend=False),

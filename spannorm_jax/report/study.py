@@ -98,6 +98,15 @@ class Study:
         return found
 
     @cached_property
+    def unit(self) -> str:
+        """Of losses."""
+        return "nats/image" if all(row.options.get("task") == "image" for row in self.rows) else "nats/token"
+
+    @property
+    def floors_text(self) -> str:
+        return "chance" if self.unit == "nats/image" else "what n-grams counted on it and gzip reach"
+
+    @cached_property
     def trained(self) -> set[Arm]:
         """The arms that trained with every seed that is reported."""
         outcomes = self.by_seed("outcome", self.reported)

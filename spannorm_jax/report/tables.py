@@ -86,7 +86,7 @@ def text_table(study: Study) -> str:
         for cells in lines
     ]
     aligned.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*aligned, f"{seeds_line(study)}; train loss in nats/token"])
+    return "\n".join([*aligned, f"{seeds_line(study)}; train loss in {study.unit}"])
 
 
 def seeds_line(study: Study) -> str:

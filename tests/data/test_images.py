@@ -24,15 +24,19 @@ def png(pixels):
     return file
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A dataset of five coloured images of class 2 out of 3, and two of them held out."""
-    splits = {"train": list(map(png, PIXELS)), "test": list(map(png, PIXELS[:2]))}
-    label = tfds.features.ClassLabel(num_classes=3), 2
-    kind = tfds.features.Image(shape=(6, 6, 3))
-    prepare(tmp_path / "tfds", "tiny_images", splits, text="image", kind=kind, beside={"label": label})
+def prepared(tmp_path, pixels=PIXELS, label=2, spoil=lambda file: file):
+    """A dataset of images of class 2 out of 3, and two of them held out."""
+    splits = {name: [spoil(png(x)) for x in some] for name, some in (("train", pixels), ("test", pixels[:2]))}
+    beside = {"label": (tfds.features.ClassLabel(num_classes=3), label)}
+    kind = tfds.features.Image(shape=pixels.shape[1:])
+    prepare(tmp_path / "tfds", "tiny_images", splits, text="image", kind=kind, beside=beside)
     folders = {"data_dir": str(tmp_path / "tfds"), "cache_dir": str(tmp_path / "cache")}
     return DataConfig("tiny_images", eval_split="test", **folders)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return prepared(tmp_path)
 
 
 def of_rows(store):
@@ -72,6 +76,9 @@ def test_a_damaged_store_is_one_line(data, tmp_path):
     [
         ({"dataset": "tiny_image"}, "did you mean 'tiny_images'"),
         ({"eval_split": "tests"}, "data.eval_split='tests' is no split of tiny_images"),
+        ({"eval_split": "test[:1%]"}, "data.eval_split='test.:1%.' of tiny_images/1.2.3 has no images"),
+        ({"dataset": "digits/other"}, "there is one digits"),
+        ({"dataset": "digits:2.0.0"}, "there is one digits"),
     ],
 )
 def test_what_is_not_there_is_one_line(data, changes, says):
@@ -79,6 +86,27 @@ def test_what_is_not_there_is_one_line(data, changes, says):
     with pytest.raises(UserError, match=says) as refused:
         open_images(asked, ImageConfig(), asked.eval_split)
     assert "\n" not in str(refused.value)
+
+
+def test_colours_with_a_fourth_channel_are_three(tmp_path):
+    pixels = np.concatenate([PIXELS, np.full((5, 6, 6, 1), 255, np.uint8)], axis=-1)
+    store = open_images(prepared(tmp_path, pixels), ImageConfig(), "train")
+    assert of_rows(store) == sorted(x.tobytes() for x in PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"label": -1}, r"image 0 of split 'test' of tiny_images/1.2.3 has class -1 of 3"),
+        ({"spoil": lambda file: io.BytesIO(file.read()[:40])}, "image 0 .* cannot be read"),
+        ({"spoil": lambda file: io.BytesIO(b"no image")}, "image 0 .* cannot be read"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_named(more, says, tmp_path):
+    with pytest.raises(UserError, match=says) as refused:
+        open_images(prepared(tmp_path, **more), ImageConfig(), "test")
+    assert "\n" not in str(refused.value)
+    assert list((tmp_path / "cache").rglob("images.npy")) == []
 
 
 def test_text_is_no_image(tmp_path):

@@ -221,6 +221,8 @@ def test_eight_devices_train_as_one(layout):
     ("override", "says"),
     [
         (("image.patch", "3"), "image.patch=3 does not divide image.size=8; write for example 2"),
+        (("image.channels", "2"), "image.channels=2 must be 1"),
+        (("image.pad", "8"), "image.pad=8 moves images of 8 pixels out"),
         (("model.tied_head", "true"), "model.tied_head=True"),
         (("task", "text"), "image is of task=image"),
         (("model.vocab_size", "4"), "below the 10 classes of digits"),
@@ -235,6 +237,16 @@ def test_a_config_that_cannot_be_is_one_line(override, says, tmp_path):
     with pytest.raises(UserError, match=says):
         config = load("configs/vision.py:tiny", [data_dir, override])
         task_of(config).open(config)
+
+
+def test_held_out_images_that_are_trained_on_are_said(capsys):
+    config = load("configs/vision.py:tiny", [("data.eval_split", "train[:10]")])
+    task = task_of(config)
+    task.warn(config, task.open(config)[0])
+    assert "shares 10 images with data.train_split='train'" in capsys.readouterr().err
+    usual = load("configs/vision.py:tiny")
+    task.warn(usual, task.open(usual)[0])
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_of_text_refuse_a_model_of_images(digits):

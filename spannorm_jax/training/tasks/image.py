@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,8 +17,11 @@ from spannorm_jax.data.images import ImageStore, fingerprint, held_out_rows, ope
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.model.vision import Encoder
+from spannorm_jax.parallel import distributed
 from spannorm_jax.resolution import resolve
 from spannorm_jax.training.task import Batch, Field, Fields, Rows, Task
+
+_COMPARED = 2**28  # bytes of images whose splits are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,20 @@ def _announced(config: Config, data: OpenImages) -> str:
     )
 
 
+def _warn(config: Config, data: OpenImages) -> None:
+    """Says if held-out images are trained on too, where finding that out takes a moment."""
+    splits = data.train.images, data.eval.images
+    if sum(images.nbytes for images in splits) > _COMPARED:
+        return
+    trained_on, held_out = ({image.tobytes() for image in images} for images in splits)
+    if shared := len(trained_on & held_out):
+        distributed.print_once(
+            f"config key data.eval_split={config.data.eval_split!r} shares {shared:,} images with data.train_split="
+            f"{config.data.train_split!r}: its loss is not held out",
+            sys.stderr,
+        )
+
+
 # ---- loss -------------------------------------------------------------------------------------
 
 
@@ -168,6 +186,6 @@ IMAGE = Task(
     facts=_facts,
     files=lambda data: {},
     announced=_announced,
-    warn=lambda config, data: None,
+    warn=_warn,
     floors=lambda config, data, measures: {"chance": math.log(data.train.num_classes)},
 )
