@@ -104,7 +104,8 @@ def misspelt(rng: random.Random, word: str) -> str:
         word[:i] + word[i] + word[i:],
         word[:i] + letter + word[i + 1 :],
     )
-    return rng.choice([*made, word.upper(), word[: i + 1], word + "." + word, "config." + word])
+    made += (word.upper(), word[: i + 1], word + "." + word, "config." + word)
+    return rng.choice([other for other in made if other != word])  # a letter may have replaced itself
 
 
 def override(rng: random.Random, values: tuple[str, ...], key: str | None = None) -> str:
