@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks import moe_throughput, variants
-from spannorm_jax.config import Config, replace
+from experiments.benchmarks import moe_throughput, throughput, variants
+from spannorm_jax.config import Config
 from spannorm_jax.config_file import load
 from spannorm_jax.errors import one_line
 from spannorm_jax.plan import target
@@ -61,8 +61,7 @@ class Measure:
             dense = fill_sizes(load(self.config, own))
             configs = moe_throughput.models(dense, numbers, int(self.option("top_k")), backends)
         else:
-            names = dict.fromkeys(("pre", *self.option("placements").split(",")))
-            configs = {name: replace(load(self.config, own), model__placement=name) for name in names}
+            configs = throughput.variants(load(self.config, own), self.option("placements").split(","))
         for name, config in configs.items():
             yield name, "train", config, 1
 

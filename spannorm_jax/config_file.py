@@ -8,13 +8,13 @@ Every failure on this way is the user's to mend, and is one line.
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 import traceback
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,6 +31,7 @@ from spannorm_jax.config import (
     to_dict,
 )
 from spannorm_jax.data.tokenizer import vocab_size
+from spannorm_jax.durable import read_object
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.model.initialisation import INITS, OUTPUT_SITES, PUBLISHED
 from spannorm_jax.model.placement import EVERY_GAIN, PLACEMENTS, gain_sites, placement_of
@@ -232,10 +233,7 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 
 def _read_recorded(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if not isinstance(values, dict):
-            raise ValueError("it holds no keys")
+        values = read_object(Path(path))
     except (OSError, ValueError) as error:
         raise UserError(f"config file {path[:200]!r} cannot be read ({one_line(error)})") from error
     return to_dict(recorded_config(values))
@@ -247,14 +245,13 @@ def resolve_without_data(config: Config, platform: str) -> Config:
     Raises UserError.
     """
     data = config.data
-    sizes = {"model.vocab_size": config.model.vocab_size, "image.size": config.image.size}
-    sizes |= {"image.channels": config.image.channels} if config.task == "image" else {}
-    for key, value in sizes.items():
-        if config.task == "image" and not value:
-            raise UserError(f"config key {key}=0 leaves to the dataset what is needed without it; write it")
+    if config.task == "image":
+        for key in ("model.vocab_size", "image.size", "image.channels"):
+            if not flatten(config)[key]:
+                raise UserError(f"config key {key}=0 leaves to the dataset what is needed without it; write it")
     return resolve(
         config,
-        vocab_size=1 if config.task == "image" else vocab_size(data),
+        vocab_size=config.model.vocab_size if config.task == "image" else vocab_size(data),
         platform=platform,
         fingerprint=data.fingerprint,
         full_name=data.full_name,

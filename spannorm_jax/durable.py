@@ -56,6 +56,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError, or ValueError if the file holds none."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no keys")
+    return values
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `to_json(value)` as `write_text` does."""
     write_text(path, to_json(value, indent=2) + "\n")

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     # JAX comes with these: a command that is mistyped does without.
     from spannorm_jax.inference.evaluation import NotRecorded, evaluate
     from spannorm_jax.parallel.distributed import is_first
+    from spannorm_jax.training.tasks import task_of
 
     unrecorded = None
     asked = (config, args.workdir, args.step, processes, out)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     code = 0 if all(map(math.isfinite, judged)) else DIVERGED_EXIT
     if not is_first():
         return code
-    print(to_json(result) if args.json else _task_lines(result) if names else _line(result))
+    print(to_json(result) if args.json else _task_lines(result) if names else task_of(config).summary(result))
     if code:
         what = "a task's value" if names else "the held-out loss"
         print(f"{what} of step {result['step']} is not finite; its record holds null", file=sys.stderr)
@@ -91,19 +92,6 @@ def _task_names(args: argparse.Namespace) -> list[str]:
     if names and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness, which is not here; pip install 'spannorm_jax[eval]'")
     return names
-
-
-def _line(result: dict[str, Any]) -> str:
-    if "images" in result:
-        return (
-            f"step {result['step']}  loss {result['loss']:.4f} nats/image  accuracy {result['accuracy']:.4f}  "
-            f"({result['images']:,} images of {result['split']}; chance {result['floors']['chance']:.4f} nats/image)"
-        )
-    return (
-        f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "
-        f"{result['bits_per_byte']:.4f} bits/byte  accuracy {result['accuracy']:.4f}  "
-        f"({result['tokens']:,} tokens of {result['split']})"
-    )
 
 
 def _task_lines(result: dict[str, Any]) -> str:

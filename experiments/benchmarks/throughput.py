@@ -112,12 +112,16 @@ def compile_by_depth(config: Config) -> dict[str, float]:
 # ---- the measurement ----------------------------------------------------------------------------
 
 
+def variants(config: Config, names: Sequence[str]) -> dict[str, Config]:
+    """Placement -> config, PreNorm first."""
+    return {placement: replace(config, model__placement=placement) for placement in dict.fromkeys(("pre", *names))}
+
+
 def measure(config: Config, data: OpenData, names: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
     """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
     loader = train_loader(config, data)
-    variants = {placement: replace(config, model__placement=placement) for placement in dict.fromkeys(("pre", *names))}
     peak = matmul_peak(config.model.dtype) * jax.device_count()
-    placements = step_times(variants, loader, rounds, steps)
+    placements = step_times(variants(config, names), loader, rounds, steps)
     for got in placements.values():
         ratio = median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
         got |= {

@@ -4,7 +4,6 @@
 has none. Others are read from TFDS's files without TensorFlow, scaled once and kept in `data.cache_dir`.
 """
 
-import functools
 import gzip
 import hashlib
 import importlib
@@ -23,8 +22,8 @@ from spannorm_jax import durable
 from spannorm_jax.config import DataConfig, ImageConfig
 from spannorm_jax.data import names
 from spannorm_jax.data.loader import shuffled
+from spannorm_jax.data.tokens import cache_folder, entropy
 from spannorm_jax.errors import UserError, did_you_mean, one_line
-from spannorm_jax.paths import cache_home, user_path
 
 FORMAT = 1
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -40,20 +39,13 @@ class ImageStore:
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
-    dataset: str  # the name that no other contents have
-    split: str
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        digest = hashlib.sha256(np.ascontiguousarray(self.labels).data)
-        digest.update(np.ascontiguousarray(self.images).data)
-        return digest.hexdigest()
+    dataset: str  # TFDS's full name
+    sha256: str  # of labels and images
 
     @property
     def label_entropy(self) -> float:
         """Nats: the least loss without looking."""
-        p = np.bincount(self.labels) / len(self.labels)
-        return float(-np.sum(p[p > 0] * np.log(p[p > 0])))
+        return entropy(np.bincount(self.labels))
 
 
 def open_images(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
@@ -107,6 +99,12 @@ def fingerprint(*stores: ImageStore) -> str:
     return hashlib.sha256("\n".join(store.sha256 for store in stores).encode()).hexdigest()[:16]
 
 
+def _sha256(images: np.ndarray, labels: np.ndarray) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(labels).data)
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
+
+
 # ---- without a download -------------------------------------------------------------------------------
 
 
@@ -140,7 +138,7 @@ def _of_arrays(
     from tensorflow_datasets.core import ReadInstruction
 
     sizes = {name: types.SimpleNamespace(num_examples=len(labels)) for name, (_, labels) in splits.items()}
-    key = _key(data, split)
+    key = names.split_key(data, split)
     try:
         found = ReadInstruction.from_spec(split).to_absolute(sizes)
     except (KeyError, ValueError, AssertionError) as error:
@@ -152,7 +150,8 @@ def _of_arrays(
     if (size, channels) != images.shape[2:]:
         pictures = map(_package("PIL.Image").fromarray, images.squeeze(-1))
         images = np.stack([_fit(picture, size, channels) for picture in pictures])
-    return ImageStore(images, labels, 1 + max(int(x.max()) for _, x in splits.values()), dataset, split)
+    num_classes = 1 + max(int(x.max()) for _, x in splits.values())
+    return ImageStore(images, labels, num_classes, dataset, _sha256(images, labels))
 
 
 # ---- TFDS ---------------------------------------------------------------------------------------------
@@ -177,37 +176,27 @@ def _of_tfds(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
     from spannorm_jax.data import tfds_files
 
     builder = _builder(data)
-    feature, label = _features(builder)
-    shape = builder.info.features[feature].shape
+    info, (feature, label) = builder.info, _features(builder)
+    shape, num_classes = info.features[feature].shape, info.features[label].num_classes
     size, channels = image.size or shape[0], image.channels or (1 if shape[2] == 1 else 3)
     if not size or (shape[0] != shape[1] and not image.size):
-        raise UserError(
-            f"images of {builder.info.full_name} have no one size; write config key image.size, such as 224"
-        )
-    cache = user_path(data.cache_dir, "config key data.cache_dir") if data.cache_dir else _cache()
-    folder = cache.absolute() / "images" / f"v{FORMAT}" / tfds_files.identity(builder)
+        raise UserError(f"images of {info.full_name} have no one size; write config key image.size, such as 224")
+    folder = cache_folder(data, "images") / f"images-v{FORMAT}" / tfds_files.identity(builder)
     folder = folder / f"{size}x{size}x{channels}" / urllib.parse.quote(split, safe="")
     if not folder.is_dir():
-        examples = tfds_files.open_images(builder, data, split, (feature, label))
-        info, number = builder.info, builder.info.splits[split].num_examples
-        _check_some(number, _key(data, split), split, info.full_name)
-        _write(folder, examples, (number, size, size, channels), info.features[label].num_classes, info.full_name)
+        examples, number = tfds_files.open_encoded(builder, data, split, (feature, label))
+        _check_some(number, names.split_key(data, split), split, info.full_name)
+        _write(folder, examples, (number, size, size, channels), num_classes, f"split {split!r} of {info.full_name}")
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         images, labels = np.load(folder / _IMAGES, mmap_mode="r"), np.load(folder / _LABELS)
         if len(images) != len(labels) or images.shape[1:] != (size, size, channels):
             raise ValueError("images and labels do not fit")
-        store = ImageStore(images, labels, builder.info.features[label].num_classes, builder.info.full_name, split)
-        if images.nbytes <= data.verify_mib * 2**20 and store.sha256 != meta["sha256"]:
+        if images.nbytes <= data.verify_mib * 2**20 and _sha256(images, labels) != meta["sha256"]:
             raise ValueError(f"{_IMAGES} has not the hash in {_META}")
-        store.__dict__["sha256"] = meta["sha256"]  # of large ones it is not made again
+        return ImageStore(images, labels, num_classes, info.full_name, meta["sha256"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"image store {folder} is damaged ({one_line(error)}); delete it, and it is rebuilt") from error
-    return store
-
-
-def _cache() -> Path:
-    return cache_home("set config key data.cache_dir or the variable XDG_CACHE_HOME") / "spannorm_jax"
 
 
 def _features(builder: Any) -> tuple[str, str]:
@@ -226,15 +215,15 @@ def _write(
     examples: Iterator[tuple[bytes, int]],
     shape: tuple[int, int, int, int],
     num_classes: int,
-    dataset: str,
+    source: str,
 ) -> None:
     """Writes the store in `folder`. Raises UserError for an image that cannot be read, or that has no class."""
     pil = _package("PIL.Image", "pillow")
-    with durable.temporary_folder(folder.parent, "data.cache_dir") as temp:
+    with durable.temporary_folder(folder.parent, "config key data.cache_dir") as temp:
         images = np.lib.format.open_memmap(temp / _IMAGES, mode="w+", dtype=np.uint8, shape=shape)
         labels = np.zeros(shape[0], np.int32)
         for i, (encoded, label) in enumerate(examples):
-            where = f"image {i} of split {urllib.parse.unquote(folder.name)!r} of {dataset}"
+            where = f"image {i} of {source}"
             if not 0 <= label < num_classes:
                 raise UserError(
                     f"{where} has class {label} of {num_classes}, as unlabelled ones have; take another split"
@@ -245,8 +234,7 @@ def _write(
                 raise UserError(f"{where} cannot be read ({one_line(error)}); prepare the dataset again") from error
         images.flush()
         np.save(temp / _LABELS, labels)
-        store = ImageStore(images, labels, 0, "", "")
-        durable.write_json(temp / _META, {"format": FORMAT, "sha256": store.sha256})
+        durable.write_json(temp / _META, {"format": FORMAT, "sha256": _sha256(images, labels)})
         durable.publish(temp, folder)
 
 
@@ -258,10 +246,6 @@ def _fit(picture: Any, size: int, channels: int) -> np.ndarray:
     if (side, side) != picture.size or side != size:
         picture = picture.resize((size, size), box=(left, top, left + side, top + side))
     return np.asarray(picture).reshape(size, size, channels)
-
-
-def _key(data: DataConfig, split: str) -> str:
-    return "data.eval_split" if split == data.eval_split else "data.train_split"
 
 
 def _check_some(number: int, key: str, split: str, dataset: str) -> None:

@@ -14,6 +14,11 @@ _HASHED = re.compile(r"(stdlib|sys_path)_[0-9a-f]{8}")  # configs of python_sour
 _KINDS = {"": "stdlib", "sys_path": "sys_path"}  # of python_source as it is asked for: what lies here
 
 
+def split_key(data: DataConfig, split: str) -> str:
+    """The config key that names a split."""
+    return "data.eval_split" if split == data.eval_split else "data.train_split"
+
+
 class Name(NamedTuple):
     """A dataset: parts that a user left out are ""."""
 

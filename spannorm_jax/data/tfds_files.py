@@ -112,34 +112,36 @@ def open_split(
     return _texts(builder, part, data.text_feature) if num_examples else iter(())
 
 
-def open_images(
+def open_encoded(
     builder: tfds.core.DatasetBuilder, data: DataConfig, split: str, features: tuple[str, str]
-) -> Iterator[tuple[bytes, int]]:
-    """An iterator over encoded images and their classes, of the features of these names.
+) -> tuple[Iterator[tuple[bytes, int]], int]:
+    """An iterator over encoded images and their classes, of the features of these names; and how many there are.
 
     Raises:
       UserError: at the call, the split is unknown; at an image, a record is damaged.
     """
-    _part(builder, data, split)
+    _, number = _part(builder, data, split)
     image, label = features
+    if not number:
+        return iter(()), 0
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
         decoders = {image: tfds.decode.SkipDecoding()}
         dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=_in_order(), decoders=decoders)
-        return ((example[image], int(example[label])) for example in tfds.as_numpy(dataset))
+        return ((example[image], int(example[label])) for example in tfds.as_numpy(dataset)), number
 
     def read(record: bytes) -> tuple[bytes, int]:
         values = tf_example_pb2.Example.FromString(record).features.feature
         return values[image].bytes_list.value[0], values[label].int64_list.value[0]
 
     damage.check_records(builder, split)
-    return _records(builder, split, read)
+    return _records(builder, split, read), number
 
 
 def _part(
     builder: tfds.core.DatasetBuilder, data: DataConfig, split: str, shard: tuple[int, int] | None = None
 ) -> tuple[Any, int]:
     """A split, or the part of it, as TFDS takes it, and its examples. Raises UserError if there is no such split."""
-    key = "data.eval_split" if split == data.eval_split else "data.train_split"
+    key = names.split_key(data, split)
     splits = builder.info.splits
     try:
         part = tfds.even_splits(split, shard[1])[shard[0]] if shard else split

@@ -209,12 +209,16 @@ def _place(data: DataConfig, split: str) -> tuple[_Source, Tokenizer, Path]:
     return source, tokenizer, _folder(data, source.identity, tokenizer.name, split)
 
 
-def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
+def cache_folder(data: DataConfig, kind: str) -> Path:
+    """Where stores are: `data.cache_dir`, or a folder of their kind in the user's cache."""
     if data.cache_dir:
-        cache = user_path(data.cache_dir, "config key data.cache_dir").absolute()
-    else:
-        remedy = "set config key data.cache_dir or the variable XDG_CACHE_HOME"
-        cache = cache_home(remedy).absolute() / "spannorm_jax" / "tokens"
+        return user_path(data.cache_dir, "config key data.cache_dir").absolute()
+    remedy = "set config key data.cache_dir or the variable XDG_CACHE_HOME"
+    return cache_home(remedy).absolute() / "spannorm_jax" / kind
+
+
+def _folder(data: DataConfig, dataset: str, tokenizer_name: str, split: str) -> Path:
+    cache = cache_folder(data, "tokens")
     # Splits may be slices such as train[:90%].
     split_folder = urllib.parse.quote(split, safe="")
     return cache / f"v{FORMAT}" / dataset / tokenizer_name / data.text_feature / split_folder
@@ -297,7 +301,7 @@ def _write(
             "num_docs": int(counts[tokenizer.end_of_text]),
             "num_bytes": num_bytes,
             "sha256": digest.hexdigest(),
-            "unigram_entropy": _entropy(counts),
+            "unigram_entropy": entropy(counts),
         }
         durable.write_json(temp / _META, meta | {"meta_sha256": _meta_sha256(meta)})
         if tokenizer.source:
@@ -319,6 +323,7 @@ def _chunks(texts: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray
         yield np.concatenate(pending)
 
 
-def _entropy(counts: np.ndarray) -> float:
+def entropy(counts: np.ndarray) -> float:
+    """Nats, of the shares that counts are of their sum."""
     p = counts[counts > 0] / counts.sum()
     return float(-np.sum(p * np.log(p)))

@@ -14,7 +14,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.hf import stock
 from spannorm_jax.hf.card import card
 from spannorm_jax.hf.custom import CUSTOM, FILE, check, modelling_file
-from spannorm_jax.hf.files import write_tensors
+from spannorm_jax.hf.files import check_new, write_tensors
 from spannorm_jax.hf.stock import Architecture
 from spannorm_jax.hf.tokenizer import tokenizer_files
 from spannorm_jax.hf.weights import Tensors, exported
@@ -39,7 +39,7 @@ def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str
     """
     check_text(config, "an export")
     architecture = architecture_for(config, arch)
-    check_new(out)
+    check_new(out, "--out")
     start_jax("cpu")  # nothing is computed, and a model that takes several devices fits the host
     with open_trained(workdir, step, "exporting") as restore:
         tokenizer = run_tokenizer(config, workdir)
@@ -75,12 +75,6 @@ def architecture_for(config: Config, arch: str) -> Architecture:
     if arch == "stock" and not exact:
         raise UserError(f"--arch stock cannot carry this model exactly: {why}; write --arch custom")
     return exact if exact and arch != "custom" else CUSTOM
-
-
-def check_new(out: Path) -> None:
-    """Raises UserError if there is something at `out` that is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty folder; give a new one")
 
 
 def named_tensors(

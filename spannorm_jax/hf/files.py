@@ -1,6 +1,5 @@
 """A folder of tensors as Hugging Face keeps them: model.safetensors, or shards and their index."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from spannorm_jax.durable import write_json
+from spannorm_jax.durable import read_object, write_json
 from spannorm_jax.errors import UserError, one_line
 
 _SHARD_BYTES = 5 * 10**9  # of a file, at most, unless one tensor has more
@@ -76,11 +75,14 @@ class TensorFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError if the file holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no keys")
+        return read_object(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; give a folder of a model, as Hugging Face lays it out") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)})") from error
-    return values
+
+
+def check_new(path: Path, flag: str) -> None:
+    """Raises UserError if there is something at `path`, which `flag` gave, that is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag} {path} exists and is not an empty folder; give a new one")

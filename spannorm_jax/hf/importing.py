@@ -17,7 +17,7 @@ from spannorm_jax.data import bpe
 from spannorm_jax.data.tokenizer import BYTES
 from spannorm_jax.durable import publish, temporary_folder, write_text
 from spannorm_jax.errors import UserError, did_you_mean
-from spannorm_jax.hf.files import TensorFiles, read_json
+from spannorm_jax.hf.files import TensorFiles, check_new, read_json
 from spannorm_jax.hf.stock import STOCK, Architecture
 from spannorm_jax.hf.tokenizer import run_tokenizer_json
 from spannorm_jax.hf.weights import imported
@@ -95,8 +95,7 @@ def import_model(
       UserError: `source` is no such model or our model lacks something of it, or `workdir` is not new.
     """
     check_overridable(overrides, _OVERRIDABLE, "import")
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir {workdir} exists and is not an empty folder; give a new one")
+    check_new(workdir, "--workdir")
     values = read_json(source / CONFIG)
     layout, config = model_config(source, values)
     text, num_ids = _tokenizer(source, values, tokenizer or source / TOKENIZER)

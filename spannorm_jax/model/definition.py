@@ -115,8 +115,7 @@ Modules = Callable[[ModelConfig, ExecutionConfig], Trunk]  # a trunk and its end
 def define(cfg: ModelConfig, execution: ExecutionConfig | None = None, modules: Modules = Decoder) -> ModelDef:
     """The structure of a resolved config's model; allocates nothing, and `execution` changes no number of it.
 
-    Raises ValueError for a weight that was declared with an unknown role or logical
-    axis.
+    Raises ValueError for a weight that was declared with an unknown role or logical axis.
     """
     layers = stack_layers(cfg)
     # The modules declare one block of each kind; the tables stack as many as there are.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ _DEFINITIONS = {
     "seeds": "Runs of this setting that the means are taken over, one per seed; “2 of 3” when the third diverged or is "
     "unfinished, and after a mean “(1 of 2)” when only one of these has such a number. ± is the sample standard "
     "deviation over seeds (n − 1).",
-    "train loss": "Cross-entropy on the training data in nats per token: the mean over the last 10% of the steps "
+    "train loss": "Cross-entropy on the training data in {unit}: the mean over the last 10% of the steps "
     "taken. The loss of a step is that of the weights before its update. A run that diverged has none.",
-    "held-out loss": "Cross-entropy on the held-out split in nats per token, from the newest evaluation at the highest "
+    "held-out loss": "Cross-entropy on the held-out split in {unit}, from the newest evaluation at the highest "
     "step, or else what training measured at its last step.",
     "held-out bits/byte": "The same in bits per byte of text, which compares across tokenizers.",
     "held-out accuracy": "The share of held-out images, or tokens, whose likeliest class is theirs.",
@@ -39,7 +39,7 @@ _DEFINITIONS = {
     "a comparison says who learns short contexts first.",
     "tokens/s": "Training tokens per second over all devices: the median over the steps after the first 5, which hold "
     "compilation.",
-    "spikes": f"Logged steps whose loss is more than {stats.SPIKE_HEIGHT} nats/token and more than "
+    "spikes": f"Logged steps whose loss is more than {stats.SPIKE_HEIGHT} {{unit}} and more than "
     f"{stats.SPIKE_NOISE} standard deviations of the run’s own noise above the running median of "
     f"{stats.SPIKE_WINDOW} steps around them, after the first {stats.SPIKE_WINDOW // 2}.",
     "clipped": "Share of the logged steps whose gradient norm was above optim.clip_norm.",
@@ -47,9 +47,9 @@ _DEFINITIONS = {
     "outcome": f"trained: finished, with a train loss at least {LEARNT:.0%} below the unigram entropy of the training "
     f"data, and with at least {KEPT:.0%} of what it had learnt at its best, which is the least mean over 10% of the "
     f"steps, {SHORTEST_MEAN} at least. collapsed: finished, was {LEARNT:.0%} below, and lost it. plateau: finished, "
-    "and was never so far below: it learnt little more than token frequencies. diverged: a loss or gradient became "
+    "and was never so far below: it learnt little more than {classes} frequencies. diverged: a loss or gradient became "
     "non-finite at that step. unfinished: still running, or stopped early.",
-    "unigram entropy": "Of the training split’s token frequencies, in nats per token: the loss of the best model that "
+    "unigram entropy": "Of the training split’s {classes} frequencies, in {unit}: the loss of the best model that "
     "ignores context.",
 }
 
@@ -57,6 +57,8 @@ _DEFINITIONS = {
 def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: str) -> dict[str, Any]:
     """All that the template shows but the figures."""
     results = table_cells(study)
+    shown = [*(name for name, _ in results[0]), "unigram entropy"]
+    words = {"unit": study.unit, "classes": "token" if study.unit == "nats/token" else "class"}
     return {
         **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
         **{"results": results, "looks": _looks(study), "chosen_on": _chosen_on(study), "errors": _errors(study)},
@@ -69,24 +71,10 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
         **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
         **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
         "tasks": _tasks(study),
-        "definitions": _definitions(study, [*(name for name, _ in results[0]), "unigram entropy"]),
+        "definitions": [(name, _DEFINITIONS[name].format(**words)) for name in shown],
         "runs": [_run(study.rows[i], root) for i in study.runs["row"]],
         "common": _common(study.rows),
     }
-
-
-def _definitions(study: Study, names: Iterable[str]) -> list[tuple[str, str]]:
-    """Names with what they mean; of images what a text's token frequencies are is that of classes."""
-    if study.unit == "nats/token":
-        return [(name, _DEFINITIONS[name]) for name in names]
-    words = {"nats per token": "nats per image", "nats/token": "nats/image", "token frequencies": "the classes’ shares"}
-    found = []
-    for name in names:
-        text = _DEFINITIONS[name]
-        for of_text, of_images in words.items():
-            text = text.replace(of_text, of_images)
-        found.append((name, text))
-    return found
 
 
 def in_markdown(shown: dict[str, Any]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from typing import Any
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import recorded_config
 from spannorm_jax.data import names
-from spannorm_jax.durable import exclusive, unwritable, write_json, write_text
+from spannorm_jax.durable import exclusive, read_object, unwritable, write_json, write_text
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.paths import user_path
 from spannorm_jax.resolution import changed_keys
@@ -60,9 +60,7 @@ def read_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{workdir} is not a run: it has no {CONFIG}; give a folder that train has written")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no keys")
+        values = read_object(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it back from a checkpoint's meta") from error
     except OSError as error:

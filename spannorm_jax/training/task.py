@@ -58,6 +58,7 @@ class Task:
       warn: (config, data) says what speaks against a held-out measure.
       floors: (config, data, measures) -> losses that need no network, on the same predictions, by name; {} if there
         are too many.
+      summary: what an evaluation found (its line of eval.jsonl) -> the line that is printed of it.
     """
 
     open: Callable[[Config], tuple[Any, Config]]
@@ -77,6 +78,7 @@ class Task:
     announced: Callable[[Config, Any], str]
     warn: Callable[[Config, Any], None]
     floors: Callable[[Config, Any, dict[str, float]], dict[str, float]]
+    summary: Callable[[dict[str, Any]], str]
 
 
 def abstract_batch(fields: Fields, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -93,8 +93,8 @@ def test_logits_are_those_of_plain_numpy(placement, changes):
             x = np.concatenate([w["token"], x])
         features = reference.features(w, x, options)
         want = (features[0] if "token" in w else features.mean(axis=0)) @ w["head"]
-        # float32 against float64: largest error seen 3e-6 of the largest logit.
-        np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5 * np.abs(want).max())
+        # float32 against float64: largest error seen 2.1e-6 of the largest logit.
+        np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_patches_and_positions_are_those_of_loops():
@@ -132,7 +132,7 @@ def test_an_image_is_cut_out_of_its_padding_and_flipped_by_its_own_draw():
         found = [key for key, value in could.items() if np.array_equal(value, one)]
         assert len(found) == 1
         seen |= set(found)
-    assert len(seen) > 12  # of 18; 64 draws leave out half with a chance below 1e-9
+    assert len(seen) > 12  # of 18; 64 draws leave out six with a chance of 1e-7
     np.testing.assert_array_equal(augmented(images[::-1], draws[::-1], image), got[::-1])
     np.testing.assert_array_equal(augmented(images, draws, ImageConfig(size=SIDE)), images)
 

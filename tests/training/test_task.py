@@ -114,6 +114,7 @@ PATCHED = Task(
     announced=lambda config, data: "patches",
     warn=lambda config, data: None,
     floors=lambda config, data, measures: {"chance": math.log(CLASSES)},
+    summary=lambda result: f"{result['rows']} rows",
 )
 CONFIG = replace(  # learns in a moment
     TINY, training__steps=20, training__batch_size=16, optim__lr=2e-2, eval__every_steps=10, eval__batch_size=16

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,11 @@ from jax.typing import ArrayLike
 from spannorm_jax.config import Config, ImageConfig
 from spannorm_jax.data.images import ImageStore, fingerprint, held_out_rows, open_images, rows_of
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.definition import define
 from spannorm_jax.model.vision import Encoder
 from spannorm_jax.parallel import distributed
 from spannorm_jax.resolution import resolve
-from spannorm_jax.training.task import Batch, Field, Fields, Rows, Task
+from spannorm_jax.training.task import Batch, Field, Fields, Task
 
 _COMPARED = 2**28  # bytes of images whose splits are compared
 
@@ -57,32 +56,12 @@ def _open(config: Config) -> tuple[OpenImages, Config]:
     )
 
 
-def _define(config: Config) -> ModelDef:
-    return define(config.model, config.execution, partial(Encoder, image=config.image))
-
-
-def _fields(B: int, image: ImageConfig, **more: Field) -> Fields:
+def _fields(B: int, image: ImageConfig, **by_row: str) -> Fields:
+    """`image`, `label` and numbers of a row: name -> type."""
     shape = (B, image.size, image.size, image.channels)
+    numbers = {"label": "int32"} | by_row
     fields = {"image": Field(shape, "uint8", ("batch", "parts", "parts", "parts"))}
-    return fields | {"label": Field((B,), "int32", ("batch",))} | more
-
-
-def _train_fields(config: Config) -> Fields:
-    B = config.training.batch_size
-    return _fields(B, config.image, draw=Field((B,), "uint32", ("batch",)))
-
-
-def _eval_fields(config: Config) -> Fields:
-    B = config.eval.batch_size
-    return _fields(B, config.image, weights=Field((B,), "float32", ("batch",)))
-
-
-def _rows(config: Config, data: OpenImages) -> Callable[[int, int, int], Rows]:
-    return rows_of(data.train, config.seed, config.training.batch_size)
-
-
-def _held_out(config: Config, data: OpenImages) -> Iterator[tuple[Rows, dict[str, int]]]:
-    return ((rows, {}) for rows in held_out_rows(data.eval, config.eval.batch_size))
+    return fields | {name: Field((B,), dtype, ("batch",)) for name, dtype in numbers.items()}
 
 
 def _facts(data: OpenImages) -> dict[str, Any]:
@@ -170,17 +149,24 @@ def _measures(totals: dict[str, float]) -> dict[str, float]:
     }
 
 
+def _summary(result: dict[str, Any]) -> str:
+    return (
+        f"step {result['step']}  loss {result['loss']:.4f} nats/image  accuracy {result['accuracy']:.4f}  "
+        f"({result['images']:,} images of {result['split']}; chance {result['floors']['chance']:.4f} nats/image)"
+    )
+
+
 IMAGE = Task(
     open=_open,
     check=lambda config, data: None,
-    define=_define,
+    define=lambda config: define(config.model, config.execution, partial(Encoder, image=config.image)),
     positions=lambda config: config.data.seq_len,
-    train_fields=_train_fields,
-    eval_fields=_eval_fields,
-    rows=_rows,
+    train_fields=lambda config: _fields(config.training.batch_size, config.image, draw="uint32"),
+    eval_fields=lambda config: _fields(config.eval.batch_size, config.image, weights="float32"),
+    rows=lambda config, data: rows_of(data.train, config.seed, config.training.batch_size),
     inputs=lambda batch: batch["image"],
     loss_sums=lambda config, mesh_shape, rows: loss_sums,
-    held_out=_held_out,
+    held_out=lambda config, data: ((rows, {}) for rows in held_out_rows(data.eval, config.eval.batch_size)),
     measures=_measures,
     logged=("loss", "accuracy"),
     facts=_facts,
@@ -188,4 +174,5 @@ IMAGE = Task(
     announced=_announced,
     warn=_warn,
     floors=lambda config, data, measures: {"chance": math.log(data.train.num_classes)},
+    summary=_summary,
 )

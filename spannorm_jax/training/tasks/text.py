@@ -155,6 +155,14 @@ def _measures(totals: dict[str, float]) -> dict[str, float]:
     }
 
 
+def _summary(result: dict[str, Any]) -> str:
+    return (
+        f"step {result['step']}  loss {result['loss']:.4f} nats/token  perplexity {result['perplexity']:.3f}  "
+        f"{result['bits_per_byte']:.4f} bits/byte  accuracy {result['accuracy']:.4f}  "
+        f"({result['tokens']:,} tokens of {result['split']})"
+    )
+
+
 TEXT = Task(
     open=_open,
     check=_check,
@@ -173,4 +181,5 @@ TEXT = Task(
     announced=_announced,
     warn=say_overlap,
     floors=_floors,
+    summary=_summary,
 )
