@@ -1,4 +1,4 @@
-"""What a session of one GPU measures before its runs: the commands, and the same programs compiled without a GPU."""
+"""What a session of one GPU measures before its runs, and its programs compiled without a GPU."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ NO_AUTOTUNING = "--xla_gpu_autotune_level=0"  # which takes three quarters of th
 class Measure:
     """A benchmark that leaves the record gpu-NAME.json; it is stopped after so many seconds.
 
-    Its options are those of its command but for the config. Compile seconds stand apart in every record.
+    Its options are its command's, less the config. Every record has compile seconds apart.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Measure:
         return [("training.batch_size", str(self.batch_size)), *overrides]
 
     def programs(self, overrides: Overrides) -> Iterator[tuple[str, str, Config, int]]:
-        """What the command compiles: a title, the kind of `plan.programs`, the config and the number of lanes."""
+        """What the command compiles: title, kind (`plan.programs`), config, number of lanes."""
         own = list(self.overrides(overrides))
         if self.module == "lanes":
             config = load(self.config, own)
@@ -88,7 +88,7 @@ MEASURES = (
 def measure(one: Measure, out: Path, seconds: float, overrides: Overrides, stop: Callable[[], bool]) -> bool:
     """Runs a benchmark for at most so many seconds, or until `stop`: whether its record is whole.
 
-    What a benchmark had written when it was stopped stays. Autotuning's results are kept in OUT, for the next session.
+    What it wrote before it was stopped stays. OUT keeps autotuning's results for the next session.
     """
     tuned = out.absolute() / "autotuned"
     tuned.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def measure(one: Measure, out: Path, seconds: float, overrides: Overrides, stop:
 
 
 def compile_for(to: target.Target, programs: Iterable[tuple[str, str, str, Config, int]]) -> Iterator[Planned]:
-    """Compiles a session's programs for a GPU that need not be here: name, title, and what the compiler plans.
+    """Compiles programs for a GPU that need not be here: name, title, what its compiler plans.
 
     A program that does not compile or fit yields its error, and the next follows.
     """

@@ -135,7 +135,7 @@ def ending(seconds: float) -> Iterator[list[int]]:
 
 
 def session(work: Path, out: Path, seconds: float, overrides: Overrides) -> int:
-    """Does what is left of MEASURES and PLAN, as far as the seconds reach: 0, or 1 if something has failed."""
+    """Does what is left of MEASURES and PLAN while the seconds last: 0, or 1 if something failed."""
     end = time.monotonic() + seconds - SAVE_S
     runs, codes, kept = work / _RUNS, list[int](), list[Future[int]]()
     jobs = min(JOBS, len(os.sched_getaffinity(0)))
@@ -167,7 +167,7 @@ def same_text() -> Overrides:
 
 
 def compiled(chip: str, out: Path, argv: list[str], overrides: Overrides) -> int:
-    """Compiles for a GPU all that a session runs on it, and records the plans: 1 if one does not compile or fit.
+    """Compiles all that a session runs, and records the plans: 1 if one does not compile or fit.
 
     Raises:
       UserError: the chip's compiler is not here.

@@ -1,4 +1,4 @@
-"""What `spannorm_jax` offers to Python beside its own types: configs, runs, metrics and predictions, each by one call.
+"""What `spannorm_jax` offers to Python beside its types: configs, runs, metrics, predictions.
 
 `spannorm_jax.NAME` imports what a name needs once it is asked for; docs/python.md shows each in use.
 """

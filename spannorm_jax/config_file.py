@@ -115,7 +115,7 @@ def _apply_override(config: Any, key: str, text: str) -> None:
 
 
 def _found(path: str) -> str:
-    """Where a config file is: configs/NAME.py is the package's own, unless there is one in the working folder."""
+    """Where a config file is: configs/NAME.py is the package's own if the working folder has none."""
     folder, name = os.path.split(path)
     own = os.path.join(PRESETS, name)
     return own if folder == "configs" and not os.path.isfile(path) and os.path.isfile(own) else path
@@ -240,7 +240,7 @@ def _read_recorded(path: str) -> dict[str, Any]:
 
 
 def resolve_without_data(config: Config, platform: str) -> Config:
-    """`resolve` for programs that train on nothing: it takes the tokenizer's size from the config, the images' too.
+    """`resolve` for programs that read no data: sizes of tokenizer and images are the config's.
 
     Raises UserError.
     """

@@ -27,7 +27,7 @@ def num_steps(config: Config) -> int:
 
 
 def fill_sizes(config: Config) -> Config:
-    """Fills in the sizes that follow from others: key-value heads, hidden units of the feed-forward and the experts.
+    """Fills in sizes that follow from others: key-value heads, hidden units of feed-forward and experts.
 
     Of images also their patches, if the size is known.
     """

@@ -1,4 +1,4 @@
-"""The train step with each value of one option, in one process: its seconds over those with the first value.
+"""The train step with each value of one option: seconds over those with the first value.
 
     python -m experiments.benchmarks.variants --config configs/dense.py:124m --option execution.attention=cudnn,xla
 
@@ -18,7 +18,7 @@ from spannorm_jax.paths import user_path
 
 
 def variants(config: str, option: str, overrides: list[tuple[str, str]]) -> dict[str, Config]:
-    """Value -> config. Raises UserError if `option` is no KEY=VALUE,VALUE of the model or its execution."""
+    """Value -> config. Raises UserError if `option` is no KEY=A,B of model or execution."""
     key, _, values = option.partition("=")
     if not key.startswith(("model.", "execution.")) or not all(values.split(",")):
         raise UserError(f"--option {option[:80]!r} is no KEY=A,B of model or execution: execution.attention=cudnn,xla")

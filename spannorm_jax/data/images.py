@@ -52,7 +52,7 @@ def open_images(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
     """A split of `data.dataset` in the size and the channels asked for.
 
     Raises:
-      UserError: the dataset, split or a file is not there, it has no images with a class each, or a package is missing.
+      UserError: a dataset, split, file or package is missing, or images have no class each.
     """
     key, asked, name = names.asked_for(data)
     if name.base == "digits":
@@ -67,9 +67,9 @@ def open_images(data: DataConfig, image: ImageConfig, split: str) -> ImageStore:
 
 
 def rows_of(store: ImageStore, seed: int, batch_size: int) -> Any:
-    """(step, start, stop) -> `image`, `label` and `draw` of rows of a step's batch, by `loader.shuffled`.
+    """(step, start, stop) -> `image`, `label`, `draw` of rows of a batch, by `loader.shuffled`.
 
-    A row's `draw` (uint32) is made of the seed and the row's place in that order, so that it is always the same.
+    A row's `draw` (uint32) follows from the seed and the row's place in that order alone.
     """
     order = shuffled(np.arange(len(store.labels)), seed)
 
@@ -116,7 +116,7 @@ def _digits() -> dict[str, _Arrays]:
 
 
 def _idx(part: str) -> _Arrays:
-    """Images and labels of MNIST's own files (yann.lecun.com/exdb/mnist): big-endian sizes, then bytes."""
+    """Images and labels of files in MNIST's form: big-endian sizes, then bytes."""
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         path = DEBIAN / f"{part}-{kind}-ubyte.gz"
@@ -217,7 +217,7 @@ def _write(
     num_classes: int,
     source: str,
 ) -> None:
-    """Writes the store in `folder`. Raises UserError for an image that cannot be read, or that has no class."""
+    """Writes the store in `folder`. Raises UserError for an image that has no class or is damaged."""
     pil = _package("PIL.Image", "pillow")
     with durable.temporary_folder(folder.parent, "config key data.cache_dir") as temp:
         images = np.lib.format.open_memmap(temp / _IMAGES, mode="w+", dtype=np.uint8, shape=shape)

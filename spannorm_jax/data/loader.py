@@ -12,7 +12,7 @@ from spannorm_jax.errors import UserError
 
 
 def shuffled(source: Any, seed: int) -> grain.MapDataset:
-    """An infinite order in which every epoch holds each element once, freshly shuffled from the seed."""
+    """An infinite order: every epoch holds each element once, freshly shuffled from the seed."""
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 

@@ -28,7 +28,7 @@ def check(cfg: ModelConfig) -> None:
 
 
 def modelling_file() -> str:
-    """The text of modeling_spannorm.py. The equations are `placement.py`'s and `rivals.py`'s, word for word."""
+    """The text of modeling_spannorm.py; its equations are those of `placement.py` and `rivals.py`."""
     text = (files("spannorm_jax.hf") / f"{FILE}.txt").read_text(encoding="utf-8")
     pasted = (re.sub(r"(?m)^(import \S+|from \S+ import .*)\n", "", inspect.getsource(module)) for module in _PASTED)
     return text.replace(_HERE, "\n".join(pasted))

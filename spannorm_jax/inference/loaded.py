@@ -25,7 +25,7 @@ from spannorm_jax.run.trained import Trained, open_trained
 
 @dataclass(frozen=True, eq=False)
 class Run(Trained):
-    """A run's checkpoint: `config`, `model`, `step`, and its weights `params`, nested and sharded over `mesh`."""
+    """A run's checkpoint: `config`, `model`, `step`, and `params`, nested and sharded over `mesh`."""
 
     workdir: Path
     tokenizer: Tokenizer
@@ -40,11 +40,11 @@ class Run(Trained):
         return jax.jit(lambda params, state, tokens: self.model.bind(params, state)(tokens))
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (T,) of a text as it stands within a document: without an end of text before or after it."""
+        """Ids (T,) of a text as it stands within a document, with no end of text around it."""
         return self.tokenizer.encode(text.encode("utf-8", "surrogateescape"))
 
     def logits(self, tokens: Any) -> Array:
-        """Logits (B, T, V), float32, of ids (B, T); those of position t are for token t + 1. A shape compiles once."""
+        """Logits (B, T, V), float32, of ids (B, T): at t those of token t + 1. A shape compiles once."""
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, self.model_state, np.asarray(tokens, np.int32))
 
@@ -56,7 +56,7 @@ class Run(Trained):
         return self._scorer.score(sequences)
 
     def loss(self, text: str) -> dict[str, float]:
-        """The loss of a text as a document of its own: nats per token, bits per byte, and how many of both.
+        """The loss of a text as a document: nats per token, bits per byte, and how many of both.
 
         It begins after an end of text, and is cut into windows of data.seq_len as `evaluate` cuts a split.
         """

@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences: each token's loss under a model, one program for each padded length."""
+"""Each token's loss under a model, of sequences: one program for each padded length."""
 
 import itertools
 from collections.abc import Sequence

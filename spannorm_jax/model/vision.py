@@ -35,7 +35,7 @@ class Encoder(Trunk):
         self.head = weight((D, C), ("embed", "vocab"), "output", "head", fan_in=D, fan_out=C, start=0.0)
 
     def embeddings(self, images_BxSxSxC: Array) -> Array:
-        """What enters the placement's stream: (B, T, D) in the compute dtype, T the patches and the token, if any."""
+        """What enters the stream: (B, T, D) in the compute dtype, T the patches and the token, if any."""
         cfg, image = self.cfg, self.image
         with jax.named_scope("embed"):
             x = patches(images_BxSxSxC, image.patch).astype(cfg.dtype) @ self.embed[...].astype(cfg.dtype)
@@ -65,7 +65,7 @@ class Encoder(Trunk):
 
 
 def patches(images_BxSxSxC: Array, patch: int) -> Array:
-    """(B, N, patch^2 C) float32 between -1 and 1, row by row of the image, of bytes or floats up to 255."""
+    """(B, N, patch^2 C) float32 from -1 to 1, row by row of the image, of numbers up to 255."""
     B, S, _, C = images_BxSxSxC.shape
     n = S // patch
     x = images_BxSxSxC.astype(jnp.float32) / 127.5 - 1
@@ -73,7 +73,7 @@ def patches(images_BxSxSxC: Array, patch: int) -> Array:
 
 
 def sincos2d(side: int, width: int) -> np.ndarray:
-    """(side^2, width) float32: sines and cosines of a patch's column, then row (Chen et al. 2021, arXiv 2104.02057)."""
+    """(side^2, width): sines, cosines of column, then row (Chen et al. 2021, arXiv 2104.02057)."""
     omega = 1e4 ** -np.linspace(0, 1, width // 4)
     row, column = (np.outer(index.ravel(), omega) for index in np.mgrid[:side, :side])
     return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1).astype(np.float32)

@@ -39,7 +39,7 @@ def weight(
     fan_out: int,
     start: float | None = None,
 ) -> nnx.Param:
-    """Declares a matrix. An initialisation says with what standard deviation it is drawn, if it has no `start`."""
+    """Declares a matrix. Without `start` it is drawn, with the initialisation's standard deviation."""
     return _declared(WeightSpec(shape, axes, role, site, fan_in, fan_out, start))
 
 

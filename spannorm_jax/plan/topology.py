@@ -154,7 +154,7 @@ device_description_str: "{gpu.name}"
 
 @contextlib.contextmanager
 def compiling_for(devices: list[Any]) -> Iterator[None]:
-    """JAX asks this machine for cuDNN's version and the GPU's, tokamax for its device: a topology answers here."""
+    """JAX asks for cuDNN's version and the GPU's, tokamax for its device: a topology answers."""
     if devices[0].platform != "gpu":
         yield
         return

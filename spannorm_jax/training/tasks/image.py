@@ -100,7 +100,7 @@ def _warn(config: Config, data: OpenImages) -> None:
 
 
 def augmented(images_BxSxSxC: Array, draw_B: Array, image: ImageConfig) -> Array:
-    """Each image padded by zeros, cut to its size anywhere and, every second one, flipped: by its own `draw`."""
+    """Images padded by zeros, cut to size anywhere, half of them flipped: each by its own `draw`."""
 
     def one(x: Array, draw: Array) -> Array:
         to_cut, to_flip = jax.random.split(jax.random.key(draw))
