@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 SMOKE := --out runs/demo-smoke --config.training.steps=12 --config.checkpoint.every_steps=6 --config.eval.tokens=8192
 
-.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-eval test-hf test-slow lint
+.PHONY: help env demo demo-smoke test test-quick test-process test-pages test-tpu test-cuda test-eval test-buckets test-hf test-slow lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,15 @@ test-cuda: .venv-cuda/installed ## our programs by XLA for an H100, which needs 
 
 test-eval: .venv-eval/installed ## tasks of lm-evaluation-harness on runs
 	.venv-eval/bin/python -m pytest -m eval tests/inference/test_harness.py
+
+# Clients of Google and Amazon bring sixty packages.
+.venv-buckets/installed: setup.cfg requirements.txt tests/run/requirements-buckets.txt
+	$(PYTHON) -m venv .venv-buckets
+	.venv-buckets/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/run/requirements-buckets.txt -e '.[test,gcs,s3]'
+	touch $@
+
+test-buckets: .venv-buckets/installed ## runs in buckets, gs:// and s3://, whose servers fail now and then
+	.venv-buckets/bin/python -m pytest -m buckets tests/run/test_bucket.py tests/run/test_bucket_runs.py
 
 # torch and transformers alone: this package is not there, and its pins would not go with version 4.
 .venv-hf/installed .venv-hf4/installed: .venv-%/installed: tests/hf/requirements-%.txt

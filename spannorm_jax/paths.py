@@ -23,10 +23,10 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
         same for Python and for the libraries in C++, which take UTF-8, or no system has such a path.
     """
     shown = f"{what} {os.fspath(text)!r}".strip()
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)):
+    if is_address(text):
         raise UserError(
-            f"{shown} is an address, and only folders are read and written; mount the bucket or share, and give the "
-            "folder that it is mounted at"
+            f"{shown} is an address, and only folders are read and written here (runs may be in a bucket, all else is "
+            "on a disk); mount the bucket or share, and give the folder that it is mounted at"
         )
     try:
         path = Path(text).expanduser()
@@ -42,6 +42,11 @@ def user_path(text: str | os.PathLike[str], what: str = "") -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shown} cannot be a path ({reason}); write another") from error
     return path
+
+
+def is_address(text: str | os.PathLike[str]) -> bool:
+    """Whether it is one such as gs://bucket/x, and no path."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)))
 
 
 def is_utf8(path: Path) -> bool:

@@ -7,7 +7,6 @@ import jax
 from jax.sharding import Mesh
 
 from spannorm_jax.config import Config
-from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.parallel.liveness import default_sigterm, in_step
@@ -15,6 +14,7 @@ from spannorm_jax.parallel.mesh import check_divisible, make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run import lines
 from spannorm_jax.run.provenance import check_agreement
 from spannorm_jax.run.trained import open_trained
 from spannorm_jax.training.held_out import held_out
@@ -80,7 +80,7 @@ class NotRecorded(UserError):
 
 def _append(out: Path, line: dict[str, Any]) -> None:
     try:
-        append_line(out, line)
+        lines.append(out, line)
     except OSError as error:
         why = f"{out} cannot be written ({error.strerror})"
         raise NotRecorded(f"not recorded: {why}; --out FILE records it elsewhere", line) from error

@@ -8,7 +8,7 @@ import sys
 
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, one_line, visible
-from spannorm_jax.paths import user_path
+from spannorm_jax.run.folder import run_folder_path
 
 
 def keys_of(text: str, flag: str) -> dict[str, str]:
@@ -21,8 +21,10 @@ def keys_of(text: str, flag: str) -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.report", description=__doc__)
-    parser.add_argument("roots", metavar="ROOT", nargs="+", type=user_path, help="a run, or a folder that holds runs")
-    parser.add_argument("--out", type=user_path, help="where the files go (default: ROOT/report)")
+    parser.add_argument(
+        "roots", metavar="ROOT", nargs="+", type=run_folder_path, help="a run, or a folder that holds runs"
+    )
+    parser.add_argument("--out", type=run_folder_path, help="where the files go (default: ROOT/report)")
     parser.add_argument("--title", help="the page's title")
     form = "KEY=VALUE,..."
     told = "what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "

@@ -1,7 +1,6 @@
 """Reads run folders. What cannot be read is left out and said: a damaged file costs no report."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,13 @@ import numpy as np
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.paths import NO_UTF8, is_utf8
 from spannorm_jax.report.runs import Metrics, RunFolder, dotted, finite
+from spannorm_jax.run import lines
 from spannorm_jax.run.folder import CONFIG, DIVERGED, DONE, EVAL, METRICS, STARTS
+from spannorm_jax.run.store import walk
 
 _NEEDED = {"model.placement": str, "model.init": str, "seed": int, "training.steps": int}  # what makes a config a run's
 _AXES: dict[str, Any] = {"model.depth": int, "model.width": int, "optim.lr": (int, float)}  # of figures
+_OF_LINES = (METRICS, STARTS, EVAL)
 _COLUMNS = ("loss", "grad_norm", "tokens_per_s", "held_out_loss")
 
 
@@ -30,7 +32,7 @@ class _Reader:
     def content(self, name: str) -> bytes | None:
         """The file's content, or None when there is no such file."""
         try:
-            return (self.folder / name).read_bytes()
+            return lines.read(self.folder / name) if name in _OF_LINES else (self.folder / name).read_bytes()
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -148,13 +150,14 @@ def find_runs(roots: Path | Sequence[Path], passed_over: Callable[[str], None] =
         if not root.is_dir():
             raise UserError(f"{root} is not a folder; name the folder that holds the runs")
         found = False
-        for folder, subfolders, files in os.walk(root):
+        for name, subfolders, files in walk(root):
             subfolders.sort()
             if CONFIG not in files:
                 continue
+            folder = type(root)(name)
             try:
-                if is_utf8(Path(folder)):
-                    runs.setdefault(Path(folder).resolve(), read_run(Path(folder)))
+                if is_utf8(folder):
+                    runs.setdefault(folder.resolve(), read_run(folder))
                     found = True
                 else:
                     foreign.append(f"{folder} {NO_UTF8}")

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from spannorm_jax.report.folders import find_runs
 from spannorm_jax.report.looks import Figure
 from spannorm_jax.report.study import RUNS, Study, study_of
 from spannorm_jax.report.tables import notices
+from spannorm_jax.run.bucket import in_bucket
+from spannorm_jax.run.store import upload
 
 TITLE = "Norm placement and initialisation"
 Notices = list[tuple[str, str]]
@@ -71,6 +74,11 @@ def read_study(
 
 def write_files(study: Study, said: Notices, folders: Sequence[Path], out: Path, title: str) -> Path:
     """Writes the files of a report. Raises UserError if that cannot be done."""
+    if in_bucket(out):
+        with tempfile.TemporaryDirectory() as local:
+            page = write_files(study, said, folders, Path(local), title)
+            upload(Path(local), out)
+            return out / page.name
     root = Path(os.path.commonpath([folder.absolute() for folder in folders]))
     made = {name: make(study) for name, (make, _) in FIGURES.items()}
     drawn = [figure for figure in made.values() if figure is not None]

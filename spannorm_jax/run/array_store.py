@@ -12,13 +12,14 @@ from pathlib import Path
 
 import tensorstore as ts
 
+from spannorm_jax.run import objects
+
 PART = "ocdbt.process_"
 _TREE, _MANIFEST = "_METADATA", "manifest.ocdbt"
 
 
 def _open(folder: Path, context: ts.Context) -> ts.KvStore:
-    # A specification and no URL: a URL gives characters such as `%` and `#` another meaning.
-    base = {"driver": "file", "path": f"{folder.resolve()}/"}  # which refuses `..`
+    base = objects.base(folder)
     return ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
 
 

@@ -2,26 +2,22 @@
 
 A checkpoint has items: params, opt_state, model_state (if the model has any) and meta (step and resolved config).
 They are separate so that evaluation does not read the optimiser's. Saves are asynchronous: Orbax writes to a temporary
-folder and renames it when everything is on disk; just before, `array_store.py` asks each item for its arrays and
-`manifest.py` lists the hash of each file. Only checkpoints that are whole, match their manifest, and are by their meta
-that step of that run are ever read: a folder's name says nothing.
+folder and renames it when everything is on disk, or in a bucket writes a last object; just before, `array_store.py`
+asks each item for its arrays and `manifest.py` lists the hash of each file. Only checkpoints that are whole, match
+their manifest, and are by their meta that step of that run are ever read: a folder's name says nothing.
 
-Readers and a trainer at work share a folder. A reader holds the checkpoint it reads by a shared lock on its manifest,
-and the trainer keeps what is held; the trainer locks what it removes, and a reader passes it over.
+Readers and a trainer at work share a folder. A reader holds the checkpoint it reads (`holds.py`), and the trainer
+keeps what is held; the trainer locks what it removes, and a reader passes it over.
 """
 
-import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,9 +29,12 @@ from spannorm_jax.config_file import recorded_config
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
 from spannorm_jax.resolution import changed_keys
+from spannorm_jax.run import holds, objects
 from spannorm_jax.run.array_store import incomplete, join_parts
+from spannorm_jax.run.bucket import in_bucket
 from spannorm_jax.run.manifest import MANIFEST, fault, write_manifest
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.run.store import make_folder, move_folder, remove_folder
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
 # a reader's manager is read-only; parts were not joined, which `_seal` does and checks itself; a checkpoint that a
@@ -73,18 +72,21 @@ class Checkpoints:
         self._run = run
         self._kept = _KeepHeld(folder, config) if config else None
         self._saving: int | None = None
-        self._held: IO[bytes] | None = None
+        self._hold = holds.Hold(folder)
+        distributed.from_first(lambda: objects.commit_copies(folder))
+        shared = objects.manager_options(folder)
         if self._kept is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, **shared)
         else:
             options = ocp.CheckpointManagerOptions(
+                **shared,
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 # Orbax calls this when all files are written, just before it renames the temporary folder.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(folder if in_bucket(folder) else folder.resolve(), options=options)
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
@@ -97,7 +99,9 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _seal(self) -> None:
-        (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        folder = self.folder / str(self._saving)
+        if not in_bucket(folder):
+            (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         join_parts(folder)
         lacks = incomplete(folder)
         if lacks:
@@ -190,9 +194,9 @@ class Checkpoints:
                 f"{self.folder} to train from the beginning"
             )
         for bad in [s for s in self.steps() if step is None or s > step]:
-            aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(bad), ignore_errors=True)
-            self._path(bad).rename(aside / str(bad))
+            make_folder(aside)
+            remove_folder(aside / str(bad))
+            move_folder(self._path(bad), aside / str(bad))
         return step, faults
 
     def _fault(self, step: int) -> str | None:
@@ -239,7 +243,7 @@ class Checkpoints:
         faults: list[str] = []
         gone: list[int] = []
         for step in [wanted] if wanted is not None else steps[::-1]:
-            found = self._fault(step) if self._hold(step) else ""
+            found = self._fault(step) if self._hold.take(step) else ""
             if found is None:
                 return step, faults, gone
             if found and self._path(step).exists():
@@ -247,24 +251,6 @@ class Checkpoints:
             else:
                 gone.append(step)
         return None, faults, gone
-
-    def _hold(self, step: int) -> bool:
-        """Keeps a trainer from removing a checkpoint; False if it has gone, or a trainer is removing it."""
-        self._release()
-        path = self._path(step) / MANIFEST
-        try:
-            self._held = open(path, "rb")  # noqa: SIM115 (closed by _release)
-            fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # no manifest, which `fault` names, or no locks on this file system
-            return self._path(step).exists()
-        return os.fstat(self._held.fileno()).st_nlink > 0
-
-    def _release(self) -> None:
-        if self._held:
-            self._held.close()
-            self._held = None
 
     def wait(self) -> None:
         """Returns when every save is committed, in a folder that is still the run's own."""
@@ -303,7 +289,7 @@ class Checkpoints:
             raise
 
     def close(self) -> None:
-        self._release()
+        self._hold.release()
         self._in_own(self._manager.close)
 
 
@@ -347,8 +333,7 @@ class _KeepHeld(policies.PreservationPolicy):
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.last, self._every = config.keep_last, config.keep_every
-        self._folder = folder
-        self._locks = contextlib.ExitStack()
+        self._claims = holds.Claims(folder)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         spare = self.spare([info.step for info in checkpoints], max(2, self.last))
@@ -356,17 +341,6 @@ class _KeepHeld(policies.PreservationPolicy):
 
     def spare(self, steps: Sequence[int], last: int) -> list[int]:
         """Those that nobody needs, with the `last` newest kept. They are locked until the next choice."""
-        self._locks.close()  # of the choice before, whose removals are done
+        self._claims.release()  # of the choice before, whose removals are done
         spare = [s for s in sorted(steps)[:-last] if not self._every or s % self._every]
-        return distributed.from_first(lambda: [step for step in spare if self._claim(step)])
-
-    def _claim(self, step: int) -> bool:
-        """Locks out readers; False if one holds the checkpoint."""
-        try:
-            file = self._locks.enter_context((self._folder / str(step) / MANIFEST).open("r+b"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # no locks on this file system, or no manifest: nobody holds it
-            pass
-        return True
+        return distributed.from_first(lambda: [step for step in spare if self._claims.take(step)])

@@ -26,10 +26,13 @@ from typing import Any
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.config_file import recorded_config
 from spannorm_jax.data import names
-from spannorm_jax.durable import exclusive, read_object, unwritable, write_json, write_text
-from spannorm_jax.errors import UserError, one_line
-from spannorm_jax.paths import user_path
+from spannorm_jax.durable import read_object, unwritable
+from spannorm_jax.errors import UserError
+from spannorm_jax.paths import is_address, user_path
 from spannorm_jax.resolution import changed_keys
+from spannorm_jax.run import bucket, lines
+from spannorm_jax.run.bucket import in_bucket
+from spannorm_jax.run.store import exclusive, make_folder, write_json
 
 CONFIG, STARTS, METRICS, EVAL = "config.json", "starts.jsonl", "metrics.jsonl", "eval.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
@@ -40,7 +43,9 @@ _FIRST_FILES = (LOCK, CONFIG + ".tmp")  # all that a start which was killed at o
 
 
 def run_folder_path(text: str) -> Path:
-    """`--workdir` as a path. Raises UserError for an address or a name that checkpoints cannot have."""
+    """`--workdir` as a path, of a disk or a bucket. Raises UserError for a name that checkpoints cannot have."""
+    if is_address(text):
+        return bucket.bucket_path(text, f"--workdir {text!r}")
     path = user_path(text, "--workdir")
     if "\\" in str(path.absolute()):
         raise UserError(
@@ -74,9 +79,8 @@ def read_config(workdir: Path) -> Config:
 
 def _started_with(workdir: Path) -> str:
     """Full name of the data as the last start recorded it, for runs from before their config did; "" if none did."""
-    path = workdir / STARTS
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for line in reversed(lines):
+    started = lines.read(workdir / STARTS).splitlines() if lines.exists(workdir / STARTS) else []
+    for line in reversed(started):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, which a crash leaves
             return str(json.loads(line)["data"]["dataset"])
     return ""
@@ -110,7 +114,7 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
     _check_fits(workdir, config)
     with contextlib.ExitStack() as stack:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            make_folder(workdir)
             holds_lock = stack.enter_context(exclusive(workdir / LOCK, f"--workdir {workdir}"))
             _check_fits(workdir, config)  # another trainer may have been first
             write_json(workdir / CONFIG, to_dict(config))
@@ -144,7 +148,7 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
                 "the last sound checkpoint"
             ) from error
         finally:
-            if not is_own():
+            if not in_bucket(workdir) and not is_own():
                 time.sleep(_REMOVAL_S)
                 _remove_remade(workdir)
 
@@ -204,10 +208,10 @@ def is_evaluated(workdir: Path, config: Config, step: int) -> bool:
     """Whether eval.jsonl holds the evaluation of a step that `config` asks for."""
     asked = what_is_evaluated(config, step)
     try:
-        lines = (workdir / EVAL).read_bytes().splitlines()
+        texts = lines.read(workdir / EVAL).splitlines()
     except OSError:
         return False
-    for text in lines:
+    for text in texts:
         with contextlib.suppress(ValueError):  # half a line, which a crash leaves
             line = json.loads(text)
             if not isinstance(line, dict) or "step" not in line or "tasks" in line:
@@ -216,30 +220,3 @@ def is_evaluated(workdir: Path, config: Config, step: int) -> bool:
             if all(line.get(k, v) == v for k, v in asked.items()):
                 return True
     return False
-
-
-def keep_lines_until(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step`, and a last line that a crash cut short.
-
-    Raises:
-      UserError: a line within is damaged, or its steps do not ascend; nothing is changed then.
-    """
-    if not path.exists():
-        return
-    kept, previous = [], 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            step = json.loads(line)["step"]
-            if not previous < step:
-                raise ValueError(f"step {step} after {previous}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} line {number} is damaged ({one_line(error)}); put the file back from a copy, or delete that "
-                "line and go without it"
-            ) from error
-        previous = step
-        if step <= last_step:
-            kept.append(line.decode())
-    write_text(path, "".join(kept))

@@ -1,7 +1,8 @@
-"""The manifest of a finished checkpoint: the sha256 of each of its files.
+"""The manifest of a finished checkpoint: a hash of each of its files.
 
-Orbax's rename says that a save was complete; the manifest, which appears with it, says that its bytes are still those
-that were saved.
+Orbax's rename, or in a bucket its last object, says that a save was complete; the manifest, which appears with it, says
+that its bytes are still those that were saved. On a disk the hash is sha256. In a bucket it is what the service keeps
+of each object (md5, or an etag), so that nothing is read again; a copy on the other side is read to be compared.
 """
 
 import hashlib
@@ -9,17 +10,19 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spannorm_jax.durable import write_json
+from spannorm_jax.run.bucket import checksums, in_bucket
+from spannorm_jax.run.store import COMMITTED, write_json
 
 MANIFEST = "manifest.json"
 # Orbax writes this file of its own from a thread that may be behind the manifest, and says nothing there of the arrays:
 # it need only be whole.
 _ORBAX_METADATA, _WHOLE = "_CHECKPOINT_METADATA", "whole"
+_ETAG = "etag"  # how a service makes it is its own secret: elsewhere it compares with nothing
 
 
 def write_manifest(folder: Path) -> None:
     """Writes `folder`/manifest.json, atomically."""
-    write_json(folder / MANIFEST, _files(folder))
+    write_json(folder / MANIFEST, _files(folder, {}))
 
 
 def fault(folder: Path) -> str | None:
@@ -32,7 +35,7 @@ def fault(folder: Path) -> str | None:
         return f"{path} is missing"
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
-        found = _files(folder)
+        found = _files(folder, expected if isinstance(expected, dict) else {})
     except (OSError, ValueError) as error:
         return f"{path} cannot be checked ({error})"
     if not isinstance(expected, dict) or not expected:
@@ -45,18 +48,41 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def _files(folder: Path) -> dict[str, str]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+def _files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
+    """The hash of each file, of the kind that is expected of it."""
+    if in_bucket(folder):
+        known = checksums(folder)
+        names = sorted(name for name in known if not name.endswith((MANIFEST, COMMITTED)))
+    else:
+        known = {}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        names = [path.relative_to(folder).as_posix() for path in paths]
+
+    def digest(name: str) -> str:
+        wanted, path = expected.get(name, ""), folder / name
+        if path.name == _ORBAX_METADATA:
+            return _whole(path)
+        if name in known and (not wanted or _kind(wanted) == _kind(known[name])):
+            return known[name]
+        return wanted if _kind(wanted) == _ETAG else _hash(path, _kind(wanted))
+
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves Python's lock free
-        hashes = pool.map(_sha256, paths)
-        return {path.relative_to(folder).as_posix(): digest for path, digest in zip(paths, hashes, strict=True)}
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _sha256(path: Path) -> str:
-    if path.name == _ORBAX_METADATA:
-        try:
-            return _WHOLE if isinstance(json.loads(path.read_bytes()), dict) else "damaged"
-        except ValueError:
-            return "damaged"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _kind(digest: str) -> str:
+    """`md5` or `etag`, which is said before the hash; or sha256."""
+    return digest.rpartition(":")[0] or "sha256"
+
+
+def _whole(path: Path) -> str:
+    try:
+        return _WHOLE if isinstance(json.loads(path.read_bytes()), dict) else "damaged"
+    except ValueError:
+        return "damaged"
+
+
+def _hash(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, kind).hexdigest()
+    return digest if kind == "sha256" else f"{kind}:{digest}"

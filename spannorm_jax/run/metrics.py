@@ -4,16 +4,14 @@ Keys that end in `_s` depend on the machine and the moment (`tokens_per_s`, `ste
 holds memory and MFU); all others are the same, bit for bit, in every run of a config on the same mesh.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config
-from spannorm_jax.durable import is_at, to_json
-from spannorm_jax.errors import UserError
 from spannorm_jax.parallel import distributed
-from spannorm_jax.run.folder import METRICS, TENSORBOARD, keep_lines_until
+from spannorm_jax.run import lines
+from spannorm_jax.run.folder import METRICS, TENSORBOARD
 from spannorm_jax.run.tensorboard import TensorBoard
 
 
@@ -22,36 +20,27 @@ class MetricsWriter:
 
     def __init__(self, metrics_path: Path, tensorboard: Path | None, last_step: int, wandb_run: Any = None):
         self._wandb_run = wandb_run
-        keep_lines_until(metrics_path, last_step)
-        self._path = metrics_path
-        self._file = open(metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        lines.keep_until(metrics_path, last_step)
+        self._lines = lines.open_writer(metrics_path)
         self._tensorboard = None
         if tensorboard is not None:
             self._tensorboard = TensorBoard(tensorboard, last_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(to_json(line) + "\n")
-        self._file.flush()
+        self._lines.write(line)
         if self._tensorboard is not None:
             self._tensorboard.write(line["step"], scalars(line), time.time())
         if self._wandb_run is not None:
             self._wandb_run.log(scalars(line), step=line["step"])
 
     def sync(self) -> None:
-        """Makes the lines so far last through a power failure, as the checkpoint that follows them does.
-
-        Raises:
-          UserError: the file was removed or replaced, and so are lines that no checkpoint brings back.
-        """
-        os.fsync(self._file.fileno())
-        if not is_at(self._file, self._path):
-            raise UserError(
-                f"{self._path} was removed or replaced while the run was at work; put it back and repeat the command, "
-                "which goes on from the last checkpoint"
-            )
+        """Makes the lines so far last. Raises UserError if they are not this run's alone any more."""
+        self._lines.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.sync()
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb_run is not None:
@@ -82,7 +71,7 @@ def open_writer(config: Config, workdir: Path, last_step: int, wandb_run: Any = 
     """The writer of a run's metrics from the step after `last_step` on; process 0 alone writes."""
     if not distributed.is_first():
         return NoWriter()
-    if last_step and not (workdir / METRICS).exists():
+    if last_step and not lines.exists(workdir / METRICS):
         distributed.print_once(f"warning: {workdir / METRICS} is missing, and with it the lines up to step {last_step}")
     tensorboard = workdir / TENSORBOARD if config.metrics.tensorboard else None
     return MetricsWriter(workdir / METRICS, tensorboard, last_step, wandb_run)

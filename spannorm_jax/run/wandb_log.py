@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, to_dict
-from spannorm_jax.durable import write_json
 from spannorm_jax.errors import UserError, one_line
 from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run.store import on_disk, write_json
 
 
 def load(config: Config) -> Any:
@@ -54,7 +54,7 @@ def open_run(wandb: Any, config: Config, workdir: Path) -> Any:
             project=config.metrics.wandb_project,
             id=run_id,
             name=workdir.absolute().name,
-            dir=str(workdir),
+            dir=str(on_disk(workdir)),  # its own files, which it sends away itself
             config=to_dict(config),
             resume="allow",
         )

@@ -28,6 +28,7 @@ from spannorm_jax.config_file import split_overrides
 from spannorm_jax.durable import InUse
 from spannorm_jax.errors import UserError, did_you_mean, one_line
 from spannorm_jax.resolution import num_steps
+from spannorm_jax.run.bucket import in_bucket
 from spannorm_jax.run.folder import run_folder_path
 from spannorm_jax.sweep.definition import SIZES
 from spannorm_jax.sweep.expansion import Run, Sweep, expand, shown
@@ -80,9 +81,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value} must be above 0")
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--out {args.out}: {there} is not a folder; give another")
+    if not in_bucket(args.out):
+        there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"--out {args.out}: {there} is not a folder; give another")
     if args.verb == "run" and args.index is None:
         raise UserError("run needs the index of a run; list shows them")
     return args, overrides

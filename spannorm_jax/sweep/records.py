@@ -9,7 +9,6 @@ OUT/reports/       reports, each by the names of its sweep
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, flatten
-from spannorm_jax.durable import exclusive, unwritable, write_json
+from spannorm_jax.durable import unwritable
 from spannorm_jax.errors import UserError
+from spannorm_jax.run import lines
 from spannorm_jax.run.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -32,6 +32,7 @@ from spannorm_jax.run.folder import (
     read_config,
     read_mark,
 )
+from spannorm_jax.run.store import append_text, exclusive, is_locked, make_folder, on_disk, write_json
 from spannorm_jax.sweep.expansion import Run, identity
 
 NEW, RUNNING, STOPPED, FAILED = "new", "running", "stopped", "failed"
@@ -91,7 +92,7 @@ class RunPlace:
     def state(self) -> str:
         """One of STATES, for whoever does not work on the run."""
         state = self.state_at_rest()
-        return RUNNING if state not in ENDED and _is_locked(self.notes / LOCK) else state
+        return RUNNING if state not in ENDED and is_locked(self.notes / LOCK) else state
 
     def state_at_rest(self) -> str:
         """One of STATES but RUNNING: what there is to go on from, for the process that has claimed the run."""
@@ -104,14 +105,9 @@ class RunPlace:
 
     def last_step(self) -> int:
         """The last step that is logged; 0 before the first."""
-        path = self.workdir / METRICS
-        if not path.exists():
-            return 0
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**16))
-            for line in reversed(file.read().splitlines()):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, while it is written
-                    return int(json.loads(line)["step"])
+        for line in reversed(lines.tail(self.workdir / METRICS)):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, while it is written
+                return int(json.loads(line)["step"])
         return 0
 
     # ---- claims and failures
@@ -126,7 +122,7 @@ class RunPlace:
         """
         with contextlib.ExitStack() as stack:
             with self.writing():
-                self.notes.mkdir(parents=True, exist_ok=True)
+                make_folder(self.notes)
                 stack.enter_context(exclusive(self.notes / LOCK, f"run {self.name}", wait))
             yield
 
@@ -163,8 +159,9 @@ class RunPlace:
     def printing(self) -> Iterator[None]:
         """Everything that this process prints, also below Python, is appended to the run's log."""
         with self.writing():
-            self.notes.mkdir(parents=True, exist_ok=True)
-            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            make_folder(self.notes)
+            local = on_disk(self.notes) / _LOG
+            log = os.open(local, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         sys.stdout.flush()
         sys.stderr.flush()
         usual = [os.dup(1), os.dup(2)]
@@ -179,18 +176,9 @@ class RunPlace:
             for descriptor, before in zip((1, 2), usual, strict=True):
                 os.dup2(before, descriptor)
                 os.close(before)
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock. For this moment it is held here, which a claim passes over and comes back to."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such file, or no locks on this file system, where nothing can be claimed either
-        pass
-    return False
+            if local != self.log:
+                with self.writing():
+                    append_text(self.log, local)
 
 
 # ---- what was asked ---------------------------------------------------------------------------------

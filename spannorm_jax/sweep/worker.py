@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from spannorm_jax.console import guard_output
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
         if ended.is_set():  # before this job was taken, or the listener has seen that it was
             break
         try:
-            answer = _do([Job(**each) for each in job], Path(setup["out"]))
+            answer = _do([Job(**each) for each in job], setup["out"])
         except UserError as error:
             answer = {"error": str(error)}
         working.clear()
@@ -85,15 +84,16 @@ def _hello(platform: str) -> dict[str, Any]:
     return {"devices": jax.device_count(), "backend": jax.default_backend()}
 
 
-def _do(jobs: Sequence[Job], out: Path) -> dict[str, Any]:
+def _do(jobs: Sequence[Job], folder: str) -> dict[str, Any]:
     """How each of the runs has ended. Raises UserError for what is no end of a run: the runner says it and ends."""
     from spannorm_jax.config_file import load
     from spannorm_jax.durable import InUse
+    from spannorm_jax.run.folder import run_folder_path
     from spannorm_jax.sweep.expansion import Run, folder_name
     from spannorm_jax.sweep.records import FAILED, RUNNING, RunPlace
     from spannorm_jax.sweep.work import work, work_in_lanes
 
-    runs = []
+    out, runs = run_folder_path(folder), []
     for job in jobs:
         overrides = tuple((key, text) for key, text in job.overrides)
         config = load(job.spec, overrides)

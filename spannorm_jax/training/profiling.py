@@ -1,9 +1,12 @@
 """A profiler trace of a few steps, under the run's folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from spannorm_jax.run.store import on_disk, upload
 
 
 class StepTrace:
@@ -15,7 +18,7 @@ class StepTrace:
 
     def __init__(self, steps: range, first_step: int, folder: Path):
         self._steps = range(max(steps.start, first_step), steps.stop)
-        self._folder = folder
+        self._folder = self._local = folder
         self._running = False
         if self._steps:
             print(f"steps {self._steps[0]} to {self._steps[-1]} are traced into {folder}", flush=True)
@@ -25,7 +28,8 @@ class StepTrace:
     def before(self, step: int, state: Any) -> None:
         if step in self._steps and not self._running:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._folder))
+            self._local = on_disk(self._folder)
+            jax.profiler.start_trace(str(self._local))
             self._running = True
 
     def after(self, step: int, state: Any) -> None:
@@ -37,3 +41,6 @@ class StepTrace:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local != self._folder:
+                upload(self._local, self._folder)
+                shutil.rmtree(self._local, ignore_errors=True)

@@ -8,17 +8,17 @@ from typing import Any
 import jax
 
 from spannorm_jax.config import Config, to_dict
-from spannorm_jax.durable import append_line, write_json, write_text
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.model.definition import count_params, flops_per_token
 from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.parallel import distributed
 from spannorm_jax.run import folder as run_folder
-from spannorm_jax.run import wandb_log
+from spannorm_jax.run import lines, wandb_log
 from spannorm_jax.run.checkpoint import Checkpoints, fault_of
 from spannorm_jax.run.metrics import MetricsWriter, NoWriter, open_writer
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.run.store import write_json, write_text
 from spannorm_jax.training.session import Session
 from spannorm_jax.training.step_log import Diverged, Progress, StepLog
 from spannorm_jax.validation import notices
@@ -170,7 +170,7 @@ class Record:
     def _open_writer(self) -> MetricsWriter | NoWriter:
         if not distributed.is_first():
             return NoWriter()
-        append_line(self.workdir / run_folder.STARTS, self._facts | {"first_step": self.first})
+        lines.append(self.workdir / run_folder.STARTS, self._facts | {"first_step": self.first})
         (self.workdir / run_folder.DIVERGED).unlink(missing_ok=True)
         wandb_run = wandb_log.open_run(self._wandb, self.config, self.workdir)
         return open_writer(self.config, self.workdir, self.first - 1, wandb_run)

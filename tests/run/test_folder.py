@@ -9,7 +9,8 @@ from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.durable import append_line
 from spannorm_jax.errors import UserError
 from spannorm_jax.resolution import fill_sizes
-from spannorm_jax.run.folder import CONFIG, keep_lines_until, open_run, read_config
+from spannorm_jax.run import lines
+from spannorm_jax.run.folder import CONFIG, open_run, read_config
 from spannorm_jax.run.metrics import MetricsWriter
 
 
@@ -20,12 +21,12 @@ def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path):
     path.write_text(path.read_text() + '{"step": 4, "lo')
     append_line(path, {"step": 4})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-    keep_lines_until(path, 2)
+    lines.keep_until(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     for broken in ('{"step": 1}\n{"st\n{"step": 3}\n', '{"step": 1}\n{"step": 1}\n', '{"step": 1}\n[]\n'):
         path.write_text(broken)
         with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
-            keep_lines_until(path, 9)
+            lines.keep_until(path, 9)
         assert path.read_text() == broken
 
 
