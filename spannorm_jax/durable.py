@@ -23,6 +23,8 @@ _UNWRITABLE = {
     errno.EFBIG: ("a file has reached the size limit", "File too large"),
     errno.EROFS: ("the file system is read-only", "Read-only file system"),
     errno.EACCES: ("permission is denied", "Permission denied"),
+    errno.EREMOTEIO: ("the bucket's service does not answer", "retry attempts failed"),  # as TensorStore has it
+    errno.EBUSY: ("the bucket's service is busy", "SlowDown"),
 }
 
 
@@ -127,6 +129,8 @@ def unwritable(error: BaseException | None) -> str | None:
         for number, (says, text) in _UNWRITABLE.items():
             if (isinstance(error, OSError) and error.errno == number) or text in str(error):
                 return says
+        if type(error).__name__ == "HttpError":  # gcsfs's, for any answer that is no success
+            return _UNWRITABLE[errno.EREMOTEIO][0]
         error = error.__cause__ or error.__context__
     return None
 

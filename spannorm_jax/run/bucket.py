@@ -8,6 +8,7 @@ import base64
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import socket
@@ -56,6 +57,9 @@ def bucket_path(text: str, shown: str) -> Path:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         raise UserError(f"{shown} needs the package {package}; pip install 'spannorm_jax[{extra}]'") from error
+    # What they say at each failure is raised too, with a line that names the object.
+    for client in ("gcsfs", "google.auth._default", "s3fs"):
+        logging.getLogger(client).setLevel(logging.CRITICAL)
     from etils import epath
 
     return epath.Path(f"{scheme}://{bucket}/{name}")
@@ -78,7 +82,8 @@ def _asked(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
     except Exception as error:
-        raise OSError(errno.EREMOTEIO, f"the bucket does not do it: {one_line(error)[:200]}", str(path)) from error
+        why = one_line(error).strip(", ")[:200] or type(error).__name__
+        raise OSError(errno.EREMOTEIO, f"the bucket's service does not answer ({why})", str(path)) from error
 
 
 def read(path: Path) -> bytes:

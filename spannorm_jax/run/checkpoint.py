@@ -73,7 +73,6 @@ class Checkpoints:
         self._kept = _KeepHeld(folder, config) if config else None
         self._saving: int | None = None
         self._hold = holds.Hold(folder)
-        distributed.from_first(lambda: objects.commit_copies(folder))
         shared = objects.manager_options(folder)
         if self._kept is None:
             options = ocp.CheckpointManagerOptions(read_only=True, **shared)

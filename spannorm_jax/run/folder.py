@@ -120,7 +120,8 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
             write_json(workdir / CONFIG, to_dict(config))
         except (OSError, ValueError) as error:  # ValueError: a path that no system has
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot write in --workdir {workdir}: {reason}; give another folder") from error
+            again = "repeat the command once it does" if in_bucket(workdir) else "give another folder"
+            raise UserError(f"cannot write in --workdir {workdir}: {reason}; {again}") from error
 
         def is_own() -> bool:
             return holds_lock() and (workdir / CONFIG).is_file()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spannorm_jax.run.bucket import checksums, in_bucket
-from spannorm_jax.run.store import COMMITTED, write_json
+from spannorm_jax.run.store import write_json
 
 MANIFEST = "manifest.json"
 # Orbax writes this file of its own from a thread that may be behind the manifest, and says nothing there of the arrays:
@@ -52,7 +52,7 @@ def _files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
     """The hash of each file, of the kind that is expected of it."""
     if in_bucket(folder):
         known = checksums(folder)
-        names = sorted(name for name in known if not name.endswith((MANIFEST, COMMITTED)))
+        names = [name for name in known if name != MANIFEST]
     else:
         known = {}
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)

@@ -12,9 +12,7 @@ from typing import Any
 from orbax.checkpoint._src.path import atomicity, gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from spannorm_jax.run.bucket import entries, in_bucket
-from spannorm_jax.run.manifest import MANIFEST
-from spannorm_jax.run.store import COMMITTED, write_text
+from spannorm_jax.run.bucket import in_bucket
 
 
 def base(folder: Path) -> dict[str, Any]:
@@ -34,21 +32,6 @@ def manager_options(checkpoints: Path) -> dict[str, Any]:
     if str(checkpoints).startswith("s3://"):
         _teach_s3()
     return {"temporary_path_class": atomicity.CommitFileTemporaryPath}
-
-
-def commit_copies(checkpoints: Path) -> None:
-    """Commits checkpoints that were copied from a disk, where nothing but their name said that they are whole.
-
-    Without that Orbax takes them for unfinished, and removes them. Their manifest tells whether the copy is whole.
-    """
-    if not in_bucket(checkpoints):
-        return
-    for step in [name for name, is_folder in entries(checkpoints).items() if is_folder and name.isdigit()]:
-        there = entries(checkpoints / step)
-        if MANIFEST in there and COMMITTED not in there:
-            folders = [checkpoints / step / name for name, is_folder in there.items() if is_folder]
-            for folder in (*folders, checkpoints / step):
-                write_text(folder / COMMITTED, "copied")
 
 
 def _s3(path: str) -> dict[str, Any]:

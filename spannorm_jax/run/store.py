@@ -14,7 +14,7 @@ from spannorm_jax import durable
 from spannorm_jax.run import bucket
 from spannorm_jax.run.bucket import in_bucket
 
-COMMITTED = "commit_success.txt"  # which Orbax writes last, where a rename cannot say that a checkpoint is whole
+_COMMITTED = "commit_success.txt"  # which Orbax writes last, where a rename cannot say that a checkpoint is whole
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +58,7 @@ def make_folder(path: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Removes a folder and what is in it, if it is there; of a checkpoint first what says that it is whole."""
     if in_bucket(path):
-        bucket.remove_folder(path, first=COMMITTED)
+        bucket.remove_folder(path, first=_COMMITTED)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -67,7 +67,7 @@ def move_folder(path: Path, target: Path) -> None:
     """Moves a folder; in a bucket it is copied whole before anything is removed."""
     if in_bucket(path):
         bucket.copy_folder(path, target)
-        bucket.remove_folder(path, first=COMMITTED)
+        bucket.remove_folder(path, first=_COMMITTED)
     else:
         path.rename(target)
 
