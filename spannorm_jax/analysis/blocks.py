@@ -1,4 +1,4 @@
-"""What is measured of each block in one pass over the decoder's scan; docs/signal.md defines each number."""
+"""What is measured of each block in one pass over the model's scan; docs/signal.md defines each number."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ from spannorm_jax.model.kernels.attention_logits import entropies, largest_logit
 from spannorm_jax.model.layers import FeedForward, activation
 from spannorm_jax.model.moe.experts import ExpertOps
 from spannorm_jax.model.moe.layer import MoE
+from spannorm_jax.model.vision import Encoder
 from spannorm_jax.training.step import router_metrics
+
+Model = Decoder | Encoder  # with its weights
 
 # ---- streams --------------------------------------------------------------------------------------
 
@@ -28,10 +31,10 @@ def with_first(stream: Any, x_BxTxD: Array) -> Any:
     return jax.tree.unflatten(structure, [x_BxTxD, *leaves[1:]])
 
 
-def mean_nll(decoder: Decoder, features_BxTxD: Array, targets_BxT: Array) -> Array:
-    """Nats a token, of what the head reads."""
-    log_probs = jax.nn.log_softmax(decoder.logits(features_BxTxD))
-    return -jnp.mean(jnp.take_along_axis(log_probs, targets_BxT[..., None], axis=-1))
+def mean_nll(model: Model, features_BxTxD: Array, targets: Array) -> Array:
+    """Nats a token or an image, of what the head reads."""
+    log_probs = jax.nn.log_softmax(model.logits(features_BxTxD))
+    return -jnp.mean(jnp.take_along_axis(log_probs, targets[..., None], axis=-1))
 
 
 # ---- statistics -------------------------------------------------------------------------------------
@@ -157,15 +160,12 @@ def probed(block: Block, stream: Any, layer: Any, angles_TxK2: Array, keys_P: Ar
 # ---- the pass over all blocks ---------------------------------------------------------------------------
 
 
-def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+def forward(model: Model, inputs: Array, targets: Array, keys_LxP: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """Numbers of the whole model, and numbers of its blocks, (L, ...); those of routers (blocks with experts, ...).
 
     Of ranks there are the Gram matrices, `stream_gram` and `ffn_gram`, (L, B, T, T).
     `keys_LxP` are the random keys of each block's probes, as many as there are probes.
     """
-    inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
-    T = inputs.shape[1]
-    log_visible_T = jnp.log(jnp.arange(1, T + 1))
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, keys_P: Array) -> tuple[Any, dict[str, Array], Any]:
         got: dict[str, Array] = {}
@@ -173,9 +173,12 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
 
         def attn(x_BxTxD: Array) -> Array:
             q, k, _ = block.attn.qkv(x_BxTxD, angles)
-            entropy_BxHxT = entropies(q, k, block.attn.causal)[:, :, 1:]
+            pair = int(block.attn.causal)  # the first query that sees two
+            T = q.shape[1]
+            log_visible_T = jnp.log(jnp.arange(1, T + 1) if block.attn.causal else jnp.full(T, T))[pair:]
+            entropy_BxHxT = entropies(q, k, block.attn.causal)[:, :, pair:]
             got["attention_entropy"] = jnp.mean(entropy_BxHxT)
-            got["attention_entropy_relative"] = jnp.mean(entropy_BxHxT / log_visible_T[1:])
+            got["attention_entropy_relative"] = jnp.mean(entropy_BxHxT / log_visible_T)
             got["attention_logit_max"] = largest_logit(q, k, block.attn.causal)
             out = block.attn(x_BxTxD, angles)
             got["attn_variance"] = mean_square(out)
@@ -202,9 +205,9 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
         }
         return behind, got, stats
 
-    entry = mean_square(first(decoder.enter(decoder.embeddings(inputs))))
-    features, _, of_blocks, stats = decoder.run(inputs, step, keys_LxP)
-    whole = {"loss": mean_nll(decoder, features, targets), "entry_variance": entry}
+    entry = mean_square(first(model.enter(model.embeddings(inputs))))
+    features, _, of_blocks, stats = model.run(inputs, step, keys_LxP)
+    whole = {"loss": mean_nll(model, features, targets), "entry_variance": entry}
     if stats is None:
         return whole, of_blocks
     load = stats["counts"] / jnp.sum(stats["counts"], axis=-1, keepdims=True)
@@ -216,11 +219,11 @@ def forward(decoder: Decoder, tokens_BxT1: Array, keys_LxP: Array) -> tuple[dict
     }
 
 
-def traced(decoder: Decoder, tokens_BxT: Array) -> tuple[Any, Any]:
+def traced(model: Model, inputs: Array) -> tuple[Any, Any]:
     """The stream that enters each block, (L, ...) leaves, and the stream after the last."""
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, Any, None]:
         return block.whole(stream, layer, angles)[0], stream, None
 
-    passed = decoder.run(tokens_BxT, step)
+    passed = model.run(inputs, step)
     return passed.ys, passed.stream

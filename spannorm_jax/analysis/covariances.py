@@ -246,20 +246,22 @@ class MixtureKernel:
 
 
 @functools.cache
-def rotary_turns(tokens: int, head_dim: int, theta: float) -> ndarray:
-    """(T, K/2): what RoPE multiplies the pairs (i, i + K/2) of a head by, as complex numbers."""
+def rotary_turns(tokens: int, head_dim: int, theta: float | None) -> ndarray:
+    """(T, K/2): what RoPE, if any, multiplies the pairs (i, i + K/2) of a head by, as complex numbers."""
+    if theta is None:
+        return np.ones((tokens, head_dim // 2), complex)
     return np.exp(1j * np.asarray(rotary_angles(tokens, head_dim, theta)).astype(np.float64))
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """Causal attention with RoPE.
+    """Attention: causal with RoPE, or over all positions without.
 
     Attributes:
       q, k, v: the projections to a head's queries, keys and values, with the inner norms of that name.
       out: the inner norm `heads`, if there is one, and the projection back.
       head_dim: K.
-      rope_theta: of the rotation.
+      rope_theta: of the rotation; None without a mask and RoPE.
       draws: heads that are drawn.
       seed: of the draws; the same for both directions, another for each block.
 
@@ -286,7 +288,7 @@ class AttentionKernel:
     v: Projection
     out: Projection
     head_dim: int
-    rope_theta: float
+    rope_theta: float | None
     draws: int = 12
     seed: int = 0
 
@@ -305,7 +307,8 @@ class AttentionKernel:
             return (x[..., : K // 2] + 1j * x[..., K // 2 :]) * turns
 
         logits = (drawn(self.q) @ drawn(self.k).conj().swapaxes(1, 2)).real / math.sqrt(K)
-        logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
+        if self.rope_theta is not None:
+            logits = np.where(np.tri(T, dtype=bool), logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return weights / weights.sum(axis=-1, keepdims=True)
 

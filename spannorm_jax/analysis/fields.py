@@ -19,10 +19,13 @@ from numpy import ndarray
 
 
 class Source:
-    """A Gaussian field over tokens that is independent of all others. It is known by its identity."""
+    """A Gaussian field over tokens that is independent of all others. It is known by its identity.
 
-    def __init__(self, covariance_TxT: ndarray):
-        self.covariance = covariance_TxT
+    One that is `common` has the same value in all coordinates of the width, as the mean of fixed positions has.
+    """
+
+    def __init__(self, covariance_TxT: ndarray, common: bool = False):
+        self.covariance, self.common = covariance_TxT, common
 
 
 class Mixture:
@@ -32,9 +35,9 @@ class Mixture:
         self._parts, self._covariance = parts, covariance_TxT
 
     @classmethod
-    def new(cls, covariance_TxT: ndarray) -> "Mixture":
+    def new(cls, covariance_TxT: ndarray, common: bool = False) -> "Mixture":
         """One source, independent of all that was there before."""
-        return cls({Source(covariance_TxT): np.ones(len(covariance_TxT))}, covariance_TxT)
+        return cls({Source(covariance_TxT, common): np.ones(len(covariance_TxT))}, covariance_TxT)
 
     @property
     def covariance(self) -> ndarray:
@@ -55,6 +58,11 @@ class Mixture:
         for source, a in other._parts.items():
             parts[source] = parts[source] + a if source in parts else a
         return Mixture(parts)
+
+    def centred(self) -> "Mixture":
+        """Without what all coordinates have in common."""
+        own = {source: a for source, a in self._parts.items() if not source.common}
+        return self if len(own) == len(self._parts) else Mixture(own)
 
     def times(self, factor: ndarray | float) -> "Mixture":
         """Times a number, or a number a token (T,)."""
@@ -133,13 +141,16 @@ class Field:
     def scaled(self, factor: ndarray | float) -> "Field":
         return self.tape.record((self,), self.mixture.times(factor), lambda g: g.times(factor))
 
-    def normed(self, gain: float, eps: float) -> "Field":
-        """RMSNorm, and LayerNorm alike, since fields have mean zero.
+    def normed(self, gain: float, eps: float, centred: bool = False) -> "Field":
+        """RMSNorm, or `centred` LayerNorm, which first takes away what all coordinates have in common.
 
         A norm divides each token by its root mean square, sqrt(Cov_tt + eps), which is a constant at large width. The
-        gradient meets the same factor; the projection off the normed vector takes one of its D components away.
+        gradient meets the same factor; the projection off the normed vector takes one of its D components away. A token
+        of zeros passes no gradient (`layers.inverse_rms`).
         """
-        return self.scaled(gain / np.sqrt(np.diag(self.covariance) + eps))
+        x = self.tape.record((self,), self.mixture.centred(), lambda g: g) if centred else self
+        variance_T = np.diag(x.covariance)
+        return x.scaled(np.where(variance_T == 0, 0.0, gain / np.sqrt(variance_T + eps)))
 
     def branch(self, forward: Callable[[ndarray], ndarray], backward: Callable[[ndarray, ndarray], ndarray]) -> "Field":
         """A sub-layer: forward(C) -> covariance of its output, backward(C, G) -> that of the gradient of its input."""

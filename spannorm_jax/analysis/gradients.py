@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spannorm_jax.analysis.blocks import first, mean_nll, with_first
+from spannorm_jax.analysis.blocks import Model, first, mean_nll, with_first
 from spannorm_jax.config import Config
 from spannorm_jax.model.block import Block
-from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.training.numbers import Numbers, numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
@@ -31,14 +30,14 @@ _metered.defvjp(
 )
 
 
-def metered_features(decoder: Decoder, tokens_BxT: Array, meters_L: Array) -> Array:
+def metered_features(model: Model, inputs: Array, meters_L: Array) -> Array:
     """The features, whose gradient by meter l is the squared norm of that by what enters block l."""
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, meter: Array) -> tuple[Any, None, None]:
         stream = with_first(stream, _metered(first(stream), meter))
         return block.whole(stream, layer, angles)[0], None, None
 
-    return decoder.run(tokens_BxT, step, meters_L, remat="block").features
+    return model.run(inputs, step, meters_L, remat="block").features
 
 
 def _squares(model: ModelDef, grads: Any) -> Any:
@@ -64,23 +63,22 @@ def by_site(model: ModelDef, values: Any) -> dict[str, Any]:
     return found
 
 
-def of_loss(model: ModelDef, params: Any, model_state: Any, tokens_BxT1: Array) -> tuple[Any, Array, Any]:
+def of_loss(model: ModelDef, params: Any, model_state: Any, inputs: Array, targets: Array) -> tuple[Any, Array, Any]:
     """The gradient of the mean loss, the squared norms by what enters each block (L,), and `_squares` of it."""
-    inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
 
     def loss(params: Any, meters_L: Array) -> Array:
-        decoder = model.bind(params, model_state)
-        return mean_nll(decoder, metered_features(decoder, inputs, meters_L), targets)
+        bound = model.bind(params, model_state)
+        return mean_nll(bound, metered_features(bound, inputs, meters_L), targets)
 
     grads, meters = jax.grad(loss, argnums=(0, 1))(params, jnp.zeros(model.cfg.depth))
     return grads, meters, _squares(model, grads)
 
 
-def of_probe(model: ModelDef, params: Any, model_state: Any, tokens_BxT: Array, key: Array) -> tuple[Array, Any]:
+def of_probe(model: ModelDef, params: Any, model_state: Any, inputs: Array, key: Array) -> tuple[Array, Any]:
     """As `of_loss`, but the gradient itself, for an isotropic gradient of norm 1 at what the head reads."""
 
     def product(params: Any, meters_L: Array) -> Array:
-        features = metered_features(model.bind(params, model_state), tokens_BxT, meters_L).astype(jnp.float32)
+        features = metered_features(model.bind(params, model_state), inputs, meters_L).astype(jnp.float32)
         g = jax.random.normal(key, features.shape)
         return jnp.sum(features * (g / jnp.linalg.norm(g)))
 

@@ -17,17 +17,15 @@ from jax import Array
 from spannorm_jax.analysis import blocks, fields, gradients, replaced
 from spannorm_jax.analysis.groups import Settings
 from spannorm_jax.config import Config, MeshConfig, replace, to_dict
-from spannorm_jax.data.loader import eval_batches
-from spannorm_jax.data.open import OpenData, open_data
-from spannorm_jax.data.tokens import TokenStore, Windows
 from spannorm_jax.errors import UserError
-from spannorm_jax.model.definition import ModelDef, define
+from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.kernels.attention import attention_for
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.trained import open_trained
-from spannorm_jax.training.tasks.text import facts as data_facts
+from spannorm_jax.training.task import Batch
+from spannorm_jax.training.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,13 @@ def signal(
     start_jax(config.platform)
     with contextlib.ExitStack() as stack:
         restore = stack.enter_context(open_trained(workdir, step, "measuring")) if workdir else None
-        data, config = open_data(replace(config, mesh=MeshConfig()))
+        task = task_of(config)
+        data, config = task.open(replace(config, mesh=MeshConfig()))
         attention_for(config.execution, config.model, settings.tokens or config.data.seq_len)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         stack.enter_context(jax.set_mesh(mesh))
         facts: dict[str, Any] = {"config": to_dict(config)}
-        model = define(config.model, config.execution)
+        model = task.define(config)
         if restore:
             trained = restore(config, model, mesh)
             what = Measured(config, trained.model, trained.params, trained.model_state)
@@ -65,38 +64,40 @@ def signal(
             params = jax.jit(model.init)(jax.random.key(config.seed))
             what = Measured(config, model, params, model.init_model_state())
             facts["step"] = 0
-        tokens, fit_tokens, settings = probe_tokens(config, data, settings)
+        batch, fit_batch, settings = probe_batch(config, data, settings)
         facts["settings"] = dataclasses.asdict(settings)
-        record = start_record("spannorm_jax.analysis.signal", argv, data_facts(data), facts)
-        return record | measure(what, tokens, fit_tokens, settings)
+        record = start_record("spannorm_jax.analysis.signal", argv, task.facts(data), facts)
+        return record | measure(what, batch, fit_batch, settings)
 
 
-# ---- tokens -------------------------------------------------------------------------------------------
+# ---- rows ---------------------------------------------------------------------------------------------
 
 
-def probe_tokens(config: Config, data: OpenData, settings: Settings) -> tuple[np.ndarray, np.ndarray | None, Settings]:
+def probe_batch(config: Config, data: Any, settings: Settings) -> tuple[Batch, Batch | None, Settings]:
     """The probe rows, the rows that affine maps are fitted on (None without `affine`), and the settings filled in.
 
     Raises:
-      UserError: a split is too short for so many rows, or a statistic needs more tokens.
+      UserError: a split is too short for so many rows, a statistic needs more tokens, or a setting is of text alone.
     """
-    T = settings.tokens or config.data.seq_len
+    T, task = settings.tokens or config.data.seq_len, task_of(config)
+    for flag, value in (("--tokens", settings.tokens), ("--text random", settings.text == "random")):
+        if value and config.task != "text":
+            raise UserError(f"{flag} is of task=text: an image has all its patches, {T} here; leave it out")
     if T < 2:
         raise UserError(f"--tokens makes rows of {T} token, and the correlation of tokens needs 2; write 2 or more")
-    tokens = (
-        _distinct(config, T, settings.rows)
-        if settings.text == "random"
-        else _rows(data.eval, T, settings.rows, "--rows")
-    )
+    if settings.text == "random":
+        batch = {"tokens": jnp.asarray(_distinct(config, T, settings.rows))}
+    else:
+        batch = jax.tree.map(jnp.asarray, task.sample(data.eval, T, settings.rows, "--rows"))
     if "affine" not in settings.only:
-        return tokens, None, dataclasses.replace(settings, tokens=T, fit_tokens=0)
-    model = define(config.model)
-    shapes = jax.eval_shape(lambda p: model.bind(p).run(jnp.zeros((1, T), jnp.int32)).stream, _abstract(model))
+        return batch, None, dataclasses.replace(settings, tokens=T, fit_tokens=0)
+    model = task.define(config)
+    shapes = jax.eval_shape(lambda p: model.bind(p).run(task.inputs(batch)).stream, _abstract(model))
     needed = replaced.unknowns(shapes)
     rows = -(-(settings.fit_tokens or 4 * needed) // T)
     replaced.check_tokens(rows * T, needed)
-    fit_tokens = _rows(data.train, T, rows, "--fit_tokens")
-    return tokens, fit_tokens, dataclasses.replace(settings, tokens=T, fit_tokens=rows * T)
+    fit_batch = jax.tree.map(jnp.asarray, task.sample(data.train, T, rows, "--fit_tokens"))
+    return batch, fit_batch, dataclasses.replace(settings, tokens=T, fit_tokens=rows * T)
 
 
 def _distinct(config: Config, T: int, rows: int) -> np.ndarray:
@@ -115,47 +116,36 @@ def _abstract(model: ModelDef) -> Any:
     return model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
 
 
-def _rows(store: TokenStore, T: int, rows: int, flag: str) -> np.ndarray:
-    """(rows, T + 1) tokens: windows spread evenly over a split."""
-    available = len(Windows(store, T))
-    if rows > available:
-        raise UserError(
-            f"{flag} asks for {rows} rows of {T} tokens, and split {store.split!r} of {store.dataset} has {available}; "
-            "write less, or take more data"
-        )
-    ((tokens, _),) = eval_batches(store, T, rows * T, rows)
-    return tokens
-
-
 # ---- groups ---------------------------------------------------------------------------------------------
 
 
 @np.errstate(all="ignore")
-def measure(
-    what: Measured, tokens_BxT1: np.ndarray, fit_tokens: np.ndarray | None, settings: Settings
-) -> dict[str, Any]:
+def measure(what: Measured, batch: Batch, fit_batch: Batch | None, settings: Settings) -> dict[str, Any]:
     """The numbers of the groups that are asked for, as plain Python; call it under a mesh of one device or none.
 
     Of weights that are not finite, or whose stream is not, they are NaN.
     """
-    tokens = jnp.asarray(tokens_BxT1)
+    task = task_of(what.config)
+    inputs, targets = task.inputs(batch), task.targets(batch)
     found: dict[str, Any] = {}
     if "forward" in settings.only:
-        found |= _forward(what, tokens, settings.probes)
+        found |= _forward(what, inputs, targets, settings.probes)
     grads = None
     if {"backward", "update"} & set(settings.only):
-        grads, meters, squares = jax.jit(partial(gradients.of_loss, what.model))(what.params, what.model_state, tokens)
+        of_loss = jax.jit(partial(gradients.of_loss, what.model))
+        grads, meters, squares = of_loss(what.params, what.model_state, inputs, targets)
     if "backward" in settings.only:
-        found |= _backward(what, tokens, settings.probes, meters, squares)
+        found |= _backward(what, inputs, settings.probes, meters, squares)
     if not {"update", "skip", "affine"} & set(settings.only):
         return found
-    trace = jax.jit(lambda p, r, t: blocks.traced(what.model.bind(p, r), t[:, :-1]))
-    before = trace(what.params, what.model_state, tokens)
+    trace = jax.jit(lambda p, r, x: blocks.traced(what.model.bind(p, r), x))
+    before = trace(what.params, what.model_state, inputs)
     if "update" in settings.only:
-        found |= _update(what, tokens, grads, trace, before)
+        found |= _update(what, inputs, grads, trace, before)
     del grads
     if {"skip", "affine"} & set(settings.only):
-        found |= _replaced(what, tokens, fit_tokens, settings, trace, before)
+        fit_on = None if fit_batch is None else task.inputs(fit_batch)
+        found |= _replaced(what, targets, fit_on, settings, trace, before)
     return found
 
 
@@ -167,11 +157,11 @@ def _plain(x: Any) -> Any:
     return np.asarray(jax.device_get(x), np.float64).tolist()
 
 
-def _forward(what: Measured, tokens: Array, probes: int) -> dict[str, Any]:
+def _forward(what: Measured, inputs: Array, targets: Array, probes: int) -> dict[str, Any]:
     depth = what.config.model.depth
     keys = jax.random.split(_key(what.config, 0), (depth, probes))
-    run = jax.jit(lambda p, r, t, k: blocks.forward(what.model.bind(p, r), t, k))
-    whole, of_blocks = run(what.params, what.model_state, tokens, keys)
+    run = jax.jit(lambda p, r, x, y, k: blocks.forward(what.model.bind(p, r), x, y, k))
+    whole, of_blocks = run(what.params, what.model_state, inputs, targets, keys)
     ranks = {
         name: [effective_rank(grams) for grams in jax.device_get(of_blocks.pop(grams_name))]
         for name, grams_name in (("effective_rank", "stream_gram"), ("ffn_effective_rank", "ffn_gram"))
@@ -200,10 +190,10 @@ def _relative(squares_L: np.ndarray) -> list[float]:
     return np.sqrt(squares_L / squares_L[-1]).tolist()
 
 
-def _backward(what: Measured, tokens: Array, probes: int, loss_meters: Array, loss_squares: Any) -> dict[str, Any]:
+def _backward(what: Measured, inputs: Array, probes: int, loss_meters: Array, loss_squares: Any) -> dict[str, Any]:
     run = jax.jit(partial(gradients.of_probe, what.model))
     keys = jax.random.split(_key(what.config, 1), probes)
-    each = [jax.device_get(run(what.params, what.model_state, tokens[:, :-1], key)) for key in keys]
+    each = [jax.device_get(run(what.params, what.model_state, inputs, key)) for key in keys]
     mean = jax.tree.map(lambda *xs: np.mean([np.asarray(x, np.float64) for x in xs], axis=0), *each)
     meters, squares = mean
     return {
@@ -214,12 +204,12 @@ def _backward(what: Measured, tokens: Array, probes: int, loss_meters: Array, lo
     }
 
 
-def _update(what: Measured, tokens: Array, grads: Any, trace: Any, before: Any) -> dict[str, Any]:
+def _update(what: Measured, inputs: Array, grads: Any, trace: Any, before: Any) -> dict[str, Any]:
     params = jax.jit(partial(gradients.updated, what.config, what.model), donate_argnums=1)(what.params, grads)
 
     def logits(params: Any, model_state: Any, stream: Any) -> Array:
-        decoder = what.model.bind(params, model_state)
-        return decoder.logits(decoder.leave(stream))
+        model = what.model.bind(params, model_state)
+        return model.logits(model.leave(stream))
 
     @jax.jit
     def changes(params: Any, new_params: Any, model_state: Any, before: Any, new: Any) -> tuple[Array, Array]:
@@ -230,7 +220,7 @@ def _update(what: Measured, tokens: Array, grads: Any, trace: Any, before: Any) 
         return by_block, _change(logits(params, model_state, before[1]), logits(new_params, model_state, new[1]))
 
     by_block, of_logits = changes(
-        what.params, params, what.model_state, before, trace(params, what.model_state, tokens)
+        what.params, params, what.model_state, before, trace(params, what.model_state, inputs)
     )
     return {"update_stream_change": _plain(by_block), "update_logits_change": _plain(of_logits)}
 
@@ -241,14 +231,14 @@ def _change(old: Array, new: Array) -> Array:
 
 
 def _replaced(
-    what: Measured, tokens: Array, fit_tokens: np.ndarray | None, settings: Settings, trace: Any, before: Any
+    what: Measured, targets: Array, fit_on: Array | None, settings: Settings, trace: Any, before: Any
 ) -> dict[str, Any]:
-    run = jax.jit(lambda p, r, stream, done, t: replaced.loss_from(what.model.bind(p, r), stream, done, t))
+    run = jax.jit(lambda p, r, stream, done, y: replaced.loss_from(what.model.bind(p, r), stream, done, y))
     depth = what.config.model.depth
     chosen = replaced.chosen_blocks(depth, settings.blocks)
 
     def loss(stream: Any, done: int) -> float:
-        return float(run(what.params, what.model_state, stream, jnp.int32(done), tokens))
+        return float(run(what.params, what.model_state, stream, jnp.int32(done), targets))
 
     whole = loss(before[1], depth - 1)
 
@@ -261,7 +251,7 @@ def _replaced(
     if "skip" in settings.only:
         found["skip_loss_change"] = change(list(entering))
     if "affine" in settings.only:
-        fitted_on = trace(what.params, what.model_state, jnp.asarray(fit_tokens))
+        fitted_on = trace(what.params, what.model_state, fit_on)
         mapped = [replaced.replacement(fitted_on, replaced.block_of(before, layer)[0], layer) for layer in chosen]
         found["affine_loss_change"] = change(mapped)
         costs = np.array([cost for cost in found["affine_loss_change"] if cost is not None])

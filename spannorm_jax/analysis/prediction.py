@@ -6,24 +6,27 @@ their arrays, and `covariances.py` for their sub-layers. Sizes of weights and ga
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy import ndarray
 
 from spannorm_jax.analysis import fields
 from spannorm_jax.analysis.covariances import AttentionKernel, FeedForwardKernel, MixtureKernel, Projection, Squares
 from spannorm_jax.analysis.fields import Field, Mixture, Tape
-from spannorm_jax.config import ModelConfig, moe_layers
+from spannorm_jax.config import Config, ModelConfig, moe_layers
 from spannorm_jax.model.branches import multiplied_branches, warmup_factor
-from spannorm_jax.model.definition import define
+from spannorm_jax.model.definition import ModelDef, define
 from spannorm_jax.model.initialisation import branch_multipliers, init_of, site_sizes, variance_factors
 from spannorm_jax.model.parametrisation import forward
 from spannorm_jax.model.placement import inner_norms, placement_of
+from spannorm_jax.model.vision import patches, sincos2d
+from spannorm_jax.training.tasks import task_of
 
 SMALL_WIDTH = 128  # below it a note says that the prediction is for large width
 COLLAPSED = 0.9  # token correlation above which a note says that finite width shows
@@ -68,16 +71,50 @@ class Prediction:
 
 
 def predict(cfg: ModelConfig, tokens: int) -> Prediction:
-    """The prediction for a resolved config's model and sequences of that many different tokens, T.
+    """The prediction for a resolved config's model of text and sequences of that many different tokens, T.
 
     Time is O(L^2 T + L T^3), memory O(L T^2).
     """
-    placement = placement_of(cfg)
-    weights, multipliers = _Weights(cfg, tokens), branch_multipliers(cfg)
-    tape = Tape()
+    weights = _Weights(define(cfg), tokens)
     # Tokens that differ have independent embeddings. A tied one enters times sqrt(width), its fan-in.
     entry = weights.factor("embed") * (forward(cfg).embedding ** 2 if cfg.tied_head else 1.0)
-    stream = placement.enter(tape.field(Mixture.new(entry * np.eye(tokens))), weights.norms(0))
+    return _finished(weights, [_pass(weights, Mixture.new(entry * np.eye(tokens)))])
+
+
+def predict_images(config: Config, images_BxSxSxC: ndarray) -> Prediction:
+    """The prediction for a resolved config's model and these images, each of which takes the time of `predict`.
+
+    Variances, correlations and ranks are means over images, as are squares of gradients.
+    """
+    weights = _Weights(task_of(config).define(config), config.data.seq_len)
+    return _finished(weights, [_pass(weights, entry) for entry in _entries(config, weights, images_BxSxSxC)])
+
+
+def _entries(config: Config, weights: "_Weights", images_BxSxSxC: ndarray) -> list[Mixture]:
+    """What each image enters as: its patches, positions, and before them a token of zeros, if any."""
+    cfg, image = config.model, config.image
+    pixels_BxNxF = np.asarray(patches(jnp.asarray(images_BxSxSxC), image.patch), np.float64)
+    N, F = pixels_BxNxF.shape[1:]
+
+    def part(covariance_NxN: ndarray, common: bool = False) -> Mixture:
+        return Mixture.new(np.pad(covariance_NxN, ((image.pool == "token", 0),) * 2), common)
+
+    if image.positions == "learned":
+        positions = part(weights.factor("positions") / cfg.width * np.eye(N))
+    else:
+        fixed_NxD = sincos2d(image.size // image.patch, cfg.width).astype(np.float64)
+        mean_Nx1 = fixed_NxD.mean(axis=1, keepdims=True)
+        rest_NxD = fixed_NxD - mean_Nx1
+        positions = part(mean_Nx1 @ mean_Nx1.T, common=True) + part(rest_NxD @ rest_NxD.T / cfg.width)
+    return [part(weights.factor("embed") * (x @ x.T) / F) + positions for x in pixels_BxNxF]
+
+
+def _pass(weights: "_Weights", entry: Mixture) -> dict[str, Any]:
+    """One sequence's numbers by the names of `Prediction`, of gradients squares, over blocks."""
+    cfg, tokens = weights.cfg, weights.tokens
+    placement, multipliers = placement_of(cfg), branch_multipliers(cfg)
+    tape = Tape()
+    stream = placement.enter(tape.field(entry), weights.norms(0))
     entry_variance = fields.variance(_first(stream).covariance)
     entered: list[Field] = []
     left: list[ndarray] = []
@@ -94,25 +131,32 @@ def predict(cfg: ModelConfig, tokens: int) -> Prediction:
         left.append(_first(stream).covariance)
     out = placement.leave(stream, weights.norms(0))
 
-    def norms(through_branches: bool) -> Series:
-        found = tape.gradients(out, np.eye(tokens), entered, through_branches)
-        return [math.sqrt(np.trace(G)) for G in found]
+    def squares(through_branches: bool) -> Series:
+        return [float(np.trace(G)) for G in tape.gradients(out, np.eye(tokens), entered, through_branches)]
 
-    stream_grad_norm, skip_path = norms(through_branches=True), norms(through_branches=False)
-    return Prediction(
-        entry_variance=entry_variance,
-        stream_variance=[fields.variance(C) for C in left],
-        attn_variance=[branch.variance for branch in branches["attn"]],
-        ffn_variance=[branch.variance for branch in branches["ffn"]],
-        attn_backward_gain=[branch.backward_gain for branch in branches["attn"]],
-        ffn_backward_gain=[branch.backward_gain for branch in branches["ffn"]],
-        token_correlation=[fields.token_correlation(C) for C in left],
-        effective_rank=[fields.effective_rank(C) for C in left],
-        stream_grad_norm=_relative(stream_grad_norm),
-        skip_path=_relative(skip_path),
-        weight_grad_norm=_weight_grad_norms(cfg.width / tokens, *branches.values()),
-        notes=_notes(cfg, tokens, len(jax.tree.leaves(stream)), fields.token_correlation(left[-1])),
-    )
+    numbers = ("variance", "backward_gain")
+    of_branches = {f"{name}_{n}": [getattr(b, n) for b in own] for name, own in branches.items() for n in numbers}
+    return of_branches | {
+        "entry_variance": entry_variance,
+        "stream_variance": [fields.variance(C) for C in left],
+        "token_correlation": [fields.token_correlation(C) for C in left],
+        "effective_rank": [fields.effective_rank(C) for C in left],
+        "stream_grad_norm": squares(through_branches=True),
+        "skip_path": squares(through_branches=False),
+        "weight_grad_norm": [attn.squares | ffn.squares for attn, ffn in zip(*branches.values(), strict=True)],
+        "leaves": len(jax.tree.leaves(stream)),
+    }
+
+
+def _finished(weights: "_Weights", passes: Sequence[dict[str, Any]]) -> Prediction:
+    """The mean over sequences, and of gradients roots of the mean squares."""
+    cfg, tokens = weights.cfg, weights.tokens
+    found = jax.tree.map(lambda *values: sum(values) / len(values), *passes)
+    for name in ("stream_grad_norm", "skip_path"):
+        found[name] = _relative([math.sqrt(square) for square in found[name]])
+    found["weight_grad_norm"] = _weight_grad_norms(cfg.width / tokens, found["weight_grad_norm"])
+    notes = _notes(cfg, tokens, round(found.pop("leaves")), found["token_correlation"][-1])
+    return Prediction(**found, notes=notes)
 
 
 def _first(stream: Any) -> Field:
@@ -145,10 +189,9 @@ class _Branch:
         return into
 
 
-def _weight_grad_norms(scale: float, *branches: list[_Branch]) -> dict[str, list[float | None]]:
+def _weight_grad_norms(scale: float, of_blocks: list[Squares]) -> dict[str, list[float | None]]:
     """Site -> norms over blocks. A gradient of norm 1 has the variance 1 / (T D): `squares`, which are over D^2 and for
     variance 1, are multiplied by D / T."""
-    of_blocks = [attn.squares | ffn.squares for attn, ffn in zip(*branches, strict=True)]
     sites = dict.fromkeys(site for squares in of_blocks for site in squares)
     return {
         site: [math.sqrt(max(scale * squares[site], 0)) if site in squares else None for squares in of_blocks]
@@ -159,9 +202,9 @@ def _weight_grad_norms(scale: float, *branches: list[_Branch]) -> dict[str, list
 class _Weights:
     """A model's weights and gains as their initialisation makes them, block by block."""
 
-    def __init__(self, cfg: ModelConfig, tokens: int):
-        specs = define(cfg).specs()
-        self.cfg, self.tokens, self.experts = cfg, tokens, moe_layers(cfg)
+    def __init__(self, model: ModelDef, tokens: int):
+        cfg, specs = model.cfg, model.specs()
+        self.cfg, self.causal, self.tokens, self.experts = cfg, model.causal, tokens, moe_layers(cfg)
         self._sizes, self._factors = site_sizes(cfg, specs), variance_factors(cfg, specs)
 
     def factor(self, site: str, layer: int = 0) -> float:
@@ -175,7 +218,8 @@ class _Weights:
         def gain(name: str) -> float:
             return _at(self._sizes[name], layer)
 
-        made = {name: _norm(gain(name), eps) for name in (*placement.block_norms, *placement.end_norms)}
+        centred = self.cfg.norm == "layernorm"
+        made = {name: _norm(gain(name), eps, centred) for name in (*placement.block_norms, *placement.end_norms)}
         return SimpleNamespace(**made | {name: _gain(gain(name)) for name in placement.block_gains})
 
     def attention(self, layer: int) -> AttentionKernel:
@@ -194,7 +238,7 @@ class _Weights:
             v=v,
             out=out,
             head_dim=self.cfg.width // self.cfg.num_heads,
-            rope_theta=self.cfg.rope_theta,
+            rope_theta=self.cfg.rope_theta if self.causal else None,
             draws=max(12, 512 // self.tokens),  # few tokens average less, and cost less
             seed=layer,
         )
@@ -224,8 +268,8 @@ def _at(size: ndarray, layer: int) -> float:
     return float(size if size.ndim == 0 else size[layer])
 
 
-def _norm(gain: float, eps: float) -> Callable[[Field], Field]:
-    return lambda x: x.normed(gain, eps)
+def _norm(gain: float, eps: float, centred: bool) -> Callable[[Field], Field]:
+    return lambda x: x.normed(gain, eps, centred)
 
 
 def _gain(gain: float) -> Callable[[Field], Field]:

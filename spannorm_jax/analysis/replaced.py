@@ -10,10 +10,9 @@ import numpy as np
 import scipy.linalg
 from jax import Array
 
-from spannorm_jax.analysis.blocks import mean_nll
+from spannorm_jax.analysis.blocks import Model, first, mean_nll
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.block import Block
-from spannorm_jax.model.decoder import Decoder
 
 USEFUL = 0.1  # a block whose affine map costs a larger share of the loss is useful
 
@@ -25,15 +24,15 @@ def chosen_blocks(depth: int, count: int) -> list[int]:
     return sorted({round(i * (depth - 1) / max(count - 1, 1)) for i in range(count)})
 
 
-def loss_from(decoder: Decoder, stream: Any, done: Array, tokens_BxT1: Array) -> Array:
-    """Nats a token when `stream` is what leaves block `done` (from 0), whatever made it."""
-    angles = decoder.angles(tokens_BxT1.shape[1] - 1)
+def loss_from(model: Model, stream: Any, done: Array, targets: Array) -> Array:
+    """Nats a token or an image when `stream` is what leaves block `done` (from 0), whatever made it."""
+    angles = model.angles(first(stream).shape[1])
 
     def step(block: Block, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, None, None]:
         run = jax.lax.cond(layer > done, lambda: block.whole(stream, layer, angles)[0], lambda: stream)
         return run, None, None
 
-    return mean_nll(decoder, decoder.run_from(stream, angles, step).features, tokens_BxT1[:, 1:])
+    return mean_nll(model, model.run_from(stream, angles, step).features, targets)
 
 
 def side_by_side(stream: Any) -> np.ndarray:

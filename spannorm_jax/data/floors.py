@@ -1,27 +1,37 @@
-"""Floors under a loss: what counting tokens and compressing bytes reach on the very predictions that are scored.
+"""Floors under a loss: what counting tokens, compressing bytes, or a linear classifier of pixels reach on the very
+predictions that are scored.
 
 A language model above the trigram's loss has learnt less than counts of three tokens hold. A comparison of such models
-says who learns short contexts first, and little else.
+says who learns short contexts first, and little else. Likewise a model of images above the linear classifier's.
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import sys
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from spannorm_jax.config import DataConfig
+from spannorm_jax.data.images import ImageStore
 from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.data.tokenizer import Tokenizer
-from spannorm_jax.data.tokens import TokenStore
+from spannorm_jax.data.tokens import TokenStore, cache_folder
 from spannorm_jax.durable import write_json
+from spannorm_jax.errors import UserError
 
 ORDERS = {"unigram": 1, "trigram": 3, "fourgram": 4}
 COUNTED = 1 << 24  # training tokens that are counted at most, from the front: sorting them takes seconds
 MOST_SCORED = 1 << 23  # predictions beyond which an evaluation does without: scoring a million takes a second
 _ROWS = 256  # windows that are scored at a time
+FITTED = 1 << 26  # pixels, of as many training images, that a linear classifier is fitted on at most
+ITERATIONS = 100  # of its L-BFGS at most
 
 
 def floors(
@@ -34,13 +44,64 @@ def floors(
     level 9). They are computed once for the same data and predictions, and kept beside the held-out store if possible.
     """
     key = f"{train.sha256} {held_out.sha256} {COUNTED} {seq_len} {num_tokens}"
-    path = held_out.path.parent / f"floors-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return _once(held_out.path.parent, key, lambda: _floors(train, held_out, tokenizer, seq_len, num_tokens))
+
+
+def _once(folder: Path, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `make` returns, kept in the folder by its key if possible."""
+    path = folder / f"floors-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    found = _floors(train, held_out, tokenizer, seq_len, num_tokens)
+    found = make()
     with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     return found
+
+
+def linear_classifier(data: DataConfig, train: ImageStore, held_out: ImageStore) -> dict[str, float]:
+    """`linear`, nats an image, and `linear_accuracy` of multinomial logistic regression on the pixels.
+
+    It is scikit-learn's: pixels from 0 to 1, C = 1, ITERATIONS of L-BFGS at most, on training images spread evenly over
+    the split, FITTED pixels at most. {} without scikit-learn, which is said, and where so many images are fewer than
+    ten a class. It is fitted once for the same data, and kept beside the image stores if possible.
+    """
+    size = train.images[0].size
+    number = min(len(train.labels), FITTED // size)
+    which = np.arange(number) * len(train.labels) // number
+    if number < 10 * train.num_classes or len(np.unique(train.labels[which])) < 2:
+        return {}
+    if importlib.util.find_spec("sklearn") is None:
+        print("no linear classifier as a floor: pip install 'spannorm_jax[vision]'", file=sys.stderr)
+        return {}
+
+    def fitted() -> dict[str, float]:
+        from sklearn.linear_model import LogisticRegression
+
+        if number * size > FITTED >> 4:
+            print(f"fitting a linear classifier to {number:,} images, once for these data", file=sys.stderr, flush=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it stopped at the most iterations
+            model = LogisticRegression(max_iter=ITERATIONS).fit(_pixels(train.images[which]), train.labels[which])
+        nll, correct = 0.0, 0
+        for first in range(0, len(held_out.labels), _ROWS):
+            images, labels = (x[first : first + _ROWS] for x in (held_out.images, held_out.labels))
+            p = np.zeros((len(labels), train.num_classes))
+            p[:, model.classes_] = model.predict_proba(_pixels(images))
+            nll -= float(np.sum(np.log(np.maximum(p[np.arange(len(labels)), labels], np.finfo(np.float32).tiny))))
+            correct += int(np.sum(p.argmax(axis=1) == labels))
+        return {"linear": nll / len(held_out.labels), "linear_accuracy": correct / len(held_out.labels)}
+
+    key = f"linear {train.sha256} {held_out.sha256} {FITTED} {ITERATIONS}"
+    try:
+        folder = cache_folder(data, "images")
+    except UserError:
+        return fitted()
+    return _once(folder, key, fitted)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
 def _floors(

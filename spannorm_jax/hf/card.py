@@ -17,7 +17,7 @@ from spannorm_jax.run import folder as run_folder
 
 _CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 license: unknown
 tags: [{tags}]
 ---
@@ -28,17 +28,16 @@ Trained with spannorm_jax from {origin}. {params:,} parameters{active}, norm pla
 `{placement}` ({title}), initialisation `{init}`, {stored} weights.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
-model = AutoModelForCausalLM.from_pretrained("."{trust})
-tokenizer = AutoTokenizer.from_pretrained(".")
+model = {model_class}.from_pretrained("."{trust})
+{reader} = {reader_class}.from_pretrained(".")
 ```
 
 | | |
 | --- | --- |
 | data | {data}, fingerprint {fingerprint} |
-| tokenizer | {tokenizer}, {num_ids:,} tokens |
-| trained on | {tokens:,} tokens in {step:,} updates, {seq_len:,} tokens at a time |
+{inputs}
 | training loss of that update | {loss} |
 | held-out loss | {held_out} |
 | commit | {commit} |
@@ -57,35 +56,64 @@ The records name no licence: of the weights it is for their author to choose, an
 """
 
 
+_LOADED = {  # task -> the class of the model; the name of what reads its inputs, and its class
+    "text": ("AutoModelForCausalLM", "tokenizer", "AutoTokenizer"),
+    "image": ("AutoModelForImageClassification", "processor", "AutoImageProcessor"),
+}
+
+
 def card(
-    workdir: Path, config: Config, model: ModelDef, step: int, architecture: Architecture, dtype: str, num_ids: int
+    workdir: Path,
+    config: Config,
+    model: ModelDef,
+    step: int,
+    architecture: Architecture | None,
+    dtype: str,
+    num_ids: int = 0,
 ) -> str:
-    """The text of README.md for the checkpoint of a step."""
+    """The text of README.md for the checkpoint of a step; of images without an architecture and ids."""
+    text, rows = config.task == "text", step * config.training.batch_size
+    unit = "nats a token" if text else "nats an image"
     starts = _lines(workdir / run_folder.STARTS)
     begun = starts[0].get("command", "") if starts else ""
     start = ([line for line in starts if line.get("first_step", 0) <= step] or [{}])[-1]
     loss, held_out = "not recorded", "not measured"
     for metrics in _lines(workdir / run_folder.METRICS, step):
-        loss = f"{_number(metrics.get('loss'))} nats a token"
+        loss = f"{_number(metrics.get('loss'))} {unit}"
+    second, words, counted = (
+        ("bits_per_byte", "bits per byte", "tokens") if text else ("accuracy", "accuracy", "images")
+    )
     for measured in _lines(workdir / run_folder.EVAL, step):
         held_out = (
-            f"{_number(measured.get('loss'))} nats a token, {_number(measured.get('bits_per_byte'))} bits per byte "
-            f"({measured.get('tokens', 0):,} tokens of `{measured.get('split')}`)"
+            f"{_number(measured.get('loss'))} {unit}, {_number(measured.get(second))} {words} "
+            f"({measured.get(counted, 0):,} {counted} of `{measured.get('split')}`)"
         )
     shown = json.loads((workdir / run_folder.CONFIG).read_text(encoding="utf-8"))
     for key in LOCAL_DATA:  # where data lie on a machine is no business of whoever reads the card
         shown["data"].pop(key.removeprefix("data."), None)
     custom = architecture is CUSTOM
     active = f" ({count_params(model, active=True):,} active)" if config.model.moe.num_experts else ""
-    notes = [
-        f"A document ends in end-of-text, and begins after one. Rows {num_ids:,} to {config.model.vocab_size - 1:,} of "
-        "the vocabulary fill it up and stand for nothing."
-        if num_ids < config.model.vocab_size
-        else "A document ends in end-of-text, and begins after one."
-    ]
+    if text:
+        notes = ["A document ends in end-of-text, and begins after one."]
+        if num_ids < config.model.vocab_size:
+            last = config.model.vocab_size - 1
+            notes[0] += f" Rows {num_ids:,} to {last:,} of the vocabulary fill it up and stand for nothing."
+        T = config.data.seq_len
+        inputs = f"| tokenizer | {config.data.tokenizer}, {num_ids:,} tokens |\n| trained on | {rows * T:,} tokens "
+        inputs += f"in {step:,} updates, {T:,} tokens at a time |"
+    else:
+        notes = ["Classes are the dataset's, by number. Pixels enter from -1 to 1, as `preprocessor_config.json` says."]
+        inputs = f"| trained on | {rows:,} images in {step:,} updates |"
+    model_class, reader, reader_class = _LOADED[config.task]
     if custom:
         notes.append("`modeling_spannorm.py` is the model: read it, then load it with `trust_remote_code=True`.")
     return _CARD.format(
+        pipeline="text-generation" if text else "image-classification",
+        classes=", ".join(sorted((model_class, reader_class))),
+        model_class=model_class,
+        reader=reader,
+        reader_class=reader_class,
+        inputs=inputs,
         tags=", ".join(["spannorm_jax", config.model.placement]),
         title=placement_of(config.model).title,
         depth=config.model.depth,
@@ -99,11 +127,6 @@ def card(
         trust=", trust_remote_code=True" if custom else "",
         data=f"{config.data.full_name or config.data.dataset}, split `{config.data.train_split}`",
         fingerprint=config.data.fingerprint,
-        tokenizer=config.data.tokenizer,
-        num_ids=num_ids,
-        tokens=step * config.training.batch_size * config.data.seq_len,
-        step=step,
-        seq_len=config.data.seq_len,
         loss=loss,
         held_out=held_out,
         commit=start.get("git_commit") or "not recorded",

@@ -11,7 +11,7 @@ import numpy as np
 from spannorm_jax.config import Config, MeshConfig
 from spannorm_jax.durable import publish, temporary_folder, write_json, write_text
 from spannorm_jax.errors import UserError
-from spannorm_jax.hf import stock
+from spannorm_jax.hf import stock, vit
 from spannorm_jax.hf.card import card
 from spannorm_jax.hf.custom import CUSTOM, FILE, check, modelling_file
 from spannorm_jax.hf.files import check_new, write_tensors
@@ -20,11 +20,10 @@ from spannorm_jax.hf.tokenizer import tokenizer_files
 from spannorm_jax.hf.weights import Tensors, exported
 from spannorm_jax.inference.options import SampleOptions
 from spannorm_jax.inference.sampling import run_tokenizer
-from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.resolution import check_text
 from spannorm_jax.run.trained import open_trained
+from spannorm_jax.training.tasks import task_of
 
 
 def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str, dtype: str) -> str:
@@ -37,35 +36,39 @@ def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str
     Raises:
       UserError: there is no such checkpoint, it cannot be exported so, or `out` is there or cannot be written.
     """
-    check_text(config, "an export")
-    architecture = architecture_for(config, arch)
+    architecture = architecture_for(config, arch) if config.task == "text" else None
+    if architecture is None:
+        vit.check(config, arch)
     check_new(out, "--out")
     start_jax("cpu")  # nothing is computed, and a model that takes several devices fits the host
     with open_trained(workdir, step, "exporting") as restore:
-        tokenizer = run_tokenizer(config, workdir)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        trained = restore(config, define(config.model), mesh)
+        trained = restore(config, task_of(config).define(config), mesh)
         params, model_state = jax.device_get((trained.params, trained.model_state))
-        weights = named_tensors(config, params, model_state, architecture)
-        with temporary_folder(out.parent, "--out") as folder:
-            write_tensors(folder, ((name, _cast(name, tensor, dtype)) for name, tensor in weights))
-            texts = {
-                "README.md": card(workdir, config, trained.model, trained.step, architecture, dtype, tokenizer.num_ids)
-            }
-            if architecture is CUSTOM:
-                texts[FILE] = modelling_file()
-            for name, text in texts.items():
-                write_text(folder / name, text)
+        said = (workdir, config, trained.model, trained.step, architecture, dtype)
+        if architecture is None:
+            weights, files = vit.named_tensors(config, params, model_state), vit.files(config, dtype)
+            texts = {"README.md": card(*said)}
+        else:
+            tokenizer = run_tokenizer(config, workdir)
+            weights = named_tensors(config, params, model_state, architecture)
             ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
             files = tokenizer_files(tokenizer, config.data.seq_len)
             files["config.json"] = config_json(config, architecture, dtype) | ids
             files["generation_config.json"] = ids | _generation(config, tokenizer.num_ids)
+            texts = {"README.md": card(*said, tokenizer.num_ids)}
+        if architecture is CUSTOM:
+            texts[FILE] = modelling_file()
+        with temporary_folder(out.parent, "--out") as folder:
+            write_tensors(folder, ((name, _cast(name, tensor, dtype)) for name, tensor in weights))
+            for name, words in texts.items():
+                write_text(folder / name, words)
             for name, values in files.items():
                 write_json(folder / name, values)
             publish(folder, out)
             if folder.exists():
                 raise UserError(f"--out {out} was made meanwhile by another process; give another folder")
-    return architecture.name
+    return architecture.name if architecture else vit.NAME
 
 
 def architecture_for(config: Config, arch: str) -> Architecture:

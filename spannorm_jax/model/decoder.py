@@ -58,7 +58,6 @@ class Decoder(Trunk):
         return self.run_from(self.enter(self.embeddings(tokens_BxT)), angles, step, per_layer, remat, carried)
 
     def angles(self, length: int) -> Array:
-        """Rotary angles (T, K / 2) of the positions 0..length-1."""
         return rotary_angles(length, self.cfg.width // self.cfg.num_heads, self.cfg.rope_theta)
 
     def head_matrix(self) -> Array:

@@ -44,6 +44,10 @@ class Trunk(nnx.Module):
     def stacks(self) -> Stacks:
         return {moe: getattr(self, name) for moe, name in STACKS.items() if hasattr(self, name)}
 
+    def angles(self, length: int) -> Array | None:
+        """Rotary angles (T, K / 2) of the positions 0..length-1; None where attention has none."""
+        return None
+
     def enter(self, x_BxTxD: Array) -> Any:
         """The stream that enters the first block, of the embeddings."""
         return placement_of(self.cfg).enter(x_BxTxD, self.ends)

@@ -34,6 +34,8 @@ _DEFINITIONS = {
     "step, or else what training measured at its last step.",
     "held-out bits/byte": "The same in bits per byte of text, which compares across tokenizers.",
     "held-out accuracy": "The share of held-out images, or tokens, whose likeliest class is theirs.",
+    "over linear": "Held-out accuracy less that of a linear classifier of the pixels (multinomial logistic regression, "
+    "fitted to the training split) on the same images. Below zero a model has learnt less than such a classifier.",
     "over 4-gram": "Held-out bits/byte less those of a 4-gram (Witten-Bell, counted on the training split) on the same "
     "predictions, its contexts within the same windows. Above zero a model has learnt less than such counts hold, and "
     "a comparison says who learns short contexts first.",

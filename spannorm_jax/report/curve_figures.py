@@ -48,9 +48,8 @@ def loss(study: Study) -> Figure | None:
     caption = (
         "Each curve is the mean over the seeds of a setting that count in the table, smoothed by a running mean over "
         f"{curves.SMOOTHING:.0%} of the logged steps; the band runs from the least to the greatest of them. A thin "
-        "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: the unigram "
-        f"entropy of the training data, and {looks.study.floors_text} on the held-out data. Curves may "
-        "leave the top of the figure."
+        "line is a seed that the mean leaves out. A cross marks where a run diverged. Dashed grey: "
+        f"{looks.study.floors_text}. Curves may leave the top of the figure."
     )
     if "late" in domains:
         caption += (

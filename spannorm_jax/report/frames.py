@@ -14,7 +14,7 @@ from spannorm_jax.report.study import ARM, Size, Study
 
 _APART = 0.15  # nats: of levels whose names can stand beside each other
 GRAVEST = ("diverged", "collapsed", "plateau", "unfinished", "trained")
-FLOOR_NAMES = {"trigram": "3-gram", "fourgram": "4-gram", "gzip": "gzip"}
+FLOOR_NAMES = {"trigram": "3-gram", "fourgram": "4-gram", "gzip": "gzip", "linear": "linear classifier"}
 
 
 def size_words(study: Study, size: Size, without: Sequence[str] = ()) -> list[str]:
@@ -33,9 +33,12 @@ def named(study: Study, table: pl.DataFrame) -> pl.DataFrame:
 
 
 def levels(study: Study) -> pl.DataFrame:
-    """What losses are to be read against: the training data's unigram entropy, and floors of the held-out text."""
+    """What losses are to be read against: the training data's unigram entropy, and floors of the held-out split.
+
+    The entropy of images' classes is chance.
+    """
     runs = [row.unigram_entropy for row in study.rows]
-    found = {("unigram entropy", round(entropy, 3)) for entropy in runs if entropy is not None}
+    found = {(study.entropy_name, round(entropy, 3)) for entropy in runs if entropy is not None}
     floors = [(name, level) for row in study.rows for name, level in row.floors.items()]
     found |= {(FLOOR_NAMES[name], round(level, 3)) for name, level in floors if name in FLOOR_NAMES}
     lines: list[dict[str, Any]] = []

@@ -187,7 +187,7 @@ class RunFolder:
 
     @property
     def floors(self) -> dict[str, float]:
-        """Nats per token on the predictions of that evaluation, by name (`data.floors`); {} where not recorded."""
+        """What `data.floors` has on the predictions of that evaluation, by name; {} where not recorded."""
         floors = (self.held_out or {}).get("floors")
         return {k: v for k, v in floors.items() if finite(v) is not None} if isinstance(floors, dict) else {}
 
@@ -203,6 +203,7 @@ class RunFolder:
         speeds = metrics.tokens_per_s[(metrics.step > WARMUP_STEPS) & np.isfinite(metrics.tokens_per_s)]
         clip, per_step, per_token = finite(options.get("optim.clip_norm")), self.tokens_per_step, self.flops_per_token
         tokens = None if per_step is None else self.last_step * per_step
+        accuracy, linear = finite(evaluation.get("accuracy")), self.floors.get("linear_accuracy")
         over = None if fourgram is None or bits is None or not held_out else bits * (1 - fourgram / held_out)
         return {
             "tokens": tokens,
@@ -212,7 +213,8 @@ class RunFolder:
             else self._final_loss,  # nats/token, mean over the last 10% of steps; None when diverged
             "held_out_loss": held_out,  # nats/token, of the evaluation that counts; None when diverged
             "bits_per_byte": bits,  # of the same
-            "accuracy": None if diverged else finite(evaluation.get("accuracy")),  # of its predictions
+            "accuracy": None if diverged else accuracy,  # of its predictions
+            "over_linear": None if diverged or accuracy is None or linear is None else accuracy - linear,
             "over_fourgram": over,  # of these, above what counts of four tokens reach: below zero is better
             "loss_at_init": finite(float(metrics.loss[0])) if self.last_step and metrics.step[0] == 1 else None,
             "tokens_per_s": statistics.median(speeds.tolist()) if len(speeds) else None,

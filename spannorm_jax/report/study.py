@@ -57,9 +57,10 @@ RUNS: dict[str, Any] = {  # the columns of runs.csv
     **{"fingerprint": pl.String, "folder": pl.String},
 }
 _OF_A_RUN = ("placement", "init", "depth", "width", "lr", "seed", "outcome", "last_step", "steps", "fingerprint")
-_MORE = {"method": pl.Int64, "also": pl.String, "over_fourgram": pl.Float64, "accuracy": pl.Float64, "row": pl.Int64}
+_MORE = {"method": pl.Int64, "also": pl.String, "row": pl.Int64}
+_MORE |= dict.fromkeys(("over_fourgram", "accuracy", "over_linear"), pl.Float64)
 NUMBERS = (  # of a run, whose mean and deviation a setting has
-    *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram", "accuracy"),
+    *("train_loss", "held_out_loss", "bits_per_byte", "over_fourgram", "accuracy", "over_linear"),
     *("spikes", "clipped_share", "grad_norm_p999", "tokens_per_s"),
 )
 
@@ -103,8 +104,16 @@ class Study:
         return "nats/image" if all(row.options.get("task") == "image" for row in self.rows) else "nats/token"
 
     @property
+    def entropy_name(self) -> str:
+        return "chance" if self.unit == "nats/image" else "unigram entropy"
+
+    @property
     def floors_text(self) -> str:
-        return "chance" if self.unit == "nats/image" else "what n-grams counted on it and gzip reach"
+        """What dashed lines are."""
+        if self.unit == "nats/image":
+            return "chance, and what a linear classifier of the pixels reaches on the held-out data"
+        counted = "what n-grams counted on it and gzip reach on the held-out data"
+        return f"the unigram entropy of the training data, and {counted}"
 
     @cached_property
     def trained(self) -> set[Arm]:

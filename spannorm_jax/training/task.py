@@ -46,6 +46,9 @@ class Task:
       train_fields, eval_fields: config -> the arrays of a batch of training, and of a held-out one.
       rows: (config, data) -> (step, start, stop) -> rows of a step's batch, a pure function of seed and step.
       inputs: batch -> what the model's `run` takes.
+      targets: batch -> what its logits are to predict.
+      sample: (a split of data, T, B, flag) -> a batch of B rows of length T, spread evenly over the split. Raises
+        UserError, which names the flag, if there are not so many.
       loss_sums: (config, the mesh's shape, rows that pass at once) -> `LossSums`: sums over what counts, `nll` (nats),
         `log_z`, `z` (its square), `correct` and `count`; `objective`, which is nll + z_loss z and alone has a gradient;
         of a model with experts also `router`, what its routers did.
@@ -56,8 +59,8 @@ class Task:
       files: data -> what a run's folder keeps of them for evaluation, name -> text.
       announced: (config, data) -> the line that says what is trained on.
       warn: (config, data) says what speaks against a held-out measure.
-      floors: (config, data, measures) -> losses that need no network, on the same predictions, by name; {} if there
-        are too many.
+      floors: (config, data, measures) -> losses that need no network, on the same predictions, by name, and what
+        else these reach (`linear_accuracy`); {} if there are too many.
       summary: what an evaluation found (its line of eval.jsonl) -> the line that is printed of it.
     """
 
@@ -69,6 +72,8 @@ class Task:
     eval_fields: Callable[[Config], Fields]
     rows: Callable[[Config, Any], Callable[[int, int, int], Rows]]
     inputs: Callable[[Batch], Array]
+    targets: Callable[[Batch], Array]
+    sample: Callable[[Any, int, int, str], Rows]
     loss_sums: Callable[[Config, dict[str, int], int], LossSums]
     held_out: Callable[[Config, Any], Iterator[tuple[Rows, dict[str, int]]]]
     measures: Callable[[dict[str, float]], dict[str, float]]

@@ -1,5 +1,6 @@
 """Each measured number against its definition (docs/signal.md), in NumPy or by whole Jacobians, of a tiny model."""
 
+import dataclasses
 import functools
 import math
 
@@ -21,6 +22,7 @@ from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.placement import PLACEMENTS
+from spannorm_jax.training.tasks import task_of
 
 T, B, DEPTH, WIDTH, VOCAB = 6, 2, 3, 8, 11
 TINY = {"depth": DEPTH, "width": WIDTH, "num_heads": 2, "num_kv_heads": 2, "ffn_dim": 12, "vocab_size": VOCAB}
@@ -57,7 +59,9 @@ FIT = tokens(rows=12, seed=2)
 @functools.cache
 def found(placement, probes=PROBES, **changes):
     only = GROUPS if placement in ("pre", *SOME) else ("forward",)
-    return measure(tiny(placement, **changes), tokens(), FIT, Settings(probes=probes, blocks=0, only=only))
+    return measure(
+        tiny(placement, **changes), {"tokens": tokens()}, {"tokens": FIT}, Settings(probes=probes, blocks=0, only=only)
+    )
 
 
 # ---- the reference, block by block ------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def test_f_and_b_make_the_factor_of_a_post_type_block():
     """(1 + b) / (1 + f): of a wide model at initialisation, gains one, within 10% of what the block does."""
     what = tiny("post", width=64, ffn_dim=176, depth=1, norm_eps=1e-6)
     what = Measured(what.config, what.model, jax.jit(what.model.init)(jax.random.key(0)), {})
-    got = measure(what, tokens(), None, Settings(probes=20, only=("forward",)))
+    got = measure(what, {"tokens": tokens()}, None, Settings(probes=20, only=("forward",)))
     factors = [
         (1 + got[f"{name}_backward_gain"][0]) / (1 + got[f"{name}_forward_variance"][0]) for name in ("attn", "ffn")
     ]
@@ -416,7 +420,7 @@ def test_an_affine_block_costs_nothing_when_it_is_replaced():
     zero = {name: {"gain": 0 * norms[name]["gain"]} for name in ("scale_attn", "scale_ffn")}
     params = what.params | {"blocks": what.params["blocks"] | {"norms": norms | zero}}
     what = Measured(what.config, what.model, params, {})
-    got = measure(what, tokens(), FIT, Settings(blocks=0, only=("skip", "affine")))
+    got = measure(what, {"tokens": tokens()}, {"tokens": FIT}, Settings(blocks=0, only=("skip", "affine")))
     np.testing.assert_allclose(got["skip_loss_change"], 0, atol=1e-6)
     np.testing.assert_allclose(got["affine_loss_change"], 0, atol=1e-5)
     assert got["useful_share"] == 0
@@ -479,6 +483,42 @@ def test_every_placement_is_measured(placement):
         else:
             assert np.all(np.isfinite(value)), name
             assert not isinstance(value, list) or len(value) == DEPTH, name
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_images_is_measured():
+    """Every query sees all patches: entropy by NumPy, in the first block; and a skipped block is deleted."""
+    config = replace(Config(), task="image", image__size=4, image__patch=2, image__channels=1, data__seq_len=4)
+    cfg = ModelConfig(placement="pre", **TINY)
+    config = dataclasses.replace(config, model=cfg)
+    model, rng = task_of(config).define(config), np.random.default_rng(0)
+    params = model.map_weights(lambda s: (0.4 * standard_normal(rng, s) + (s.role == "norm")).astype(np.float32))
+    images = rng.integers(256, size=(3, 4, 4, 1), dtype=np.uint8)
+    batch = {"image": jnp.asarray(images), "label": jnp.array([1, 0, 10])}
+    got = measure(Measured(config, model, params, {}), batch, batch, Settings(blocks=0, only=("forward", "skip")))
+
+    def loss(params, depth=DEPTH):
+        less = replace(config, model__depth=depth)
+        log_probs = jax.nn.log_softmax(task_of(less).define(less).bind(params)(images))
+        return -float(np.mean(np.asarray(log_probs)[np.arange(3), [1, 0, 10]]))
+
+    assert got["loss"] == pytest.approx(loss(params), rel=1e-5)
+    for layer in range(DEPTH):
+        kept = np.array([i for i in range(DEPTH) if i != layer])
+        less = params | {"blocks": jax.tree.map(lambda x, kept=kept: x[kept], params["blocks"])}
+        assert got["skip_loss_change"][layer] == pytest.approx(loss(less, DEPTH - 1) - got["loss"], abs=2e-5)
+    w = reference.to_float64(params)
+    entropies = []
+    for x in np.asarray(model.bind(params).embeddings(images), np.float64):
+        x = reference.rms_norm(x, w["blocks"]["norms"]["before_attn"]["gain"][0], 1e-2)
+        q, k = (np.einsum("td,dhk->htk", x, w["blocks"]["attn"][name][0]) for name in "qk")
+        weights = np.exp(np.einsum("htk,hsk->hts", q, k) / math.sqrt(WIDTH // 2))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        entropies.append(-np.sum(weights * np.log(weights), axis=-1))
+    assert got["attention_entropy"][0] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert got["attention_entropy_relative"][0] == pytest.approx(np.mean(entropies) / math.log(4), rel=1e-5)
 
 
 # ---- rows of zeros ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
 from spannorm_jax.analysis.groups import GROUPS, Settings
-from spannorm_jax.analysis.measure import probe_tokens
+from spannorm_jax.analysis.measure import probe_batch
 from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.command import run_command
 from spannorm_jax.config import CheckpointConfig, to_dict
@@ -110,9 +110,22 @@ def test_a_table_of_a_model_at_initialisation(command):
 
 def test_random_text_has_no_token_twice_in_a_row():
     config = resolve_without_data(load(SPEC, [("model.vocab_size", "256")]), platform="cpu")
-    tokens, fit_tokens, _ = probe_tokens(config, None, Settings("random", 200, 3, only=("forward",)))
-    assert tokens.shape == (3, 201) and fit_tokens is None
+    batch, fit_batch, _ = probe_batch(config, None, Settings("random", 200, 3, only=("forward",)))
+    tokens = batch["tokens"]
+    assert tokens.shape == (3, 201) and fit_batch is None
     assert all(len(set(row)) == 201 for row in tokens.tolist()) and len(set(tokens[:, 0].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--text", "random"], "--text random is of task=text"),
+        (["--tokens", 8], "--tokens is of task=text: an image has all its patches, 16 here"),
+        (["--rows", 361], "--rows asks for 361 images, and the split of digits/1.0.0 has 360"),
+    ],
+)
+def test_an_image_has_all_its_patches(command, options, says):
+    assert says in command(signal, "--config", "configs/vision.py:tiny,depth=2,width=16", *options, code=2)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy
 
+from spannorm_jax.config import DataConfig
 from spannorm_jax.data import floors
+from spannorm_jax.data.images import ImageStore
 from spannorm_jax.data.tokenizer import BYTES
 
 VOCAB = 5
@@ -85,3 +88,45 @@ def test_what_was_computed_is_kept_for_the_same_predictions_alone(tmp_path, monk
     monkeypatch.setattr(floors, "_floors", lambda *args: {"unigram": 0.0})
     assert floors.floors(*both, BYTES, 10, 0) == first
     assert floors.floors(*both, BYTES, 10, 50) == {"unigram": 0.0}
+
+
+# ---- images ---------------------------------------------------------------------------------------------------
+
+
+def images(n, seed):
+    """Three classes of 2 x 2 pixels that overlap, as the linear classifier's stores."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(3, size=n).astype(np.int32)
+    means = np.array([[60, 60, 200, 60], [60, 200, 60, 60], [200, 60, 60, 120]])[labels]
+    pixels = np.clip(means + 60 * random.standard_normal((n, 4)), 0, 255).astype(np.uint8)
+    return ImageStore(pixels.reshape(n, 2, 2, 1), labels, 3, "blobs", f"{n} {seed}")
+
+
+def test_a_linear_classifier_is_the_penalised_fit_and_is_made_once(tmp_path, monkeypatch):
+    """Against SciPy's minimum of the summed loss plus half the squared weights, biases left out."""
+    train, held_out, data = images(600, 0), images(200, 1), DataConfig(cache_dir=str(tmp_path))
+    found = floors.linear_classifier(data, train, held_out)
+
+    def log_p(flat, store):
+        W, b = flat[:12].reshape(4, 3), flat[12:]
+        return scipy.special.log_softmax(store.images.reshape(-1, 4) / 255 @ W + b, axis=1)
+
+    def nll(flat, store):
+        return -log_p(flat, store)[np.arange(len(store.labels)), store.labels]
+
+    best = scipy.optimize.minimize(lambda w: nll(w, train).sum() + 0.5 * np.sum(w[:12] ** 2), np.zeros(15)).x
+    assert found["linear"] == pytest.approx(nll(best, held_out).mean(), abs=1e-3)
+    assert found["linear_accuracy"] == np.mean(log_p(best, held_out).argmax(axis=1) == held_out.labels)
+    assert found["linear_accuracy"] > 0.6
+    monkeypatch.setattr(floors, "_pixels", None)  # nothing is fitted again
+    assert floors.linear_classifier(data, train, held_out) == found
+    with pytest.raises(TypeError):
+        floors.linear_classifier(data, train, images(200, 2))
+
+
+def test_a_linear_classifier_that_cannot_be_is_left_out(tmp_path, monkeypatch, capsys):
+    data = DataConfig(cache_dir=str(tmp_path))
+    assert floors.linear_classifier(data, images(29, 0), images(9, 1)) == {}  # below ten a class
+    monkeypatch.setattr(floors.importlib.util, "find_spec", lambda name: None)
+    assert floors.linear_classifier(data, images(60, 0), images(9, 1)) == {}
+    assert "pip install 'spannorm_jax[vision]'" in capsys.readouterr().err

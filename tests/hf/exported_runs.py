@@ -9,10 +9,10 @@ from spannorm_jax.data import bpe
 from spannorm_jax.durable import write_json
 from spannorm_jax.hf.files import TensorFiles, read_json
 from spannorm_jax.hf.importing import model_config, read_params
-from spannorm_jax.model.definition import define
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, CONFIG, TOKENIZER
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.tasks import task_of
 
 SEQ_LEN = 24
 
@@ -36,13 +36,23 @@ def configure(**changes):
     return config
 
 
+def configure_images(**changes):
+    """As `configure`, of images of 8 x 8 pixels: what transformers' ViT can carry, if nothing else is asked for."""
+    usual = {"model__placement": "pre", "model__norm": "layernorm", "model__ffn": "gelu", "image__pool": "token"}
+    usual |= {"task": "image", "image__size": 8, "image__channels": 3, "model__vocab_size": 5, "model__depth": 3}
+    usual |= {"model__width": 32, "model__num_heads": 4, "model__ffn_dim": 48, "model__dtype": "float32"}
+    config = resolve_without_data(replace(Config(), training__steps=4, **usual | changes), "cpu")
+    check(config)
+    return config
+
+
 def experts(**moe):
     return {f"moe__{name}": value for name, value in ({"num_experts": 4, "top_k": 2, "expert_dim": 24} | moe).items()}
 
 
 def draw(config, seed=0):
     """Weights and model state: matrices keep variances, gains and biases are random, and a warm-up is over."""
-    model, rng = define(config.model), np.random.default_rng(seed)
+    model, rng = task_of(config).define(config), np.random.default_rng(seed)
 
     def weight(spec):
         if spec.role == "norm":  # a number that multiplies a branch which nothing norms is small

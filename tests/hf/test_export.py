@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from exported_runs import SEQ_LEN, configure, draw, experts, save, with_bpe
+from exported_runs import SEQ_LEN, configure, configure_images, draw, experts, save, with_bpe
 from safetensors.numpy import load_file
 
 from spannorm_jax import export as command
@@ -306,3 +306,60 @@ def test_a_model_that_a_stock_architecture_carries_goes_there_unless_custom_is_a
     assert said["model_type"] == "spannorm" and (tmp_path / "out/modeling_spannorm.py").exists()
     assert stock_for(configure(placement="pre").model)[0].model_type == "llama"
     assert len({architecture.model_type for architecture in STOCK}) == len(STOCK)
+
+
+# ---- images -----------------------------------------------------------------------------------------------------
+
+
+def test_images_by_their_names_in_transformers_and_a_card(tmp_path):
+    config = configure_images(image__channels=1)
+    _, params, state = draw(config)
+    save(tmp_path / "run", config, params, state)
+    append_line(
+        tmp_path / "run" / "eval.jsonl", {"step": 1, "loss": 0.5, "accuracy": 0.75, "images": 9, "split": "test"}
+    )
+    assert export(config, tmp_path / "run", None, tmp_path / "out", "stock", "float32") == "ViTForImageClassification"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kernel = tensors["vit.embeddings.patch_embeddings.projection.weight"]
+    assert kernel.shape == (32, 1, 4, 4)
+    np.testing.assert_array_equal(kernel[7, 0, 2, 3], params["embed"][2 * 4 + 3, 7])
+    np.testing.assert_array_equal(tensors["vit.embeddings.position_embeddings"][0, 0], np.zeros(32))
+    names = ("query", "key", "value")
+    block = [f"attention.attention.{name}.weight" for name in names]
+    block += [
+        f"{name}.{kind}"
+        for name in (
+            "attention.output.dense",
+            "layernorm_before",
+            "layernorm_after",
+            "intermediate.dense",
+            "output.dense",
+        )
+        for kind in ("weight", "bias")
+    ]
+    assert {name for name in tensors if ".layer.1." in name} == {f"vit.encoder.layer.1.{name}" for name in block}
+    assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("bias"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for words in ("image-classification", "AutoModelForImageClassification", "32 images in 1 updates"):
+        assert words.replace("32", str(config.training.batch_size)) in card
+    assert (
+        "0.5000 nats an image, 0.7500 accuracy (9 images of `test`)" in card
+        and "token" not in card.split("## Config")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "says"),
+    [
+        ({"image__pool": "mean"}, "", "it lacks image.pool=mean"),
+        ({"model__placement": "span", "model__norm": "rmsnorm"}, "", "model.placement=span, model.norm=rmsnorm"),
+        ({"model__ffn": "swiglu"}, "stock", "model.ffn=swiglu"),
+        ({"model__qk_norm": True, "model__num_kv_heads": 2}, "", "model.qk_norm=True, model.num_kv_heads=2 of 4 heads"),
+        ({"model__moe__num_experts": 4}, "", "model.moe.num_experts=4"),
+        ({}, "custom", "--arch custom is of task=text"),
+    ],
+)
+def test_images_that_are_no_vit_of_transformers_are_refused(tmp_path, changes, arch, says):
+    with pytest.raises(UserError, match=says):
+        export(configure_images(**changes), tmp_path / "run", None, tmp_path / "out", arch, "float32")
+    assert not (tmp_path / "out").exists()

@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from exported_runs import SEQ_LEN, configure, draw, experts, read_model, save, with_bpe
+from exported_runs import SEQ_LEN, configure, configure_images, draw, experts, read_model, save, with_bpe
 
 from spannorm_jax.durable import write_json
+from spannorm_jax.hf import vit
 from spannorm_jax.hf.export import export
 from spannorm_jax.hf.stock import STOCK
 from spannorm_jax.hf.tokenizer import END_OF_TEXT
@@ -139,6 +140,32 @@ def torch_side(venv, *arguments):
 def looked(request, exports):
     """Case -> what transformers makes of it."""
     return json.loads(torch_side(request.param, exports[0]).split("RESULT ")[1])
+
+
+IMAGES = {
+    "sincos2d": {},
+    "learned": {"image__positions": "learned", "image__channels": 1, "image__patch": 2},
+    "lns": {"model__placement": "lns", "model__ffn": "relu"},
+    "layerscale": {"model__placement": "layerscale", "model__norm_eps": 1e-3},
+    "mup": {f"model__{name}": value for name, value in MUP.items()},
+}
+
+
+@pytest.mark.parametrize("venv", VENVS)
+def test_its_vit_computes_what_we_do(tmp_path, venv):
+    """Of bytes, by what preprocessor_config.json says of pixels."""
+    cases = tmp_path / "cases"
+    for seed, (name, changes) in enumerate(IMAGES.items()):
+        config = configure_images(**changes)
+        model, params, state = draw(config, seed)
+        save(tmp_path / name, config, params, state)
+        assert export(config, tmp_path / name, None, cases / name / "export", "", "float32") == vit.NAME
+        shape = (4, 8, 8, config.image.channels)
+        images = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+        np.savez(cases / name / "reference.npz", images=images, logits=model.bind(params, state)(images))
+    for name, found in json.loads(torch_side(venv, cases, "images").split("RESULT ")[1]).items():
+        assert (found["class"], found["keys"]) == (vit.NAME, {}), name
+        assert found["off"] < CLOSE, name
 
 
 @pytest.mark.parametrize("venv", VENVS)

@@ -1,6 +1,7 @@
 """What transformers makes of exported folders, as JSON. It runs where torch is, and this package is not.
 
 python torch_side.py CASES: each folder in CASES holds `export` and `reference.npz` (tokens, logits).
+python torch_side.py CASES images: the same of models of images, with `images` (B, S, S, C) in place of tokens.
 python torch_side.py CASES make: makes CASES, models of transformers' own, each with such a `reference.npz`.
 """
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, logging
 
 NEW, PADDING = 6, 5
 
@@ -29,6 +30,21 @@ def greedy(model, tokens, new, cached):
         logits[:, never] = -float("inf")
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
     return tokens[:, first:]
+
+
+@torch.no_grad()
+def look_at_images(folder):
+    reference = np.load(folder / "reference.npz")
+    model, loading = AutoModelForImageClassification.from_pretrained(folder / "export", output_loading_info=True)
+    scaling = json.loads((folder / "export/preprocessor_config.json").read_text())
+    pixels = torch.tensor(reference["images"]).permute(0, 3, 1, 2).float() * scaling["rescale_factor"]
+    mean, std = (torch.tensor(scaling[f"image_{name}"])[:, None, None] for name in ("mean", "std"))
+    logits = model.eval()((pixels - mean) / std).logits.numpy()
+    return {
+        "class": type(model).__name__,
+        "keys": {name: sorted(map(str, keys)) for name, keys in loading.items() if keys},
+        "off": float(np.abs(logits - reference["logits"]).max()),
+    }
 
 
 @torch.no_grad()
@@ -109,6 +125,9 @@ if __name__ == "__main__":
         sys.exit(make(Path(sys.argv[1])))
     found = {}
     for folder in sorted(Path(sys.argv[1]).iterdir()):
+        if sys.argv[2:] == ["images"]:
+            found[folder.name] = look_at_images(folder)
+            continue
         found[folder.name] = look(folder, "eager") | {"by_default": look(folder, None)}
         if (folder / "asked.json").exists():
             found[folder.name]["text"] = text(folder)

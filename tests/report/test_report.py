@@ -37,6 +37,7 @@ def test_a_row_holds_the_numbers_computed_by_hand(tmp_path):
         "flops": pytest.approx(STEPS * 8 * 128 * 7.4e3),
         "train_loss": pytest.approx((3.2 + 3.1) / 2),  # steps 19 and 20: the last 10% of 20
         **{"bits_per_byte": 2.5, "held_out_loss": 2.5, "over_fourgram": None, "loss_at_init": 5.0, "accuracy": None},
+        "over_linear": None,
         "tokens_per_s": pytest.approx(107.0),  # median of 100, 101, ..., 114
         **{"clipped_share": 0.25, "grad_norm_p999": 2.0, "spikes": None},  # spikes need 101 steps
     }

@@ -11,7 +11,6 @@ from small_model import standard_normal
 from test_lanes import stopping
 
 from spannorm_jax import sample
-from spannorm_jax.analysis import theory
 from spannorm_jax.config import Config, ImageConfig, MeshConfig, replace
 from spannorm_jax.config_file import load
 from spannorm_jax.errors import UserError
@@ -20,6 +19,10 @@ from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.model.vision import patches, sincos2d
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.rank import ProcessFlags
+from spannorm_jax.report.folders import find_runs
+from spannorm_jax.report.frames import levels
+from spannorm_jax.report.study import study_of
+from spannorm_jax.report.tables import table_cells
 from spannorm_jax.resolution import resolve
 from spannorm_jax.run.folder import read_config
 from spannorm_jax.training import loop
@@ -178,11 +181,19 @@ def digits(tmp_path_factory):
 def test_digits_are_learnt_and_each_held_out_one_is_judged_once(digits):
     last = lines(digits)[-1]
     assert last["held_out_accuracy"] > 0.25  # chance: 0.1
-    result = evaluate(read_config(digits), digits, None, ProcessFlags(), None)
+    result = evaluate(read_config(digits), digits, None, ProcessFlags(), digits / "eval.jsonl")
     assert result["images"] == 360
     assert result["accuracy"] == pytest.approx(last["held_out_accuracy"])
     assert result["accuracy"] * 360 == pytest.approx(round(result["accuracy"] * 360), abs=1e-6)
-    assert result["floors"] == {"chance": math.log(10)}
+    assert result["floors"] == {"chance": math.log(10), "linear": pytest.approx(0.336, abs=0.01)} | {
+        "linear_accuracy": pytest.approx(0.9, abs=0.01)
+    }
+    (folder,) = find_runs(digits.parent)
+    assert folder.reached["over_linear"] == pytest.approx(result["accuracy"] - result["floors"]["linear_accuracy"])
+    study = study_of([folder])
+    columns = [name for name, _ in table_cells(study)[0]]
+    assert "over linear" in columns and "over 4-gram" not in columns
+    assert [line.split()[0] for line in levels(study)["name"]] == ["chance", "linear"]
     assert lines(digits)[0]["loss"] == pytest.approx(math.log(10), abs=1e-6)
 
 
@@ -252,5 +263,3 @@ def test_held_out_images_that_are_trained_on_are_said(capsys):
 def test_commands_of_text_refuse_a_model_of_images(digits):
     with pytest.raises(UserError, match="sampling is of task=text, and this is a model of task=image"):
         sample.main([f"--workdir={digits}"])
-    with pytest.raises(UserError, match="a prediction is of task=text"):
-        theory.main(["--config=configs/vision.py:tiny", "--tokens=16"])

@@ -101,6 +101,8 @@ PATCHED = Task(
     ),
     rows=lambda config, data: lambda step, start, stop: drawn(config.seed, step, start, stop),
     inputs=lambda batch: batch["x"],
+    targets=lambda batch: batch["y"],
+    sample=lambda data, length, rows, flag: drawn(0, 1, 0, rows),
     loss_sums=lambda config, mesh_shape, rows: loss_sums,
     held_out=held_out,
     measures=lambda totals: {

@@ -8,17 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from spannorm_jax.config import Config, ImageConfig
+from spannorm_jax.data.floors import linear_classifier
 from spannorm_jax.data.images import ImageStore, fingerprint, held_out_rows, open_images, rows_of
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.vision import Encoder
 from spannorm_jax.parallel import distributed
 from spannorm_jax.resolution import resolve
-from spannorm_jax.training.task import Batch, Field, Fields, Task
+from spannorm_jax.training.task import Batch, Field, Fields, Rows, Task
 
 _COMPARED = 2**28  # bytes of images whose splits are compared
 
@@ -54,6 +56,14 @@ def _open(config: Config) -> tuple[OpenImages, Config]:
         fingerprint=fingerprint(train, held_out),
         full_name=train.dataset,
     )
+
+
+def _sample(store: ImageStore, T: int, rows: int, flag: str) -> Rows:
+    available = len(store.labels)
+    if rows > available:
+        raise UserError(f"{flag} asks for {rows} images, and the split of {store.dataset} has {available}; write less")
+    which = np.arange(rows) * available // rows
+    return {"image": np.asarray(store.images[which]), "label": store.labels[which]}
 
 
 def _fields(B: int, image: ImageConfig, **by_row: str) -> Fields:
@@ -150,9 +160,11 @@ def _measures(totals: dict[str, float]) -> dict[str, float]:
 
 
 def _summary(result: dict[str, Any]) -> str:
+    floors = result["floors"]
+    linear = f", a linear classifier {floors['linear_accuracy']:.4f}" if "linear" in floors else ""
     return (
         f"step {result['step']}  loss {result['loss']:.4f} nats/image  accuracy {result['accuracy']:.4f}  "
-        f"({result['images']:,} images of {result['split']}; chance {result['floors']['chance']:.4f} nats/image)"
+        f"({result['images']:,} images of {result['split']}; chance {math.exp(-floors['chance']):.4f}{linear})"
     )
 
 
@@ -165,6 +177,8 @@ IMAGE = Task(
     eval_fields=lambda config: _fields(config.eval.batch_size, config.image, weights="float32"),
     rows=lambda config, data: rows_of(data.train, config.seed, config.training.batch_size),
     inputs=lambda batch: batch["image"],
+    targets=lambda batch: batch["label"],
+    sample=_sample,
     loss_sums=lambda config, mesh_shape, rows: loss_sums,
     held_out=lambda config, data: ((rows, {}) for rows in held_out_rows(data.eval, config.eval.batch_size)),
     measures=_measures,
@@ -173,6 +187,8 @@ IMAGE = Task(
     files=lambda data: {},
     announced=_announced,
     warn=_warn,
-    floors=lambda config, data, measures: {"chance": math.log(data.train.num_classes)},
+    floors=lambda config, data, measures: (
+        {"chance": math.log(data.train.num_classes)} | linear_classifier(config.data, data.train, data.eval)
+    ),
     summary=_summary,
 )

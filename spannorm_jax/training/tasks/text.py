@@ -16,7 +16,7 @@ from spannorm_jax.config import Config, divisors
 from spannorm_jax.data.floors import MOST_SCORED, floors
 from spannorm_jax.data.loader import TrainLoader, check_held_out, eval_batches
 from spannorm_jax.data.open import OpenData, open_data, say_overlap
-from spannorm_jax.data.tokens import fingerprint
+from spannorm_jax.data.tokens import TokenStore, Windows, fingerprint
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.decoder import Decoder
 from spannorm_jax.model.definition import define
@@ -62,6 +62,17 @@ def _held_out(config: Config, data: OpenData) -> Iterator[tuple[Rows, dict[str, 
         yield {"tokens": tokens, "weights": weights}, {"bytes": num_bytes}
 
 
+def _sample(store: TokenStore, T: int, rows: int, flag: str) -> Rows:
+    available = len(Windows(store, T))
+    if rows > available:
+        raise UserError(
+            f"{flag} asks for {rows} rows of {T} tokens, and split {store.split!r} of {store.dataset} has {available}; "
+            "write less, or take more data"
+        )
+    ((tokens, _),) = eval_batches(store, T, rows * T, rows)
+    return {"tokens": tokens}
+
+
 def _check(config: Config, data: OpenData) -> None:
     """Raises UserError if no token of the held-out part stands for text; reads no further than it must."""
     if not any(counts["bytes"] for _, counts in _held_out(config, data)):
@@ -70,7 +81,7 @@ def _check(config: Config, data: OpenData) -> None:
         )
 
 
-def facts(data: OpenData) -> dict[str, Any]:
+def _facts(data: OpenData) -> dict[str, Any]:
     """What a record says of its data."""
     return {
         "dataset": data.train.dataset,
@@ -102,6 +113,10 @@ def _inputs(batch: Batch) -> Array:
     return batch["tokens"][:, :-1]
 
 
+def _targets(batch: Batch) -> Array:
+    return batch["tokens"][:, 1:]
+
+
 def _loss_sums(config: Config, mesh_shape: dict[str, int], rows: int) -> LossSums:
     return partial(loss_sums, num_chunks=num_loss_chunks(config, mesh_shape, rows))
 
@@ -125,7 +140,7 @@ def loss_sums(decoder: Decoder, batch: Batch, z_loss: ArrayLike = 0.0, *, num_ch
     `tokens` holds T + 1 tokens a row; position t predicts token t + 1. `weights` (B, T) is 1 everywhere if it is left
     out. With num_chunks > 1 the logits exist for one piece of the time axis at once.
     """
-    inputs, targets = _inputs(batch), batch["tokens"][:, 1:]
+    inputs, targets = _inputs(batch), _targets(batch)
     weights_BxT = batch.get("weights", jnp.ones(targets.shape))
     passed = decoder.run(inputs)
     with jax.named_scope("loss"):
@@ -172,11 +187,13 @@ TEXT = Task(
     eval_fields=_eval_fields,
     rows=_rows,
     inputs=_inputs,
+    targets=_targets,
+    sample=_sample,
     loss_sums=_loss_sums,
     held_out=_held_out,
     measures=_measures,
     logged=("loss", "bits_per_byte"),
-    facts=facts,
+    facts=_facts,
     files=lambda data: {TOKENIZER: data.tokenizer.source} if data.tokenizer.source else {},
     announced=_announced,
     warn=say_overlap,
