@@ -46,7 +46,7 @@ def decoder(arg: str | None, presets: dict[str, dict[str, Any]]) -> tuple[str, C
     config.model.placement = arg.rival or arg.placement or "span"
     config.model.update(read_reading(PUBLISHED if arg.rival else arg.init or "scale"))
     config.model.update(RECIPES.get(arg.rival, {}))
-    config.data.seq_len = preset["seq_len"]
+    config.data.seq_len = preset.get("seq_len", config.data.seq_len)  # of images it is filled in
     config.training.batch_size = preset["batch_size"]
     config.optim.lr = preset["lr"]
     return arg.preset, config

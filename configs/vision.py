@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 from .common import decoder
 
 PRESETS = {
-    "tiny": {"depth": 12, "width": 64, "head_dim": 16, "seq_len": 16, "batch_size": 64, "lr": 1e-3},
-    "fashion": {"depth": 12, "width": 128, "head_dim": 32, "seq_len": 49, "batch_size": 128, "lr": 1e-3},
-    "cifar": {"depth": 12, "width": 192, "head_dim": 64, "seq_len": 64, "batch_size": 128, "lr": 1e-3},
-    "s16": {"depth": 12, "width": 384, "head_dim": 64, "seq_len": 196, "batch_size": 1024, "lr": 1e-3},
+    "tiny": {"depth": 12, "width": 64, "head_dim": 16, "batch_size": 64, "lr": 1e-3},
+    "fashion": {"depth": 12, "width": 128, "head_dim": 32, "batch_size": 128, "lr": 1e-3},
+    "cifar": {"depth": 12, "width": 192, "head_dim": 64, "batch_size": 128, "lr": 1e-3},
+    "s16": {"depth": 12, "width": 384, "head_dim": 64, "batch_size": 1024, "lr": 1e-3},
 }
 # preset -> dataset, held-out split, size, channels, patch, classes, epochs, images, pad
 _DATA = {

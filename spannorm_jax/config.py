@@ -34,6 +34,7 @@ class Rule:
     number: bool = False  # a number of the step (`training/numbers.py`): it changes no shape, and no program
     beginning: bool = False  # of the weights that a run begins with, or of the order of its data
     inits: tuple[str, ...] = ()  # initialisations that read it; (): all
+    text: bool = False  # of task=text alone: nothing reads it of images
     before: Any = None  # what was done before the option came; None: the default
 
 
@@ -99,8 +100,8 @@ class ModelConfig:
     norm_eps: float = option(1e-6, least=1e-24, why="the gradient of a row near zero overflows float32")
     ffn: str = option("swiglu", choices=("swiglu", "gelu", "relu"))  # swiglu | gelu | relu
     qk_norm: bool = False  # RMSNorm with a gain on each head's queries and keys
-    rope_theta: float = option(10000.0, least=1.0, why="a pair turns by more than 1 radian a token")
-    tied_head: bool = False  # True: the head is the embedding, and embeddings enter times sqrt(width)
+    rope_theta: float = option(10000.0, least=1.0, why="a pair turns by more than 1 radian a token", text=True)
+    tied_head: bool = option(False, text=True)  # the head is the embedding, which enters times sqrt(width)
     # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -120,7 +121,7 @@ class ExecutionConfig:
     # blocks a scan iteration holds; depth: no loop (slower compile, faster GPU step)
     scan_unroll: int = option(1, least=1, runtime=True)
     # float32 logits alive at once per device; above it the loss is chunked. 0: 256 on a CPU, 1024 elsewhere
-    max_logits_mib: int = option(0, least=0, runtime=True)
+    max_logits_mib: int = option(0, least=0, runtime=True, text=True)
     # ring | all_to_all, with mesh.expert > 1; auto: the one that moves fewer bytes
     expert_parallel: str = option("auto", choices=("auto", "ring", "all_to_all"), runtime=True)
     # all_to_all buffer size over an even share; a step that overflows takes the ring
@@ -133,18 +134,18 @@ class DataConfig:
     dataset: str = option("python_source", names_file=True)
     # TFDS's, with config and version, of what dataset was opened as; "": filled in at start
     full_name: str = option("", names_file=True)
-    text_feature: str = option("text", names_file=True)  # the feature that holds the text
+    text_feature: str = option("text", names_file=True, text=True)  # the feature that holds the text
     train_split: str = option("train", names_file=True)
     eval_split: str = option("validation", names_file=True)
     # bytes (UTF-8; 0xFF, which it never uses, ends a document) | bpe (byte-level, trained)
-    tokenizer: str = option("bytes", choices=("bytes", "bpe"))
+    tokenizer: str = option("bytes", choices=("bytes", "bpe"), text=True)
     # tokens of bpe, end-of-text included; rows are rounded up to a multiple of 128
-    bpe_vocab_size: int = option(8192, least=257)
+    bpe_vocab_size: int = option(8192, least=257, text=True)
     # text of the training split that bpe is trained on, from its front; 0: all of it
-    bpe_train_mib: int = option(256, least=0)
+    bpe_train_mib: int = option(256, least=0, text=True)
     # a tokenizer.json to use where bpe would train one; its one added token, if any, ends a document
-    tokenizer_file: str = option("", runtime=True)
-    tokenizer_hash: str = ""  # of bpe's tokenizer.json, to tell it from other text; "": filled in at start
+    tokenizer_file: str = option("", runtime=True, text=True)
+    tokenizer_hash: str = option("", text=True)  # of bpe's tokenizer.json; "": filled in at start
     seq_len: int = option(128, least=1)  # tokens the model sees, T; a window has one more; of images filled in
     data_dir: str = option("", runtime=True)  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = option("", runtime=True)  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
@@ -171,7 +172,7 @@ class ImageConfig:
 class TrainingConfig:
     steps: int = option(300, number=True)  # optimiser updates; 0: as many as training.tokens takes
     # tokens trained on, rounded up to whole updates; 0: training.steps decides. Never both
-    tokens: int = option(0, least=0, unbounded=True, number=True)
+    tokens: int = option(0, least=0, unbounded=True, number=True, text=True)
     batch_size: int = option(8, least=1)  # sequences an update, over all devices and microbatches
     num_microbatches: int = option(1, least=1)  # gradient accumulation; the result equals one full batch
     z_loss: float = option(0.0, least=0, number=True)  # weight of log(Z)^2, which keeps the logits' normaliser near 1
@@ -213,7 +214,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     # predictions on the held-out split, evenly spread over it; 0: all of it
-    tokens: int = option(131072, least=0, runtime=True)
+    tokens: int = option(131072, least=0, runtime=True, text=True)
     batch_size: int = option(16, least=1, runtime=True)  # sequences a step
     # updates between held-out losses in training, and one at its end; 0: none
     every_steps: int = option(0, least=0, runtime=True)

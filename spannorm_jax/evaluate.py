@@ -17,6 +17,7 @@ from spannorm_jax.config_file import LOCAL_DATA, check_overridable, for_this_mac
 from spannorm_jax.durable import to_json
 from spannorm_jax.errors import DIVERGED_EXIT, UserError
 from spannorm_jax.paths import user_path
+from spannorm_jax.resolution import check_text
 from spannorm_jax.run.folder import EVAL, read_config, run_folder_path
 
 # What may differ from the run's own config; anything else would evaluate another model.
@@ -41,6 +42,10 @@ def main(argv: list[str]) -> int:
     names = _task_names(args)
     check_overridable(overrides, _OVERRIDABLE, "evaluation")
     config = override(for_this_machine(read_config(args.workdir)), overrides)
+    if names:
+        check_text(config, "--tasks")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("--tasks needs lm-evaluation-harness, which is not here; pip install 'spannorm_jax[eval]'")
     if args.out is None:
         out = args.workdir / EVAL
     else:
@@ -89,8 +94,6 @@ def _task_names(args: argparse.Namespace) -> list[str]:
         raise UserError("--include_path and --limit are of --tasks NAME,..., which names no task; name one")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} leaves no document; write 1 or more")
-    if names and importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness, which is not here; pip install 'spannorm_jax[eval]'")
     return names
 
 

@@ -8,7 +8,7 @@ from spannorm_jax.config import MAX_FLOAT, MAX_INT, MIN_FLOAT, Config, Rule, div
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.parametrisation import PARAMETRISATIONS
 from spannorm_jax.model.placement import placement_of
-from spannorm_jax.resolution import num_steps
+from spannorm_jax.resolution import fill_sizes, num_steps
 
 
 def validate(config: Config) -> None:
@@ -94,8 +94,18 @@ def _validate_images(config: Config) -> None:
             f"config key model.width={config.model.width} is no multiple of 4, and image.positions=sincos2d gives a "
             "quarter of it to each of two sines and two cosines; write a multiple, or image.positions=learned"
         )
-    if config.model.tied_head:
-        raise UserError("config key model.tied_head=True is of embeddings of tokens; leave it out with task=image")
+    values, usual = flatten(config), flatten(Config())
+    for key, rule in rules().items():
+        if rule.text and values[key] != usual[key]:
+            raise UserError(
+                f"config key {key}={values[key]!r} is of task=text, and nothing reads it here; leave it out"
+            )
+    filled = fill_sizes(config).data.seq_len
+    if image.size and config.data.seq_len not in (usual["data.seq_len"], filled):
+        raise UserError(
+            f"config key data.seq_len={config.data.seq_len} is filled in with task=image: an image has {filled} "
+            "patches here; leave it out"
+        )
 
 
 def _validate_parametrisation(config: Config) -> None:

@@ -39,6 +39,7 @@ _DEFINITIONS = {
     "over 4-gram": "Held-out bits/byte less those of a 4-gram (Witten-Bell, counted on the training split) on the same "
     "predictions, its contexts within the same windows. Above zero a model has learnt less than such counts hold, and "
     "a comparison says who learns short contexts first.",
+    "images/s": "Training images per second, likewise the median over the steps after the first 5.",
     "tokens/s": "Training tokens per second over all devices: the median over the steps after the first 5, which hold "
     "compilation.",
     "spikes": f"Logged steps whose loss is more than {stats.SPIKE_HEIGHT} {{unit}} and more than "
@@ -60,7 +61,7 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
     """All that the template shows but the figures."""
     results = table_cells(study)
     shown = [*(name for name, _ in results[0]), "unigram entropy"]
-    words = {"unit": study.unit, "classes": "token" if study.unit == "nats/token" else "class"}
+    words = {"unit": study.unit, "classes": "token" if study.counted == "tokens" else "class"}
     return {
         **{"title": title, "lead": _lead(study), "notices": said, "below": _below(study)},
         **{"results": results, "looks": _looks(study), "chosen_on": _chosen_on(study), "errors": _errors(study)},
@@ -235,7 +236,7 @@ def _lead(study: Study) -> str:
 
 _FACTS = {  # of starts, by what the page calls them
     **{"data": "data", "versions": "versions", "device": "device", "devices": "num_devices", "mesh": "mesh"},
-    **{"parameters": "num_params", "FLOPs per token": "flops_per_token", "git commit": "git_commit", "started": "time"},
+    **{"parameters": "num_params", "git commit": "git_commit", "started": "time"},
 }
 
 
@@ -244,7 +245,8 @@ def _run(run: RunFolder, root: Path) -> dict[str, Any]:
     facts = {"folder": os.path.relpath(run.folder, root), "seed": run.seed, "steps": f"{run.last_step} of {run.steps}"}
     facts |= {"outcome": f"{run.ended}, {where}" if where else run.ended}
     facts |= {"data fingerprint": run.fingerprint or NOT_RECORDED}
-    facts |= {name: run.fact(key) for name, key in _FACTS.items()}
+    each = run.counted[:-1]
+    facts |= {name: run.fact(key) for name, key in (_FACTS | {f"FLOPs per {each}": f"flops_per_{each}"}).items()}
     commands = list(dict.fromkeys(str(start["command"]) for start in run.starts if start.get("command")))
     return {"name": run_name(run), "command": "\n".join(commands) or NOT_RECORDED, "facts": facts}
 

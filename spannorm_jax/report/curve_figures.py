@@ -145,7 +145,7 @@ def gap(study: Study) -> Figure | None:
     table, panels = looks.with_panels(curves.gap_curves(study))
     if table["step"].n_unique() < 2:
         return None
-    column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", "training tokens")
+    column, title = ("step", "step") if table["tokens"].null_count() else ("tokens", f"training {study.counted}")
     log, shown = alt.Scale(type="log", nice=False), alt.Axis(format="~s", grid=False)
     late = table.filter(pl.col("step") >= pl.col("step").max() / 64)
     scale = alt.Scale(domain=_with_zero(late), nice=False)

@@ -86,6 +86,7 @@ def _columns(lines: Iterable[dict[str, Any]]) -> Metrics:
     """Sorted by step; of two lines for a step the later counts."""
     by_step = {line["step"]: line for line in lines}
     ordered = [by_step[step] for step in sorted(by_step)]
+    ordered = [line | {"tokens_per_s": line.get("tokens_per_s", line.get("images_per_s"))} for line in ordered]
     columns = {key: np.array([finite(line.get(key)) for line in ordered], np.float64) for key in _COLUMNS}
     norms = ((line["step"], line.get("block_grad_norm")) for line in ordered)
     return Metrics(

@@ -99,13 +99,20 @@ class RunFolder:
         return finite(self.data.get("unigram_entropy"))
 
     @property
+    def counted(self) -> str:
+        """What its metrics count."""
+        return "images" if self.options.get("task") == "image" else "tokens"
+
+    @property
     def tokens_per_step(self) -> int | None:
-        sizes = [self.options.get(key) for key in ("training.batch_size", "data.seq_len")]
+        """Of images, those."""
+        keys = ("training.batch_size", *["data.seq_len"] * (self.counted == "tokens"))
+        sizes = [self.options.get(key) for key in keys]
         return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[arg-type]
 
     @property
     def flops_per_token(self) -> float | None:
-        return finite(self.starts[-1].get("flops_per_token")) if self.starts else None
+        return finite(self.starts[-1].get(f"flops_per_{self.counted[:-1]}")) if self.starts else None
 
     @property
     def last_step(self) -> int:

@@ -101,16 +101,20 @@ class Study:
     @cached_property
     def unit(self) -> str:
         """Of losses."""
-        return "nats/image" if all(row.options.get("task") == "image" for row in self.rows) else "nats/token"
+        return f"nats/{self.counted[:-1]}"
+
+    @cached_property
+    def counted(self) -> str:
+        return "images" if {row.counted for row in self.rows} == {"images"} else "tokens"
 
     @property
     def entropy_name(self) -> str:
-        return "chance" if self.unit == "nats/image" else "unigram entropy"
+        return "chance" if self.counted == "images" else "unigram entropy"
 
     @property
     def floors_text(self) -> str:
         """What dashed lines are."""
-        if self.unit == "nats/image":
+        if self.counted == "images":
             return "chance, and what a linear classifier of the pixels reaches on the held-out data"
         counted = "what n-grams counted on it and gzip reach on the held-out data"
         return f"the unigram entropy of the training data, and {counted}"

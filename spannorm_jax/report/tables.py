@@ -39,21 +39,22 @@ NUMBERS = {  # name in a table: column of the study's settings, form
     **{"train loss": ("train_loss", ".3f"), "held-out loss": ("held_out_loss", ".3f")},
     **{"held-out bits/byte": ("bits_per_byte", ".3f"), "over 4-gram": ("over_fourgram", "+.3f")},
     **{"held-out accuracy": ("accuracy", ".1%"), "over linear": ("over_linear", "+.1%")},
-    **{"tokens/s": ("tokens_per_s", ",.0f"), "spikes": ("spikes", ".0f"), "clipped": ("clipped_share", ".0%")},
+    **{f"{counted}/s": ("tokens_per_s", ",.0f") for counted in ("tokens", "images")},
+    **{"spikes": ("spikes", ".0f"), "clipped": ("clipped_share", ".0%")},
     "gradient p99.9": ("grad_norm_p999", ".2f"),
 }
-_OF_TEXT = ("held-out bits/byte", "over 4-gram")
+_OF_TEXT = {"held-out bits/byte", "over 4-gram", "tokens/s"}
 _OVER = {"over 4-gram": "fourgram", "over linear": "linear_accuracy"}
-_IN_TEXT = ("train loss", "held-out bits/byte", "held-out accuracy", "tokens/s")  # which a terminal has room for
+_IN_TEXT = ("train loss", "held-out bits/byte", "held-out accuracy", "tokens/s", "images/s")  # for a terminal
 
 
 def table_cells(study: Study, names: Iterable[str] = NUMBERS) -> tuple[Header, list[list[str]]]:
     """Header and each setting's cells. `seeds` and `also differs` stand only where needed."""
     settings = study.settings.to_dicts()
-    images = {row.options.get("task") == "image" for row in study.rows}
-    left_out = {"held-out accuracy"} if images == {False} else {*_OF_TEXT} if images == {True} else set()
+    left_out = _OF_TEXT if study.counted == "images" else {"images/s"}
+    left_out = left_out | ({"held-out accuracy"} if {row.counted for row in study.rows} == {"tokens"} else set())
     floors = {name for row in study.rows for name in row.floors}
-    left_out |= {column for column, floor in _OVER.items() if floor not in floors}
+    left_out = left_out | {column for column, floor in _OVER.items() if floor not in floors}
     names = [name for name in names if name not in left_out]
     several, varied = (any(map(of, settings)) for of in (lambda s: s["runs"] > 1, lambda s: s["also"]))
     texts = ["placement", "init", *["also differs"] * varied]

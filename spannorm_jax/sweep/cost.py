@@ -53,7 +53,7 @@ def cost(config: Config) -> Cost:
     kept = min(kept, 1 + (steps // checkpoint.every_steps if checkpoint.every_steps else 0))
     return Cost(
         train_flops=float(flops * tokens),
-        eval_flops=float(flops * config.eval.tokens) / 3,  # the forward pass alone
+        eval_flops=float(flops * config.eval.tokens * (config.task == "text")) / 3,  # the forward pass alone
         disk=float(state_bytes * kept + steps / config.metrics.log_every * _LINE),
     )
 

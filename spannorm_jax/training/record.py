@@ -103,6 +103,11 @@ class Record:
             mark.unlink()
         return not fault
 
+    @property
+    def _counted(self) -> str:
+        """A token, or an image."""
+        return self.session.task.counted(self.config)[0].removesuffix("s")
+
     def announce(self) -> None:
         """Says what is about to run."""
         config, session, facts = self.config, self.session, self._facts
@@ -112,7 +117,7 @@ class Record:
         distributed.print_once(
             f"{config.model.placement} / {init_of(config.model)}: {config.model.depth} blocks, width "
             f"{config.model.width}, {facts['num_params']:,} parameters ({active}), "
-            f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP a token\n"
+            f"{facts[f'flops_per_{self._counted}'] / 1e6:,.1f} MFLOP/{self._counted}\n"
             f"{devices}, compute {config.model.dtype}, {session.kernels}\n"
             f"{session.task.announced(config, session.data)}"
         )
@@ -128,6 +133,7 @@ class Record:
     def _facts(self) -> dict[str, Any]:
         """A start as a line of starts.jsonl, without its first step."""
         session = self.session
+        positions, of_row = session.task.positions(self.config), session.task.counted(self.config)[1]
         return start_record(
             session.flags.module,
             session.flags.argv,
@@ -137,7 +143,7 @@ class Record:
                 "lanes": self._lanes,
                 "num_params": count_params(session.model),
                 "active_params": count_params(session.model, active=True),
-                "flops_per_token": flops_per_token(session.model, session.task.positions(self.config)),
+                f"flops_per_{self._counted}": flops_per_token(session.model, positions) * positions // of_row,
             },
         )
 

@@ -62,7 +62,7 @@ class Progress:
         self._shown, self._line_is_open = -math.inf, False
         self._first: tuple[int, float] | None = None  # the step that was shown first, and when
 
-    def show(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def show(self, step: int, loss: float, speed: str) -> None:
         now = time.monotonic()
         first_step, started = self._first = self._first or (step, now)
         if self._silent or (now - self._shown < self._every_s and step != self._total):
@@ -70,7 +70,7 @@ class Progress:
         self._shown = now
         done = step - first_step
         left = (now - started) / done * (self._total - step) if done else None
-        text = f"step {step}/{self._total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+        text = f"step {step}/{self._total}  loss {loss:.4f}  {speed}"
         text += f"  {format_seconds(left)} left" if left is not None else ""
         if self._terminal:
             print(f"\r{text:<78}", end="", flush=True)
@@ -101,8 +101,9 @@ class StepLog:
         self._config, self._writer, self._progress = config, writer, progress
         self._device = session.mesh.local_devices[0]
         positions = session.task.positions(config)
-        self._tokens = config.training.batch_size * positions
-        self._flops = flops_per_token(session.model, positions) * self._tokens
+        self._unit, of_row = session.task.counted(config)
+        self._counted = config.training.batch_size * of_row  # a step
+        self._flops = flops_per_token(session.model, positions) * config.training.batch_size * positions
         self._logged = session.task.logged
         self._peak = peak_flops(self._device, config.metrics.peak_flops)
         self._pending: tuple[int, dict[str, dict[str, Any]]] | None = None
@@ -142,10 +143,11 @@ class StepLog:
         if where:
             raise Diverged(step, where, loss)
         steps, every = self._config.training.steps, self._config.metrics
-        self._progress.show(step, loss, self._tokens / step_time)
+        per_s = self._counted / step_time
+        self._progress.show(step, loss, f"{per_s:,.0f} {self._unit}/s")
         if step % every.log_every and step not in (1, steps) and held_out is None:
             return
-        line = {"step": step, **values["scalars"], **values["per_moe_block"], "tokens": step * self._tokens}
+        line = {"step": step, **values["scalars"], **values["per_moe_block"], self._unit: step * self._counted}
         if step in (1, steps) or (every.block_grad_every and step % every.block_grad_every == 0):
             line |= values["per_block"]
         if self.takes_signal(step):
@@ -157,7 +159,7 @@ class StepLog:
             self._last_read = time.monotonic()
         flops_per_s = self._flops / step_time
         line |= {
-            "tokens_per_s": self._tokens / step_time,
+            f"{self._unit}_per_s": per_s,
             "step_time_s": step_time,
             "model_flops_per_s": flops_per_s,
             "machine_s": {

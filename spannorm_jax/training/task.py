@@ -42,7 +42,8 @@ class Task:
         asked for.
       check: (config, data) raises UserError if they leave nothing to judge by, though only evaluation may ask for it.
       define: config -> the model's structure.
-      positions: config -> T, what a row has for attention; `tokens` in metrics and FLOPs count these.
+      positions: config -> T, what a row has for attention; FLOPs count these.
+      counted: config -> what metrics count, and how many of it a row has: `tokens`, or `images`, of which it is one.
       train_fields, eval_fields: config -> the arrays of a batch of training, and of a held-out one.
       rows: (config, data) -> (step, start, stop) -> rows of a step's batch, a pure function of seed and step.
       inputs: batch -> what the model's `run` takes.
@@ -68,6 +69,7 @@ class Task:
     check: Callable[[Config, Any], None]
     define: Callable[[Config], ModelDef]
     positions: Callable[[Config], int]
+    counted: Callable[[Config], tuple[str, int]]
     train_fields: Callable[[Config], Fields]
     eval_fields: Callable[[Config], Fields]
     rows: Callable[[Config, Any], Callable[[int, int, int], Rows]]

@@ -10,6 +10,7 @@ import reference
 from small_model import standard_normal
 from test_lanes import stopping
 
+from spannorm_jax import evaluate as evaluating
 from spannorm_jax import sample
 from spannorm_jax.config import Config, ImageConfig, MeshConfig, replace
 from spannorm_jax.config_file import load
@@ -234,7 +235,10 @@ def test_eight_devices_train_as_one(layout):
         (("image.patch", "3"), "image.patch=3 does not divide image.size=8; write for example 2"),
         (("image.channels", "2"), "image.channels=2 must be 1"),
         (("image.pad", "8"), "image.pad=8 moves images of 8 pixels out"),
-        (("model.tied_head", "true"), "model.tied_head=True"),
+        (("model.tied_head", "true"), "model.tied_head=True is of task=text"),
+        (("data.tokenizer", "bpe"), "data.tokenizer='bpe' is of task=text, and nothing reads it here"),
+        (("training.tokens", "9"), "training.tokens=9 is of task=text"),
+        (("data.seq_len", "32"), "data.seq_len=32 is filled in.*16 patches"),
         (("task", "text"), "image is of task=image"),
         (("model.vocab_size", "4"), "below the 10 classes of digits"),
         (("data.eval_split", "validation"), "data.eval_split='validation' is no split of digits"),
@@ -263,3 +267,19 @@ def test_held_out_images_that_are_trained_on_are_said(capsys):
 def test_commands_of_text_refuse_a_model_of_images(digits):
     with pytest.raises(UserError, match="sampling is of task=text, and this is a model of task=image"):
         sample.main([f"--workdir={digits}"])
+    with pytest.raises(UserError, match="--tasks is of task=text, and this is a model of task=image"):
+        evaluating.main([f"--workdir={digits}", "--tasks=hellaswag"])
+
+
+def test_a_patch_counts_as_no_token(digits):
+    """Lines, starts and reports count images: of each, the FLOPs of its 16 patches."""
+    last, (start,) = lines(digits)[-1], [json.loads(line) for line in open(digits / "starts.jsonl", encoding="utf-8")]
+    assert last["images"] == 60 * 32 and last["images_per_s"] == pytest.approx(32 / last["step_time_s"])
+    assert not any("token" in key for key in {**last, **start})
+    config = read_config(digits)
+    each = 16 * flops_per_token(task_of(config).define(config), 16)
+    assert start["flops_per_image"] == each
+    (run,) = find_runs(digits.parent)
+    assert run.reached["tokens"] == 60 * 32 and run.reached["flops"] == 60 * 32 * each
+    names = [name for name, _ in table_cells(study_of([run]))[0]]
+    assert "images/s" in names and "tokens/s" not in names and run.reached["tokens_per_s"] > 0

@@ -95,6 +95,7 @@ PATCHED = Task(
     check=lambda config, data: None,
     define=lambda config: define(config.model, config.execution, Encoder),
     positions=lambda config: PATCHES,
+    counted=lambda config: ("rows", 1),
     train_fields=lambda config: fields(config.training.batch_size),
     eval_fields=lambda config: fields(
         config.eval.batch_size, weights=Field((config.eval.batch_size,), "float32", ("batch",))

@@ -173,6 +173,7 @@ IMAGE = Task(
     check=lambda config, data: None,
     define=lambda config: define(config.model, config.execution, partial(Encoder, image=config.image)),
     positions=lambda config: config.data.seq_len,
+    counted=lambda config: ("images", 1),
     train_fields=lambda config: _fields(config.training.batch_size, config.image, draw="uint32"),
     eval_fields=lambda config: _fields(config.eval.batch_size, config.image, weights="float32"),
     rows=lambda config, data: rows_of(data.train, config.seed, config.training.batch_size),

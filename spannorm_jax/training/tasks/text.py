@@ -183,6 +183,7 @@ TEXT = Task(
     check=_check,
     define=lambda config: define(config.model, config.execution),
     positions=lambda config: config.data.seq_len,
+    counted=lambda config: ("tokens", config.data.seq_len),
     train_fields=_train_fields,
     eval_fields=_eval_fields,
     rows=_rows,
