@@ -273,7 +273,7 @@ def test_commands_of_text_refuse_a_model_of_images(digits):
 
 def test_a_patch_counts_as_no_token(digits):
     """Lines, starts and reports count images: of each, the FLOPs of its 16 patches."""
-    last, (start,) = lines(digits)[-1], [json.loads(line) for line in open(digits / "starts.jsonl", encoding="utf-8")]
+    last, start = lines(digits)[-1], json.loads((digits / "starts.jsonl").read_text(encoding="utf-8"))
     assert last["images"] == 60 * 32 and last["images_per_s"] == pytest.approx(32 / last["step_time_s"])
     assert not any("token" in key for key in {**last, **start})
     config = read_config(digits)

@@ -95,7 +95,7 @@ PATCHED = Task(
     check=lambda config, data: None,
     define=lambda config: define(config.model, config.execution, Encoder),
     positions=lambda config: PATCHES,
-    counted=lambda config: ("rows", 1),
+    counted=lambda config: ("images", 1),
     train_fields=lambda config: fields(config.training.batch_size),
     eval_fields=lambda config: fields(
         config.eval.batch_size, weights=Field((config.eval.batch_size,), "float32", ("batch",))
@@ -146,7 +146,7 @@ def test_a_second_task_trains_is_measured_evaluated_and_goes_on(changes, tmp_pat
     assert result["loss"] == pytest.approx(got[-1]["held_out_loss"], rel=1e-6)
     row = read_run(run)
     assert row.outcome == "trained" and row.reached["bits_per_byte"] is None
-    assert got[-1]["tokens"] == 20 * 16 * PATCHES and len(got[-1]["attention_logit_max"]) == config.model.depth
+    assert got[-1]["images"] == 20 * 16 and len(got[-1]["attention_logit_max"]) == config.model.depth
 
 
 def test_its_lanes_are_its_runs(tmp_path):
