@@ -76,13 +76,12 @@ def linear_classifier(data: DataConfig, train: ImageStore, held_out: ImageStore)
         return {}
 
     def fitted() -> dict[str, float]:
-        from sklearn.linear_model import LogisticRegression
-
         if number * size > FITTED >> 4:
             print(f"fitting a linear classifier to {number:,} images, once for these data", file=sys.stderr, flush=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it stopped at the most iterations
-            model = LogisticRegression(max_iter=ITERATIONS).fit(_pixels(train.images[which]), train.labels[which])
+            regression = importlib.import_module("sklearn.linear_model").LogisticRegression(max_iter=ITERATIONS)
+            model = regression.fit(_pixels(train.images[which]), train.labels[which])
         nll, correct = 0.0, 0
         for first in range(0, len(held_out.labels), _ROWS):
             images, labels = (x[first : first + _ROWS] for x in (held_out.images, held_out.labels))

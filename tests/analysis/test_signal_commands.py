@@ -120,7 +120,7 @@ def test_random_text_has_no_token_twice_in_a_row():
     ("options", "says"),
     [
         (["--text", "random"], "--text random is of task=text"),
-        (["--tokens", 8], "--tokens is of task=text: an image has all its patches, 16 here"),
+        (["--tokens", 8], "--tokens is of task=text: an image has all its patches, 4 here"),
         (["--rows", 361], "--rows asks for 361 images, and the split of digits/1.0.0 has 360"),
     ],
 )

@@ -152,7 +152,7 @@ IMAGES += [("span", {"image__positions": "learned", "image__pool": "token"}), ("
 def test_predictions_against_the_model_of_images(placement, changes):
     made = config(placement=placement, norm="layernorm", ffn="gelu", init=changes.get("init", "plain"))
     options = {k: v for k, v in changes.items() if k != "init"}
-    ours = load("configs/vision.py:tiny")
+    ours = load("configs/vision.py:tiny", [("image.patch", "2")])
     task = task_of(ours)
     data, ours = task.open(replace(dataclasses.replace(ours, model=dataclasses.replace(made, vocab_size=0)), **options))
     images = task.sample(data.eval, ours.data.seq_len, 4, "")["image"]
@@ -336,7 +336,7 @@ def test_images_enter_a_prediction(capsys):
     argv = ["--config", "configs/vision.py:tiny,depth=2,width=64", "--rows", "2", "--json"]
     assert theory.main(argv) == 0
     got = json.loads(capsys.readouterr().out)
-    assert got["tokens"] == 16 and len(got["stream_grad_norm"]) == 2
+    assert got["tokens"] == 4 and len(got["stream_grad_norm"]) == 2
     for argv, says in (
         (["--config=configs/vision.py:tiny", "--tokens=16"], "--tokens does nothing with task=image.*--rows"),
         (["--config=configs/dense.py:tiny", "--rows=16"], "--rows does nothing with task=text.*--tokens"),

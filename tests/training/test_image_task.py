@@ -161,7 +161,7 @@ def test_the_objective_is_smoothed_and_what_is_reported_is_not():
 
 DIGITS = replace(load("configs/vision.py:tiny"), model__depth=2, model__width=32, model__num_heads=2)
 DIGITS = replace(DIGITS, training__steps=60, training__batch_size=32, optim__lr=5e-3, eval__every_steps=30)
-DIGITS = replace(DIGITS, metrics__tensorboard=False, checkpoint__every_steps=20, image__pad=0)
+DIGITS = replace(DIGITS, image__patch=2, metrics__tensorboard=False, checkpoint__every_steps=20, image__pad=0)
 
 
 def lines(run):
@@ -238,7 +238,7 @@ def test_eight_devices_train_as_one(layout):
         (("model.tied_head", "true"), "model.tied_head=True is of task=text"),
         (("data.tokenizer", "bpe"), "data.tokenizer='bpe' is of task=text, and nothing reads it here"),
         (("training.tokens", "9"), "training.tokens=9 is of task=text"),
-        (("data.seq_len", "32"), "data.seq_len=32 is filled in.*16 patches"),
+        (("data.seq_len", "32"), "data.seq_len=32 is filled in.*4 patches"),
         (("task", "text"), "image is of task=image"),
         (("model.vocab_size", "4"), "below the 10 classes of digits"),
         (("data.eval_split", "validation"), "data.eval_split='validation' is no split of digits"),
