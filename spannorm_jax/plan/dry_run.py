@@ -39,6 +39,7 @@ class StepCost:
     """What one step takes. Memory is in bytes of one device.
 
     Attributes:
+      counted: what the step has so many `tokens` of: tokens, or images, which `flops_per_token` is then of.
       state: `parameters` and `optimizer`, as they lie between steps.
       gradients: in float32; twice, with microbatches.
       activations: what the backward pass keeps of the forward pass that grows with the batch, for one microbatch, as if
@@ -50,6 +51,7 @@ class StepCost:
     active_params: int
     flops_per_token: int
     tokens: int
+    counted: str
     state: dict[str, int]
     gradients: int
     activations: int
@@ -99,7 +101,7 @@ def measure(config: Config, mesh: Mesh) -> StepCost:
     """Compiles the step of a resolved config; `mesh` is of CPU devices, which are not used."""
     task = task_of(config)
     model, positions, batch_size = task.define(config), task.positions(config), config.training.batch_size
-    began = time.monotonic()
+    (counted, of_row), began = task.counted(config), time.monotonic()
     with jax.set_mesh(mesh):
         compiled_as = config
         if config.model.dtype == "bfloat16":
@@ -114,8 +116,9 @@ def measure(config: Config, mesh: Mesh) -> StepCost:
     return StepCost(
         params=count_params(model),
         active_params=count_params(model, active=True),
-        flops_per_token=flops_per_token(model, positions),
-        tokens=batch_size * positions,
+        flops_per_token=flops_per_token(model, positions) * positions // of_row,
+        tokens=batch_size * of_row,
+        counted=counted,
         state={"parameters": _bytes_here(state.params), "optimizer": _bytes_here(state.opt_state)},
         gradients=_bytes_here(state.params) * min(config.training.num_microbatches, 2),
         activations=activations,
@@ -173,12 +176,13 @@ def report(cost: StepCost, shape: dict[str, int], kind: str | None) -> str:
 
 
 def _flops(cost: StepCost, num_devices: int, kind: str | None) -> list[str]:
-    step = cost.flops_per_token * cost.tokens
+    step, each = cost.flops_per_token * cost.tokens, "a token" if cost.counted == "tokens" else "an image"
     active = f"{cost.active_params:,} active" if cost.active_params != cost.params else "all active"
     fastest = f", {step / num_devices / DEVICE_KINDS[kind].peak_flops:.3g} s at the peak of {kind}" if kind else ""
     return [
-        f"{cost.params:,} parameters ({active}), {cost.tokens:,} tokens a step; compiled in {cost.compile_s:.1f} s",
-        f"{flop_words(cost.flops_per_token)} a token, {flop_words(step)} a step, "
+        f"{cost.params:,} parameters ({active}), {cost.tokens:,} {cost.counted} a step; "
+        f"compiled in {cost.compile_s:.1f} s",
+        f"{flop_words(cost.flops_per_token)} {each}, {flop_words(step)} a step, "
         f"{flop_words(step / num_devices)} a device{fastest}",
     ]
 
