@@ -72,6 +72,7 @@ def sweep_images(size: str) -> Iterable[Point]:
         "gpu": (50, 128, 4, (3e-4, 1e-3, 3e-3)),
     }[size]
     same = {"image.patch": patch, "training.steps": epochs * 60_000 // 128, "checkpoint.keep_last": 1}
+    same |= {"image.pad": 0, "image.flip": False} if size == "cpu" else {}  # images seen twice need no variants
     readings = ("plain", "scale-L1", "scale-L0.5")
     methods = chain(
         arguments(placement=("pre", "post", "span", "olmo2", "peri"), init=readings),
