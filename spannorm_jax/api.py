@@ -69,7 +69,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> pl.DataFrame:
 
 
 def predict_signal(cfg: ModelConfig, tokens: int = 64) -> pl.DataFrame:
-    """What a model starts with by its placement's own equation, a row a block: docs/theory.md has the columns.
+    """What a model of text starts with by its placement's own equation, a row a block: docs/theory.md has the columns.
 
     No weights are drawn, and no data are read. What the prediction leaves out is warned of.
     """

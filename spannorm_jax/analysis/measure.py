@@ -82,7 +82,9 @@ def probe_batch(config: Config, data: Any, settings: Settings) -> tuple[Batch, B
     T, task = settings.tokens or config.data.seq_len, task_of(config)
     for flag, value in (("--tokens", settings.tokens), ("--text random", settings.text == "random")):
         if value and config.task != "text":
-            raise UserError(f"{flag} is of task=text: an image has all its patches, {T} here; leave it out")
+            raise UserError(
+                f"{flag} is of task=text: an image has all its patches, {config.data.seq_len} here; leave it out"
+            )
     if T < 2:
         raise UserError(f"--tokens makes rows of {T} token, and the correlation of tokens needs 2; write 2 or more")
     if settings.text == "random":
