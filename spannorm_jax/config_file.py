@@ -6,6 +6,7 @@ Every failure on this way is the user's to mend, and is one line.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -222,10 +223,19 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     Raises:
       UserError: with one line that names the key, the value and what to write instead.
     """
+    return with_overrides(read_spec(spec), overrides)
+
+
+def read_spec(spec: str) -> dict[str, Any]:
+    """What `load` begins with: a config before overrides, as nested dictionaries. Raises UserError."""
     if spec.endswith(".json"):
-        config = _read_recorded(spec)
-    else:
-        config = read_config_file(spec).copy_and_resolve_references().to_dict()
+        return _read_recorded(spec)
+    return read_config_file(spec).copy_and_resolve_references().to_dict()
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> Config:
+    """The config that `load` makes of what `read_spec` has read, which stays as it is. Raises UserError."""
+    config = copy.deepcopy(values)
     for key, text in overrides:
         _apply_override(config, key, text)
     return _checked(from_dict(config))
