@@ -318,7 +318,7 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
     if sweep.bisects:
         bisection = Bisection(sweep, out)
         choose: Choose = functools.partial(bisection.next_group, lanes)
-        groups = [(run,) for cell in bisection.cells for run in cell.rungs[0]]
+        groups: list[Group] = [(run,) for cell in bisection.cells for run in cell.rungs[0]]
         display = Display(out, sweep, {}, bisection.progress)
     else:
         groups = in_groups(left, lanes) if lanes > 1 else [(run,) for run in left]
