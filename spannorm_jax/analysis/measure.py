@@ -16,6 +16,7 @@ from jax import Array
 
 from spannorm_jax.analysis import blocks, fields, gradients, replaced
 from spannorm_jax.analysis.groups import Settings
+from spannorm_jax.analysis.sharpness import sharpness
 from spannorm_jax.config import Config, MeshConfig, replace, to_dict
 from spannorm_jax.data.loader import eval_batches
 from spannorm_jax.data.open import OpenData, open_data
@@ -27,6 +28,7 @@ from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.trained import open_trained
+from spannorm_jax.training.step import make_program
 from spannorm_jax.training.tasks.text import facts as data_facts
 
 
@@ -38,6 +40,7 @@ class Measured:
     model: ModelDef
     params: Any
     model_state: Any
+    opt_state: Any = None  # for the group `sharpness`, of a model that has been updated
 
 
 def signal(
@@ -58,8 +61,9 @@ def signal(
         facts: dict[str, Any] = {"config": to_dict(config)}
         model = define(config.model, config.execution)
         if restore:
-            trained = restore(config, model, mesh)
-            what = Measured(config, trained.model, trained.params, trained.model_state)
+            opt_state = make_program(config, model, mesh).abstract_state.opt_state
+            trained = restore(config, model, mesh, opt_state if "sharpness" in settings.only else None)
+            what = Measured(config, trained.model, trained.params, trained.model_state, trained.opt_state)
             facts["step"] = trained.step
         else:
             params = jax.jit(model.init)(jax.random.key(config.seed))
@@ -147,6 +151,9 @@ def measure(
         grads, meters, squares = jax.jit(partial(gradients.of_loss, what.model))(what.params, what.model_state, tokens)
     if "backward" in settings.only:
         found |= _backward(what, tokens, settings.probes, meters, squares)
+    if "sharpness" in settings.only:
+        batch = {"tokens": tokens}
+        found |= sharpness(what.config, what.params, what.model_state, what.opt_state, batch)
     if not {"update", "skip", "affine"} & set(settings.only):
         return found
     trace = jax.jit(lambda p, r, t: blocks.traced(what.model.bind(p, r), t[:, :-1]))
