@@ -26,43 +26,46 @@ def _cells(*of: Iterable[Point]) -> list[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_factor(size: str) -> Iterable[Point]:
-    """ScaleInit's factor in the weight and in the forward pass."""
+    """ScaleInit's factor in the weight and in the forward pass. About 63 of 594 runs: 20 min, 0 h."""
     return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1", "scale-L1-mult")))
 
 
 @bisects(LADDER)
 def sweep_ceiling_depth(size: str) -> Iterable[Point]:
-    """Five depths at width 64."""
+    """Five depths at width 64. About 157 of 1485 runs: 1.3 h, 0 h."""
     return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_placements(size: str) -> Iterable[Point]:
-    """Seventeen placements with ScaleInit."""
+    """Seventeen placements with ScaleInit. About 178 of 1683 runs: 57 min, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_plain(size: str) -> Iterable[Point]:
-    """The same without a depth factor."""
+    """The same without a depth factor. About 178 of 1683 runs: 57 min, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("plain",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_warmup(size: str) -> Iterable[Point]:
-    """A warm-up over a tenth and over half of the steps."""
+    """A warm-up over a tenth and over half of the steps. About 63 of 594 runs: 20 min, 0 h."""
     return _cells(arguments(placement=ARMS, init=("scale-L1",)), options({"optim.warmup_fraction": (0.1, 0.5)}))
 
 
 @bisects(LADDER)
 def sweep_ceiling_width(size: str) -> Iterable[Point]:
-    """Three widths at 24 blocks."""
+    """Three widths at 24 blocks. About 94 of 891 runs: 51 min, 0 h."""
     return _cells(arguments(width=WIDTHS, placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
-    """The standard parametrisation and CompleteP from 6 blocks of width 32, where one grows and where both do."""
+    """The standard parametrisation and CompleteP from 6 blocks of width 32, where one grows and where both do.
+
+    About 251 of 2376 runs: 3.0 h, 0 h.
+    """
     completep = {"model.parametrisation": "completep", "model.base_width": 32, "model.base_depth": 6}
     sizes = chain(arguments(depth=(24, 96), width=(64,)), arguments(depth=(24,), width=(32, 128)))
     return _cells(chain(fixed(), fixed("", completep)), sizes, arguments(placement=ARMS, init=("scale-L1",)))
@@ -70,11 +73,11 @@ def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_batch(size: str) -> Iterable[Point]:
-    """Batches of 8, 32 and 128 rows."""
+    """Batches of 8, 32 and 128 rows. About 94 of 891 runs: 3.4 h, 0 h."""
     return _cells(options({"training.batch_size": (8, 32, 128)}), arguments(placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
-    """Each depth with each width."""
-    return _cells(arguments(width=WIDTHS, depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
+    """The depths with the widths that the sweeps of one alone leave out. About 251 of 2376 runs: 4.5 h, 0 h."""
+    return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))

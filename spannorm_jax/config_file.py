@@ -27,6 +27,7 @@ from spannorm_jax.config import (
     flatten,
     from_dict,
     kind_name,
+    kinds_of,
     matches,
     replace,
     to_dict,
@@ -101,7 +102,7 @@ def _apply_override(config: Any, key: str, text: str) -> None:
     for i, part in enumerate((*groups, last)):
         if not dataclasses.is_dataclass(kind):
             raise UserError(f"unknown config key {_shown(key)}; {'.'.join(groups[:i])} holds no further keys")
-        kinds = typing.get_type_hints(kind)
+        kinds = kinds_of(kind)
         if part not in kinds:
             # The right name in the wrong group is likelier than another name of this group.
             elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == last]

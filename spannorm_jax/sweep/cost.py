@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spannorm_jax.config import Config, DataConfig, OptimConfig
+from spannorm_jax.config import Config, DataConfig, OptimConfig, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.resolution import num_steps
@@ -36,6 +36,7 @@ class Cost:
     disk: float
 
 
+@functools.cache
 def cost(config: Config) -> Cost:
     """That of a run by its config as loaded. Evaluation of a whole split (eval.tokens=0) is not counted."""
     resolved = resolve_without_data(config, platform="cpu")
@@ -84,7 +85,7 @@ def report(sweep: Sweep, rate: float | None) -> str:
       UserError: that run cannot start here.
     """
     likely = chances(sweep)
-    costs = [(likely[run.index], cost(run.config)) for run in sweep.runs]
+    costs = [(likely[run.index], cost(replace(run.config, seed=0, optim__lr=1.0))) for run in sweep.runs]
     train, evaluation = sum(p * c.train_flops for p, c in costs), sum(p * c.eval_flops for p, c in costs)
     programs = len({program_key(run.config) for run in sweep.runs})
     expected = f"about {sum(likely.values()):.0f} of " * sweep.bisects
