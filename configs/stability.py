@@ -2,8 +2,8 @@
 
     python -m spannorm_jax.sweep ceiling_factor local
 
-A cell is `configs/dense.py:tiny` with 150 steps, and the same in both sizes: what fails at this size has lost its loss
-by step 50 and stays there (docs/stability.md). The ladder has a factor of 1.2. Sweeps share the cells that they have in
+A cell is `configs/dense.py:tiny` with 250 steps, and the same in both sizes: in 150 a slow collapse does not show
+(docs/stability.md). The ladder has a factor of 1.2. Sweeps share the cells that they have in
 common; expected hours are those of `cost` at 7e10 FLOP/s, two CPU cores, for each sweep by itself. The most telling
 come first.
 """
@@ -20,43 +20,43 @@ DEPTHS, WIDTHS = (6, 12, 24, 48, 96), (32, 64, 128)
 
 
 def _cells(*of: Iterable[Point]) -> list[Point]:
-    short = {"training.steps": 150, "eval.tokens": 16384, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1}
+    short = {"training.steps": 250, "eval.tokens": 16384, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1}
     return product(seeds(3), fixed("tiny", short | {"metrics.tensorboard": False}), *of)
 
 
 @bisects(LADDER)
 def sweep_ceiling_factor(size: str) -> Iterable[Point]:
-    """ScaleInit's factor in the weight and in the forward pass. About 63 of 594 runs: 20 min, 0 h."""
+    """ScaleInit's factor in the weight and in the forward pass. About 63 of 594 runs: 33 min, 0 h."""
     return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1", "scale-L1-mult")))
 
 
 @bisects(LADDER)
 def sweep_ceiling_depth(size: str) -> Iterable[Point]:
-    """Five depths at width 64. About 157 of 1485 runs: 1.3 h, 0 h."""
+    """Five depths at width 64. About 157 of 1485 runs: 2.1 h, 0 h."""
     return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_placements(size: str) -> Iterable[Point]:
-    """Seventeen placements with ScaleInit. About 178 of 1683 runs: 57 min, 0 h."""
+    """Seventeen placements with ScaleInit. About 178 of 1683 runs: 1.6 h, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_plain(size: str) -> Iterable[Point]:
-    """The same without a depth factor. About 178 of 1683 runs: 57 min, 0 h."""
+    """The same without a depth factor. About 178 of 1683 runs: 1.6 h, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("plain",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_warmup(size: str) -> Iterable[Point]:
-    """A warm-up over a tenth and over half of the steps. About 63 of 594 runs: 20 min, 0 h."""
+    """A warm-up over a tenth and over half of the steps. About 63 of 594 runs: 33 min, 0 h."""
     return _cells(arguments(placement=ARMS, init=("scale-L1",)), options({"optim.warmup_fraction": (0.1, 0.5)}))
 
 
 @bisects(LADDER)
 def sweep_ceiling_width(size: str) -> Iterable[Point]:
-    """Three widths at 24 blocks. About 94 of 891 runs: 51 min, 0 h."""
+    """Three widths at 24 blocks. About 94 of 891 runs: 1.4 h, 0 h."""
     return _cells(arguments(width=WIDTHS, placement=ARMS, init=("scale-L1",)))
 
 
@@ -64,7 +64,7 @@ def sweep_ceiling_width(size: str) -> Iterable[Point]:
 def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
     """The standard parametrisation and CompleteP from 6 blocks of width 32, where one grows and where both do.
 
-    About 251 of 2376 runs: 3.0 h, 0 h.
+    About 251 of 2376 runs: 5.0 h, 0 h.
     """
     completep = {"model.parametrisation": "completep", "model.base_width": 32, "model.base_depth": 6}
     sizes = chain(arguments(depth=(24, 96), width=(64,)), arguments(depth=(24,), width=(32, 128)))
@@ -73,11 +73,11 @@ def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_batch(size: str) -> Iterable[Point]:
-    """Batches of 8, 32 and 128 rows. About 94 of 891 runs: 3.4 h, 0 h."""
+    """Batches of 8, 32 and 128 rows. About 94 of 891 runs: 5.7 h, 0 h."""
     return _cells(options({"training.batch_size": (8, 32, 128)}), arguments(placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
-    """The depths with the widths that the sweeps of one alone leave out. About 251 of 2376 runs: 4.5 h, 0 h."""
+    """The depths with the widths that the sweeps of one alone leave out. About 251 of 2376 runs: 7.5 h, 0 h."""
     return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))

@@ -9,14 +9,12 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from spannorm_jax.errors import UserError, did_you_mean
 
-# Name -> type, of the fields of a dataclass.
-kinds_of: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+kinds_of: Any = functools.cache(typing.get_type_hints)  # name -> type, of the fields of a dataclass
 MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest

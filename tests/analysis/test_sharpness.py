@@ -21,8 +21,10 @@ TINY = {"model__depth": 1, "model__width": 8, "model__num_heads": 2, "model__ffn
 TINY |= {"optim__warmup_fraction": 0.5}
 DENSE = {
     "span": {"model__depth": 2, "execution__max_logits_mib": 1, "execution__remat": "block"},
-    "post": {"model__ffn": "gelu", "model__tied_head": True, "model__qk_norm": True},
-    "siamese": {"optim__clip_norm": 0.1, "model__parametrisation": "mup", "model__base_width": 4},
+    "siamese": {
+        **{"model__ffn": "gelu", "model__tied_head": True, "model__qk_norm": True},
+        **{"optim__clip_norm": 0.1, "model__parametrisation": "mup", "model__base_width": 4},
+    },
     "pre": {"model__moe__num_experts": 4, "model__moe__expert_dim": 4},
 }
 # Rounding of float32 in a Hessian's entry is some 2^-24 of what it sums, here up to 64 positions and two dozen
