@@ -45,29 +45,29 @@ def sharpness(config: Config, params: Any, model_state: Any, opt_state: Any, bat
         total, sums = objective(config, model, params, model_state, batch, loss_sums, numbers)
         return total / sums["count"]
 
-    @partial(jax.jit, static_argnums=4)
-    def run(params: Any, model_state: Any, opt_state: Any, batch: Batch, preconditioned: bool) -> tuple[Array, Array]:
-        gradient = jax.grad(partial(loss, model_state=model_state, batch=batch))
-        roots = jax.tree.map(jnp.ones_like, params)
-        if preconditioned:
-            if not opt_state:
-                opt_state = optimizer.update(gradient(params), optimizer.init(params), params)[1]
-            roots = jax.tree.map(jax.lax.rsqrt, preconditioner(config, model, numbers, opt_state))
+    gradient = jax.grad(loss)
 
+    @jax.jit
+    def run(params: Any, model_state: Any, batch: Batch, roots: Any) -> tuple[Array, Array]:
         def product(v: Any) -> Any:
-            _, Hv = jax.jvp(gradient, (params,), (jax.tree.map(jnp.multiply, roots, v),))
+            along = jax.tree.map(jnp.multiply, roots, v)
+            _, Hv = jax.jvp(lambda p: gradient(p, model_state, batch), (params,), (along,))
             return jax.tree.map(jnp.multiply, roots, Hv)
 
         return lanczos(product, params, jax.random.key(config.seed), ITERATIONS)
 
-    found: dict[str, Any] = {}
-    adam = config.optim.name == "adamw"
-    for name, preconditioned in {"sharpness": False, **({"preconditioned_sharpness": True} if adam else {})}.items():
-        value, residual = ritz(*run(params, model_state, opt_state, batch, preconditioned))
-        found |= {name: value, f"{name}_residual": residual}
-    if not adam:
+    value, residual = ritz(*run(params, model_state, batch, jax.tree.map(jnp.ones_like, params)))
+    found = {"sharpness": value, "sharpness_residual": residual}
+    if config.optim.name != "adamw":
         return found
-    lr = learning_rate(config.optim.schedule, numbers, 1 + (_adam(opt_state).count if opt_state else 0))
+    updates = _adam(opt_state).count if opt_state else 0
+    if not opt_state:
+        grads = jax.jit(gradient)(params, model_state, batch)
+        opt_state = optimizer.update(grads, optimizer.init(params), params)[1]
+    roots = jax.tree.map(jax.lax.rsqrt, preconditioner(config, model, numbers, opt_state))
+    value, residual = ritz(*run(params, model_state, batch, roots))
+    found |= {"preconditioned_sharpness": value, "preconditioned_sharpness_residual": residual}
+    lr = learning_rate(config.optim.schedule, numbers, 1 + updates)
     return found | {"sharpness_bound": float(2 * (1 + numbers.b1) / ((1 - numbers.b1) * lr))}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from small_model import batch, configure
+from small_model import batch, configure, gradients_of
 
 from spannorm_jax.analysis import sharpness as measured
 from spannorm_jax.analysis.sharpness import lanczos, ritz, sharpness, twice_differentiable
@@ -25,6 +25,7 @@ DENSE = {
         **{"model__ffn": "gelu", "model__tied_head": True, "model__qk_norm": True},
         **{"optim__clip_norm": 0.1, "model__parametrisation": "mup", "model__base_width": 4},
     },
+    "pre_embnorm": {"optim__eps": 1e-3},  # or the rounding of gradients near zero would decide
     "pre": {"model__moe__num_experts": 4, "model__moe__expert_dim": 4},
 }
 # Rounding of float32 in a Hessian's entry is some 2^-24 of what it sums, here up to 64 positions and two dozen
@@ -68,7 +69,7 @@ def updated(config, model, params, gradients):
     return state
 
 
-@pytest.mark.parametrize("placement", DENSE)
+@pytest.mark.parametrize("placement", ["span", "siamese", "pre"])
 def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(placement, monkeypatch):
     monkeypatch.setattr(measured, "ITERATIONS", 40)
     config, model, params = model_of(placement)
@@ -104,16 +105,15 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(placement, mon
 
 
 def test_before_the_first_update_p_is_what_this_batch_makes_it():
-    config, model, params = model_of("span")
+    config, model, params = model_of("pre_embnorm")
     rows = jax.tree.map(jnp.asarray, batch())
-    _, gradient = hessian(config, params, rows)
-    alone = sharpness(config, params, {}, None, rows)
-    state = updated(config, model, params, [gradient])
-    assert alone["preconditioned_sharpness"] == pytest.approx(
-        sharpness(config, params, {}, state, rows)["preconditioned_sharpness"], rel=1e-2
-    )
-    lion = sharpness(configure(**TINY, model__placement="span", optim__name="lion"), params, {}, None, rows)
-    assert lion.keys() == {"sharpness", "sharpness_residual"}
+    optimizer = make_optimizer(config.optim, model, numbers_of(config))
+    grads, _ = gradients_of(config)(params, rows)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    alone, updated_once = (sharpness(config, params, {}, of, rows) for of in (None, state))
+    for name in ("sharpness", "preconditioned_sharpness"):
+        assert alone[name] == pytest.approx(updated_once[name], rel=1e-3)
+    assert alone["sharpness_bound"] == pytest.approx(2 * updated_once["sharpness_bound"])  # the rate warms up
 
 
 def test_any_mesh_gives_the_same():
