@@ -9,7 +9,7 @@ import pytest
 
 from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
-from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.analysis.groups import USUAL, Settings
 from spannorm_jax.analysis.measure import probe_tokens
 from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.command import run_command
@@ -164,7 +164,7 @@ def test_files_without_a_record_or_without_a_number_make_no_figures(command, tmp
 
 
 def test_settings_have_all_groups_by_default():
-    assert Settings().only == GROUPS
+    assert Settings().only == USUAL
     with pytest.raises(UserError, match="--blocks -1 must be 0 or more"):
         Settings(blocks=-1)
 
