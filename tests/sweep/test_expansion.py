@@ -18,7 +18,9 @@ from spannorm_jax.sweep import cost, expansion
 from spannorm_jax.sweep.expansion import expand, folder_name, identity, sweeps_of
 
 SWEEPS = (Path(__file__).parents[2] / "docs/sweeps.md").read_text(encoding="utf-8")
-SHIPPED = [(f"configs/{file}.py", name) for file in ("dense", "moe") for name in sweeps_of(f"configs/{file}.py")]
+SHIPPED = [
+    (f"configs/{file}.py", name) for file in ("dense", "moe", "stability") for name in sweeps_of(f"configs/{file}.py")
+]
 # By these names runs lie on disks of users. A change here takes their runs away from them.
 GOLDEN = {
     (
