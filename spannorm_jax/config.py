@@ -14,6 +14,7 @@ from typing import Any
 
 from spannorm_jax.errors import UserError, did_you_mean
 
+kinds_of: Any = functools.cache(typing.get_type_hints)  # name -> type, of the fields of a dataclass
 MAX_INT = 2**31 - 1  # steps, sizes and seeds travel as int32
 MIN_FLOAT = 2.0**-126  # float32's smallest normal number
 MAX_FLOAT = (2 - 2**-23) * 2.0**127  # float32's largest
@@ -309,7 +310,7 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "", of_older_run: b
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type.
     """
-    kinds = typing.get_type_hints(cls)
+    kinds = kinds_of(cls)
     for key in values:
         if key not in kinds:
             raise UserError(f"unknown config key {prefix}{key}; {did_you_mean(str(key), kinds)}")
@@ -371,7 +372,7 @@ def rules() -> dict[str, Rule]:
     found: dict[str, Rule] = {}
 
     def walk(cls: type, prefix: str) -> None:
-        kinds = typing.get_type_hints(cls)
+        kinds = kinds_of(cls)
         for item in dataclasses.fields(cls):
             if dataclasses.is_dataclass(kinds[item.name]):
                 walk(kinds[item.name], f"{prefix}{item.name}.")

@@ -6,6 +6,7 @@ Every failure on this way is the user's to mend, and is one line.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -26,6 +27,7 @@ from spannorm_jax.config import (
     flatten,
     from_dict,
     kind_name,
+    kinds_of,
     matches,
     replace,
     to_dict,
@@ -100,7 +102,7 @@ def _apply_override(config: Any, key: str, text: str) -> None:
     for i, part in enumerate((*groups, last)):
         if not dataclasses.is_dataclass(kind):
             raise UserError(f"unknown config key {_shown(key)}; {'.'.join(groups[:i])} holds no further keys")
-        kinds = typing.get_type_hints(kind)
+        kinds = kinds_of(kind)
         if part not in kinds:
             # The right name in the wrong group is likelier than another name of this group.
             elsewhere = [k for k in flatten(Config()) if k.split(".")[-1] == last]
@@ -222,10 +224,19 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     Raises:
       UserError: with one line that names the key, the value and what to write instead.
     """
+    return with_overrides(read_spec(spec), overrides)
+
+
+def read_spec(spec: str) -> dict[str, Any]:
+    """What `load` begins with: a config before overrides, as nested dictionaries. Raises UserError."""
     if spec.endswith(".json"):
-        config = _read_recorded(spec)
-    else:
-        config = read_config_file(spec).copy_and_resolve_references().to_dict()
+        return _read_recorded(spec)
+    return read_config_file(spec).copy_and_resolve_references().to_dict()
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> Config:
+    """The config that `load` makes of what `read_spec` has read, which stays as it is. Raises UserError."""
+    config = copy.deepcopy(values)
     for key, text in overrides:
         _apply_override(config, key, text)
     return _checked(from_dict(config))

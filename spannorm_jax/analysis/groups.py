@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from spannorm_jax.errors import UserError, did_you_mean
 
-GROUPS = ("forward", "backward", "update", "skip", "affine")
+USUAL = ("forward", "backward", "update", "skip", "affine")
+GROUPS = (*USUAL, "sharpness")  # the last takes as long as all others
 TEXTS = ("held_out", "random")
 
 
@@ -18,7 +19,7 @@ class Settings:
     probes: int = 2
     blocks: int = 8
     fit_tokens: int = 0
-    only: tuple[str, ...] = GROUPS
+    only: tuple[str, ...] = USUAL
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that cannot be."""

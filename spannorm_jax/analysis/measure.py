@@ -16,6 +16,7 @@ from jax import Array
 
 from spannorm_jax.analysis import blocks, fields, gradients, replaced
 from spannorm_jax.analysis.groups import Settings
+from spannorm_jax.analysis.sharpness import sharpness
 from spannorm_jax.config import Config, MeshConfig, replace, to_dict
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import ModelDef
@@ -24,6 +25,7 @@ from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.run.trained import open_trained
+from spannorm_jax.training.step import make_program
 from spannorm_jax.training.task import Batch
 from spannorm_jax.training.tasks import task_of
 
@@ -36,6 +38,7 @@ class Measured:
     model: ModelDef
     params: Any
     model_state: Any
+    opt_state: Any = None  # for the group `sharpness`, of a model that has been updated
 
 
 def signal(
@@ -57,8 +60,9 @@ def signal(
         facts: dict[str, Any] = {"config": to_dict(config)}
         model = task.define(config)
         if restore:
-            trained = restore(config, model, mesh)
-            what = Measured(config, trained.model, trained.params, trained.model_state)
+            opt_state = make_program(config, model, mesh).abstract_state.opt_state
+            trained = restore(config, model, mesh, opt_state if "sharpness" in settings.only else None)
+            what = Measured(config, trained.model, trained.params, trained.model_state, trained.opt_state)
             facts["step"] = trained.step
         else:
             params = jax.jit(model.init)(jax.random.key(config.seed))
@@ -138,6 +142,8 @@ def measure(what: Measured, batch: Batch, fit_batch: Batch | None, settings: Set
         grads, meters, squares = of_loss(what.params, what.model_state, inputs, targets)
     if "backward" in settings.only:
         found |= _backward(what, inputs, settings.probes, meters, squares)
+    if "sharpness" in settings.only:
+        found |= sharpness(what.config, what.params, what.model_state, what.opt_state, batch)
     if not {"update", "skip", "affine"} & set(settings.only):
         return found
     trace = jax.jit(lambda p, r, x: blocks.traced(what.model.bind(p, r), x))

@@ -31,6 +31,8 @@ QUANTITIES = {
     "router_entropy": ("entropy of the router (nats)", False),
 }
 
+SHARPNESS = ("sharpness", "preconditioned_sharpness", "sharpness_bound")
+
 
 def init_in(model: dict[str, Any]) -> str:
     """The initialisation of a record's model, with the reading of ScaleInit; older records lack its younger options."""

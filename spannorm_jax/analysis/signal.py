@@ -5,8 +5,8 @@ python -m spannorm_jax.analysis.signal --config FILE.py[:arg] | --workdir runs/x
 
 from typing import Any
 
-from spannorm_jax.analysis.groups import GROUPS, TEXTS, Settings
-from spannorm_jax.analysis.quantities import init_in, shown, table
+from spannorm_jax.analysis.groups import GROUPS, TEXTS, USUAL, Settings
+from spannorm_jax.analysis.quantities import SHARPNESS, init_in, shown, table
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import LOCAL_DATA, check_overridable, for_this_machine, load, override, split_overrides
 from spannorm_jax.durable import to_json, write_text
@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     for name, of in (("rows", "of tokens"), ("probes", "random gradients"), ("blocks", "to leave out; 0: all")):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help=f"{of} (default %(default)s)")
     parser.add_argument("--fit_tokens", type=int, default=0, help="of affine maps (default: 4 times their unknowns)")
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)} (default: all)")
+    told = f"some of {','.join(GROUPS)} (default: all but {GROUPS[-1]})"
+    parser.add_argument("--only", default=",".join(USUAL), help=told)
     parser.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
     parser.add_argument("--out", metavar="FILE", help="file that the record is written to")
     args = parser.parse_args(rest)
@@ -67,8 +68,8 @@ def _printed(record: dict[str, Any]) -> str:
         f"{model['placement']} / {init_in(model)}: {model['depth']} blocks, width {model['width']}, step "
         f"{record['step']}, {settings['rows']} x {settings['tokens']} tokens"
     )
-    whole = [key for key in ("loss", "useful_share", "update_logits_change") if key in record]
-    return "\n".join([head, *(f"{key} {shown(record[key], '.4f')}" for key in whole), *table(record, model["depth"])])
+    whole = [key for key in ("loss", "useful_share", "update_logits_change", *SHARPNESS) if key in record]
+    return "\n".join([head, *(f"{key} {shown(record[key], '.5g')}" for key in whole), *table(record, model["depth"])])
 
 
 if __name__ == "__main__":

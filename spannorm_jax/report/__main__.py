@@ -3,6 +3,7 @@
 It reads run folders only. The same folders always give the same bytes.
 """
 
+import itertools
 import re
 import sys
 
@@ -19,6 +20,17 @@ def keys_of(text: str, flag: str) -> dict[str, str]:
     return {key: value for key, _, value in parts}
 
 
+def rates_of(text: str) -> list[float]:
+    """`1e-3,1e-2` as numbers. Raises UserError if they do not ascend from above zero."""
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if any(not low < high for low, high in itertools.pairwise([0.0, *rates])):
+        raise UserError(f"--ladder {one_line(text)!r} is no list of ascending learning rates, as in 1e-3,1e-2")
+    return rates
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.report", description=__doc__)
     parser.add_argument(
@@ -33,6 +45,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--baseline", metavar=form, help=told)
     told = "methods whose comparison with the baseline was named before the runs; the others are exploratory"
     parser.add_argument("--confirm", metavar=form, help=told)
+    told = "learning rates of a bisection, ascending: adds the table and figures of ceilings"
+    parser.add_argument("--ladder", metavar="RATE,...", type=rates_of, default=(), help=told)
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="with which a rate of it has to train")
     parser.add_argument("--table", action="store_true", help="print the table, and write nothing")
     args = parser.parse_args(argv)
     if args.out is None and len(args.roots) > 1 and not args.table:
@@ -43,7 +58,7 @@ def main(argv: list[str]) -> int:
     from spannorm_jax.report import page  # and with it the libraries of tables and figures
     from spannorm_jax.report.tables import text_table
 
-    study, said = page.read_study(args.roots, baseline, confirmed)
+    study, said = page.read_study(args.roots, baseline, confirmed, args.ladder, args.seeds)
     written = None
     if not args.table:
         out = args.out or args.roots[0] / "report"

@@ -8,6 +8,7 @@ from typing import Any
 
 from spannorm_jax.config import is_runtime
 from spannorm_jax.report import palette, stats, tables
+from spannorm_jax.report.ceilings import ceilings, interval_text
 from spannorm_jax.report.comparisons import OWN, SHARED, differences, errors, overall
 from spannorm_jax.report.differing import differing_keys
 from spannorm_jax.report.frames import GRAVEST
@@ -17,7 +18,7 @@ from spannorm_jax.report.study import Arm, Size, Study, choosing, keys_text
 from spannorm_jax.report.tables import Header, interval, markdown, run_name, seeds_line, table_cells, within
 
 Table = tuple[Header, list[list[str]]]  # and lines
-TABLES = ("results", "differences", "learning_rates", "drifts", "overall", "tasks")
+TABLES = ("results", "ceilings", "differences", "learning_rates", "drifts", "overall", "tasks")
 
 _DEFINITIONS = {
     "placement": "Where each block puts its norms (config key model.placement).",
@@ -72,6 +73,7 @@ def contents(study: Study, said: Sequence[tuple[str, str]], root: Path, title: s
             "several_lrs": study.varies("lr"),
         },
         **{"confirm": keys_text(study.confirmed), "differences": _differences(study), "drifts": _drifts(study)},
+        **{"ceilings": _ceilings(study), "ladder_seeds": study.ladder_seeds},
         **{"learning_rates": _learning_rates(study), "overall": _overall(study)},
         "tasks": _tasks(study),
         "definitions": [(name, _DEFINITIONS[name].format(**words)) for name in shown],
@@ -158,6 +160,15 @@ def _size_column(study: Study) -> list[str]:
 
 def _size(study: Study, at: Sequence[int]) -> list[str]:
     return [study.size_text(Size(*at[1:]))] * len(_size_column(study))
+
+
+def _ceilings(study: Study) -> Table:
+    """Of each method and size of a bisection where its ceiling lies."""
+    lines = []
+    for *at, low, high, settled, runs, below in ceilings(study).iter_rows():
+        interval = interval_text(low, high) + (" so far" if not settled else "")
+        lines.append([study.methods[at[0]].label, *_size(study, at), interval, str(runs), below or "–"])
+    return _header(["method", *_size_column(study)], ("ceiling", "runs", "fails below it at")), lines
 
 
 def _learning_rates(study: Study) -> Table:

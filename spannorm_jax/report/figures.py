@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from spannorm_jax.report import curve_figures, frames
+from spannorm_jax.report.ceilings import ceilings, middles
 from spannorm_jax.report.comparisons import OWN, SHARED
 from spannorm_jax.report.looks import CROSS, Figure, Looks, Spec, alt, finished, in_panels, with_scale
 from spannorm_jax.report.palette import GREY, OUTCOME_COLOURS, OUTCOME_INK, OUTCOME_ORDER
@@ -128,13 +129,35 @@ def lr_sensitivity(study: Study) -> Figure | None:
     return _by_size(study, table, "lr_sensitivity", title, "sensitivity", encoding, ".3f", caption)
 
 
+def ceiling(study: Study, axis: str) -> Figure | None:
+    """The highest learning rate at which every seed trains, against depth or width; a line a method if none varies."""
+    either = study.varies("depth") or study.varies("width")
+    table = middles(study) if study.varies(axis) or (axis == "depth" and not either) else ceilings(study).clear()
+    caption = (
+        "The bar goes from the highest learning rate of the ladder at which every seed trains to the next, at which "
+        "one does not, or as far as the bisection has come; the point is its middle. A ceiling beyond the ladder is "
+        "left out."
+    )
+    encoding = {"title": "highest learning rate that trains", "scale": alt.Scale(type="log", nice=False, padding=12)}
+    title = f"Ceiling against {axis}" if either else "Ceilings"
+    return _by_size(study, table, f"ceiling_by_{axis}", title, "ceiling", encoding, ".2~e", caption, axis)
+
+
 def _by_size(
-    study: Study, table: pl.DataFrame, name: str, title: str, column: str, encoding: Spec, form: str, caption: str
+    study: Study,
+    table: pl.DataFrame,
+    name: str,
+    title: str,
+    column: str,
+    encoding: Spec,
+    form: str,
+    caption: str,
+    axis: str = "",
 ) -> Figure | None:
     """A column with its interval against depth or width where that varies, else a line for each method."""
     if table.is_empty():
         return None
-    axis = next((axis for axis in ("depth", "width") if study.varies(axis)), "")
+    axis = next((axis for axis in (axis, "depth", "width") if axis and study.varies(axis)), "")
     looks = Looks(study)
     tips = looks.tooltip(depth="d", width="d", **{column: form}, low=form, high=form, seeds="d")
     if axis:
@@ -277,6 +300,11 @@ FIGURES: dict[str, tuple[Callable[[Study], Figure | None], str]] = {
     "loss_by_lr": (functools.partial(loss_by, axis="lr"), "Loss against learning rate: needs two learning rates."),
     "lr_optimum": (lr_optimum, "Best learning rate: needs three learning rates with the best one between two others."),
     "lr_sensitivity": (lr_sensitivity, "Learning rate sensitivity: needs three learning rates that all methods share."),
+    "ceiling_by_depth": (functools.partial(ceiling, axis="depth"), "Ceiling against depth: needs a bisecting sweep."),
+    "ceiling_by_width": (
+        functools.partial(ceiling, axis="width"),
+        "Ceiling against width: needs a bisecting sweep of two widths.",
+    ),
     "loss_by_depth": (functools.partial(loss_by, axis="depth"), "Loss against depth: needs two depths."),
     "loss_by_width": (functools.partial(loss_by, axis="width"), "Loss against width: needs two widths."),
     "differences": (differences, "Differences from the baseline: needs two methods and a seed that both finished."),

@@ -50,22 +50,28 @@ def write_report(
     title: str = TITLE,
     baseline: Mapping[str, str] | None = None,
     confirmed: Mapping[str, str] | None = None,
+    ladder: Sequence[float] = (),
+    ladder_seeds: int = 0,
 ) -> Path:
     """Writes the report on the runs in and below `folders` into `out`, and returns the page's path.
 
     `baseline` has config keys of what methods are compared with, `confirmed` of those named before the runs. Raises
     UserError if there is nothing to report, no run has the baseline, or `out` cannot be written.
     """
-    study, said = read_study(folders, baseline, confirmed)
+    study, said = read_study(folders, baseline, confirmed, ladder, ladder_seeds)
     return write_files(study, said, folders, out, title)
 
 
 def read_study(
-    folders: Sequence[Path], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
+    folders: Sequence[Path],
+    baseline: Mapping[str, str] | None = None,
+    confirmed: Mapping[str, str] | None = None,
+    ladder: Sequence[float] = (),
+    ladder_seeds: int = 0,
 ) -> tuple[Study, Notices]:
     """The runs in and below `folders`, and the notices that go with them. Raises UserError as `write_report`."""
     passed_over: list[str] = []
-    study = study_of(find_runs(folders, passed_over.append), baseline, confirmed)
+    study = study_of(find_runs(folders, passed_over.append), baseline, confirmed, ladder, ladder_seeds)
     twice = "Equal losses at every step under two names, in {} run{}: {} and {}. "
     twice += "They are one method: it has two lines, and enters the pooled error once."
     same = [twice.format(n, "s"[: n != 1], one.label, other.label) for (one, other), n in replicates(study).items()]

@@ -19,6 +19,7 @@ NOT_RECORDED = "not recorded"
 LEARNT = 0.05  # below the unigram entropy, as a fraction of it: what a run that trains has learnt at least
 KEPT = 0.5  # of what it had learnt at its best: what it still has at its end
 FINISHED = ("trained", "plateau", "collapsed")
+FAILED = ("plateau", "collapsed", "diverged")
 FINAL_FRACTION = 0.1  # of the steps taken, over which the train loss is averaged
 SHORTEST_MEAN = 20  # logged steps, over which the least mean of a curve is taken at least
 WARMUP_STEPS = 5  # left out of tokens/s: they hold compilation

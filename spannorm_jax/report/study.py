@@ -73,6 +73,8 @@ class Study:
     measure: str  # "held-out" | "training": whose loss is compared
     baseline: dict[str, str]  # what a method's keys are replaced by to find the method that it is compared with
     confirmed: dict[str, str]  # keys of the methods whose comparison was named before the runs; {}: none was
+    ladder: Sequence[float] = ()  # the learning rates of a bisection, ascending; (): the runs are of none
+    ladder_seeds: int = 0  # with which one of them must train
 
     def __post_init__(self) -> None:
         runs = self.runs
@@ -157,7 +159,11 @@ def keys_text(keys: Mapping[str, str]) -> str:
 
 
 def study_of(
-    rows: Sequence[RunFolder], baseline: Mapping[str, str] | None = None, confirmed: Mapping[str, str] | None = None
+    rows: Sequence[RunFolder],
+    baseline: Mapping[str, str] | None = None,
+    confirmed: Mapping[str, str] | None = None,
+    ladder: Sequence[float] = (),
+    ladder_seeds: int = 0,
 ) -> Study:
     """Raises UserError if `baseline` or `confirmed` names what no run has."""
     losses = [row.reached["held_out_loss"] for row in rows if row.outcome in FINISHED]
@@ -165,7 +171,8 @@ def study_of(
     measure, loss = ("held-out", "held_out_loss") if held_out else ("training", "train_loss")
     methods, runs = _runs(rows, loss)
     compared = _checked("--baseline", methods, baseline) if baseline else _default_baseline(methods)
-    return Study(list(rows), methods, runs, measure, compared, _checked("--confirm", methods, confirmed or {}))
+    confirms = _checked("--confirm", methods, confirmed or {})
+    return Study(list(rows), methods, runs, measure, compared, confirms, ladder, ladder_seeds)
 
 
 def _runs(rows: Sequence[RunFolder], loss: str) -> tuple[list[Method], pl.DataFrame]:

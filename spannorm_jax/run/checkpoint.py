@@ -146,14 +146,18 @@ class Checkpoints:
         return {name: restored[name] if tree else {} for name, tree in abstract.items()}
 
     def restore_model(self, step: int, abstract_params: Any, abstract_model_state: Any) -> tuple[Any, Any]:
-        """Reads the parameters and the model state, and nothing else.
+        """Reads the parameters and the model state, and nothing else. Raises UserError as `restore_items`."""
+        items = self.restore_items(step, {"params": abstract_params, "model_state": abstract_model_state})
+        return items["params"], items["model_state"]
+
+    def restore_items(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Reads the items of `abstract`, by name, for a reader.
 
         Raises:
           UserError: a trainer has removed the checkpoint meanwhile, where no lock could hold it.
         """
         try:
-            items = self._restore(step, {"params": abstract_params, "model_state": abstract_model_state})
-            return items["params"], items["model_state"]
+            return self._restore(step, abstract)
         except Exception as error:  # each store raises its own kind over a file that has gone
             if (self._path(step) / MANIFEST).exists():
                 raise

@@ -27,17 +27,19 @@ class Trained:
     step: int
     params: Any
     model_state: Any
+    opt_state: Any  # {} if it was not asked for
 
 
 @contextlib.contextmanager
-def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[[Config, ModelDef, Mesh], Trained]]:
+def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callable[..., Trained]]:
     """Finds a checkpoint and yields a function that restores it.
 
     Without a step it is the newest sound one, or where the run diverged the last good one, which is
     said. The checkpoint is held until the end of the context: a trainer at work does not remove it.
     Newer ones that are damaged or not the run's are named on stderr, with what is done instead
     (`doing`, as in "evaluating"). The function takes the run's resolved config, its model and a mesh that divides
-    its weights; it reads what the model needs and nothing else. Every process calls both.
+    its weights; it reads what the model needs and nothing else, and of the optimiser what `opt_state` has, if any.
+    Every process calls both.
 
     Raises:
       UserError: there is no such sound checkpoint of this run, or it was removed where no lock could
@@ -51,11 +53,11 @@ def open_trained(workdir: Path, step: int | None, doing: str) -> Iterator[Callab
         for fault in faults:  # stdout may be one JSON line
             distributed.print_once(f"passed over a checkpoint: {fault}; {doing} step {found}", sys.stderr)
 
-        def restore(config: Config, model: ModelDef, mesh: Mesh) -> Trained:
-            params, model_state = checkpoints.restore_model(
-                found, abstract_params(model, mesh), abstract_model_state(model, mesh)
+        def restore(config: Config, model: ModelDef, mesh: Mesh, opt_state: Any = None) -> Trained:
+            abstract = {"params": abstract_params(model, mesh), "model_state": abstract_model_state(model, mesh)}
+            return Trained(
+                config, model, mesh, found, **checkpoints.restore_items(found, abstract | {"opt_state": opt_state})
             )
-            return Trained(config, model, mesh, found, params, model_state)
 
         yield restore
 

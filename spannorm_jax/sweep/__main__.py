@@ -13,6 +13,8 @@ demo,seed. An override is one of every run. VERB is one of
   table   the table of the runs that have started
   report  tables, figures and a page of them, in OUT/reports
 
+Of a sweep that bisects (`definition.bisects`) only those runs are done that decide its ceilings.
+
 A run that diverged is a result. One that failed is tried again with --retry.
 """
 
@@ -112,6 +114,11 @@ def main(argv: list[str]) -> int:
     if args.verb == "slurm":
         from spannorm_jax.sweep.slurm import submit
 
+        if sweep.bisects:
+            raise UserError(
+                f"sweep {sweep.title} bisects: how runs end decides what is run next, and an array is chosen before; "
+                f"start one or more of `sweep {sweep.names} local` with one --out"
+            )
         return submit(sweep, args.out, args.at_most or 8, shlex.split(args.sbatch or ""), args.retry)
     from spannorm_jax.sweep.reports import write_report
 
@@ -121,6 +128,8 @@ def main(argv: list[str]) -> int:
 def _list(sweep: Sweep) -> int:
     for run in sweep.runs:
         print(f"{run.index:4d}  {run.name}  {shown(run)}")
+    if sweep.bisects:
+        print(f"a bisection: of these {len(sweep.runs)} runs those alone are done that decide its ceilings (status)")
     return 0
 
 
@@ -130,12 +139,18 @@ def _status(sweep: Sweep, out: Path) -> int:
         place = RunPlace(out, run.name)
         state = place.state()
         states[state] += 1
+        if sweep.bisects and state == NEW:
+            continue
         print(f"{run.index:4d}  {run.name}  {_how_far(run, place, state)}")
         if state == NEW:
             for name, changes in former(asked, run):
                 said = ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
                 print(f"      was {name}: {said or 'another version of this code named it'}")
     print(f"{len(sweep.runs)} runs: {', '.join(f'{states[state]} {state}' for state in STATES if states[state])}")
+    if sweep.bisects:
+        from spannorm_jax.sweep.bisection import Bisection
+
+        print("\n".join(Bisection(sweep, out).lines()))
     return 0
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spannorm_jax.config import Config, DataConfig, OptimConfig
+from spannorm_jax.config import Config, DataConfig, OptimConfig, replace
 from spannorm_jax.config_file import resolve_without_data
 from spannorm_jax.model.definition import flops_per_token
 from spannorm_jax.resolution import num_steps
+from spannorm_jax.sweep.bisection import chances
 from spannorm_jax.sweep.expansion import Run, Sweep
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
@@ -35,6 +36,7 @@ class Cost:
     disk: float
 
 
+@functools.cache
 def cost(config: Config) -> Cost:
     """That of a run by its config as loaded. Evaluation of a whole split (eval.tokens=0) is not counted."""
     resolved = resolve_without_data(config, platform="cpu")
@@ -82,13 +84,15 @@ def report(sweep: Sweep, rate: float | None) -> str:
     Raises:
       UserError: that run cannot start here.
     """
-    costs = [cost(run.config) for run in sweep.runs]
-    train, evaluation = sum(c.train_flops for c in costs), sum(c.eval_flops for c in costs)
+    likely = chances(sweep)
+    costs = [(likely[run.index], cost(replace(run.config, seed=0, optim__lr=1.0))) for run in sweep.runs]
+    train, evaluation = sum(p * c.train_flops for p, c in costs), sum(p * c.eval_flops for p, c in costs)
     programs = len({program_key(run.config) for run in sweep.runs})
+    expected = f"about {sum(likely.values()):.0f} of " * sweep.bisects
     lines = [
-        f"sweep {sweep.title}: {len(costs)} runs of {programs} programs",
+        f"sweep {sweep.title}: {expected}{len(costs)} runs of {programs} programs",
         f"FLOPs  {train + evaluation:.2e}, of them {evaluation / (train + evaluation):.0%} for evaluation",
-        f"disk   {sum(c.disk for c in costs) / 1e9:.2f} GB at the end",
+        f"disk   {sum(p * c.disk for p, c in costs) / 1e9:.2f} GB at the end",
     ]
     if rate:
         return "\n".join([*lines, f"time   {_hours((train + evaluation) / rate)} at {rate:.2e} FLOP/s, as given"])

@@ -7,7 +7,9 @@ any iterable of points, so that generators compose as functions do:
         return product(arguments(placement=("pre", "span")), options({"optim.lr": (1e-3, 3e-3)}))
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,33 @@ def compares(placement: str, baseline: str) -> Callable[[Sweep], Sweep]:
         return sweep
 
     return named
+
+
+def bisects(rates: Sequence[float]) -> Callable[[Sweep], Sweep]:
+    """Each point of a sweep with each of the learning rates, of which only those are run that a bisection asks for.
+
+    The points without the rate and the seed are its cells. Of each the runner finds the highest rate at which every
+    seed trains, `report.ceilings` says how; the rates ascend:
+
+        @bisects(ladder(1e-3, 1e-1))
+        def sweep_ceiling(size: str) -> Iterable[Point]: ...
+    """
+
+    def bisecting(sweep: Sweep) -> Sweep:
+        @functools.wraps(sweep)
+        def points(size: str) -> Iterable[Point]:
+            return product(sweep(size), options({"optim.lr": rates}))
+
+        vars(points)["bisects"] = True
+        return points
+
+    return bisecting
+
+
+def ladder(least: float, greatest: float, factor: float = 1.2) -> list[float]:
+    """Rates from `least` to about `greatest`, each a factor above the one before, in three digits."""
+    rungs = 1 + round(math.log(greatest / least) / math.log(factor))
+    return [float(f"{least * factor**i:.3g}") for i in range(rungs)]
 
 
 def arguments(**values: Iterable[Any]) -> Iterator[Point]:

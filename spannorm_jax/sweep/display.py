@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from spannorm_jax.errors import visible
@@ -14,14 +14,19 @@ from spannorm_jax.training.step_log import format_seconds
 
 
 class Display:
-    def __init__(self, out: Path, sweep: Sweep, flops: Mapping[int, float]):
-        """`flops`: index -> FLOPs of each remaining run; the remaining time is estimated from these."""
+    def __init__(self, out: Path, sweep: Sweep, flops: Mapping[int, float], progress: Callable[[], str] | None = None):
+        """`flops`: index -> FLOPs of each remaining run; the remaining time is estimated from these.
+
+        `progress` says how far a sweep is that does not take all its runs.
+        """
+        self._progress = progress
         self._out, self._total, self._flops = out, len(sweep.runs), dict(flops)
-        self._before = self._total - len(flops)
+        self._before = 0 if progress else self._total - len(flops)
         self._done_flops, self._ended, self._began = 0.0, 0, time.monotonic()
         self._terminal, self._width = sys.stdout.isatty(), 0
         before = f", {self._before} of them done or failed before" if self._before else ""
-        print(f"sweep {sweep.title}: {self._total} runs{before}, in {out}", flush=True)
+        most = f" at most, {progress()} settled" if progress else before
+        print(f"sweep {sweep.title}: {self._total} runs{most}, in {out}", flush=True)
 
     def started(self, run: Run, waiting: bool, lanes: int) -> None:
         note = "  (waits for another runner)" if waiting else f"  (one of {lanes} lanes)" if lanes > 1 else ""
@@ -57,6 +62,8 @@ class Display:
         self._width = len(text)
 
     def _so_far(self) -> str:
+        if self._progress:
+            return self._progress()
         text = f"{self._before + self._ended}/{self._total}"
         if not self._done_flops or not self._flops:
             return text

@@ -1,16 +1,17 @@
 """Turns names of sweeps into runs, each with its config and a folder name that identifies it."""
 
+import functools
 import hashlib
 import inspect
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spannorm_jax.config import Config, flatten, former_defaults, is_runtime, unread
-from spannorm_jax.config_file import PRESETS, authors_errors, load, run_file, split_spec
+from spannorm_jax.config_file import PRESETS, authors_errors, read_spec, run_file, split_spec, with_overrides
 from spannorm_jax.data.names import made_here
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.sweep.definition import Point, product
@@ -45,6 +46,7 @@ class Sweep:
     overrides: tuple[tuple[str, str], ...]
     runs: tuple[Run, ...]
     compares: tuple[str, str] | None = None  # placement and baseline, where the sweep names them (`definition`)
+    bisects: bool = False  # over learning rates, which decides what is run (`bisection`); else every run is
 
     @property
     def title(self) -> str:
@@ -70,11 +72,15 @@ def expand(names: str, size: str, file: str | None = None, overrides: Sequence[t
     """
     wanted = names.split(",")
     file, found = _find(wanted, file)
+    bisecting = [name for name in wanted if "bisects" in vars(found[name])]
+    if len(bisecting) > 1:
+        raise UserError(f"sweeps {' and '.join(bisecting)} both bisect the learning rate; name one of them")
     of_each = {name: _points(file, name, found[name], size) for name in wanted}
     points = product(*(of_each[name] for name in wanted))
     if not points:
         raise UserError(f"sweep {names} has no run: {_why_empty(of_each, size)}")
-    runs = tuple(_run(i, file, point, overrides) for i, point in enumerate(points))
+    once = functools.cache(read_spec)  # runs of one argument differ in their overrides
+    runs = tuple(_run(i, file, point, overrides, once) for i, point in enumerate(points))
     first_with: dict[str, Run] = {}
     for run in runs:
         other = first_with.setdefault(run.name, run)
@@ -84,7 +90,9 @@ def expand(names: str, size: str, file: str | None = None, overrides: Sequence[t
                 f"{run.name}; leave one out, or leave out the --config.KEY that makes them so"
             )
     named = [vars(found[name])["compares"] for name in wanted if "compares" in vars(found[name])]
-    return Sweep(names, size, file, tuple(overrides), runs, named[0] if len(named) == 1 else None)
+    return Sweep(
+        names, size, file, tuple(overrides), runs, named[0] if len(named) == 1 else None, bisects=bool(bisecting)
+    )
 
 
 def shown(run: Run) -> str:
@@ -105,12 +113,18 @@ def _points(file: str, name: str, function: types.FunctionType, size: str) -> li
     return points
 
 
-def _run(index: int, file: str, point: Point, overrides: Sequence[tuple[str, str]]) -> Run:
+def _run(
+    index: int,
+    file: str,
+    point: Point,
+    overrides: Sequence[tuple[str, str]],
+    read_once: Callable[[str], dict[str, Any]],
+) -> Run:
     argument, own = point
     spec = f"{file}:{argument}" if argument else file
     values = tuple((own | dict(overrides)).items())
     try:
-        config = load(spec, values)
+        config = with_overrides(read_once(spec), values)
     except UserError as error:
         raise UserError(f"run {index} ({argument}): {error}") from error
     return Run(index, spec, values, config, folder_name(config))

@@ -1,4 +1,4 @@
-"""Reports on exactly a sweep's folders. Only this file of sweep/ imports `spannorm_jax.report`."""
+"""Reports on exactly a sweep's folders. Of sweep/ this file and `bisection` alone import `spannorm_jax.report`."""
 
 from pathlib import Path
 
@@ -23,6 +23,10 @@ def write_report(sweep: Sweep, out: Path, table_only: bool) -> int:
     named: list[str] = []
     if sweep.compares and placements.issuperset(sweep.compares):
         named = ["--confirm", f"placement={sweep.compares[0]}", "--baseline", f"placement={sweep.compares[1]}"]
+    if sweep.bisects:
+        rates = sorted({run.config.optim.lr for run in sweep.runs})
+        seeds = len({run.config.seed for run in sweep.runs})
+        named += ["--ladder", ",".join(map(str, rates)), "--seeds", str(seeds)]
     folder = out / REPORTS / f"{sweep.names.replace(',', '+')}-{sweep.size}"
     shown = ["--table"] if table_only else []
     return report.main([*roots, "--out", str(folder), "--title", sweep.title, *named, *shown])

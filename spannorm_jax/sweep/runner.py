@@ -7,6 +7,7 @@ that was at work, and the next start goes on from its newest checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import os
 import selectors
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.parallel.mesh import check_divisible, lane_shards, mesh_shape
 from spannorm_jax.parallel.rank import ProcessFlags, find_rank
 from spannorm_jax.resolution import num_steps
+from spannorm_jax.sweep.bisection import Bisection
 from spannorm_jax.sweep.cost import run_flops
 from spannorm_jax.sweep.display import Display
 from spannorm_jax.sweep.expansion import Run, Sweep
@@ -33,6 +35,7 @@ from spannorm_jax.sweep.worker import Job
 from spannorm_jax.training.program_key import check_lanes, program_key
 
 Group = tuple[Run, ...]  # runs that a worker takes together
+Choose = Callable[[Collection[int]], Group]  # of what is next, besides runs by index; () while nothing is
 
 INTERRUPTED_EXIT, FAILED_EXIT = 130, 1
 _LOOK_S = 0.5  # between looks at signals and at the runs' progress
@@ -189,9 +192,12 @@ class Runner:
 
     out: Path
     platform: str
-    todo: deque[Group]
+    choose: Choose
+    planned: Sequence[Group]  # whose like will be chosen
+    taken: set[int]  # runs that were chosen, and those that are not to be
     retry: bool
     display: Display
+    todo: deque[Group] = field(default_factory=deque)  # taken up again
     busy: list[Run] = field(default_factory=list)  # at work in another runner
     waiting: bool = False  # for the other runners: nothing else is left
     workers: list[Worker] = field(default_factory=list)
@@ -211,7 +217,7 @@ class Runner:
         elif "error" in said:
             raise UserError(said["error"])
         elif not worker.greeted:
-            check_fits(self.todo, said["devices"], said["backend"])
+            check_fits(self.planned, said["devices"], said["backend"])
             worker.greeted = True
         else:
             group, worker.group = worker.group, ()
@@ -244,23 +250,32 @@ class Runner:
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already
                 if place.state_at_rest() not in ENDED:
                     place.fail(_how_it_ended(code))
-        if self.todo or self.busy:
+        if self.left():
             self.start(worker.share)
 
-    def hand_out(self) -> None:
-        """Gives each idle worker the next runs. When only those of other runners are left, it waits for them."""
-        idle = [worker for worker in self.workers if worker.greeted and not worker.group]
-        if not self.todo and self.busy and len(idle) == len(self.workers):
+    def next_group(self) -> Group:
+        """When only the runs of other runners are left, it waits for them."""
+        if not self.todo and (group := self.choose(self.taken)):
+            self.taken.update(run.index for run in group)
+            self.waiting = False
+            return group
+        if not self.todo and self.busy and all(worker.greeted and not worker.group for worker in self.workers):
             self.todo, self.busy, self.waiting = deque((run,) for run in self.busy), [], True
-        for worker in idle:
-            if self.todo:
-                group = self.todo.popleft()
+        return self.todo.popleft() if self.todo else ()
+
+    def hand_out(self) -> None:
+        """Gives each idle worker the next runs."""
+        for worker in self.workers:
+            if worker.greeted and not worker.group and (group := self.next_group()):
                 for run in group:
                     self.display.started(run, self.waiting, len(group))
                 worker.take(group, self.retry, self.waiting)
 
+    def left(self) -> bool:
+        return bool(self.todo or self.busy or self.choose(self.taken))
+
     def at_work(self) -> bool:
-        return bool(self.todo or self.busy) or any(worker.group for worker in self.workers)
+        return any(worker.group for worker in self.workers) or self.left()
 
     def end(self) -> None:
         """Ends all workers: each saves what it is at, and one signal more, after the first that asked, kills it."""
@@ -299,10 +314,18 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
     shares = divide(jobs, sorted(os.sched_getaffinity(0)), gpus_here(platforms[0], os.environ))
     states = {run.index: RunPlace(out, run.name).state_at_rest() for run in sweep.runs}
     left = [r for r in sweep.runs if states[r.index] not in ENDED and (retry or states[r.index] != FAILED)]
-    display = Display(out, sweep, {run.index: run_flops(run.config) for run in left})
-    if left:
+    taken = {run.index for run in sweep.runs} - {run.index for run in left}
+    if sweep.bisects:
+        bisection = Bisection(sweep, out)
+        choose: Choose = functools.partial(bisection.next_group, lanes)
+        groups: list[Group] = [(run,) for cell in bisection.cells for run in cell.rungs[0]]
+        display = Display(out, sweep, {}, bisection.progress)
+    else:
         groups = in_groups(left, lanes) if lanes > 1 else [(run,) for run in left]
-        runner = Runner(out, platforms[0], deque(groups), retry, display)
+        choose = functools.partial(_first, groups)
+        display = Display(out, sweep, {run.index: run_flops(run.config) for run in left})
+    if choose(taken):
+        runner = Runner(out, platforms[0], choose, groups, taken, retry, display)
         with _heeding_signals(runner):
             _run(runner, shares[: len(groups)])
         if runner.signals:
@@ -310,7 +333,14 @@ def local(sweep: Sweep, out: Path, jobs: int | None, retry: bool, lanes: int = 1
             return INTERRUPTED_EXIT
     states = {run.index: RunPlace(out, run.name).state() for run in sweep.runs}
     display.close(Counter(states.values()))
+    if sweep.bisects:
+        print("\n".join(bisection.lines()), flush=True)
+        return 0 if bisection.settled() == len(bisection.cells) else FAILED_EXIT
     return 0 if all(state in ENDED for state in states.values()) else FAILED_EXIT
+
+
+def _first(groups: Iterable[Group], taken: Collection[int]) -> Group:
+    return next((group for group in groups if group[0].index not in taken), ())
 
 
 def _run(runner: Runner, shares: Sequence[Share]) -> None:

@@ -1,5 +1,6 @@
 """The training story, straight from top to bottom."""
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,24 @@ from spannorm_jax.training.flags import Flags, check_steps
 from spannorm_jax.training.held_out import held_out
 from spannorm_jax.training.profiling import StepTrace
 from spannorm_jax.training.record import Record, measured_at, saved_at
-from spannorm_jax.training.session import open_session
+from spannorm_jax.training.session import Session, open_session
 from spannorm_jax.training.step_log import Diverged
 from spannorm_jax.training.turn import compile_turn
 
 
-def train(config: Config, workdir: Path, flags: Flags, processes: ProcessFlags) -> int:
+def train(
+    config: Config,
+    workdir: Path,
+    flags: Flags,
+    processes: ProcessFlags,
+    change: Callable[[Session], Session] = lambda session: session,
+) -> int:
     """Trains to `training.steps`, a signal or a non-finite number: 0, `flags.stop_code` or 3.
 
     Started again with the same config and folder, it goes on from the newest committed checkpoint.
     `flags.profile_steps` are traced by the profiler, as far as they are still to come. Of several
     `processes`, process 0 writes the folder and the console. Each of them reads its own rows of a
-    batch and writes its part of the checkpoints.
+    batch and writes its part of the checkpoints. An experiment may `change` the step.
 
     Raises:
       UserError: the config does not fit the devices, the data or the folder, and nothing is written; or it is not the
@@ -38,7 +45,7 @@ def train(config: Config, workdir: Path, flags: Flags, processes: ProcessFlags) 
     # ---- this machine, and the run's folder
     start_jax(config.platform, processes)
     distributed.check_devices()
-    session = open_session(config, workdir, flags)
+    session = change(open_session(config, workdir, flags))
     config, program, steps = session.config, session.program, session.config.training.steps
     check_steps(flags.profile_steps, steps)
     check_agreement(config)

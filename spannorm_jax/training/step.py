@@ -43,6 +43,27 @@ def router_losses(balance: str, stats: Stats, numbers: Numbers) -> dict[str, Arr
 # ---- steps ------------------------------------------------------------------------------------
 
 
+def objective(
+    config: Config,
+    model: ModelDef,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    loss_sums: LossSums,
+    numbers: Numbers,
+) -> tuple[Array, dict[str, Any]]:
+    """What training descends, summed over a batch, and the loss sums."""
+    sums = loss_sums(model.bind(params, model_state), batch, numbers.z_loss)
+    total = sums.pop("objective")
+    if "router" in sums:
+        losses = router_losses(config.model.moe.balance, sums["router"], numbers)
+        # Times the count, since the total is divided by the whole batch's.
+        losses = {name: sums["count"] * value for name, value in losses.items()}
+        sums |= {"router_losses": losses}
+        total += sum(losses.values())
+    return total, sums
+
+
 def gradients(
     config: Config,
     model: ModelDef,
@@ -57,19 +78,9 @@ def gradients(
     The load-balance loss is not linear in the batch: with microbatches it is the mean of theirs.
     """
     k = config.training.num_microbatches
-
-    def objective(params: Any, batch: Batch) -> tuple[Array, dict[str, Any]]:
-        sums = loss_sums(model.bind(params, model_state), batch, numbers.z_loss)
-        total = sums.pop("objective")
-        if "router" in sums:
-            losses = router_losses(config.model.moe.balance, sums["router"], numbers)
-            # Times the count, since the total is divided by the whole batch's.
-            losses = {name: sums["count"] * value for name, value in losses.items()}
-            sums |= {"router_losses": losses}
-            total += sum(losses.values())
-        return total, sums
-
-    grad_fn = jax.grad(objective, has_aux=True)
+    grad_fn = jax.grad(
+        lambda params, batch: objective(config, model, params, model_state, batch, loss_sums, numbers), has_aux=True
+    )
     if k == 1:
         grads, sums = grad_fn(params, batch)
     else:

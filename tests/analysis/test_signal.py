@@ -16,7 +16,7 @@ from small_model import standard_normal
 
 from spannorm_jax.analysis import measure as measuring
 from spannorm_jax.analysis import replaced
-from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.analysis.groups import USUAL, Settings
 from spannorm_jax.analysis.measure import Measured, measure
 from spannorm_jax.config import Config, ModelConfig, MoEConfig, replace
 from spannorm_jax.model.definition import define
@@ -58,7 +58,7 @@ FIT = tokens(rows=12, seed=2)
 
 @functools.cache
 def found(placement, probes=PROBES, **changes):
-    only = GROUPS if placement in ("pre", *SOME) else ("forward",)
+    only = USUAL if placement in ("pre", *SOME) else ("forward",)
     return measure(
         tiny(placement, **changes), {"tokens": tokens()}, {"tokens": FIT}, Settings(probes=probes, blocks=0, only=only)
     )

@@ -9,7 +9,7 @@ import pytest
 
 from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
-from spannorm_jax.analysis.groups import GROUPS, Settings
+from spannorm_jax.analysis.groups import USUAL, Settings
 from spannorm_jax.analysis.measure import probe_batch
 from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.command import run_command
@@ -21,6 +21,8 @@ from spannorm_jax.model.definition import define
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
 from spannorm_jax.run.state import TrainState
+from spannorm_jax.training.numbers import numbers_of
+from spannorm_jax.training.optimizer import make_optimizer
 
 SPEC = "configs/dense.py:depth=2,width=16,placement=span,init=plain"
 
@@ -175,6 +177,27 @@ def test_files_without_a_record_or_without_a_number_make_no_figures(command, tmp
 
 
 def test_settings_have_all_groups_by_default():
-    assert Settings().only == GROUPS
+    assert Settings().only == USUAL
     with pytest.raises(UserError, match="--blocks -1 must be 0 or more"):
         Settings(blocks=-1)
+
+
+def test_sharpness_of_a_checkpoint_takes_its_own_moments(command, tmp_path):
+    spec = "configs/dense.py:depth=1,width=16,placement=pre,init=plain"
+    config = resolve_without_data(load(spec), platform="cpu")
+    model = define(config.model)
+    params = jax.jit(model.init)(jax.random.key(config.seed))
+    optimizer = make_optimizer(config.optim, model, numbers_of(config))
+    ones = jax.tree.map(np.ones_like, params)
+    _, opt_state = optimizer.update(ones, optimizer.init(params), params)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_json(folder / CONFIG, to_dict(config))
+    saving = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
+    saving.save(1, TrainState(np.int32(1), params, opt_state, {}), {"step": 1, "config": to_dict(config)})
+    saving.close()
+    found = json.loads(command(signal, "--workdir", folder, "--only", "sharpness", "--tokens", 8, "--json"))
+    # Every gradient was alike, so that P is a number: that after one update of the clipped gradient.
+    P = (1 - 0.9) / np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
+    assert found["preconditioned_sharpness"] == pytest.approx(found["sharpness"] / P, rel=0.02)
+    assert found["step"] == 1 and "loss" not in found

@@ -14,7 +14,7 @@ from spannorm_jax.errors import UserError
 from spannorm_jax.report.figures import FIGURES
 from spannorm_jax.report.page import print_svg, write_report
 
-SWEPT = FIGURES.keys() - {"loss_by_width"}
+SWEPT = set(FIGURES) - {"loss_by_width", "ceiling_by_depth", "ceiling_by_width"}
 TABLES = ("runs.csv", "curves.csv", "tables.md")
 
 

@@ -1,0 +1,83 @@
+"""Ceilings: the highest learning rate at which a method trains with each of three seeds, found by bisection.
+
+    python -m spannorm_jax.sweep ceiling_factor local
+
+A cell is `configs/dense.py:tiny` with 250 steps, and the same in both sizes: in 150 a slow collapse does not show
+(docs/stability.md). The ladder has a factor of 1.2. Sweeps share the cells that they have in
+common; expected hours are those of `cost` at 7e10 FLOP/s, two CPU cores, for each sweep by itself. The most telling
+come first.
+"""
+
+from collections.abc import Iterable
+
+from spannorm_jax.sweep.definition import Point, arguments, bisects, chain, fixed, ladder, options, product, seeds
+
+from .common import STUDIED
+from .dense import ARMS, get_config  # noqa: F401 (the config of these sweeps)
+
+LADDER = ladder(3e-4, 1e-1)
+DEPTHS, WIDTHS = (6, 12, 24, 48, 96), (32, 64, 128)
+
+
+def _cells(*of: Iterable[Point]) -> list[Point]:
+    short = {"training.steps": 250, "eval.tokens": 16384, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1}
+    return product(seeds(3), fixed("tiny", short | {"metrics.tensorboard": False}), *of)
+
+
+@bisects(LADDER)
+def sweep_ceiling_factor(size: str) -> Iterable[Point]:
+    """ScaleInit's factor in the weight and in the forward pass. About 63 of 594 runs: 33 min, 0 h."""
+    return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1", "scale-L1-mult")))
+
+
+@bisects(LADDER)
+def sweep_ceiling_depth(size: str) -> Iterable[Point]:
+    """Five depths at width 64. About 157 of 1485 runs: 2.1 h, 0 h."""
+    return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_placements(size: str) -> Iterable[Point]:
+    """Seventeen placements with ScaleInit. About 178 of 1683 runs: 1.6 h, 0 h."""
+    return _cells(arguments(placement=STUDIED, init=("scale-L1",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_plain(size: str) -> Iterable[Point]:
+    """The same without a depth factor. About 178 of 1683 runs: 1.6 h, 0 h."""
+    return _cells(arguments(placement=STUDIED, init=("plain",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_warmup(size: str) -> Iterable[Point]:
+    """A warm-up over a tenth and over half of the steps. About 63 of 594 runs: 33 min, 0 h."""
+    return _cells(arguments(placement=ARMS, init=("scale-L1",)), options({"optim.warmup_fraction": (0.1, 0.5)}))
+
+
+@bisects(LADDER)
+def sweep_ceiling_width(size: str) -> Iterable[Point]:
+    """Three widths at 24 blocks. About 94 of 891 runs: 1.4 h, 0 h."""
+    return _cells(arguments(width=WIDTHS, placement=ARMS, init=("scale-L1",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
+    """The standard parametrisation and CompleteP from 6 blocks of width 32, where one grows and where both do.
+
+    About 251 of 2376 runs: 5.0 h, 0 h.
+    """
+    completep = {"model.parametrisation": "completep", "model.base_width": 32, "model.base_depth": 6}
+    sizes = chain(arguments(depth=(24, 96), width=(64,)), arguments(depth=(24,), width=(32, 128)))
+    return _cells(chain(fixed(), fixed("", completep)), sizes, arguments(placement=ARMS, init=("scale-L1",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_batch(size: str) -> Iterable[Point]:
+    """Batches of 8, 32 and 128 rows. About 94 of 891 runs: 5.7 h, 0 h."""
+    return _cells(options({"training.batch_size": (8, 32, 128)}), arguments(placement=ARMS, init=("scale-L1",)))
+
+
+@bisects(LADDER)
+def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
+    """The depths with the widths that the sweeps of one alone leave out. About 251 of 2376 runs: 7.5 h, 0 h."""
+    return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))
