@@ -7,7 +7,9 @@ analysis read it, and train goes on from there with --config runs/y/config.json
 
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import split_overrides
+from spannorm_jax.errors import UserError
 from spannorm_jax.paths import user_path
+from spannorm_jax.run.bucket import in_bucket
 from spannorm_jax.run.folder import run_folder_path
 
 
@@ -18,6 +20,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, type=run_folder_path, help="the run's folder, new or empty")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: DIR's)")
     args = parser.parse_args(rest)
+    if in_bucket(args.workdir):
+        raise UserError(
+            f"--workdir {args.workdir}: an import goes to a disk; copy the folder to the bucket then"
+        )
     source = user_path(args.source, "DIR")
     tokenizer = user_path(args.tokenizer, "--tokenizer") if args.tokenizer else None
 

@@ -14,6 +14,7 @@ from spannorm_jax.model.definition import ModelDef, count_params
 from spannorm_jax.model.initialisation import init_of
 from spannorm_jax.model.placement import placement_of
 from spannorm_jax.run import folder as run_folder
+from spannorm_jax.run import lines
 
 _CARD = """---
 library_name: transformers
@@ -141,7 +142,7 @@ def card(
 def _lines(path: Path, step: int | None = None) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines, those of a step if one is given."""
     found = []
-    for text in path.read_bytes().splitlines() if path.is_file() else []:
+    for text in lines.read(path).splitlines() if lines.exists(path) else []:
         with contextlib.suppress(ValueError):  # half a line, which a crash leaves
             line = json.loads(text)
             if isinstance(line, dict) and step in (None, line.get("step")):

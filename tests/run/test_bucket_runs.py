@@ -81,7 +81,7 @@ def killed_after(text, *arguments, stop=signal.SIGKILL):
     return process.returncode, "".join(said) + rest
 
 
-def test_a_run_that_is_killed_and_meets_errors_goes_on_bitwise(service, address, on_a_disk):
+def test_a_run_that_is_killed_and_meets_errors_goes_on_bitwise(service, address, on_a_disk, tmp_path):
     workdir = run_folder_path(address)
     often = ["--config.metrics.console_every_s=0", "--workdir", address]
     for code in (429, 500, 503):
@@ -106,6 +106,11 @@ def test_a_run_that_is_killed_and_meets_errors_goes_on_bitwise(service, address,
     assert text.returncode == 0, text.stderr
     assert run("report", address).returncode == 0
     assert b"<html" in bucket.read(workdir / "report" / "report.html")
+    exported = run("export", "--workdir", address, "--out", str(tmp_path / "hf"))
+    assert exported.returncode == 0, exported.stderr
+    assert "nats a token, " in (tmp_path / "hf" / "README.md").read_text()  # of eval.jsonl
+    signal_of = run("analysis.signal", "--workdir", address, "--only", "forward", "--rows", "1", "--json")
+    assert json.loads(signal_of.stdout)["step"] == 12
     again = run("train", *CONFIG, *often)
     assert (again.returncode, "is done already" in again.stdout) == (0, True)
 
