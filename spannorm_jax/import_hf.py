@@ -21,9 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: DIR's)")
     args = parser.parse_args(rest)
     if in_bucket(args.workdir):
-        raise UserError(
-            f"--workdir {args.workdir}: an import goes to a disk; copy the folder to the bucket then"
-        )
+        raise UserError(f"--workdir {args.workdir}: an import goes to a disk; copy the folder to the bucket then")
     source = user_path(args.source, "DIR")
     tokenizer = user_path(args.tokenizer, "--tokenizer") if args.tokenizer else None
 

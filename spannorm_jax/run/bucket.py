@@ -173,7 +173,8 @@ class Beat:
 
     def __init__(self, path: Path):
         self.path, self._closed, self._number = path, threading.Event(), 0
-        self.text = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "owner": uuid.uuid4().hex}
+        self.text = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "owner": uuid.uuid4().hex}
+        self.text["began"] = _began(os.getpid())
         self._thread = threading.Thread(target=self._renew, daemon=True, name=f"lease of {path}")
 
     def data(self) -> bytes:
@@ -186,8 +187,8 @@ class Beat:
         while not self._closed.wait(RENEW_S):
             self._number += 1
             with contextlib.suppress(OSError):  # the next one may get through; until LEASE_S nobody takes it away
-                if self.path.exists():  # not where the folder was removed
-                    write(self.path, self.data())
+                read(self.path)  # which fails where the folder was removed
+                write(self.path, self.data())
 
     def close(self) -> None:
         self._closed.set()
@@ -195,10 +196,20 @@ class Beat:
             self._thread.join()
 
 
-def _boot() -> str:
+def _machine() -> str:
+    """What processes share that see one another by their ids: a start of the system, and a container; "" elsewhere."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
+        return ""
+
+
+def _began(pid: Any) -> str:
+    """When a process here began, in ticks since the system did: ids are used again. "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
         return ""
 
 
@@ -209,7 +220,7 @@ class Watch:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def look(self, path: Path) -> bool | None:
-        """True: it was renewed since the first look. False: its holder is dead, or gone. None: not known yet."""
+        """True: it was renewed since the last look. False: its holder is dead, or gone. None: not known yet."""
         try:
             data = read(path)
         except FileNotFoundError:
@@ -217,11 +228,12 @@ class Watch:
         values = _values(data)
         if values.get("released"):
             return False
-        if values.get("boot") == _boot() != "" and values.get("host") == socket.gethostname():
-            return Path(f"/proc/{values.get('pid')}").exists()
-        first, since = self._seen.setdefault(str(path), (data, time.monotonic()))
-        if data != first:
-            return True
+        if values.get("machine") == _machine() != "":
+            return bool(values.get("began")) and _began(values.get("pid")) == values["began"]
+        before, since = self._seen.get(str(path), (b"", 0.0))
+        if data != before:
+            self._seen[str(path)] = data, time.monotonic()
+            return True if before else None
         return False if time.monotonic() - since > LEASE_S else None
 
 

@@ -36,7 +36,7 @@ def is_write(method, path):
 
 
 def of_another_host(path, **more):
-    bucket.write(path, json.dumps({"pid": 1, "host": "elsewhere", "boot": "b", "owner": "o"} | more).encode())
+    bucket.write(path, json.dumps({"pid": 1, "host": "elsewhere", "machine": "m", "owner": "o"} | more).encode())
 
 
 # ---- objects ----------------------------------------------------------------------------------------
@@ -149,6 +149,27 @@ def test_a_holder_elsewhere_is_alive_as_long_as_it_renews_and_dead_after(folder,
         assert holds_it()
         assert list(bucket.entries(folder / "LOCK")) == ["00000008"]
     assert "looking for 2 s whether that process is alive" in capsys.readouterr().out
+
+
+def test_a_holder_that_was_alive_and_dies_is_waited_for_and_then_dead(folder, monkeypatch):
+    monkeypatch.setattr(bucket, "LEASE_S", 0.5)
+    path, watch = folder / "LOCK" / "00000001", bucket.Watch()
+    of_another_host(path)
+    assert watch.look(path) is None
+    of_another_host(path, renewed=1)
+    assert watch.look(path) is True
+    with bucket.lease(folder / "LOCK", "the run", wait=True) as holds_it:
+        assert holds_it()
+    monkeypatch.setattr(bucket, "LEASE_S", 0.0)
+    of_another_host(path, renewed=1)
+    assert watch.look(path) is False
+
+
+def test_another_process_that_has_the_id_of_a_dead_one_is_not_the_holder(folder):
+    own = bucket.Beat(folder / "LOCK" / "00000001")
+    bucket.write(own.path, json.dumps(own.text | {"began": "7"}).encode())  # a container's first process, once more
+    with bucket.lease(folder / "LOCK", "the run") as holds_it:
+        assert holds_it()
 
 
 def test_who_was_taken_for_dead_learns_that_it_holds_nothing(folder):
