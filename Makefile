@@ -74,7 +74,7 @@ test-eval: .venv-eval/installed ## tasks of lm-evaluation-harness on runs
 # Clients of Google and Amazon bring sixty packages.
 .venv-buckets/installed: setup.cfg requirements.txt tests/run/requirements-buckets.txt
 	$(PYTHON) -m venv .venv-buckets
-	.venv-buckets/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/run/requirements-buckets.txt -e '.[test,gcs,s3]'
+	.venv-buckets/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/run/requirements-buckets.txt -e '.[test,test-buckets,gcs,s3]'
 	touch $@
 
 test-buckets: .venv-buckets/installed ## runs in buckets, gs:// and s3://, whose servers fail now and then

@@ -150,8 +150,7 @@ class DataConfig:
     seq_len: int = option(128, least=1)  # tokens the model sees, T; a window has one more; of images filled in
     data_dir: str = option("", runtime=True)  # where TFDS datasets are; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     cache_dir: str = option("", runtime=True)  # where token stores are; "": $XDG_CACHE_HOME/spannorm_jax
-    # token stores up to this size are hashed whole at each start
-    verify_mib: int = option(4096, least=0, runtime=True)
+    verify_mib: int = option(4096, least=0, runtime=True)  # token stores up to this size are hashed whole at each start
     fingerprint: str = ""  # hash of the tokens trained and evaluated on; "": filled in at start
 
 

@@ -101,7 +101,12 @@ def of(name: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("spannorm_jax", ["eval"]), ("configs", []), ("experiments", []), ("tests", ["test", "eval", "hf"])],
+    [
+        ("spannorm_jax", ["eval"]),
+        ("configs", []),
+        ("experiments", []),
+        ("tests", ["test", "test-buckets", "eval", "hf"]),
+    ],
 )
 def test_what_is_imported_is_declared(folder, extras):
     assert {name for name in foreign(folder) if not of(name) & declared(*extras)} == set()

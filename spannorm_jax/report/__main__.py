@@ -9,7 +9,6 @@ import sys
 
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, one_line, visible
-from spannorm_jax.run.folder import run_folder_path
 
 
 def keys_of(text: str, flag: str) -> dict[str, str]:
@@ -33,10 +32,8 @@ def rates_of(text: str) -> list[float]:
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m spannorm_jax.report", description=__doc__)
-    parser.add_argument(
-        "roots", metavar="ROOT", nargs="+", type=run_folder_path, help="a run, or a folder that holds runs"
-    )
-    parser.add_argument("--out", type=run_folder_path, help="where the files go (default: ROOT/report)")
+    parser.add_argument("roots", metavar="ROOT", nargs="+", help="a run, or a folder that holds runs")
+    parser.add_argument("--out", help="where the files go (default: ROOT/report)")
     parser.add_argument("--title", help="the page's title")
     form = "KEY=VALUE,..."
     told = "what methods are compared with, as config keys: placement=pre compares each with PreNorm at its own "
@@ -57,11 +54,13 @@ def main(argv: list[str]) -> int:
 
     from spannorm_jax.report import page  # and with it the libraries of tables and figures
     from spannorm_jax.report.tables import text_table
+    from spannorm_jax.run.folder import run_folder_path
 
+    args.roots = [run_folder_path(root) for root in args.roots]
     study, said = page.read_study(args.roots, baseline, confirmed, args.ladder, args.seeds)
     written = None
     if not args.table:
-        out = args.out or args.roots[0] / "report"
+        out = run_folder_path(args.out) if args.out else args.roots[0] / "report"
         written = page.write_files(study, said, args.roots, out, args.title or page.TITLE)
     print(visible(text_table(study)))
     for kind, text in said:

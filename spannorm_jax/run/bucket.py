@@ -35,7 +35,11 @@ def in_bucket(path: Path) -> bool:
 
 
 def bucket_path(text: str, shown: str) -> Path:
-    """`gs://bucket/name` as a path. Raises UserError: another scheme, no bucket, or its package is not installed."""
+    """`gs://bucket/name` as a path, whose service answers.
+
+    Raises:
+      UserError: another scheme, no bucket, its package is not installed, or the service does not let one look there.
+    """
     scheme, _, rest = text.partition("://")
     if scheme not in _PACKAGES:
         raise UserError(
@@ -62,7 +66,12 @@ def bucket_path(text: str, shown: str) -> Path:
         logging.getLogger(client).setLevel(logging.CRITICAL)
     from etils import epath
 
-    return epath.Path(f"{scheme}://{bucket}/{name}")
+    path = epath.Path(f"{scheme}://{bucket}/{name}")
+    try:
+        entries(path)
+    except OSError as error:
+        raise UserError(f"{shown} cannot be looked into: {error.strerror}") from error
+    return path
 
 
 def _files(path: Path) -> Any:
@@ -93,8 +102,16 @@ def read(path: Path) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """The object is the old one or the new one, never half of it."""
-    with _asked(path):
+    with _asked(path), _into(path):
         _files(path).pipe_file(str(path), data)
+
+
+@contextlib.contextmanager
+def _into(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "there is no such bucket", str(path)) from error
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -105,7 +122,8 @@ def create(path: Path, data: bytes) -> bool:
     with _asked(path):
         for _ in range(_TRIES):
             try:
-                _files(path).pipe_file(str(path), data, mode="create")
+                with _into(path):
+                    _files(path).pipe_file(str(path), data, mode="create")
                 return True
             except OSError as error:
                 if not isinstance(error, FileExistsError) and not re.search("(?i)condition", str(error)):

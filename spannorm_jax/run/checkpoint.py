@@ -38,8 +38,10 @@ from spannorm_jax.run.store import make_folder, move_folder, remove_folder
 
 # Orbax reports each save and restore at INFO, and at ERROR what it also raises. Of its warnings these say nothing new:
 # a reader's manager is read-only; parts were not joined, which `_seal` does and checks itself; a checkpoint that a
-# trainer is removing has no metadata any more, which `_hold` and `fault` find.
-_SAID_OTHERWISE = re.compile(r".*(read.only|Skipping merge of OCDBT|Metadata file does not exist)", re.DOTALL)
+# trainer is removing has no metadata any more, which `holds` and `fault` find; a save is waited for.
+_SAID_OTHERWISE = re.compile(
+    r".*(read.only|Waiting for previous save|Skipping merge of OCDBT|Metadata file does not exist)", re.DOTALL
+)
 
 
 def _says_more(record: logging.LogRecord) -> bool:

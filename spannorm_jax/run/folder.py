@@ -17,6 +17,7 @@ damaged/       checkpoints whose files had changed, or of another step or run, m
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,11 @@ _FIRST_FILES = (LOCK, CONFIG + ".tmp")  # all that a start which was killed at o
 def run_folder_path(text: str) -> Path:
     """`--workdir` as a path, of a disk or a bucket. Raises UserError for a name that checkpoints cannot have."""
     if is_address(text):
-        return bucket.bucket_path(text, f"--workdir {text!r}")
+        return bucket.bucket_path(text, repr(text))
+    if re.match("(gs|s3):", text):
+        raise UserError(
+            f"{text!r} is neither an address nor a usual folder; write {text[:2]}://BUCKET/FOLDER, or ./{text}"
+        )
     path = user_path(text, "--workdir")
     if "\\" in str(path.absolute()):
         raise UserError(
@@ -128,6 +133,11 @@ def open_run(workdir: Path, config: Config) -> Iterator[Callable[[], None]]:
 
         def check_own() -> None:
             if not is_own():
+                if in_bucket(workdir) and (workdir / CONFIG).is_file():
+                    raise UserError(
+                        f"--workdir {workdir} was taken over by another process, which had no sign of life of this "
+                        "one; that one goes on, and this one writes nothing more there"
+                    )
                 raise UserError(
                     f"--workdir {workdir} was removed or replaced while the run was at work ({LOCK} or {CONFIG} is not "
                     "its own any more); nothing more is written there; put the folder back and repeat the command to "

@@ -32,7 +32,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def exclusive(path: Path, what: str, wait: bool = False) -> AbstractContextManager[Callable[[], bool]]:
     """Holds `path` as a lock (`durable.exclusive`), or in a bucket as a lease (`bucket.lease`)."""
-    return (bucket.lease if in_bucket(path) else durable.exclusive)(path, what, wait)
+    if in_bucket(path):
+        return bucket.lease(path, what, wait)
+    if path.is_dir():  # leases, of a run that was copied from a bucket
+        shutil.rmtree(path, ignore_errors=True)
+    return durable.exclusive(path, what, wait)
 
 
 def is_locked(path: Path) -> bool:

@@ -139,7 +139,7 @@ def test_an_image_has_all_its_patches(command, options, says):
         (["--text", "randm"], ["'randm'", "'random'"]),
         (["--text", "random", "--tokens", 256], ["--text random", "256 for 257", "--tokens 255"]),
         (["--only", "forwards"], ["'forwards'", "'forward'"]),
-        (["--only", ","], ["--only", "forward, skip"]),
+        (["--only", ","], ["--only", "forward, sharpness, skip"]),
         (["--probes", 0], ["--probes 0", "1 or more"]),
         (["--step", 3], ["--step", "--workdir"]),
         (["--workdir", "runs/none"], ["--config", "--workdir"]),

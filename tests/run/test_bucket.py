@@ -102,11 +102,21 @@ def test_folders_are_listed_walked_copied_and_removed(folder):
         ("gs://bucket/a/../b", "names no object"),
         ("gs://bucket/a//b", "names no object"),
         ("s3://bucket/a[0]", "mean something else"),
+        ("gs:/bucket/a", "write gs://BUCKET/FOLDER"),
     ],
 )
 def test_an_address_that_cannot_be_a_run_is_refused(text, words):
     with pytest.raises(UserError, match=words):
         run_folder_path(text)
+
+
+def test_a_service_that_lets_nobody_in_is_one_line(service, folder):
+    service.fail(403, times=10**6)
+    with pytest.raises(UserError, match="cannot be looked into: Permission denied"):
+        run_folder_path(str(folder))
+    service.faults.clear()
+    with pytest.raises(OSError, match=r"no such bucket|does not exist"):
+        bucket.write(run_folder_path(f"{service.scheme}://nobucket/x") / "a", b"")
 
 
 # ---- leases -----------------------------------------------------------------------------------------

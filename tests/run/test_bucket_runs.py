@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_an_older_one_is_taken(address):
     assert numbers(workdir) == before
 
 
-def test_a_run_that_was_copied_from_a_disk_goes_on(address, tmp_path):
+def test_a_run_that_was_copied_from_a_disk_goes_on(address, tmp_path, on_a_disk):
     local = tmp_path / "run"
     code, said = killed_after("step 9/", *CONFIG, "--config.metrics.console_every_s=0", "--workdir", str(local))
     assert code == -signal.SIGKILL, said
@@ -167,7 +167,20 @@ def test_a_run_that_was_copied_from_a_disk_goes_on(address, tmp_path):
     ended = run("train", *CONFIG, "--workdir", address)
     assert ended.returncode == 0, ended.stderr
     assert "continuing after step" in ended.stdout
-    assert [line["step"] for line in numbers(run_folder_path(address))] == list(range(1, 13))
+    assert numbers(run_folder_path(address)) == on_a_disk
+
+
+def test_a_run_that_is_copied_to_a_disk_goes_on(address, tmp_path, on_a_disk):
+    code, said = killed_after("step 9/", *CONFIG, "--config.metrics.console_every_s=0", "--workdir", address)
+    assert code == -signal.SIGKILL, said
+    there = run_folder_path(address)
+    for name in bucket.checksums(there):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(bucket.read(there / name))
+    ended = run("train", *CONFIG, "--workdir", str(tmp_path / "run"))
+    assert ended.returncode == 0, ended.stderr
+    assert "continuing after step" in ended.stdout
+    assert numbers(tmp_path / "run") == on_a_disk
 
 
 def test_a_sweep_in_a_bucket_is_run_once_by_two_runners_and_reported(address):
