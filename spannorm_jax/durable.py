@@ -23,7 +23,7 @@ _UNWRITABLE = {
     errno.EFBIG: ("a file has reached the size limit", "File too large"),
     errno.EROFS: ("the file system is read-only", "Read-only file system"),
     errno.EACCES: ("permission is denied", "Permission denied"),
-    errno.EREMOTEIO: ("the bucket's service does not answer", "retry attempts failed"),  # as TensorStore has it
+    errno.EREMOTEIO: ("the bucket's service fails", "retry attempts failed"),  # as TensorStore has it
     errno.EBUSY: ("the bucket's service is busy", "SlowDown"),
 }
 

@@ -92,7 +92,7 @@ def _asked(path: Path) -> Iterator[None]:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
     except Exception as error:
         why = one_line(error).strip(", ")[:200] or type(error).__name__
-        raise OSError(errno.EREMOTEIO, f"the bucket's service does not answer ({why})", str(path)) from error
+        raise OSError(errno.EREMOTEIO, f"the bucket's service fails ({why})", str(path)) from error
 
 
 def read(path: Path) -> bytes:
