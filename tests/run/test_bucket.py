@@ -138,7 +138,6 @@ def test_a_lease_keeps_others_out_and_is_free_when_it_ends(folder):
 
 
 def test_a_holder_elsewhere_is_alive_as_long_as_it_renews_and_dead_after(folder, monkeypatch, capsys):
-    monkeypatch.setattr(bucket, "LEASE_S", 2.0)
     path = folder / "LOCK" / "00000007"
     of_another_host(path)
     ended = threading.Event()
@@ -155,10 +154,11 @@ def test_a_holder_elsewhere_is_alive_as_long_as_it_renews_and_dead_after(folder,
         pass
     ended.set()
     thread.join()
+    monkeypatch.setattr(bucket, "LEASE_S", 1.0)
     with bucket.lease(folder / "LOCK", "the run") as holds_it:
         assert holds_it()
         assert list(bucket.entries(folder / "LOCK")) == ["00000008"]
-    assert "looking for 2 s whether that process is alive" in capsys.readouterr().out
+    assert "looking for 1 s whether that process is alive" in capsys.readouterr().out
 
 
 def test_a_holder_that_was_alive_and_dies_is_waited_for_and_then_dead(folder, monkeypatch):
