@@ -9,6 +9,7 @@ as a run has that was copied there from a disk, comes before them.
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,13 @@ def _names(path: Path) -> list[str]:
 
 def _read(path: Path) -> bytes:
     whole, names = b"", _names(path)
+    content = bucket.read if in_bucket(path) else Path.read_bytes
     if not names:
-        return path.read_bytes()
+        return content(path)
     with contextlib.suppress(FileNotFoundError):
-        whole = path.read_bytes()
+        whole = content(path)
     for name in names:
-        data, first = (_parts(path) / name).read_bytes(), int(name.partition("-")[2])
+        data, first = content(_parts(path) / name), int(name.partition("-")[2])
         whole = (_until(whole, first - 1) if first else whole) + data
     return whole
 
@@ -93,13 +95,13 @@ def append(path: Path, value: dict[str, Any]) -> None:
         durable.append_line(path, value)
         return
     data = to_json(value).encode() + b"\n"
-    while not bucket.create(_part(path, 0), data):
+    while not bucket.create(_next(path, _names(path), 0), data):
         pass  # another writer had this number
 
 
-def _part(path: Path, first: int) -> Path:
-    """The next object of a file of lines, which replaces lines from step `first` on."""
-    last = max(_names(path), default="0").partition("-")[0]
+def _next(path: Path, names: list[str], first: int) -> Path:
+    """The object that comes after those of these names, and replaces lines from step `first` on (0: none)."""
+    last = max(names, default="0").partition("-")[0]
     return _parts(path) / f"{int(last) + 1:08d}-{first:010d}"
 
 
@@ -129,20 +131,16 @@ def keep_until(path: Path, last_step: int) -> None:
         previous = step
         if step <= last_step:
             kept.append(line)
-    if not in_bucket(path) and not _names(path):
-        durable.write_text(path, b"".join(kept).decode())
-        return
-    former, joined = _names(path), _part(path, 1)
+    former, parts = _names(path), _parts(path)
     if in_bucket(path):
-        if not bucket.create(joined, b"".join(kept)):
+        if not bucket.create(_next(path, former, 1), b"".join(kept)):
             raise _another(path)
         for name in former:
-            bucket.remove(_parts(path) / name)
-    else:  # of a run that was copied from a bucket
-        durable.write_text(path, b"".join(kept).decode())
-        for name in former:
-            (_parts(path) / name).unlink()
-        _parts(path).rmdir()
+            bucket.remove(parts / name)
+        return
+    durable.write_text(path, b"".join(kept).decode())
+    if former:  # of a run that was copied from a bucket
+        shutil.rmtree(parts)
 
 
 def _another(path: Path) -> UserError:
@@ -184,7 +182,7 @@ class BucketWriter:
 
     def __init__(self, path: Path):
         self._path, self._lines = path, list[str]()
-        self._next = max(_names(path), default="0").partition("-")[0]
+        self._part = _next(path, _names(path), 0)
         self._begun = self._flushed = time.monotonic()
 
     def write(self, line: dict[str, Any]) -> None:
@@ -198,10 +196,9 @@ class BucketWriter:
         self._flushed = time.monotonic()
         if not self._lines:
             return
-        number = int(self._next) + 1
-        if not bucket.create(_parts(self._path) / f"{number:08d}-{0:010d}", "".join(self._lines).encode()):
+        if not bucket.create(self._part, "".join(self._lines).encode()):
             raise _another(self._path)
-        self._next = f"{number:08d}"
+        self._part = _next(self._path, [self._part.name], 0)
         self._lines.clear()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ import json
 import threading
 import uuid
 
-import bucket_servers
 import pytest
 
 from spannorm_jax.durable import InUse, to_json
@@ -13,15 +12,6 @@ from spannorm_jax.run import bucket, holds, lines, manifest, store
 from spannorm_jax.run.folder import run_folder_path
 
 pytestmark = pytest.mark.buckets
-
-
-@pytest.fixture(scope="module", params=["google", "amazon"])
-def service(request):
-    made, close = getattr(bucket_servers, request.param)()
-    undo = bucket_servers.use(made)
-    yield made
-    undo()
-    close()
 
 
 @pytest.fixture

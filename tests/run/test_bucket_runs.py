@@ -8,7 +8,6 @@ import sys
 import uuid
 from pathlib import Path
 
-import bucket_servers
 import pytest
 from processes import LIMIT_S
 
@@ -29,15 +28,6 @@ SMALL = {
     "data.seq_len": 32,
 }
 CONFIG = ["--config", "configs/dense.py:tiny", *(f"--config.{key}={value}" for key, value in SMALL.items())]
-
-
-@pytest.fixture(scope="module", params=["google", "amazon"])
-def service(request):
-    made, close = getattr(bucket_servers, request.param)()
-    undo = bucket_servers.use(made)
-    yield made
-    undo()
-    close()
 
 
 @pytest.fixture
