@@ -1,0 +1,286 @@
+"""What a short probe of each cell says of its ceiling: python -m experiments.stability_records ceiling_placements
+
+A cell of a sweep that bisects is probed at its initial weights, and after `STEPS` steps of its own recipe at the rate
+`PROBE_LR`, alike for all: its next update of the weights is taken as a direction, per unit of the learning rate, and
+the weights are moved along it by each of `RATES`. So nothing of a probe depends on the rates that its cell bears. Each
+probe is a line of experiments/results/stability/probes.jsonl, with seed 0; the same command goes on where it was.
+experiments/stability.md, the template of docs/stability.md, reads them by `Ceilings`.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from experiments.record import about
+from experiments.results_page import NAMES
+from spannorm_jax.command import Parser, run_command
+from spannorm_jax.config import Config, replace, to_dict
+from spannorm_jax.durable import to_json
+from spannorm_jax.errors import UserError
+from spannorm_jax.model.initialisation import reading
+from spannorm_jax.report.ceilings import bracket, holds, interval_text
+from spannorm_jax.report.runs import dotted
+from spannorm_jax.report.study import Study
+from spannorm_jax.report.tables import markdown
+from spannorm_jax.sweep.bisection import Cell, cells_of
+from spannorm_jax.sweep.expansion import expand
+
+PROBES = Path("experiments/results/stability/probes.jsonl")
+STEPS, PROBE_LR, ROWS = 25, 2e-3, 8
+RATES = tuple(float(f"{2e-4 * 1.5**i:.3g}") for i in range(18))
+CLOSE = 1.5  # factor
+
+
+# ---- probes -----------------------------------------------------------------------------------------------
+
+
+def probe(config: Config, steps: int) -> dict[str, Any]:
+    """Numbers of the model along its next update, at 0 and at each of RATES, of `ROWS` held-out rows.
+
+    loss               nats a token
+    token_change       ‖c' − c‖ / ‖c‖, c the logits less their mean over the vocabulary and over all tokens: what the
+                       model says of tokens beyond their frequencies
+    logits_change      the same of the logits less their mean over the vocabulary
+    token_correlation  of what the head reads (docs/signal.md)
+    attenuation        Σ log(1 + f) over all branches: minus the log of what norms leave of the first stream's energy
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from spannorm_jax.analysis import blocks
+    from spannorm_jax.analysis.tracked import run_block
+    from spannorm_jax.parallel.platform import start_jax
+    from spannorm_jax.training.batches import batches_of
+    from spannorm_jax.training.flags import Flags
+    from spannorm_jax.training.optimizer import learning_rate
+    from spannorm_jax.training.session import open_session
+
+    start_jax(config.platform)
+    session = open_session(replace(config, optim__lr=PROBE_LR, seed=0), Path("probe"), Flags([], stop_code=75))
+    task, model, program, numbers = session.task, session.model, session.program, session.numbers
+    rows = jax.tree.map(jnp.asarray, task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS"))
+
+    def shares(block: Any, stream: Any, layer: Any, angles: Any, _: None) -> tuple[Any, Any, None]:
+        attn, ffn = (lambda x: block.attn(x, angles)), (lambda x: block.feed_forward(x)[0])
+        behind, additions = run_block(block, stream, layer, attn, ffn)
+        f = [blocks.mean_square(each.added) / blocks.mean_square(each.skip) for each in additions.values()]
+        return behind, sum(map(jnp.log1p, f)), None
+
+    def moved(params: Any, update: Any, model_state: Any, rate: Any) -> tuple[Any, Any]:
+        bound = model.bind(jax.tree.map(lambda w, u: w + rate * u, params, update), model_state)
+        passed = bound.run(task.inputs(rows), shares)
+        scalars = {
+            "loss": blocks.mean_nll(bound, passed.features, task.targets(rows)),
+            "token_correlation": blocks.token_correlation(passed.features),
+            "attenuation": jnp.sum(passed.ys),
+        }
+        logits_NxV = bound.logits(passed.features).astype(jnp.float32).reshape(-1, session.config.model.vocab_size)
+        return scalars, logits_NxV - jnp.mean(logits_NxV, axis=-1, keepdims=True)
+
+    along = jax.jit(moved)
+    with jax.set_mesh(session.mesh), closing(batches_of(session, range(1, steps + 2))) as batches:
+        state = program.init(session.config.seed)
+        for _ in range(steps):
+            state, _ = program.train(state, next(batches), numbers)
+        before = jax.tree.map(jnp.copy, state.params)  # for the step donates its state
+        model_state = jax.tree.map(jnp.copy, state.model_state)
+        after, _ = program.train(state, next(batches), numbers)
+        rate = learning_rate(session.config.optim.schedule, numbers, steps + 1)
+        update = jax.tree.map(lambda new, old: (new - old) / rate, after.params, before)
+        each = [jax.device_get(along(before, update, model_state, r)) for r in (0.0, *RATES)]
+    found = {key: [float(f"{scalars[key]:.6g}") for scalars, _ in each] for key in each[0][0]}
+    centred = [np.asarray(logits, np.float64) for _, logits in each]
+    of_tokens = [logits - logits.mean(axis=0) for logits in centred]
+    for key, values in (("logits_change", centred), ("token_change", of_tokens)):
+        norm = np.linalg.norm(values[0])
+        found[key] = [float(f"{np.linalg.norm(value - values[0]) / norm:.6g}") for value in values]
+    return found
+
+
+def cell_name(cell: Cell) -> str:
+    """The name of its run at the lowest rate with its first seed, which tells cells of all sweeps apart."""
+    return cell.rungs[0][0].name
+
+
+def read_probes(path: Path = PROBES) -> dict[tuple[str, int], dict[str, Any]]:
+    """(cell's name, steps before the update) -> its record."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(record["cell"], record["steps"]): record for record in map(json.loads, lines)}
+
+
+def crossing(values: Sequence[float], level: float) -> float:
+    """The least rate at which a number of a probe, at each of RATES, reaches `level` from below; infinity where none
+    does. Between two rates it is on the line of the number by the rate's logarithm."""
+    for i, value in enumerate(values):
+        if value >= level:
+            if i == 0:
+                return RATES[0]
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return RATES[i - 1] * (RATES[i] / RATES[i - 1]) ** share
+    return math.inf
+
+
+# ---- what a probe says of a ceiling ---------------------------------------------------------------------------
+
+# name -> (steps before the update, number, level; None: the rate at which the number is least)
+QUANTITIES: dict[str, tuple[int, str, float | None]] = {
+    "half of what is said of tokens changes": (STEPS, "token_change", 0.5),
+    "half of the logits changes": (STEPS, "logits_change", 0.5),
+    "the loss is least": (STEPS, "loss", None),
+    "half of what is said of tokens changes, first update": (0, "token_change", 0.5),
+    "half of the logits changes, first update": (0, "logits_change", 0.5),
+    "tokens' correlation is 0.85, first update": (0, "token_correlation", 0.85),
+    "tokens' correlation is 0.98, first update": (0, "token_correlation", 0.98),
+    "the loss is least, first update": (0, "loss", None),
+}
+LAW = next(iter(QUANTITIES))
+COLUMNS = {
+    **{"placement": "model.placement", "init": "model.init", "blocks": "model.depth", "width": "model.width"},
+    **{"parametrisation": "model.parametrisation", "warm-up": "optim.warmup_fraction", "rows": "training.batch_size"},
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Of a cell the highest rate that holds and the next that fails, None beyond the ladder's ends."""
+
+    cell: str
+    values: dict[str, Any]  # of COLUMNS
+    low: float | None
+    high: float | None
+    runs: int
+
+    @property
+    def middle(self) -> float:
+        """The interval's geometric mean; beyond the ladder its end."""
+        ends = [end for end in (self.low, self.high) if end is not None]
+        return statistics.geometric_mean(ends)
+
+    def off(self, rate: float) -> float:
+        """The factor by which a rate is beyond the interval; 1 within it."""
+        if self.low is not None and rate < self.low:
+            return rate / self.low
+        return rate / self.high if self.high is not None and rate > self.high else 1.0
+
+
+def ceilings_of(sweep: str, study: Study) -> list[Ceiling]:
+    """The settled ceilings of a sweep, in its order; `study` has its runs."""
+    outcomes: dict[str, str | None] = {row.folder.name: row.outcome for row in study.rows}
+    found = []
+    for cell in cells_of(expand(sweep, "cpu")):
+
+        def held(rung: int, cell: Cell = cell) -> bool | None:
+            return holds((outcomes.get(run.name) for run in cell.rungs[rung]), len(cell.rungs[rung]))
+
+        low, high = bracket(len(cell.rungs), held)
+        if high - low > 1:
+            continue
+        first = cell.rungs[0][0].config
+        options = dotted(to_dict(first))
+        own = reading(first.model.init, first.model.variance_exponent, first.model.depth_factor)
+        values = {name: options[key] for name, key in COLUMNS.items()} | {"init": own}
+        ends = [cell.rungs[rung][0].config.optim.lr if 0 <= rung < len(cell.rungs) else None for rung in (low, high)]
+        runs = sum(run.name in outcomes for rung in cell.rungs for run in rung)
+        found.append(Ceiling(cell_name(cell), values, ends[0], ends[1], runs))
+    return found
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """All settled ceilings beside their probes, as a template asks for them.
+
+    A quantity of QUANTITIES becomes a predicted ceiling by one factor for all: the geometric mean of ceiling over
+    quantity of the sweep `fitted`, whose cells then have no part in what is said of the prediction.
+    """
+
+    by_sweep: dict[str, list[Ceiling]]
+    probes: dict[tuple[str, int], dict[str, Any]]
+    fitted: str = "ceiling_factor"
+
+    def rate(self, ceiling: Ceiling, name: str) -> float | None:
+        """A quantity; None without a probe."""
+        steps, key, level = QUANTITIES[name]
+        record = self.probes.get((ceiling.cell, steps))
+        if record is None:
+            return None
+        return RATES[int(np.argmin(record[key][1:]))] if level is None else crossing(record[key][1:], level)
+
+    def factor(self, name: str = LAW) -> float:
+        pairs = [(each.middle, self.rate(each, name)) for each in self.by_sweep[self.fitted]]
+        return statistics.geometric_mean(ceiling / rate for ceiling, rate in pairs if rate and math.isfinite(rate))
+
+    def predicted(self, ceiling: Ceiling, name: str = LAW) -> float | None:
+        rate = self.rate(ceiling, name)
+        return None if rate is None else rate * self.factor(name)
+
+    @cached_property
+    def tested(self) -> list[Ceiling]:
+        """Cells that had no part in the factors, each once, with a probe."""
+        known = {each.cell for each in self.by_sweep[self.fitted]}
+        others = {each.cell: each for own in self.by_sweep.values() for each in own if each.cell not in known}
+        return [each for each in others.values() if self.rate(each, LAW) is not None]
+
+    def within(self, name: str = LAW) -> int:
+        """How many of `tested` have the predicted rate within a factor of CLOSE of their interval."""
+        off = [each.off(self.predicted(each, name) or 0) for each in self.tested]
+        return sum(1 / CLOSE <= factor <= CLOSE for factor in off)
+
+    def order(self, name: str = LAW) -> float:
+        """Spearman's rank correlation of the quantity with the ceiling over `tested`."""
+        rates = [self.rate(each, name) for each in self.tested]
+        return float(scipy.stats.spearmanr([each.middle for each in self.tested], rates).statistic)
+
+    def table(self, sweep: str) -> str:
+        """A line a cell, with those of COLUMNS that differ among them."""
+        own = self.by_sweep[sweep]
+        columns = [name for name in COLUMNS if len({each.values[name] for each in own}) > 1]
+        lines = []
+        for each in own:
+            predicted = self.predicted(each)
+            told = ["–", "–"] if predicted is None else [f"{predicted:.2g}", f"{each.off(predicted):.2f}"]
+            cells = [NAMES.get(value := each.values[name], str(value)) for name in columns]
+            lines.append([*cells, interval_text(each.low, each.high), str(each.runs), *told])
+        heads = (*columns, "ceiling", "runs", "predicted", "off by a factor of")
+        return markdown([(head, False) for head in heads], lines)
+
+    def quantities(self) -> str:
+        """A line a quantity: how it orders the tested cells, and how near it comes."""
+        lines = [
+            [name, f"{self.order(name):+.2f}", f"{self.within(name)} of {len(self.tested)}", f"{self.factor(name):.2g}"]
+            for name in QUANTITIES
+        ]
+        heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
+        return markdown([(head, False) for head in heads], lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="python -m experiments.stability_records", description=__doc__)
+    parser.add_argument("names", metavar="NAMES", help="sweeps that bisect, with commas between")
+    args = parser.parse_args(argv)
+    done = read_probes()
+    sweeps = [expand(name, "cpu") for name in args.names.split(",")]
+    for sweep in (sweep for sweep in sweeps if not sweep.bisects):
+        raise UserError(f"sweep {sweep.names} bisects nothing, so that it has no ceilings to be probed for")
+    PROBES.parent.mkdir(parents=True, exist_ok=True)
+    for cell in {cell_name(cell): cell for sweep in sweeps for cell in cells_of(sweep)}.values():
+        for steps in (steps for steps in (0, STEPS) if (cell_name(cell), steps) not in done):
+            numbers = probe(cell.rungs[0][0].config, steps)
+            facts = about("experiments.stability_records", argv) | {"lr": PROBE_LR, "seed": 0, "rates": RATES}
+            record = facts | {"cell": cell_name(cell), "title": cell.title, "steps": steps, **numbers}
+            with open(PROBES, "a", encoding="utf-8") as file:
+                file.write(to_json(record) + "\n")
+            print(f"{cell.title}: after {steps} steps", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, lasting=True)
