@@ -1,4 +1,4 @@
-"""docs/results.md from run folders of sweeps: the words are experiments/results.md's, the numbers are of records."""
+"""Pages of docs/ from run folders of sweeps: the words are a template's in experiments/, the numbers are of records."""
 
 import json
 import math
@@ -305,7 +305,7 @@ def claim(holds: bool, what: str) -> str:
       UserError: it does not, so that no page says it.
     """
     if not holds:
-        raise UserError(f"{TEMPLATE} says what its records do not: {what}; mend the words")
+        raise UserError(f"a template says what its records do not: {what}; mend the words")
     return ""
 
 
@@ -321,8 +321,10 @@ def read(folder: Path) -> Study:
     return study_of(undecided)
 
 
-def write_page(runs: Path, page: Path, figures: Path) -> Path:
-    """Renders the template. `runs` holds a folder of run folders for each sweep that has records.
+def write_page(runs: Path, page: Path, figures: Path, template: Path | None = None, **more: Any) -> Path:
+    """Renders a template, by default TEMPLATE. `runs` holds a folder of run folders for each sweep that has records.
+
+    The template has `sweeps`, `floors`, `claim`, and what there is in `more`.
 
     Raises:
       UserError: a folder holds no run, or a sentence does not hold of the records (`claim`).
@@ -330,7 +332,7 @@ def write_page(runs: Path, page: Path, figures: Path) -> Path:
     beside = "../" * len(page.parent.parts) + figures.as_posix()
     sweeps = {folder.name: Results(folder.name, read(folder), figures, beside) for folder in sorted(runs.iterdir())}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    words = environment.from_string((template or TEMPLATE).read_text(encoding="utf-8"))
     floors = json.loads(FLOORS.read_text(encoding="utf-8"))
-    page.write_text(template.render(sweeps=sweeps, floors=floors, claim=claim) + "\n", encoding="utf-8")
+    page.write_text(words.render(sweeps=sweeps, floors=floors, claim=claim, **more) + "\n", encoding="utf-8")
     return page

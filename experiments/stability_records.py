@@ -22,6 +22,7 @@ import scipy.stats
 
 from experiments.record import about
 from experiments.results_page import NAMES
+from experiments.results_page import read as read_runs
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace, to_dict
 from spannorm_jax.durable import to_json
@@ -34,6 +35,7 @@ from spannorm_jax.report.tables import markdown
 from spannorm_jax.sweep.bisection import Cell, cells_of
 from spannorm_jax.sweep.expansion import expand
 
+TEMPLATE = Path("experiments/stability.md")
 PROBES = Path("experiments/results/stability/probes.jsonl")
 STEPS, PROBE_LR, ROWS = 25, 2e-3, 8
 RATES = tuple(float(f"{2e-4 * 1.5**i:.3g}") for i in range(18))
@@ -260,6 +262,12 @@ class Ceilings:
         ]
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
+
+
+def read(runs: Path) -> Ceilings:
+    """Of all sweeps that bisect; `runs` holds a folder of run folders for each sweep that has records."""
+    sweeps = {folder.name: read_runs(folder) for folder in sorted(runs.iterdir()) if folder.name.startswith("ceiling_")}
+    return Ceilings({name: ceilings_of(name, study) for name, study in sweeps.items()}, read_probes())
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,8 @@ all of them. Unpacked into a folder of runs, they are done there, and the sweep 
 
     for archive in experiments/results/sweeps/lr[.-]*tar.xz; do tar -xf $archive -C runs/sweeps; done
 
-`page` makes docs/results.md and its figures from the archives and experiments/results.md, its template.
+`page` makes docs/results.md, docs/claims.md and docs/stability.md, with figures, from the archives, other records and
+their templates in experiments.
 """
 
 import collections
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import polars as pl
 
-from experiments import claims
+from experiments import claims, stability_records
 from experiments.results_page import TEMPLATE, write_page
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.errors import UserError, did_you_mean, one_line
@@ -151,6 +152,8 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             write_tables(archives(), Path(scratch))
             print(write_page(Path(scratch), Path("docs/results.md"), RECORDS))
+            lab = stability_records.read(Path(scratch))
+            print(write_page(Path(scratch), Path("docs/stability.md"), RECORDS, stability_records.TEMPLATE, lab=lab))
             print(claims.write_page(Path(scratch), Path("docs/claims.md"), Path("README.md")))
         return 0
     found = {name: ended(expand(name, "cpu"), args.out) for name in args.names.split(",")}

@@ -1,0 +1,108 @@
+"""What a probe measures, and what is said of ceilings by it."""
+
+import dataclasses
+import math
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import stability_records
+from experiments.stability_records import PROBE_LR, RATES, STEPS, Ceiling, Ceilings, crossing
+from spannorm_jax.analysis import blocks
+from spannorm_jax.config import replace
+from spannorm_jax.config_file import load
+from spannorm_jax.sweep.bisection import cells_of
+from spannorm_jax.sweep.expansion import expand
+from spannorm_jax.training.batches import batches_of
+from spannorm_jax.training.flags import Flags
+from spannorm_jax.training.session import open_session
+
+
+def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_path):
+    """At the rate of that step, the numbers are those of the run one step later."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    steps, warmup = 2, 25
+    rate = PROBE_LR * (steps + 1) / warmup
+    monkeypatch.setattr(stability_records, "RATES", (rate,))
+    small = [("training.steps", "250"), ("data.seq_len", "8"), ("optim.lr", "0.1"), ("seed", "7")]
+    config = load("configs/dense.py:tiny,depth=1,width=16,placement=post", small)
+    found = stability_records.probe(config, steps)
+
+    session = open_session(replace(config, optim__lr=PROBE_LR, seed=0), Path("none"), Flags([]))
+    rows = jax.tree.map(jnp.asarray, session.task.sample(session.data.eval, 8, stability_records.ROWS, ""))
+
+    def said(params, model_state):
+        model = session.model.bind(params, model_state)
+        features = model.run(session.task.inputs(rows)).features
+        logits = np.asarray(model.logits(features), np.float64).reshape(-1, session.config.model.vocab_size)
+        loss = blocks.mean_nll(model, features, session.task.targets(rows))
+        return float(loss), logits - logits.mean(axis=1, keepdims=True)
+
+    each = []
+    with jax.set_mesh(session.mesh), closing(batches_of(session, range(1, steps + 2))) as batches:
+        state = session.program.init(0)
+        for _ in range(steps + 1):
+            each.append(said(state.params, state.model_state))
+            state, _ = session.program.train(state, next(batches), session.numbers)
+        each.append(said(state.params, state.model_state))
+    (before, old), (after, new) = each[-2:]
+    assert found["loss"] == pytest.approx([before, after], rel=1e-5)
+    assert found["logits_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
+    old, new = old - old.mean(axis=0), new - new.mean(axis=0)
+    assert found["token_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
+
+
+def test_a_level_is_crossed_between_two_rates():
+    assert crossing([0.1, 0.3, 0.7], 0.5) == pytest.approx(math.sqrt(RATES[1] * RATES[2]))
+    assert crossing([0.6, 0.7], 0.5) == RATES[0] and crossing([0.1, 0.2], 0.5) == math.inf
+    assert crossing([0.1, 0.3, 0.2, 0.9], 0.25) < RATES[1]  # the least rate
+
+
+def invented(ceilings, changes):
+    """Ceilings (low, high) of cells named by letters, and probes whose token change is `changes` times the rate."""
+    own = {name: Ceiling(name, {}, low, high, 1) for name, (low, high) in ceilings.items()}
+    probes = {(name, STEPS): {"token_change": [0, *(slope * r for r in RATES)]} for name, slope in changes.items()}
+    probes |= {("probed alone", STEPS): probes["a", STEPS]}
+    return own, probes
+
+
+def test_a_prediction_is_fitted_on_one_sweep_and_tested_on_others():
+    """Slopes 100 and 50 cross a half at 5e-3 and 1e-2, and the fitted cells' ceilings are twice that."""
+    slopes = {"a": 100, "b": 50, "c": 100, "d": 50, "e": 25}
+    ends = {"a": (0.008, 0.0125), "b": (0.016, 0.025), "c": (0.009, 0.011), "d": (0.002, 0.003), "e": (0.055, None)}
+    own, probes = invented(ends | {"f": (0.01, 0.02)}, slopes)
+    fitted = [own["a"], own["b"]]
+    lab = Ceilings({"ceiling_factor": fitted, "others": [own[n] for n in "acdef"]}, probes)
+    assert lab.factor() == pytest.approx(2, rel=0.02)  # a straight line is not one by the logarithm
+    assert [each.cell for each in lab.tested] == ["c", "d", "e"]  # f has no probe
+    off = [each.off(lab.predicted(each)) for each in lab.tested]
+    assert off[0] == 1 and off[1] == pytest.approx(0.02 / 0.003, rel=0.02) and off[2] == pytest.approx(0.727, rel=0.02)
+    assert lab.within() == 2
+    middles, rates = [math.sqrt(0.009 * 0.011), math.sqrt(0.002 * 0.003), 0.055], [0.005, 0.01, 0.02]
+    assert lab.order() == pytest.approx(scipy.stats.spearmanr(middles, rates).statistic)
+
+
+def test_ceilings_are_read_from_the_outcomes_of_runs(monkeypatch):
+    """Of a sweep with every outcome up to 8e-3 trained; an unsettled cell is left out."""
+    sweep = expand("ceiling_factor", "cpu")
+    first, second = cells_of(sweep)[:2]
+
+    @dataclasses.dataclass
+    class Ended:
+        folder: Path
+        outcome: str
+
+    def ended(run):
+        return Ended(Path("x") / run.name, "trained" if run.config.optim.lr < 8e-3 else "collapsed")
+
+    class Of:
+        rows = [ended(run) for rung in first.rungs for run in rung] + [ended(second.rungs[0][0])]
+
+    (found,) = stability_records.ceilings_of("ceiling_factor", Of)
+    assert found.low < 8e-3 < found.high <= 1.21 * found.low and found.values["init"] == "scale-L1"
+    assert found.cell == first.rungs[0][0].name and found.runs == len(Of.rows) - 1
