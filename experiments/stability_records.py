@@ -1,17 +1,12 @@
-"""What a short probe of each cell says of its ceiling: python -m experiments.stability_records ceiling_placements
+"""Measured ceilings beside what probes say of them, for experiments/stability.md, the template of docs/stability.md.
 
-A cell of a sweep that bisects is probed at its initial weights, and after `STEPS` steps of its own recipe at the rate
-`PROBE_LR`, alike for all: its next update of the weights is taken as a direction, per unit of the learning rate, and
-the weights are moved along it by each of `RATES`. So nothing of a probe depends on the rates that its cell bears. Each
-probe is a line of experiments/results/stability/probes.jsonl, with seed 0; the same command goes on where it was.
-experiments/stability.md, the template of docs/stability.md, reads them by `Ceilings`.
+`experiments.probes` makes the probes.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +15,9 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from experiments.record import about
 from experiments.results_page import NAMES
 from experiments.results_page import read as read_runs
-from spannorm_jax.command import Parser, run_command
-from spannorm_jax.config import Config, replace, to_dict
-from spannorm_jax.durable import to_json
-from spannorm_jax.errors import UserError
+from spannorm_jax.config import to_dict
 from spannorm_jax.model.initialisation import reading
 from spannorm_jax.report.ceilings import bracket, holds, interval_text
 from spannorm_jax.report.runs import dotted
@@ -36,76 +27,11 @@ from spannorm_jax.sweep.bisection import Cell, cells_of
 from spannorm_jax.sweep.expansion import expand
 
 TEMPLATE = Path("experiments/stability.md")
-PROBES = Path("experiments/results/stability/probes.jsonl")
-STEPS, PROBE_LR, ROWS = 25, 2e-3, 8
+RECORDS = Path("experiments/results/stability")
+PROBES, WATCHED = RECORDS / "probes.jsonl", RECORDS / "watched.jsonl"
+STEPS = 25  # before the second probe of a cell
 RATES = tuple(float(f"{2e-4 * 1.5**i:.3g}") for i in range(18))
 CLOSE = 1.5  # factor
-
-
-# ---- probes -----------------------------------------------------------------------------------------------
-
-
-def probe(config: Config, steps: int) -> dict[str, Any]:
-    """Numbers of the model along its next update, at 0 and at each of RATES, of `ROWS` held-out rows.
-
-    loss               nats a token
-    token_change       ‖c' − c‖ / ‖c‖, c the logits less their mean over the vocabulary and over all tokens: what the
-                       model says of tokens beyond their frequencies
-    logits_change      the same of the logits less their mean over the vocabulary
-    token_correlation  of what the head reads (docs/signal.md)
-    attenuation        Σ log(1 + f) over all branches: minus the log of what norms leave of the first stream's energy
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from spannorm_jax.analysis import blocks
-    from spannorm_jax.analysis.tracked import run_block
-    from spannorm_jax.parallel.platform import start_jax
-    from spannorm_jax.training.batches import batches_of
-    from spannorm_jax.training.flags import Flags
-    from spannorm_jax.training.optimizer import learning_rate
-    from spannorm_jax.training.session import open_session
-
-    start_jax(config.platform)
-    session = open_session(replace(config, optim__lr=PROBE_LR, seed=0), Path("probe"), Flags([], stop_code=75))
-    task, model, program, numbers = session.task, session.model, session.program, session.numbers
-    rows = jax.tree.map(jnp.asarray, task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS"))
-
-    def shares(block: Any, stream: Any, layer: Any, angles: Any, _: None) -> tuple[Any, Any, None]:
-        attn, ffn = (lambda x: block.attn(x, angles)), (lambda x: block.feed_forward(x)[0])
-        behind, additions = run_block(block, stream, layer, attn, ffn)
-        f = [blocks.mean_square(each.added) / blocks.mean_square(each.skip) for each in additions.values()]
-        return behind, sum(map(jnp.log1p, f)), None
-
-    def moved(params: Any, update: Any, model_state: Any, rate: Any) -> tuple[Any, Any]:
-        bound = model.bind(jax.tree.map(lambda w, u: w + rate * u, params, update), model_state)
-        passed = bound.run(task.inputs(rows), shares)
-        scalars = {
-            "loss": blocks.mean_nll(bound, passed.features, task.targets(rows)),
-            "token_correlation": blocks.token_correlation(passed.features),
-            "attenuation": jnp.sum(passed.ys),
-        }
-        logits_NxV = bound.logits(passed.features).astype(jnp.float32).reshape(-1, session.config.model.vocab_size)
-        return scalars, logits_NxV - jnp.mean(logits_NxV, axis=-1, keepdims=True)
-
-    along = jax.jit(moved)
-    with jax.set_mesh(session.mesh), closing(batches_of(session, range(1, steps + 2))) as batches:
-        state = program.init(session.config.seed)
-        for _ in range(steps):
-            state, _ = program.train(state, next(batches), numbers)
-        before = jax.tree.map(jnp.copy, state.params)  # for the step donates its state
-        model_state = jax.tree.map(jnp.copy, state.model_state)
-        after, _ = program.train(state, next(batches), numbers)
-        rate = learning_rate(session.config.optim.schedule, numbers, steps + 1)
-        update = jax.tree.map(lambda new, old: (new - old) / rate, after.params, before)
-        each = [jax.device_get(along(before, update, model_state, r)) for r in (0.0, *RATES)]
-    found = {key: [float(f"{scalars[key]:.6g}") for scalars, _ in each] for key in each[0][0]}
-    centred = [np.asarray(logits, np.float64) for _, logits in each]
-    of_tokens = [logits - logits.mean(axis=0) for logits in centred]
-    for key, values in (("logits_change", centred), ("token_change", of_tokens)):
-        norm = np.linalg.norm(values[0])
-        found[key] = [float(f"{np.linalg.norm(value - values[0]) / norm:.6g}") for value in values]
-    return found
 
 
 def cell_name(cell: Cell) -> str:
@@ -268,27 +194,3 @@ def read(runs: Path) -> Ceilings:
     """Of all sweeps that bisect; `runs` holds a folder of run folders for each sweep that has records."""
     sweeps = {folder.name: read_runs(folder) for folder in sorted(runs.iterdir()) if folder.name.startswith("ceiling_")}
     return Ceilings({name: ceilings_of(name, study) for name, study in sweeps.items()}, read_probes())
-
-
-def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m experiments.stability_records", description=__doc__)
-    parser.add_argument("names", metavar="NAMES", help="sweeps that bisect, with commas between")
-    args = parser.parse_args(argv)
-    done = read_probes()
-    sweeps = [expand(name, "cpu") for name in args.names.split(",")]
-    for sweep in (sweep for sweep in sweeps if not sweep.bisects):
-        raise UserError(f"sweep {sweep.names} bisects nothing, so that it has no ceilings to be probed for")
-    PROBES.parent.mkdir(parents=True, exist_ok=True)
-    for cell in {cell_name(cell): cell for sweep in sweeps for cell in cells_of(sweep)}.values():
-        for steps in (steps for steps in (0, STEPS) if (cell_name(cell), steps) not in done):
-            numbers = probe(cell.rungs[0][0].config, steps)
-            facts = about("experiments.stability_records", argv) | {"lr": PROBE_LR, "seed": 0, "rates": RATES}
-            record = facts | {"cell": cell_name(cell), "title": cell.title, "steps": steps, **numbers}
-            with open(PROBES, "a", encoding="utf-8") as file:
-                file.write(to_json(record) + "\n")
-            print(f"{cell.title}: after {steps} steps", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main, lasting=True)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import stability_records
-from experiments.stability_records import PROBE_LR, RATES, STEPS, Ceiling, Ceilings, crossing
+from experiments import probes, stability_records
+from experiments.probes import PROBE_LR
+from experiments.stability_records import RATES, STEPS, Ceiling, Ceilings, crossing
 from spannorm_jax.analysis import blocks
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import load
@@ -28,13 +29,13 @@ def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_p
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     steps, warmup = 2, 25
     rate = PROBE_LR * (steps + 1) / warmup
-    monkeypatch.setattr(stability_records, "RATES", (rate,))
+    monkeypatch.setattr(probes, "RATES", (rate,))
     small = [("training.steps", "250"), ("data.seq_len", "8"), ("optim.lr", "0.1"), ("seed", "7")]
     config = load("configs/dense.py:tiny,depth=1,width=16,placement=post", small)
-    found = stability_records.probe(config, steps)
+    found = probes.probe(config, steps)
 
     session = open_session(replace(config, optim__lr=PROBE_LR, seed=0), Path("none"), Flags([]))
-    rows = jax.tree.map(jnp.asarray, session.task.sample(session.data.eval, 8, stability_records.ROWS, ""))
+    rows = jax.tree.map(jnp.asarray, session.task.sample(session.data.eval, 8, probes.ROWS, ""))
 
     def said(params, model_state):
         model = session.model.bind(params, model_state)
@@ -55,6 +56,15 @@ def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_p
     assert found["logits_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
     old, new = old - old.mean(axis=0), new - new.mean(axis=0)
     assert found["token_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
+
+    monkeypatch.setattr(probes, "WATCH", (0, steps))
+    first, last = probes.watch(config, PROBE_LR)
+    assert first["step"] == 0 and first["loss"] == pytest.approx(each[0][0], rel=1e-5)
+    assert last["step"] == steps
+    for key in ("loss", "token_correlation", "attenuation"):
+        assert last[key] == pytest.approx(found[key][0], rel=1e-5)
+    for key in ("logits_change", "token_change"):
+        assert last[key] == pytest.approx(found[key][1], rel=1e-3)
 
 
 def test_a_level_is_crossed_between_two_rates():
