@@ -31,6 +31,16 @@ def sweep_ceiling_factor(size: str) -> Iterable[Point]:
 
 
 @bisects(LADDER)
+def sweep_ceiling_targets(size: str) -> Iterable[Point]:
+    """SpanNorm with ScaleInit's factor on both output projections, where it is usually on the feed-forward's alone.
+
+    About 21 of 198 runs: 11 min, 0 h.
+    """
+    both = options({"model.init_targets": (("attn_out", "ffn_out"),)})
+    return _cells(arguments(placement=("span",), init=("scale-L1", "scale-L1-mult")), both)
+
+
+@bisects(LADDER)
 def sweep_ceiling_depth(size: str) -> Iterable[Point]:
     """Five depths at width 64. About 157 of 1485 runs: 2.1 h, 0 h."""
     return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
