@@ -11,7 +11,6 @@ steps of the run, and measures the model and its next update at each of `WATCH`.
 into experiments/results/stability, and go on where they were.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,8 +22,9 @@ import numpy as np
 from jax import Array
 
 from experiments.record import about
-from experiments.stability_records import PROBES, RATES, STEPS, WATCHED, cell_name, read_probes
+from experiments.stability_records import PROBES, RATES, STEPS, WATCHED, cell_name, read_lines, read_probes
 from spannorm_jax.analysis import blocks
+from spannorm_jax.analysis.sharpness import sharpness
 from spannorm_jax.analysis.tracked import run_block
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
@@ -41,6 +41,7 @@ from spannorm_jax.training.session import Session, open_session
 
 PROBE_LR, ROWS = 2e-3, 8
 WATCH = (0, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100)
+SHARP = (20,)  # of WATCH: where sharpness is measured too, which takes as long as all the rest
 _VERBS = ("probe", "watch")
 Measure = Callable[[Any, Any], tuple[dict[str, float], np.ndarray]]
 
@@ -125,16 +126,22 @@ def probe(config: Config, steps: int) -> dict[str, list[float]]:
 
 
 def watch(config: Config, lr: float) -> list[dict[str, float]]:
-    """At each of WATCH the numbers of `measure_of`, and the `changes` by the next update."""
-    found = []
+    """At each of WATCH the numbers of `measure_of`, and the `changes` by the next update; at SHARP also
+    `over_the_edge`, the preconditioned sharpness over its bound at that update's rate (docs/signal.md)."""
+    found: list[dict[str, float]] = []
     with _training(config, lr, WATCH[-1] + 1) as (session, state, batches):
         measured = measure_of(session)
+        rows = session.task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS")
         for step in range(WATCH[-1] + 1):
+            edge = {}
+            if step in SHARP:
+                sharp = sharpness(session.config, state.params, state.model_state, state.opt_state, rows)
+                edge["over_the_edge"] = _rounded(sharp["preconditioned_sharpness"] / sharp["sharpness_bound"])
             old = measured(state.params, state.model_state) if step in WATCH else None
             state, _ = session.program.train(state, next(batches), session.numbers)
             if old:
                 new = measured(state.params, state.model_state)
-                found.append({"step": step} | old[0] | changes(old[1], new[1]))
+                found.append({"step": step} | old[0] | changes(old[1], new[1]) | edge)
     return found
 
 
@@ -158,8 +165,7 @@ def _probe_all(names: str, argv: list[str]) -> None:
 
 def _watch_all(spec: str, overrides: list[tuple[str, str]], rates: list[float], argv: list[str]) -> None:
     config = load(spec, overrides)
-    lines = WATCHED.read_text(encoding="utf-8").splitlines() if WATCHED.exists() else []
-    done = {(record["config"], *record["overrides"], record["lr"]) for record in map(json.loads, lines)}
+    done = {(record["config"], *record["overrides"], record["lr"]) for record in read_lines(WATCHED)}
     told = [f"{key}={text}" for key, text in overrides]
     for lr in (lr for lr in rates if (spec, *told, lr) not in done):
         facts = about("experiments.probes", argv) | {"config": spec, "overrides": told, "lr": lr, "seed": 0}

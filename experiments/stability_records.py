@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ PROBES, WATCHED = RECORDS / "probes.jsonl", RECORDS / "watched.jsonl"
 STEPS = 25  # before the second probe of a cell
 RATES = tuple(float(f"{2e-4 * 1.5**i:.3g}") for i in range(18))
 CLOSE = 1.5  # factor
+SHOWN = {  # of a watched run -> its head
+    **{"loss": "loss", "token_correlation": "tokens' correlation", "attenuation": "sum of log(1 + f)"},
+    **{"token_change": "change of what is said of tokens", "logits_change": "change of the logits"},
+    "over_the_edge": "sharpness over its bound",
+}
 
 
 def cell_name(cell: Cell) -> str:
@@ -41,8 +47,11 @@ def cell_name(cell: Cell) -> str:
 
 def read_probes(path: Path = PROBES) -> dict[tuple[str, int], dict[str, Any]]:
     """(cell's name, steps before the update) -> its record."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {(record["cell"], record["steps"]): record for record in map(json.loads, lines)}
+    return {(record["cell"], record["steps"]): record for record in read_lines(path)}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def crossing(values: Sequence[float], level: float) -> float:
@@ -74,6 +83,21 @@ LAW = next(iter(QUANTITIES))
 COLUMNS = {
     **{"placement": "model.placement", "init": "model.init", "blocks": "model.depth", "width": "model.width"},
     **{"parametrisation": "model.parametrisation", "warm-up": "optim.warmup_fraction", "rows": "training.batch_size"},
+}
+
+
+# sweep -> what it asks
+ASKS = {
+    "ceiling_factor": "Does the forward pass's constant bear more than the weight's factor?",
+    "ceiling_placements": "Which placements bear more, with ScaleInit?",
+    "ceiling_plain": "The same without a depth factor",
+    "ceiling_depth": "How does the ceiling fall with depth?",
+    "ceiling_width": "How does it move with width?",
+    "ceiling_targets": "SpanNorm with the factor on both output projections",
+    "ceiling_warmup": "Does a warm-up over half of the steps lift it?",
+    "ceiling_parametrisation": "Does CompleteP keep it where width and depth grow?",
+    "ceiling_batch": "How does it move with gradient noise?",
+    "ceiling_sizes": "The depths with the other widths",
 }
 
 
@@ -133,6 +157,7 @@ class Ceilings:
     by_sweep: dict[str, list[Ceiling]]
     probes: dict[tuple[str, int], dict[str, Any]]
     fitted: str = "ceiling_factor"
+    asks = ASKS
 
     def rate(self, ceiling: Ceiling, name: str) -> float | None:
         """A quantity; None without a probe."""
@@ -149,6 +174,11 @@ class Ceilings:
     def predicted(self, ceiling: Ceiling, name: str = LAW) -> float | None:
         rate = self.rate(ceiling, name)
         return None if rate is None else rate * self.factor(name)
+
+    def progress(self, sweep: str) -> str:
+        """How many ceilings of a sweep are settled."""
+        settled = len(self.by_sweep.get(sweep, ()))
+        return f"{settled} of {len(cells_of(expand(sweep, 'cpu')))}" if settled else "not run"
 
     @cached_property
     def tested(self) -> list[Ceiling]:
@@ -188,6 +218,31 @@ class Ceilings:
         ]
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
+
+
+def watched_table(at: Sequence[int]) -> str:
+    """A line a watched run (`probes.watch`), with its numbers at these steps."""
+    lines = []
+    for record in read_lines(WATCHED):
+        argument = record["config"].partition(":")[2].removeprefix("tiny,")
+        own = ", ".join(f"`{part}`" for part in (argument, *record["overrides"]) if part != "training.steps=250")
+        by_step = {each["step"]: each for each in record["measured"]}
+        for step in at:
+            cells = [f"{by_step[step][key]:.2f}" if key in by_step[step] else "" for key in SHOWN]
+            lines.append([own, f"{record['lr']:g}", str(step), *cells])
+            own = ""
+    return markdown([(head, False) for head in ("run", "rate", "step", *SHOWN.values())], lines)
+
+
+def interventions_table() -> str:
+    """A line an intervention on SpanNorm, by its ceiling."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("intervention-*.json"))]
+    lines = []
+    for record in sorted(records, key=lambda record: record["ceiling"][0] or 0):
+        overrides = re.findall(r"--config\.((?:model|optim)\.\S+)", record["command"])
+        name = f"`{record['held']}`" if record["held"] != "none" else ", ".join(f"`{text}`" for text in overrides)
+        lines.append([name, interval_text(*record["ceiling"]), str(len(record["outcomes"]))])
+    return markdown([(head, False) for head in ("what is changed", "ceiling", "runs")], lines)
 
 
 def read(runs: Path) -> Ceilings:

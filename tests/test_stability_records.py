@@ -58,6 +58,7 @@ def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_p
     assert found["token_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
 
     monkeypatch.setattr(probes, "WATCH", (0, steps))
+    monkeypatch.setattr(probes, "SHARP", ())  # which has tests of its own
     first, last = probes.watch(config, PROBE_LR)
     assert first["step"] == 0 and first["loss"] == pytest.approx(each[0][0], rel=1e-5)
     assert last["step"] == steps
