@@ -24,10 +24,11 @@ import pytest
 from polars.testing import assert_frame_equal
 from test_documents import DOCUMENTS, ROOT
 
-from experiments import claims, results_page, signal_records, sweep_records
+from experiments import claims, results_page, signal_records, stability_records, sweep_records
 from experiments.results_page import Results
 
 RECORDS, PAGE, CLAIMS = ROOT / "experiments/results", ROOT / "docs/results.md", ROOT / "docs/claims.md"
+STABILITY = ROOT / "docs/stability.md"
 SWEEPS = ROOT / sweep_records.RECORDS
 COMMENT = re.compile(r"(?:<!--|\{#) numbers: (.*?)(?:-->|#\})", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -124,7 +125,7 @@ def wrong(text, folder):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if path not in (PAGE, CLAIMS)], ids=lambda p: str(p.relative_to(ROOT))
+    "path", [path for path in DOCUMENTS if path not in (PAGE, CLAIMS, STABILITY)], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_the_numbers_beside_a_record_are_the_records(path):
     assert list(wrong(path.read_text(encoding="utf-8"), path.parent)) == []
@@ -158,15 +159,18 @@ def test_the_pages_of_results_and_claims_are_what_their_templates_make_of_the_re
     def figure(self, name, alternative, view=""):  # is not drawn: its bytes are those of fonts
         return f"![{alternative}]({self.beside}/{self.name}-{name}.png)"
 
-    template = (ROOT / results_page.TEMPLATE).read_text(encoding="utf-8")
-    assert list(wrong(template, ROOT / "docs")) == []
+    for template in (results_page.TEMPLATE, stability_records.TEMPLATE):
+        assert list(wrong((ROOT / template).read_text(encoding="utf-8"), ROOT / "docs")) == []
     for path in SWEEPS.glob("*-runs.csv"):
         record(path)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(Results, "figure", figure)
-    made = results_page.write_page(Path(scratch().name), tmp_path / "results.md", Path("experiments/results/sweeps"))
-    text = re.sub(r"\]\((?:\.\./)+", "](../", made.read_text(encoding="utf-8"))
-    assert text == PAGE.read_text(encoding="utf-8")
+    runs = Path(scratch().name)
+    of_stability = {"template": stability_records.TEMPLATE, "lab": stability_records.read(runs)}
+    for page, more in ((PAGE, {}), (STABILITY, of_stability)):
+        made = results_page.write_page(runs, tmp_path / page.name, Path("experiments/results/sweeps"), **more)
+        text = re.sub(r"\]\((?:\.\./)+experiments", "](../experiments", made.read_text(encoding="utf-8"))
+        assert text == page.read_text(encoding="utf-8")
     (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
     made = claims.write_page(Path(scratch().name), tmp_path / "claims.md", tmp_path / "README.md")
     assert made.read_text(encoding="utf-8") == CLAIMS.read_text(encoding="utf-8")
