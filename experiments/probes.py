@@ -11,6 +11,7 @@ steps of the run, and measures the model and its next update at each of `WATCH`.
 into experiments/results/stability, and go on where they were.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -110,7 +111,10 @@ _moved = jax.jit(lambda params, update, rate: jax.tree.map(lambda w, u: w + rate
 
 
 def probe(config: Config, steps: int) -> dict[str, list[float]]:
-    """The numbers of `measure_of` and `changes` along the update after so many steps, at 0 and at each of RATES."""
+    """The numbers of `measure_of` and `changes` along the update after so many steps, at 0 and at each of RATES.
+
+    `token_step` is `token_change` from the rate before, and zero at the first.
+    """
     with _training(config, PROBE_LR, steps + 1) as (session, state, batches):
         program, numbers = session.program, session.numbers
         for _ in range(steps):
@@ -122,7 +126,8 @@ def probe(config: Config, steps: int) -> dict[str, list[float]]:
         measured = measure_of(session)
         each = [measured(_moved(before, update, rate), model_state) for rate in (0.0, *RATES)]
     lines = [scalars | changes(each[0][1], logits) for scalars, logits in each]
-    return {key: [line[key] for line in lines] for key in lines[0]}
+    steps_between = [changes(old, new)["token_change"] for (_, old), (_, new) in itertools.pairwise(each)]
+    return {key: [line[key] for line in lines] for key in lines[0]} | {"token_step": [0.0, *steps_between]}
 
 
 def watch(config: Config, lr: float) -> list[dict[str, float]]:

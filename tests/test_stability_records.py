@@ -56,6 +56,7 @@ def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_p
     assert found["logits_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
     old, new = old - old.mean(axis=0), new - new.mean(axis=0)
     assert found["token_change"] == pytest.approx([0, np.linalg.norm(new - old) / np.linalg.norm(old)], rel=1e-3)
+    assert found["token_step"] == found["token_change"]  # of one rate
 
     monkeypatch.setattr(probes, "WATCH", (0, steps))
     monkeypatch.setattr(probes, "SHARP", ())  # which has tests of its own
