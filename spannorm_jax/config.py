@@ -185,8 +185,7 @@ class OptimConfig:
     name: str = option("adamw", choices=("adamw", "lion", "muon"))  # the keys of training.optimizer.OPTIMIZERS
     # peak learning rate; muon: of its matrices and of AdamW's weights alike
     lr: float = option(3e-3, least=0, number=True)
-    # cosine | wsd (warm-up, stable, decay); both warm up and end alike
-    schedule: str = option("cosine", choices=("cosine", "wsd"))
+    schedule: str = option("cosine", choices=("cosine", "wsd"))  # wsd: warm-up, stable, decay
     warmup_fraction: float = option(0.1, least=0, most=1, number=True)  # of all updates, linear from 0
     # of all updates, linear at the end; wsd only, the cosine takes all after warm-up
     decay_fraction: float = option(0.2, least=0, most=1, number=True)
@@ -202,6 +201,7 @@ class OptimConfig:
     decay_coupling: str = option("coupled", choices=("coupled", "independent"), number=True)
     decay_gains: tuple[str, ...] = ()  # gains that decay too, towards 0, by site (before_attn, final, ...); or all
     clip_norm: float = option(1.0, least=0, number=True)  # global gradient norm; 0: no clipping
+    hold_norms: tuple[str, ...] = ()  # sites whose weights keep in each block the norm that they begin with
 
 
 @dataclass(frozen=True)

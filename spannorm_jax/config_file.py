@@ -282,6 +282,9 @@ def _check_names(config: Config) -> None:
     check_known("model.init", [model.init], (*INITS, PUBLISHED))
     check_known("model.init_targets", model.init_targets, OUTPUT_SITES)
     check_known("optim.decay_gains", config.optim.decay_gains, (EVERY_GAIN, *gain_sites(model)))
+    check_known("optim.hold_norms", config.optim.hold_norms, OUTPUT_SITES)
+    if config.optim.hold_norms and model.init == "zero_out":
+        raise UserError("config key optim.hold_norms would hold zeros, with model.init=zero_out; leave one of both out")
     least = placement_of(model).least_depth
     if model.depth < least:
         raise UserError(

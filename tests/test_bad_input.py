@@ -57,6 +57,7 @@ def refuse_train(refuse, tmp_path):
         ("--config.model.parametrisation=mup", ["model.base_width", "model.base_width=32"]),
         ("--config.model.parametrisation=muP", ["parametrisation='muP'", "'mup'"]),
         ("--config.optim.decay_gains=before_attn", ["optim.decay_gains='before_attn'", "after_attn"]),
+        ("--config.optim.hold_norms=out", ["optim.hold_norms='out'", "ffn_out"]),
         ("--config.training.steps=ten", ["training.steps='ten'", "an integer"]),
         ("--config.training.steps=2.5", ["training.steps='2.5'", "an integer"]),
         ("--config.training.steps=-1", ["training.steps=-1", "1 or more"]),

@@ -125,7 +125,9 @@ def wrong(text, folder):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if path not in (PAGE, CLAIMS, STABILITY)], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [path for path in DOCUMENTS if path not in (PAGE, CLAIMS, STABILITY)],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_the_numbers_beside_a_record_are_the_records(path):
     assert list(wrong(path.read_text(encoding="utf-8"), path.parent)) == []

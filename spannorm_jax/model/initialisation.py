@@ -97,7 +97,8 @@ def _targets(cfg: ModelConfig) -> tuple[str, ...]:
     return cfg.init_targets or tuple(placement_of(cfg).additions.values())
 
 
-def _with_experts(sites: Iterable[str]) -> set[str]:
+def with_experts(sites: Iterable[str]) -> set[str]:
+    """Sites, and of the feed-forward's output those of experts too."""
     return {other for site in sites for other in BRANCH_OUTPUTS.get(site, (site,))}
 
 
@@ -179,7 +180,7 @@ def ds(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 
 def scale(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     """ScaleInit: unit-variance branches, and what sets the size of an addition times `depth_factor`."""
-    damped = cfg.depth_factor != "multiplier" and spec.site in _with_experts(_targets(cfg))
+    damped = cfg.depth_factor != "multiplier" and spec.site in with_experts(_targets(cfg))
     if spec.start is not None:
         return depth_factor(cfg) if damped else spec.start
     return _unit_variance(cfg, spec) * (depth_factor(cfg) if damped else 1.0)
@@ -198,7 +199,7 @@ def zero_out(cfg: ModelConfig, spec: "WeightSpec") -> Size:
     That is an output projection, or the gain that a branch ends in: a zero weight before a norm would
     never move. Of SpanNorm it is the feed-forward's alone, as in ScaleInit.
     """
-    if spec.site in _with_experts(placement_of(cfg).additions.values()):
+    if spec.site in with_experts(placement_of(cfg).additions.values()):
         return 0.0
     return _unit_variance(cfg, spec) if spec.start is None else spec.start
 

@@ -3,7 +3,7 @@
 Options that change no shape come as `Numbers`. Only options that change the compiled program are read from a config.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from spannorm_jax.config import ModelConfig, OptimConfig
 from spannorm_jax.model.definition import ModelDef
+from spannorm_jax.model.initialisation import with_experts
 from spannorm_jax.model.parametrisation import Multipliers, multipliers
 from spannorm_jax.model.placement import EVERY_GAIN
 from spannorm_jax.model.weights import WeightSpec
@@ -69,8 +70,9 @@ OPTIMIZERS = {"adamw": Optimizer(adamw), "lion": Optimizer(lion), "muon": Optimi
 def make_optimizer(optim: OptimConfig, model: ModelDef, numbers: Numbers) -> optax.GradientTransformation:
     """Clipping, the optimiser's direction, decay, the learning rate.
 
-    Of `optim` it reads `name`, `schedule` and `decay_gains`. `numbers` may be traced; the state's form depends on none
-    of them. Where all multipliers of the weights are 1, as in the standard parametrisation, they add no operation.
+    Of `optim` it reads `name`, `schedule`, `decay_gains` and `hold_norms`. `numbers` may be traced; the state's form
+    depends on none of them. Where all multipliers of the weights are 1, as in the standard parametrisation, they add
+    no operation.
     """
     made = OPTIMIZERS[optim.name]
     weights = model.map_weights(lambda spec: made.multipliers(model.cfg, spec))
@@ -91,8 +93,25 @@ def make_optimizer(optim: OptimConfig, model: ModelDef, numbers: Numbers) -> opt
             _decay(numbers.weight_decay, decays, each(lambda of: of.decay)),
             *_times(each(lambda of: of.lr)),
             optax.scale_by_learning_rate(rate),
+            *_holding(model, with_experts(optim.hold_norms)),
         ),
     )
+
+
+def _holding(model: ModelDef, sites: Collection[str]) -> list[optax.GradientTransformation]:
+    """Scales the updated weights of these sites, layer by layer, to the norm that they had; nothing without sites."""
+    if not sites:
+        return []
+    held = model.map_weights(lambda spec: spec.site in sites)
+
+    def hold(update: Array, weight: Array, held: bool) -> Array:
+        if not held:
+            return update
+        new = weight + update
+        norm, new_norm = (jnp.sqrt(jnp.sum(w**2, tuple(range(1, w.ndim)), keepdims=True)) for w in (weight, new))
+        return new * (norm / new_norm) - weight
+
+    return [optax.stateless(lambda updates, params: jax.tree.map(hold, updates, params, held))]
 
 
 def _decays(spec: WeightSpec, gains: tuple[str, ...]) -> bool:

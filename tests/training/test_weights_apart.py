@@ -91,6 +91,29 @@ def test_adamw_with_rates_eps_and_decay_by_weight(coupling):
         assert_trees_close(jax.tree.map(np.subtract, after, before), want, 2e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_that_keep_their_norm_turn_as_an_update_moves_them(optimizer):
+    """Of each block, experts together, after one update; three later the norms are still those of the start."""
+    sites = ("attn_out", "ffn_out")
+    moe = {"num_experts": 4, "expert_dim": 8, "every": 2}
+    config = configure(**RATES, optim__name=optimizer, **{f"model__moe__{key}": value for key, value in moe.items()})
+    free, held = (list(run(c, 3)) for c in (config, replace(config, optim__hold_norms=sites)))
+    model = define(config.model, config.execution)
+
+    def norms(w):
+        return np.sqrt(np.sum(np.square(w), axis=tuple(range(1, w.ndim)), keepdims=True))
+
+    def check(spec, before, after_free, after, last):
+        if spec.site not in (*sites, "expert_out"):
+            np.testing.assert_allclose(after, after_free, rtol=1e-5, atol=1e-6)
+            return
+        np.testing.assert_allclose(after, after_free * norms(before) / norms(after_free), rtol=1e-5, atol=1e-6)
+        assert np.all(np.abs(norms(after_free) / norms(before) - 1) > 1e-3)
+        np.testing.assert_allclose(norms(last), norms(before), rtol=1e-6)
+
+    model.map_weights(check, held[0][0], free[0][2], held[0][2], held[-1][2])
+
+
 # ---- Muon ---------------------------------------------------------------------------------------------
 
 
