@@ -41,6 +41,13 @@ def sweep_ceiling_targets(size: str) -> Iterable[Point]:
 
 
 @bisects(LADDER)
+def sweep_ceiling_held(size: str) -> Iterable[Point]:
+    """Output projections that keep their norm (`optim.hold_norms`). About 31 of 297 runs: 17 min, 0 h."""
+    held = options({"optim.hold_norms": (("attn_out", "ffn_out"),)})
+    return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1",)), held)
+
+
+@bisects(LADDER)
 def sweep_ceiling_depth(size: str) -> Iterable[Point]:
     """Five depths at width 64. About 157 of 1485 runs: 2.1 h, 0 h."""
     return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))

@@ -94,6 +94,7 @@ ASKS = {
     "ceiling_depth": "How does the ceiling fall with depth?",
     "ceiling_width": "How does it move with width?",
     "ceiling_targets": "SpanNorm with the factor on both output projections",
+    "ceiling_held": "Output projections that keep their norm",
     "ceiling_warmup": "Does a warm-up over half of the steps lift it?",
     "ceiling_parametrisation": "Does CompleteP keep it where width and depth grow?",
     "ceiling_batch": "How does it move with gradient noise?",
