@@ -157,8 +157,10 @@ class Ceilings:
 
     by_sweep: dict[str, list[Ceiling]]
     probes: dict[tuple[str, int], dict[str, Any]]
+    watched: Sequence[dict[str, Any]] = ()
+    interventions: Sequence[dict[str, Any]] = ()
     fitted: str = "ceiling_factor"
-    asks = ASKS
+    asks, steps = ASKS, STEPS
 
     def rate(self, ceiling: Ceiling, name: str) -> float | None:
         """A quantity; None without a probe."""
@@ -220,33 +222,49 @@ class Ceilings:
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
 
+    def cell(self, placement: str, init: str) -> Ceiling:
+        """The settled ceiling of a cell of the sweep `fitted`."""
+        own = {"placement": placement, "init": init}
+        (found,) = (each for each in self.by_sweep[self.fitted] if own.items() <= each.values.items())
+        return found
 
-def watched_table(at: Sequence[int]) -> str:
-    """A line a watched run (`probes.watch`), with its numbers at these steps."""
-    lines = []
-    for record in read_lines(WATCHED):
-        argument = record["config"].partition(":")[2].removeprefix("tiny,")
-        own = ", ".join(f"`{part}`" for part in (argument, *record["overrides"]) if part != "training.steps=250")
-        by_step = {each["step"]: each for each in record["measured"]}
-        for step in at:
-            cells = [f"{by_step[step][key]:.2f}" if key in by_step[step] else "" for key in SHOWN]
-            lines.append([own, f"{record['lr']:g}", str(step), *cells])
-            own = ""
-    return markdown([(head, False) for head in ("run", "rate", "step", *SHOWN.values())], lines)
+    def held(self, name: str) -> tuple[float | None, float | None]:
+        """The ceiling of SpanNorm under an intervention."""
+        (found,) = (record["ceiling"] for record in self.interventions if record["held"] == name)
+        return found[0], found[1]
 
+    def seen(self, placement: str, lr: float, step: int) -> dict[str, float]:
+        """The numbers of a watched run at a step."""
+        runs = (record for record in self.watched if f"placement={placement}," in record["config"])
+        (run,) = (record for record in runs if record["lr"] == lr)
+        return next(each for each in run["measured"] if each["step"] == step)
 
-def interventions_table() -> str:
-    """A line an intervention on SpanNorm, by its ceiling."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("intervention-*.json"))]
-    lines = []
-    for record in sorted(records, key=lambda record: record["ceiling"][0] or 0):
-        overrides = re.findall(r"--config\.((?:model|optim)\.\S+)", record["command"])
-        name = f"`{record['held']}`" if record["held"] != "none" else ", ".join(f"`{text}`" for text in overrides)
-        lines.append([name, interval_text(*record["ceiling"]), str(len(record["outcomes"]))])
-    return markdown([(head, False) for head in ("what is changed", "ceiling", "runs")], lines)
+    def watched_table(self, at: Sequence[int]) -> str:
+        """A line a step of `at` for each watched run (`probes.watch`)."""
+        lines = []
+        for record in self.watched:
+            own = f"`{record['config'].partition(':')[2].removeprefix('tiny,')}`"
+            by_step = {each["step"]: each for each in record["measured"]}
+            for step in at:
+                cells = [f"{by_step[step][key]:.2f}" if key in by_step[step] else "" for key in SHOWN]
+                lines.append([own, f"{record['lr']:g}", str(step), *cells])
+                own = ""
+        return markdown([(head, False) for head in ("run", "rate", "step", *SHOWN.values())], lines)
+
+    def interventions_table(self) -> str:
+        """A line an intervention, by its ceiling."""
+        lines = []
+        for record in sorted(self.interventions, key=lambda record: record["ceiling"][0] or 0):
+            overrides = re.findall(r"--config\.((?:model|optim)\.\S+)", record["command"])
+            named = [record["held"]] if record["held"] != "none" else overrides
+            name = ", ".join(f"`{text}`" for text in named)
+            lines.append([name, interval_text(*record["ceiling"]), str(len(record["outcomes"]))])
+        return markdown([(head, False) for head in ("what is held", "ceiling", "runs")], lines)
 
 
 def read(runs: Path) -> Ceilings:
-    """Of all sweeps that bisect; `runs` holds a folder of run folders for each sweep that has records."""
+    """All records; `runs` holds a folder of run folders for each sweep that has some."""
     sweeps = {folder.name: read_runs(folder) for folder in sorted(runs.iterdir()) if folder.name.startswith("ceiling_")}
-    return Ceilings({name: ceilings_of(name, study) for name, study in sweeps.items()}, read_probes())
+    by_sweep = {name: ceilings_of(name, study) for name, study in sweeps.items()}
+    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("intervention-*.json"))]
+    return Ceilings(by_sweep, read_probes(), read_lines(WATCHED), held)
