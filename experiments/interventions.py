@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg")
     parser.add_argument("--out", required=True, type=run_folder_path, help="folder of all interventions")
     parser.add_argument("--seeds", type=int, default=3, help="with which a rate has to train (default %(default)s)")
-    for end, rate in (("least", 3e-4), ("greatest", 1e-1)):
-        parser.add_argument(f"--{end}", type=float, default=rate, help="rate of the ladder (default %(default)s)")
+    parser.add_argument("--least", type=float, default=3e-4, help="rate of the ladder (default %(default)s)")
+    parser.add_argument("--greatest", type=float, default=1e-1, help="rate of the ladder (default %(default)s)")
     args = parser.parse_args(rest)
     if args.name not in INTERVENTIONS:
         raise UserError(f"no intervention {args.name!r}; {did_you_mean(args.name, INTERVENTIONS)}")
