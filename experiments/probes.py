@@ -188,8 +188,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(rest)
     if args.verb not in _VERBS:
         raise UserError(f"unknown verb {args.verb!r}; {did_you_mean(args.verb, _VERBS)}")
-    if (args.verb == "probe") != bool(args.names) or (args.verb == "watch") != bool(args.config and args.rates):
-        raise UserError("probe takes the names of sweeps, and watch --config and --rates")
+    watching = args.verb == "watch"
+    if [bool(part) for part in (args.names, args.config, args.rates)] != [not watching, watching, watching]:
+        raise UserError("probe takes the names of sweeps alone, and watch --config and --rates")
+    if overrides and not watching:
+        raise UserError("probe takes no --config.x, since a sweep's cells have theirs; watch does")
     if args.verb == "probe":
         _probe_all(args.names, argv)
         return 0

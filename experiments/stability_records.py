@@ -54,13 +54,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def crossing(values: Sequence[float], level: float) -> float:
+def crossing(values: Sequence[float | None], level: float) -> float:
     """The least rate at which a number of a probe, at each of RATES, reaches `level` from below; infinity where none
-    does. Between two rates it is on the line of the number by the rate's logarithm."""
+    does. Between two rates it is on the line of the number by the rate's logarithm. None, not finite, is beyond it."""
     for i, value in enumerate(values):
-        if value >= level:
-            if i == 0:
-                return RATES[0]
+        if value is None or value >= level:
+            if i == 0 or value is None:
+                return RATES[i]
             share = (level - values[i - 1]) / (value - values[i - 1])
             return RATES[i - 1] * (RATES[i] / RATES[i - 1]) ** share
     return math.inf
@@ -168,7 +168,8 @@ class Ceilings:
         record = self.probes.get((ceiling.cell, steps))
         if record is None:
             return None
-        return RATES[int(np.argmin(record[key][1:]))] if level is None else crossing(record[key][1:], level)
+        values = record[key][1:]
+        return crossing(values, level) if level is not None else RATES[int(np.nanargmin(np.array(values, np.float64)))]
 
     def factor(self, name: str = LAW) -> float:
         pairs = [(each.middle, self.rate(each, name)) for each in self.by_sweep[self.fitted]]
@@ -246,7 +247,8 @@ class Ceilings:
             own = f"`{record['config'].partition(':')[2].removeprefix('tiny,')}`"
             by_step = {each["step"]: each for each in record["measured"]}
             for step in at:
-                cells = [f"{by_step[step][key]:.2f}" if key in by_step[step] else "" for key in SHOWN]
+                numbers = [by_step[step].get(key, "") for key in SHOWN]  # null, where one was not finite
+                cells = [f"{n:.2f}" if isinstance(n, float) else "–" if n is None else n for n in numbers]
                 lines.append([own, f"{record['lr']:g}", str(step), *cells])
                 own = ""
         return markdown([(head, False) for head in ("run", "rate", "step", *SHOWN.values())], lines)

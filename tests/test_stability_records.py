@@ -73,6 +73,7 @@ def test_a_level_is_crossed_between_two_rates():
     assert crossing([0.1, 0.3, 0.7], 0.5) == pytest.approx(math.sqrt(RATES[1] * RATES[2]))
     assert crossing([0.6, 0.7], 0.5) == RATES[0] and crossing([0.1, 0.2], 0.5) == math.inf
     assert crossing([0.1, 0.3, 0.2, 0.9], 0.25) < RATES[1]  # the least rate
+    assert crossing([0.1, None, 0.7], 0.5) == RATES[1]  # not finite
 
 
 def invented(ceilings, changes):
