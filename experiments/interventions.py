@@ -6,7 +6,8 @@ nothing. The rates are bisected as a sweep's (`spannorm_jax.report.ceilings`), o
 goes on. Runs lie in OUT/NAME, and `spannorm_jax.report OUT/NAME --ladder ... --seeds N` reads them. What the config has
 an option for needs no intervention: `sweep ceiling_factor local --config.model.qk_norm=true`, or optim.b2=0.99.
 
-  hold_norm    each branch's output projection has, block by block, the norm that it began with
+  hold_norm    each branch's output projection has, block by block, the norm that it began with; the option
+               optim.hold_norms=attn_out,ffn_out does the same without bisecting
   cap_norm     that norm stays below twice what it began with
   clip_blocks  no block's weights move by more than 3% of their norm in an update
 """
