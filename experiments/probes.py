@@ -22,15 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.record import about
-from experiments.stability_records import PROBES, RATES, STEPS, WATCHED, cell_name, read_lines, read_probes
+from experiments.record import about, append_record, read_records
+from experiments.stability_records import PROBES, RATES, STEPS, WATCHED, cell_name, read_probes
 from spannorm_jax.analysis import blocks
 from spannorm_jax.analysis.sharpness import sharpness
 from spannorm_jax.analysis.tracked import run_block
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
-from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.sweep.bisection import cells_of
@@ -39,12 +38,18 @@ from spannorm_jax.training.batches import batches_of
 from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.optimizer import learning_rate
 from spannorm_jax.training.session import Session, open_session
+from spannorm_jax.training.task import Batch
 
 PROBE_LR, ROWS = 2e-3, 8
 WATCH = (0, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100)
 SHARP = (20,)  # of WATCH: where sharpness is measured too, which takes as long as all the rest
 _VERBS = ("probe", "watch")
 Measure = Callable[[Any, Any], tuple[dict[str, float], np.ndarray]]
+
+
+def held_out_rows(session: Session) -> Batch:
+    sample = session.task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS")
+    return jax.tree.map(jnp.asarray, sample)
 
 
 def measure_of(session: Session) -> Measure:
@@ -55,8 +60,7 @@ def measure_of(session: Session) -> Measure:
     attenuation        sum of log(1 + f) over all branches: minus the log of the share that the entry has in the stream,
                        where every sum is normed
     """
-    task, model = session.task, session.model
-    rows = jax.tree.map(jnp.asarray, task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS"))
+    task, model, rows = session.task, session.model, held_out_rows(session)
 
     def shares(block: Any, stream: Any, layer: Array, angles: Any, _: None) -> tuple[Any, Array, None]:
         attn, ffn = (lambda x: block.attn(x, angles)), (lambda x: block.feed_forward(x)[0])
@@ -135,8 +139,7 @@ def watch(config: Config, lr: float) -> list[dict[str, float]]:
     `over_the_edge`, the preconditioned sharpness over its bound at that update's rate (docs/signal.md)."""
     found: list[dict[str, float]] = []
     with _training(config, lr, WATCH[-1] + 1) as (session, state, batches):
-        measured = measure_of(session)
-        rows = session.task.sample(session.data.eval, session.config.data.seq_len, ROWS, "ROWS")
+        measured, rows = measure_of(session), held_out_rows(session)
         for step in range(WATCH[-1] + 1):
             edge = {}
             if step in SHARP:
@@ -150,12 +153,6 @@ def watch(config: Config, lr: float) -> list[dict[str, float]]:
     return found
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
-
-
 def _probe_all(names: str, argv: list[str]) -> None:
     sweeps, done = [expand(name, "cpu") for name in names.split(",")], read_probes()
     for sweep in (sweep for sweep in sweeps if not sweep.bisects):
@@ -164,17 +161,17 @@ def _probe_all(names: str, argv: list[str]) -> None:
         for steps in (steps for steps in (0, STEPS) if (cell_name(cell), steps) not in done):
             numbers = probe(cell.rungs[0][0].config, steps)
             facts = about("experiments.probes", argv) | {"lr": PROBE_LR, "seed": 0, "rates": RATES}
-            _append(PROBES, facts | {"cell": cell_name(cell), "title": cell.title, "steps": steps, **numbers})
+            append_record(PROBES, facts | {"cell": cell_name(cell), "title": cell.title, "steps": steps, **numbers})
             print(f"{cell.title}: after {steps} steps", flush=True)
 
 
 def _watch_all(spec: str, overrides: list[tuple[str, str]], rates: list[float], argv: list[str]) -> None:
     config = load(spec, overrides)
-    done = {(record["config"], *record["overrides"], record["lr"]) for record in read_lines(WATCHED)}
+    done = {(record["config"], *record["overrides"], record["lr"]) for record in read_records(WATCHED)}
     told = [f"{key}={text}" for key, text in overrides]
     for lr in (lr for lr in rates if (spec, *told, lr) not in done):
         facts = about("experiments.probes", argv) | {"config": spec, "overrides": told, "lr": lr, "seed": 0}
-        _append(WATCHED, facts | {"measured": watch(config, lr)})
+        append_record(WATCHED, facts | {"measured": watch(config, lr)})
         print(f"{spec} at {lr:g}", flush=True)
 
 

@@ -1,16 +1,29 @@
 """What a campaign's record says besides its results: command, commit, versions, device."""
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.durable import write_json
+from spannorm_jax.durable import to_json, write_json
 from spannorm_jax.run.provenance import machine_facts
 
 
 def about(module: str, argv: list[str]) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"time": now, "command": " ".join(["python", "-m", module, *argv]), **machine_facts()}
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a file of records, which it makes where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(to_json(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of records; none without the file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def save_record(path: Path, record: dict[str, Any]) -> None:

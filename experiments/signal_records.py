@@ -11,19 +11,18 @@ first steps on, and measures them. Both write a line of JSON a measurement into 
 where they were. `page` makes the tables between the marks of docs/theory.md, and the figures beside the records.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.record import append_record, read_records
 from spannorm_jax import train
 from spannorm_jax.analysis.figures import read_lines
 from spannorm_jax.analysis.groups import Settings
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.config_file import load, resolve_without_data
-from spannorm_jax.durable import to_json
 from spannorm_jax.errors import UserError, did_you_mean
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.paths import user_path
@@ -51,16 +50,6 @@ _VERBS = ("initial", "trained", "page")
 
 
 # ---- measuring ------------------------------------------------------------------------------------------
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
-
-
-def _done(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _rounded(value: Any) -> Any:
@@ -113,13 +102,13 @@ def initial(path: Path, models: Iterator[tuple[Case, int]]) -> None:
     """Predicts and measures at initialisation what `path` lacks."""
     from spannorm_jax.analysis import measure, prediction
 
-    done = {_name(record) for record in _done(path)}
+    done = {_name(record) for record in read_records(path)}
     for case, seeds in models:
         own = [("model.ffn", case.ffn)]
         if (case, "predicted", 0) not in done:
             cfg = resolve_without_data(load(case.spec, own), platform="cpu").model
             found = prediction.as_dict(cfg, TOKENS, prediction.predict(cfg, TOKENS))
-            _append(path, {key: _rounded(value) for key, value in found.items()})
+            append_record(path, {key: _rounded(value) for key, value in found.items()})
             done.add((case, "predicted", 0))
         for seed in range(seeds):
             if (case, "measured", seed) in done:
@@ -128,7 +117,7 @@ def initial(path: Path, models: Iterator[tuple[Case, int]]) -> None:
             argv = ["--config", case.spec, f"--config.model.ffn={case.ffn}", f"--config.seed={seed}"]
             argv += ["--text=random", f"--tokens={TOKENS}", "--rows=2"]
             record = measure.signal(load(case.spec, [*own, ("seed", str(seed))]), None, None, settings, argv)
-            _append(path, _compact(record))
+            append_record(path, _compact(record))
             done.add((case, "measured", seed))
             print(*case, f"seed {seed}", flush=True)
 
@@ -138,7 +127,7 @@ def trained(path: Path, runs: Path, steps: tuple[int, ...] = STEPS, overrides: t
     from spannorm_jax.analysis import measure
     from spannorm_jax.run.folder import read_config
 
-    done = {(*_name(record)[0][:2], record["step"]) for record in _done(path)}
+    done = {(*_name(record)[0][:2], record["step"]) for record in read_records(path)}
     for placement, init in ARMS:
         left = [step for step in (0, *steps) if (placement, init, step) not in done]
         if not left:
@@ -154,7 +143,7 @@ def trained(path: Path, runs: Path, steps: tuple[int, ...] = STEPS, overrides: t
             of_run = ["--workdir", str(workdir), f"--step={step}"] if step else ["--config", spec]
             config = read_config(workdir)
             record = measure.signal(config, workdir if step else None, step or None, settings, of_run)
-            _append(path, _compact(record))
+            append_record(path, _compact(record))
             print(placement, init, f"step {step}", flush=True)
 
 
@@ -271,7 +260,7 @@ def formed(record: dict[str, Any], placement: str) -> float:
 def _sections() -> Iterator[tuple[str, str]]:
     """(mark, text) of what there are records for."""
     if INITIAL.exists():
-        records = _done(INITIAL)
+        records = read_records(INITIAL)
         yield "gradient", initial_table(records, "stream_grad_norm", 0, ".3g")
         yield "skip", initial_table(records, "skip_path", 0, ".2g")
         yield "correlation", initial_table(records, "token_correlation", -1, ".3f")
@@ -281,7 +270,7 @@ def _sections() -> Iterator[tuple[str, str]]:
         yield "collapse", activations_table(records, "token_correlation", -1, ".3f")
         yield "widths", widths_table(records, "stream_grad_norm", 0)
     if TRAINED.exists():
-        yield "trained", trained_table(_done(TRAINED))
+        yield "trained", trained_table(read_records(TRAINED))
 
 
 def write_page() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from experiments.record import read_records
 from experiments.results_page import NAMES
 from experiments.results_page import read as read_runs
 from spannorm_jax.config import to_dict
@@ -47,11 +48,7 @@ def cell_name(cell: Cell) -> str:
 
 def read_probes(path: Path = PROBES) -> dict[tuple[str, int], dict[str, Any]]:
     """(cell's name, steps before the update) -> its record."""
-    return {(record["cell"], record["steps"]): record for record in read_lines(path)}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {(record["cell"], record["steps"]): record for record in read_records(path)}
 
 
 def crossing(values: Sequence[float | None], level: float) -> float:
@@ -191,9 +188,10 @@ class Ceilings:
         others = {each.cell: each for own in self.by_sweep.values() for each in own if each.cell not in known}
         return [each for each in others.values() if self.rate(each, LAW) is not None]
 
-    def within(self, name: str = LAW) -> int:
-        """How many of `tested` have the predicted rate within a factor of CLOSE of their interval."""
-        off = [each.off(self.predicted(each, name) or 0) for each in self.tested]
+    def within(self, name: str = LAW, sweep: str = "") -> int:
+        """Of how many of `tested`, or of a sweep's, the predicted rate is within a factor of CLOSE of the interval."""
+        own = self.by_sweep[sweep] if sweep else self.tested
+        off = [each.off(self.predicted(each, name) or 0) for each in own]
         return sum(1 / CLOSE <= factor <= CLOSE for factor in off)
 
     def order(self, name: str = LAW) -> float:
@@ -269,4 +267,4 @@ def read(runs: Path) -> Ceilings:
     sweeps = {folder.name: read_runs(folder) for folder in sorted(runs.iterdir()) if folder.name.startswith("ceiling_")}
     by_sweep = {name: ceilings_of(name, study) for name, study in sweeps.items()}
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("intervention-*.json"))]
-    return Ceilings(by_sweep, read_probes(), read_lines(WATCHED), held)
+    return Ceilings(by_sweep, read_probes(), read_records(WATCHED), held)

@@ -95,12 +95,12 @@ def test_a_prediction_is_fitted_on_one_sweep_and_tested_on_others():
     assert [each.cell for each in lab.tested] == ["c", "d", "e"]  # f has no probe
     off = [each.off(lab.predicted(each)) for each in lab.tested]
     assert off[0] == 1 and off[1] == pytest.approx(0.02 / 0.003, rel=0.02) and off[2] == pytest.approx(0.727, rel=0.02)
-    assert lab.within() == 2
+    assert lab.within() == 2 and lab.within(sweep="ceiling_factor") == 2
     middles, rates = [math.sqrt(0.009 * 0.011), math.sqrt(0.002 * 0.003), 0.055], [0.005, 0.01, 0.02]
     assert lab.order() == pytest.approx(scipy.stats.spearmanr(middles, rates).statistic)
 
 
-def test_ceilings_are_read_from_the_outcomes_of_runs(monkeypatch):
+def test_ceilings_are_read_from_the_outcomes_of_runs():
     """Of a sweep with every outcome up to 8e-3 trained; an unsettled cell is left out."""
     sweep = expand("ceiling_factor", "cpu")
     first, second = cells_of(sweep)[:2]

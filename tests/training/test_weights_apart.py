@@ -93,7 +93,7 @@ def test_adamw_with_rates_eps_and_decay_by_weight(coupling):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weights_that_keep_their_norm_turn_as_an_update_moves_them(optimizer):
-    """Of each block, experts together, after one update; three later the norms are still those of the start."""
+    """Of each block, experts together, after one update; after three the norms are those of the start."""
     sites = ("attn_out", "ffn_out")
     moe = {"num_experts": 4, "expert_dim": 8, "every": 2}
     config = configure(**RATES, optim__name=optimizer, **{f"model__moe__{key}": value for key, value in moe.items()})
