@@ -26,7 +26,7 @@ def _cells(*of: Iterable[Point]) -> list[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_factor(size: str) -> Iterable[Point]:
-    """ScaleInit's factor in the weight and in the forward pass. About 63 of 594 runs: 33 min, 0 h."""
+    """ScaleInit's factor in the weight and in the forward pass. About 44 of 594 runs: 23 min, 0 h."""
     return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1", "scale-L1-mult")))
 
 
@@ -34,7 +34,7 @@ def sweep_ceiling_factor(size: str) -> Iterable[Point]:
 def sweep_ceiling_targets(size: str) -> Iterable[Point]:
     """SpanNorm with ScaleInit's factor on both output projections, where it is usually on the feed-forward's alone.
 
-    About 21 of 198 runs: 11 min, 0 h.
+    About 15 of 198 runs: 8 min, 0 h.
     """
     both = options({"model.init_targets": (("attn_out", "ffn_out"),)})
     return _cells(arguments(placement=("span",), init=("scale-L1", "scale-L1-mult")), both)
@@ -42,38 +42,38 @@ def sweep_ceiling_targets(size: str) -> Iterable[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_held(size: str) -> Iterable[Point]:
-    """Output projections that keep their norm (`optim.hold_norms`). About 31 of 297 runs: 17 min, 0 h."""
+    """Output projections that keep their norm (`optim.hold_norms`). About 22 of 297 runs: 12 min, 0 h."""
     held = options({"optim.hold_norms": (("attn_out", "ffn_out"),)})
     return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1",)), held)
 
 
 @bisects(LADDER)
 def sweep_ceiling_depth(size: str) -> Iterable[Point]:
-    """Five depths at width 64. About 157 of 1485 runs: 2.1 h, 0 h."""
+    """Five depths at width 64. About 111 of 1485 runs: 1.5 h, 0 h."""
     return _cells(arguments(depth=DEPTHS, placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_placements(size: str) -> Iterable[Point]:
-    """Seventeen placements with ScaleInit. About 178 of 1683 runs: 1.6 h, 0 h."""
+    """Seventeen placements with ScaleInit. About 126 of 1683 runs: 1.1 h, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_plain(size: str) -> Iterable[Point]:
-    """The same without a depth factor. About 178 of 1683 runs: 1.6 h, 0 h."""
+    """The same without a depth factor. About 126 of 1683 runs: 1.1 h, 0 h."""
     return _cells(arguments(placement=STUDIED, init=("plain",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_warmup(size: str) -> Iterable[Point]:
-    """A warm-up over a tenth and over half of the steps. About 63 of 594 runs: 33 min, 0 h."""
+    """A warm-up over a tenth and over half of the steps. About 44 of 594 runs: 23 min, 0 h."""
     return _cells(arguments(placement=ARMS, init=("scale-L1",)), options({"optim.warmup_fraction": (0.1, 0.5)}))
 
 
 @bisects(LADDER)
 def sweep_ceiling_width(size: str) -> Iterable[Point]:
-    """Three widths at 24 blocks. About 94 of 891 runs: 1.4 h, 0 h."""
+    """Three widths at 24 blocks. About 66 of 891 runs: 59 min, 0 h."""
     return _cells(arguments(width=WIDTHS, placement=ARMS, init=("scale-L1",)))
 
 
@@ -81,7 +81,7 @@ def sweep_ceiling_width(size: str) -> Iterable[Point]:
 def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
     """The standard parametrisation and CompleteP from 6 blocks of width 32, where one grows and where both do.
 
-    About 251 of 2376 runs: 5.0 h, 0 h.
+    About 177 of 2376 runs: 3.5 h, 0 h.
     """
     completep = {"model.parametrisation": "completep", "model.base_width": 32, "model.base_depth": 6}
     sizes = chain(arguments(depth=(24, 96), width=(64,)), arguments(depth=(24,), width=(32, 128)))
@@ -90,11 +90,11 @@ def sweep_ceiling_parametrisation(size: str) -> Iterable[Point]:
 
 @bisects(LADDER)
 def sweep_ceiling_batch(size: str) -> Iterable[Point]:
-    """Batches of 8, 32 and 128 rows. About 94 of 891 runs: 5.7 h, 0 h."""
+    """Batches of 8, 32 and 128 rows. About 66 of 891 runs: 4.0 h, 0 h."""
     return _cells(options({"training.batch_size": (8, 32, 128)}), arguments(placement=ARMS, init=("scale-L1",)))
 
 
 @bisects(LADDER)
 def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
-    """The depths with the widths that the sweeps of one alone leave out. About 251 of 2376 runs: 7.5 h, 0 h."""
+    """The depths with the widths that the sweeps of one alone leave out. About 177 of 2376 runs: 5.3 h, 0 h."""
     return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))

@@ -130,20 +130,18 @@ def main(argv: list[str]) -> int:
     config, rates = load(args.config, overrides), ladder(args.least, args.greatest)
     change = functools.partial(with_intervention, INTERVENTIONS[args.name])
     outcomes: dict[str, str] = {}
+    trained: dict[tuple[int, int], bool] = {}
+    while wanted := bracket(len(rates), args.seeds, lambda *at: trained.get(at)).wanted:
+        rung, seed = wanted[0]
+        one = replace(config, optim__lr=rates[rung], seed=seed)
+        workdir: Path = args.out / args.name / folder_name(one)
+        flags = Flags(argv, stop_code=STOPPED, module="experiments.interventions")
+        if train(one, workdir, flags, ProcessFlags(), change) == STOPPED:
+            sys.exit(STOPPED)
+        outcomes[workdir.name] = read_run(workdir).outcome
+        trained[rung, seed] = outcomes[workdir.name] not in FAILED
 
-    def held(rung: int) -> bool:
-        for seed in range(args.seeds):
-            one = replace(config, optim__lr=rates[rung], seed=seed)
-            workdir: Path = args.out / args.name / folder_name(one)
-            flags = Flags(argv, stop_code=STOPPED, module="experiments.interventions")
-            if train(one, workdir, flags, ProcessFlags(), change) == STOPPED:
-                sys.exit(STOPPED)
-            outcomes[workdir.name] = read_run(workdir).outcome
-            if outcomes[workdir.name] in FAILED:
-                return False
-        return True
-
-    low, high = bracket(len(rates), held)
+    low, high, _ = bracket(len(rates), args.seeds, lambda *at: trained.get(at))
     ends = [rates[rung] if 0 <= rung < len(rates) else None for rung in (low, high)]
     print(f"{args.name}: ceiling {interval_text(*ends)}")
     record = about("experiments.interventions", argv) | {"held": args.name, "ceiling": ends, "outcomes": outcomes}

@@ -21,7 +21,7 @@ from experiments.results_page import NAMES
 from experiments.results_page import read as read_runs
 from spannorm_jax.config import to_dict
 from spannorm_jax.model.initialisation import reading
-from spannorm_jax.report.ceilings import bracket, holds, interval_text
+from spannorm_jax.report.ceilings import bracket, interval_text, trains
 from spannorm_jax.report.runs import dotted
 from spannorm_jax.report.study import Study
 from spannorm_jax.report.tables import markdown
@@ -128,11 +128,11 @@ def ceilings_of(sweep: str, study: Study) -> list[Ceiling]:
     found = []
     for cell in cells_of(expand(sweep, "cpu")):
 
-        def held(rung: int, cell: Cell = cell) -> bool | None:
-            return holds((outcomes.get(run.name) for run in cell.rungs[rung]), len(cell.rungs[rung]))
+        def trained(rung: int, seed: int, cell: Cell = cell) -> bool | None:
+            return trains(outcomes.get(cell.rungs[rung][seed].name))
 
-        low, high = bracket(len(cell.rungs), held)
-        if high - low > 1:
+        low, high, wanted = bracket(len(cell.rungs), len(cell.rungs[0]), trained)
+        if wanted:
             continue
         first = cell.rungs[0][0].config
         options = dotted(to_dict(first))

@@ -4,8 +4,8 @@ What is wanted is a function of the runs' folders alone. So several runners on o
 started again, find the same ceilings.
 """
 
-import functools
 import itertools
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from spannorm_jax.config import replace
-from spannorm_jax.report.ceilings import bracket, holds, interval_text, odd, tries
+from spannorm_jax.report.ceilings import Bracket, Trained, Try, bracket, interval_text, odd, trains, tries
 from spannorm_jax.report.folders import read_run
 from spannorm_jax.sweep.expansion import Run, Sweep, shown
 from spannorm_jax.sweep.records import ENDED, RunPlace
@@ -22,7 +22,7 @@ from spannorm_jax.training.program_key import program_key
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs that differ in nothing but rate and seed: of each rung of the ladder its seeds."""
+    """The runs that differ in nothing but rate and seed: of each rung of the ladder its seeds, ascending."""
 
     rungs: tuple[tuple[Run, ...], ...]
 
@@ -37,11 +37,12 @@ def cells_of(sweep: Sweep) -> list[Cell]:
     for run in sweep.runs:
         rungs = found.setdefault(replace(run.config, seed=0, optim__lr=1.0), {})
         rungs.setdefault(run.config.optim.lr, []).append(run)
-    return [Cell(tuple(tuple(rungs[lr]) for lr in sorted(rungs))) for rungs in found.values()]
+    by_seed = operator.attrgetter("config.seed")
+    return [Cell(tuple(tuple(sorted(rungs[lr], key=by_seed)) for lr in sorted(rungs))) for rungs in found.values()]
 
 
 def chances(sweep: Sweep) -> dict[int, float]:
-    """Index -> how likely a run is to be needed: every ceiling is as likely, and a failing rate fails at once.
+    """Index -> how likely a run is to be needed: every ceiling is as likely, and it is that of every seed.
 
     A sweep that bisects nothing needs all its runs.
     """
@@ -52,12 +53,15 @@ def chances(sweep: Sweep) -> dict[int, float]:
         rungs, seeds = len(cell.rungs), len(cell.rungs[0])
         needed = np.zeros((rungs, seeds))
         for ceiling in range(rungs + 1):
+            asked: set[Try] = set()
 
-            def held(rung: int, ceiling: int = ceiling, needed: np.ndarray = needed) -> bool:
-                needed[rung, : None if rung < ceiling else 1] += 1
+            def trained(rung: int, seed: int, ceiling: int = ceiling, asked: set[Try] = asked) -> bool:
+                asked.add((rung, seed))
                 return rung < ceiling
 
-            bracket(rungs, held)
+            bracket(rungs, seeds, trained)
+            for at in asked:
+                needed[at] += 1
         for runs, counts in zip(cell.rungs, needed.tolist(), strict=True):
             found |= {run.index: count / (rungs + 1) for run, count in zip(runs, counts, strict=True)}
     return found
@@ -79,29 +83,30 @@ class Bisection:
             self._outcomes[run.index] = read_run(place.workdir).outcome
         return self._outcomes[run.index]
 
-    def held(self, cell: Cell, rung: int) -> bool | None:
-        return holds(map(self.outcome, cell.rungs[rung]), len(cell.rungs[rung]))
+    def _of(self, cell: Cell) -> tuple[int, int, Trained]:
+        """What the functions of `report.ceilings` take."""
+        return len(cell.rungs), len(cell.rungs[0]), lambda rung, seed: trains(self.outcome(cell.rungs[rung][seed]))
 
-    def bracket(self, cell: Cell) -> tuple[int, int]:
-        return bracket(len(cell.rungs), functools.partial(self.held, cell))
+    def bracket(self, cell: Cell) -> Bracket:
+        return bracket(*self._of(cell))
 
     def settled(self) -> int:
         """How many ceilings are."""
-        return sum(high - low == 1 for low, high in map(self.bracket, self.cells))
+        return sum(not self.bracket(cell).wanted for cell in self.cells)
 
     def progress(self) -> str:
         return f"{self.settled()}/{len(self.cells)} ceilings"
 
     def wanted(self, ahead: int = 1) -> Iterator[tuple[int, int, Run]]:
-        """The runs that are needed next, and those that may be needed, of less than `ahead` rungs on.
+        """The runs that are needed next, and those that may be needed, of less than `ahead` outcomes on.
 
-        Each comes with the number of rungs on, 0 for what is needed, and its place among those left of its rung.
+        Each comes with the number of outcomes on, 0 for what is needed, and its place among the seeds.
         """
         for cell in self.cells:
-            rungs = tries(len(cell.rungs), functools.partial(self.held, cell))
-            for n, rung in enumerate(itertools.islice(rungs, ahead)):
-                left = [run for run in cell.rungs[rung] if self.outcome(run) is None]
-                yield from ((n, place, run) for place, run in enumerate(left))
+            seen: set[Try] = set()
+            for n, wanted in enumerate(itertools.islice(tries(*self._of(cell)), ahead)):
+                yield from ((n, seed, cell.rungs[rung][seed]) for rung, seed in wanted if (rung, seed) not in seen)
+                seen.update(wanted)
 
     def next_group(self, lanes: int, taken: Collection[int]) -> tuple[Run, ...]:
         """What a worker takes next, besides the runs (by index) that are `taken`; () while none is needed.
@@ -124,14 +129,13 @@ class Bisection:
         said = []
         for cell in self.cells:
             rates = [runs[0].config.optim.lr for runs in cell.rungs]
-            low, high = self.bracket(cell)
+            low, high, wanted = self.bracket(cell)
             ends = (rates[rung] if 0 <= rung < len(rates) else None for rung in (low, high))
             text = f"{cell.title}: ceiling {interval_text(*ends)}"
-            if high - low > 1:
-                runs = cell.rungs[(low + high) // 2]
-                run = next((run for run in runs if self.outcome(run) is None), runs[0])
+            if wanted:
+                run = cell.rungs[wanted[0][0]][wanted[0][1]]
                 text += f" so far, next run {run.index} ({run.config.optim.lr:g})"
-            below = odd(len(rates), functools.partial(self.held, cell))
+            below = odd(*self._of(cell))
             if below:
                 text += f"; not monotone: fails at {', '.join(f'{rates[rung]:g}' for rung in below)} too"
             said.append(text)

@@ -94,35 +94,41 @@ def test_one_worker_and_several_and_lanes_find_the_same_ceilings(many, noise):
                 trains = (rung < limit) != (draw.random() < noise)
                 truth[run.index] = "trained" if trains else draw.choice(["plateau", "collapsed", "diverged"])
     alone, did = worked(many, truth, 1, 1, draw)
-    assert all(high - low == 1 for low, high in alone)
+    assert not any(of.wanted for of in alone)
     for workers, lanes in ((2, 1), (4, 1), (30, 1), (1, 3), (1, 9), (4, 30)):
         ceilings, _ = worked(many, truth, workers, lanes, draw)
         assert ceilings == alone
-    if not noise:  # a failing rate has one run, and one that holds all three
-        seeds_of = collections.Counter((run.config.model.depth, run.config.model.placement, run.config.optim.lr)
-                                       for run in many.runs if run.index in did)  # fmt: skip
-        assert set(seeds_of.values()) <= {1, 3} and max(collections.Counter(key[:2] for key in seeds_of).values()) <= 5
+    if not noise:  # the first seed bisects, with one run for the top, and the others follow at its ceiling
+        counts = collections.Counter((run.config.model.depth, run.config.model.placement, run.config.seed > 0)
+                                     for run in many.runs if run.index in did)  # fmt: skip
+        assert all(count <= (2 if key[2] else 6) for key, count in counts.items())
 
 
 def test_a_second_seed_waits_while_other_cells_have_a_first(many):
-    bisection, taken = Bisection(many, None), set()
-    bisection.outcome = lambda run: None
+    """Of the first cell the ceiling of seed 0 is known: 0.00891, the middle of the ladder."""
+    bisection, taken, rates = Bisection(many, None), set(), ladder(1e-3, 1e-1)
+    known = {
+        run.index: "trained" if rung <= 12 else "collapsed"
+        for rung, runs in enumerate(bisection.cells[0].rungs)
+        for run in runs[:1]
+    }
+    bisection.outcome = lambda run: known.get(run.index)
     chosen = []
-    for _ in range(8):
+    for _ in range(7):
         (run,) = bisection.next_group(1, taken)
         taken.add(run.index)
-        chosen.append(run.config)
-    assert [config.seed for config in chosen] == [0] * 6 + [1] * 2
-    assert {config.optim.lr for config in chosen} == {ladder(1e-3, 1e-1)[12]}
+        chosen.append((run.config.optim.lr, run.config.seed))
+    assert chosen == [(rates[12], 0)] * 5 + [(rates[12], 1), (rates[12], 2)]
+    assert bisection.next_group(1, taken) == ()
 
 
 def test_lanes_that_are_left_take_what_either_outcome_would_need(many):
     bisection = Bisection(many, None)
     bisection.outcome = lambda run: None
-    group = bisection.next_group(9, set())
+    group = bisection.next_group(7, set())
     rates = ladder(1e-3, 1e-1)
     assert [(run.config.optim.lr, run.config.seed) for run in group] == [
-        (rates[rung], seed) for rung in (12, 5, 19) for seed in range(3)
+        (rates[rung], seed) for rung, seed in ((12, 0), (25, 0), (5, 0), (25, 1), (25, 2), (18, 0), (8, 0))
     ]
     assert len({run.config.model.placement for run in group}) == 1
 
@@ -179,7 +185,8 @@ def test_runners_that_are_killed_and_two_at_once_and_lanes_find_one_ceiling(env,
         assert ceilings_of(out) == found
     assert len(two) == 2
     out, _ = finish(local("lanes", "--lanes", "6"))
-    assert ceilings_of(out) == found and "(one of 6 lanes)" in out
+    (ceiling,) = ceilings_of(out)  # a lane that looked ahead may have seen that the lowest rate is too low
+    assert ceiling.partition("; not monotone")[0] == found[0] and "(one of 6 lanes)" in out
 
     again, _ = finish(local("alone"))
     assert ceilings_of(again) == found and "started" not in again
