@@ -5,7 +5,6 @@ there: a rate that one seed fails at has no need of them. Each step replays from
 it stands depends on how runs have ended, and not on their order nor on how many there are.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -110,7 +109,10 @@ def ceilings(study: Study) -> pl.DataFrame:
 
 
 def middles(study: Study) -> pl.DataFrame:
-    """What figures draw: ceilings between two rates of the ladder, at their geometric mean."""
-    table = ceilings(study).drop_nulls(["low", "high"])
-    middle = [math.sqrt(low * high) for low, high in table.select("low", "high").iter_rows()]
-    return table.with_columns(ceiling=pl.Series(middle, dtype=pl.Float64), seeds=pl.lit(study.ladder_seeds))
+    """What figures draw: ceilings at their two rates' geometric mean, or at the ladder's end if `beyond`."""
+    table = ceilings(study).filter(pl.col("low").is_not_null() | pl.col("high").is_not_null())
+    low, high = pl.coalesce("low", "high"), pl.coalesce("high", "low")
+    beyond = pl.when(pl.col("high").is_null()).then(pl.lit("above")).when(pl.col("low").is_null()).then(pl.lit("below"))
+    return table.with_columns(
+        low=low, high=high, ceiling=(low * high).sqrt(), beyond=beyond, seeds=pl.lit(study.ladder_seeds)
+    )

@@ -135,8 +135,8 @@ def ceiling(study: Study, axis: str) -> Figure | None:
     table = middles(study) if study.varies(axis) or (axis == "depth" and not either) else ceilings(study).clear()
     caption = (
         "The bar goes from the highest learning rate of the ladder at which every seed trains to the next, at which "
-        "one does not, or as far as the bisection has come; the point is its middle. A ceiling beyond the ladder is "
-        "left out."
+        "one does not, or as far as the bisection has come; the point is its middle. An arrow stands beside a ceiling "
+        "that is beyond the ladder's end."
     )
     encoding = {"title": "highest learning rate that trains", "scale": alt.Scale(type="log", nice=False, padding=12)}
     title = f"Ceiling against {axis}" if either else "Ceilings"
@@ -171,6 +171,7 @@ def _by_size(
             looks.bars(base, low),
             looks.lines(base, strokeWidth=2, clip=True).encode(y=middle),
             points.encode(opacity=looks.opacity(1), tooltip=tips),
+            *([_arrows(base, "↑", "↓", dx=11).encode(y=middle)] if "beyond" in table.columns else []),
         ]
         return Figure(name, title, caption, {"main": table}, {"": finished(in_panels(layers, panels), title)})
     table = frames.named(study, table)
@@ -180,9 +181,16 @@ def _by_size(
     layers = [
         base.mark_rule(strokeWidth=2.5, clip=True).encode(x=alt.X("low:Q", **encoding), x2="high:Q"),
         base.mark_point(filled=True, size=90, opacity=1).encode(x=value, shape=looks.shape(), tooltip=tips),
+        *([_arrows(base, "→", "←", dy=-11).encode(x=value)] if "beyond" in table.columns else []),
     ]
     view = finished(in_panels(layers, [""]), title) | {"height": 30 * len(order)}
     return Figure(name, title, caption, {"main": table}, {"": view})
+
+
+def _arrows(base: alt.Chart, above: str, below: str, dx: int = 0, dy: int = 0) -> alt.Chart:
+    """Beside each point whose value is `beyond` what was looked at."""
+    text = f"datum.beyond == 'above' ? '{above}' : datum.beyond == 'below' ? '{below}' : ''"
+    return base.transform_calculate(arrow=text).mark_text(fontSize=15, dx=dx, dy=dy).encode(text="arrow:N")
 
 
 def _methods_of(study: Study, table: pl.DataFrame) -> list[str]:

@@ -94,7 +94,8 @@ def test_a_report_has_each_methods_ceiling(tmp_path):
     assert found == [(2e-2, 4e-2, True), (None, 5e-3, True), (4e-2, None, True)]
     _, lines = _ceilings(study)
     assert [line[-3] for line in lines] == ["[0.02, 0.04]", "below 0.005", "above 0.04"]
-    assert middles(study)["ceiling"].to_list() == [pytest.approx(math.sqrt(8e-4))]
+    drawn = middles(study).select("ceiling", "beyond").rows()
+    assert drawn == [(pytest.approx(math.sqrt(8e-4)), None), (5e-3, "below"), (4e-2, "above")]
     assert ceiling(study, "depth") is not None and ceiling(study, "width") is None
     assert ceilings(study_in(tmp_path)).is_empty() and _ceilings(study_in(tmp_path))[1] == []
 
