@@ -65,7 +65,8 @@ def crossing(values: Sequence[float | None], level: float) -> float:
 
 # ---- what a probe says of a ceiling ---------------------------------------------------------------------------
 
-# name -> (steps before the update, number, level; None: the rate at which the number is least)
+# name -> (steps before the update, number, level; None: the rate at which the number is least). An attenuation is
+# counted from that without an update.
 QUANTITIES: dict[str, tuple[int, str, float | None]] = {
     "half of what is said of tokens changes": (STEPS, "token_change", 0.5),
     "half of the logits changes": (STEPS, "logits_change", 0.5),
@@ -75,6 +76,8 @@ QUANTITIES: dict[str, tuple[int, str, float | None]] = {
     "tokens' correlation is 0.85, first update": (0, "token_correlation", 0.85),
     "tokens' correlation is 0.98, first update": (0, "token_correlation", 0.98),
     "the loss is least, first update": (0, "loss", None),
+    "the sum of log(1 + f) grows by 5": (STEPS, "attenuation", 5.0),
+    "the sum of log(1 + f) grows by 5, first update": (0, "attenuation", 5.0),
 }
 LAW = next(iter(QUANTITIES))
 COLUMNS = {
@@ -165,7 +168,8 @@ class Ceilings:
         record = self.probes.get((ceiling.cell, steps))
         if record is None:
             return None
-        values = record[key][1:]
+        start = record[key][0] if key == "attenuation" else 0
+        values = [None if value is None else value - start for value in record[key][1:]]
         return crossing(values, level) if level is not None else RATES[int(np.nanargmin(np.array(values, np.float64)))]
 
     def factor(self, name: str = LAW) -> float:
@@ -175,6 +179,15 @@ class Ceilings:
     def predicted(self, ceiling: Ceiling, name: str = LAW) -> float | None:
         rate = self.rate(ceiling, name)
         return None if rate is None else rate * self.factor(name)
+
+    def by_growth(self, ceiling: Ceiling) -> float | None:
+        """The law of growth, from the cell of `fitted` with 24 blocks of width 64; None where it says no number."""
+        own = {name: ceiling.values[name] for name in COLUMNS if name not in ("blocks", "width")}
+        base = [each for each in self.by_sweep[self.fitted] if own.items() <= each.values.items()]
+        if ceiling.values["init"] != "scale-L1" or not base or base[0].high is None:
+            return None
+        blocks, width = (ceiling.values[name] / base[0].values[name] for name in ("blocks", "width"))
+        return base[0].middle / width / blocks**0.25
 
     def progress(self, sweep: str) -> str:
         """How many ceilings of a sweep are settled."""
@@ -203,13 +216,18 @@ class Ceilings:
         """A line a cell, with those of COLUMNS that differ among them."""
         own = self.by_sweep[sweep]
         columns = [name for name in COLUMNS if len({each.values[name] for each in own}) > 1]
+        laws = {"predicted": self.predicted}
+        if {"blocks", "width"} & set(columns):
+            laws["by growth"] = self.by_growth
         lines = []
         for each in own:
-            predicted = self.predicted(each)
-            told = ["–", "–"] if predicted is None else [f"{predicted:.2g}", f"{each.off(predicted):.2f}"]
+            told = []
+            for law in laws.values():
+                rate = law(each)
+                told += ["–", "–"] if rate is None else [f"{rate:.2g}", f"{each.off(rate):.2f}"]
             cells = [NAMES.get(value := each.values[name], str(value)) for name in columns]
             lines.append([*cells, interval_text(each.low, each.high), str(each.runs), *told])
-        heads = (*columns, "ceiling", "runs", "predicted", "off by a factor of")
+        heads = (*columns, "ceiling", "runs", *(head for law in laws for head in (law, "off by a factor of")))
         return markdown([(head, False) for head in heads], lines)
 
     def quantities(self) -> str:
