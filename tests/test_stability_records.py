@@ -13,7 +13,7 @@ import scipy.stats
 
 from experiments import probes, stability_records
 from experiments.probes import PROBE_LR
-from experiments.stability_records import RATES, STEPS, Ceiling, Ceilings, crossing
+from experiments.stability_records import QUANTITIES, RATES, STEPS, Ceiling, Ceilings, crossing
 from spannorm_jax.analysis import blocks
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import load
@@ -98,6 +98,27 @@ def test_a_prediction_is_fitted_on_one_sweep_and_tested_on_others():
     assert lab.within() == 2 and lab.within(sweep="ceiling_factor") == 2
     middles, rates = [math.sqrt(0.009 * 0.011), math.sqrt(0.002 * 0.003), 0.055], [0.005, 0.01, 0.02]
     assert lab.order() == pytest.approx(scipy.stats.spearmanr(middles, rates).statistic)
+
+
+def test_an_attenuation_is_counted_from_that_without_an_update():
+    name = next(name for name, (steps, key, _) in QUANTITIES.items() if key == "attenuation" and steps == STEPS)
+    record = {"attenuation": [4.0, *(4.0 + 1000 * rate for rate in RATES[:-1]), None]}
+    rate = Ceilings({}, {("a", STEPS): record}).rate(Ceiling("a", {}, 0.01, 0.02, 1), name)
+    assert rate == pytest.approx(0.005, rel=0.02)
+
+
+def test_the_law_of_growth_goes_by_width_and_a_fourth_root_of_depth():
+    """From SpanNorm's ceiling at 24 blocks of width 64; PreNorm has none there, nor a long warm-up."""
+    same = {"placement": "span", "init": "scale-L1", "parametrisation": "standard", "warm-up": 0.1, "rows": 8}
+
+    def cell(blocks, width, low=0.01, high=0.04, **other):
+        return Ceiling("x", same | {"blocks": blocks, "width": width} | other, low, high, 1)
+
+    lab = Ceilings({"ceiling_factor": [cell(24, 64), cell(24, 64, high=None, placement="pre")]}, {})
+    assert lab.by_growth(cell(24, 64)) == pytest.approx(0.02)  # the middle
+    assert lab.by_growth(cell(6, 128)) == pytest.approx(0.02 / 2 * 4**0.25)
+    for other in ({"placement": "pre"}, {"placement": "post"}, {"warm-up": 0.5}, {"init": "plain"}):
+        assert lab.by_growth(cell(6, 64, **other)) is None
 
 
 def test_ceilings_are_read_from_the_outcomes_of_runs():
