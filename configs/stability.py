@@ -19,6 +19,16 @@ LADDER = ladder(3e-4, 1e-1)
 DEPTHS, WIDTHS = (6, 12, 24, 48, 96), (32, 64, 128)
 
 
+# Output projections that keep their norm, PreNorm and SpanNorm; and what they are to be better than.
+HELD = {"optim.hold_norms": (("attn_out", "ffn_out"),)}
+REMEDY_ARMS = [
+    *product(arguments(placement=("span", "pre"), init=("scale-L1",)), options(HELD)),
+    *arguments(placement=("span", "pre"), init=("scale-L1",)),
+    *fixed("placement=span,init=scale-L1-mult"),
+    *fixed("placement=pre,init=plain"),
+]
+
+
 def _cells(*of: Iterable[Point]) -> list[Point]:
     short = {"training.steps": 250, "eval.tokens": 16384, "checkpoint.every_steps": 50, "checkpoint.keep_last": 1}
     return product(seeds(3), fixed("tiny", short | {"metrics.tensorboard": False}), *of)
@@ -43,8 +53,7 @@ def sweep_ceiling_targets(size: str) -> Iterable[Point]:
 @bisects(LADDER)
 def sweep_ceiling_held(size: str) -> Iterable[Point]:
     """Output projections that keep their norm (`optim.hold_norms`). About 22 of 297 runs: 12 min, 0 h."""
-    held = options({"optim.hold_norms": (("attn_out", "ffn_out"),)})
-    return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1",)), held)
+    return _cells(arguments(placement=("span", "pre", "post"), init=("scale-L1",)), options(HELD))
 
 
 @bisects(LADDER)
@@ -98,3 +107,18 @@ def sweep_ceiling_batch(size: str) -> Iterable[Point]:
 def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
     """The depths with the widths that the sweeps of one alone leave out. About 177 of 2376 runs: 5.3 h, 0 h."""
     return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))
+
+
+def _remedy(first_seed: int, num_seeds: int, *of: Iterable[Point]) -> list[Point]:
+    short = {
+        "training.steps": 500,
+        "checkpoint.every_steps": 100,
+        "checkpoint.keep_last": 1,
+        "metrics.tensorboard": False,
+    }
+    return product(options({"seed": range(first_seed, first_seed + num_seeds)}), fixed("tiny", short), *of)
+
+
+def sweep_remedy_rates(size: str) -> Iterable[Point]:
+    """At which rate is each arm of the remedy's comparison best, after 500 steps? 24 runs: 27 min, 0 h."""
+    return _remedy(0, 1, options({"optim.lr": (3e-3, 6e-3, 1.2e-2, 2.4e-2)}), REMEDY_ARMS)
