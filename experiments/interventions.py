@@ -10,6 +10,7 @@ an option for needs no intervention: `sweep ceiling_factor local --config.model.
                optim.hold_norms=attn_out,ffn_out does the same without bisecting
   cap_norm     that norm stays below twice what it began with
   clip_blocks  no block's weights move by more than 3% of their norm in an update
+  unit_embed   each token's embedding has a mean square of one, as a norm without gains would give it
 """
 
 import argparse
@@ -82,11 +83,17 @@ def clip_blocks(model: ModelDef, first: Any, before: Any, after: Any) -> Any:
     return clipped
 
 
+def unit_embed(model: ModelDef, first: Any, before: Any, after: Any) -> Any:
+    """Weights, each row of the embedding (V x D) with a mean square of one."""
+    return after | {"embed": after["embed"] * jax.lax.rsqrt(jnp.mean(after["embed"] ** 2, axis=-1, keepdims=True))}
+
+
 INTERVENTIONS: dict[str, Intervention] = {
     "none": lambda model, first, before, after: after,
     "hold_norm": functools.partial(scaled_norms, lambda ratio: 1 / ratio),
     "cap_norm": functools.partial(scaled_norms, lambda ratio: jnp.minimum(1.0, CAP / ratio)),
     "clip_blocks": clip_blocks,
+    "unit_embed": unit_embed,
 }
 
 

@@ -54,6 +54,13 @@ def test_a_blocks_update_is_clipped_with_its_direction(model):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, after)
 
 
+def test_each_tokens_embedding_has_a_mean_square_of_one(model):
+    _, after, found = held("unit_embed", model, 0.5)
+    embed = np.asarray(after["embed"], np.float64)
+    np.testing.assert_allclose(found["embed"], embed / np.sqrt(np.mean(embed**2, 1, keepdims=True)), rtol=1e-5)
+    assert {name for name in after if found[name] is not after[name]} == {"embed"}
+
+
 def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
