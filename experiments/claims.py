@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from experiments.results_page import FAILED, Results, Wanted, read
+from experiments.stability_records import ceilings_of
 from spannorm_jax.report import stats
 from spannorm_jax.report.rates import drifts
 from spannorm_jax.report.runs import RunFolder
@@ -134,6 +135,21 @@ def change(sweep: Results, one: Wanted, other: Wanted, ours: Wanted, theirs: Wan
     return below_zero(found, effect, sweep.rows(**one, **ours) + sweep.rows(**other, **ours))
 
 
+def bears(sweeps: Mapping[str, Results]) -> dict[str, Verdict]:
+    """Initialisation -> whether SpanNorm's ceiling is as high as PreNorm's; both intervals are told."""
+    found = {}
+    for name in ("ceiling_factor", "ceiling_plain"):
+        ceilings = ceilings_of(name, sweeps[name].study) if name in sweeps else []
+        theirs = {each.values["init"]: each for each in ceilings if each.values["placement"] == "pre"}
+        for here in (each for each in ceilings if each.values["placement"] == "span"):
+            if there := theirs.get(here.values["init"]):
+                above = (here.low or 0) >= (there.high or math.inf)
+                below = (here.high or math.inf) <= (there.low or 0)
+                word = HOLDS if above else FAILS if below else NOT_TOLD
+                found[here.values["init"]] = Verdict(word, f"{here.interval} (the other's {there.interval})")
+    return found
+
+
 def gradient(sweep: Results, ours: Wanted, theirs: Wanted, **fixed: Any) -> Verdict:
     """Whether ours has at least `VANISHED` of the last block's gradient in the first, at the initial weights."""
     each = [_first_over_last(sweep.rows(**fixed, **wanted)) for wanted in (ours, theirs)]
@@ -204,6 +220,12 @@ def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
             "Without touching the learning rate",
             "lower held-out loss at the rate that is best for PreNorm (`exponent`)",
             {r: less(exponent, SPAN, PRE, init=r, lr=best_of_pre[r]) for r in READINGS},
+        ),
+        Claim(
+            "It bears PreNorm's learning rates",
+            "its ceiling, the highest rate at which each of three seeds trains, is not below PreNorm's, 24 blocks "
+            "(`ceiling_factor`, `ceiling_plain`; [stability.md](stability.md))",
+            bears(sweeps),
         ),
         Claim(
             "It trains as deep as PreNorm",

@@ -118,6 +118,10 @@ class Ceiling:
         ends = [end for end in (self.low, self.high) if end is not None]
         return statistics.geometric_mean(ends)
 
+    @property
+    def interval(self) -> str:
+        return interval_text(self.low, self.high)
+
     def off(self, rate: float) -> float:
         """The factor by which a rate is beyond the interval; 1 within it."""
         if self.low is not None and rate < self.low:
@@ -226,7 +230,7 @@ class Ceilings:
                 rate = law(each)
                 told += ["–", "–"] if rate is None else [f"{rate:.2g}", f"{each.off(rate):.2f}"]
             cells = [NAMES.get(value := each.values[name], str(value)) for name in columns]
-            lines.append([*cells, interval_text(each.low, each.high), str(each.runs), *told])
+            lines.append([*cells, each.interval, str(each.runs), *told])
         heads = (*columns, "ceiling", "runs", *(head for law in laws for head in (law, "off by a factor of")))
         return markdown([(head, False) for head in heads], lines)
 
