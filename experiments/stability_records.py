@@ -85,6 +85,10 @@ COLUMNS = {
     **{"parametrisation": "model.parametrisation", "warm-up": "optim.warmup_fraction", "rows": "training.batch_size"},
 }
 
+# What the head reads was normed with the stream in every block, so that the share of the embeddings in it falls with
+# each. Of other placements some path to the head is only added to. Mix-LN has both, one after the other.
+STREAMS = dict.fromkeys(("post", "span", "span_raw", "hybrid", "deepnorm", "b2t", "keel"), "normed")
+STREAMS["mix"] = "normed, then added to"
 
 # sweep -> what it asks
 ASKS = {
@@ -145,6 +149,7 @@ def ceilings_of(sweep: str, study: Study) -> list[Ceiling]:
         options = dotted(to_dict(first))
         own = reading(first.model.init, first.model.variance_exponent, first.model.depth_factor)
         values = {name: options[key] for name, key in COLUMNS.items()} | {"init": own}
+        values["stream"] = STREAMS.get(values["placement"], "added to")
         ends = [cell.rungs[rung][0].config.optim.lr if 0 <= rung < len(cell.rungs) else None for rung in (low, high)]
         runs = sum(run.name in outcomes for rung in cell.rungs for run in rung)
         found.append(Ceiling(cell_name(cell), values, ends[0], ends[1], runs))
@@ -219,7 +224,7 @@ class Ceilings:
     def table(self, sweep: str) -> str:
         """A line a cell, with those of COLUMNS that differ among them."""
         own = self.by_sweep[sweep]
-        columns = [name for name in COLUMNS if len({each.values[name] for each in own}) > 1]
+        columns = [name for name in own[0].values if len({each.values[name] for each in own}) > 1]
         laws = {"predicted": self.predicted}
         if {"blocks", "width"} & set(columns):
             laws["by growth"] = self.by_growth
