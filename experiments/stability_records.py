@@ -83,6 +83,7 @@ LAW = next(iter(QUANTITIES))
 COLUMNS = {
     **{"placement": "model.placement", "init": "model.init", "blocks": "model.depth", "width": "model.width"},
     **{"parametrisation": "model.parametrisation", "warm-up": "optim.warmup_fraction", "rows": "training.batch_size"},
+    "held": "optim.hold_norms",
 }
 
 # What the head reads was normed with the stream in every block, so that the share of the embeddings in it falls with
@@ -98,7 +99,7 @@ ASKS = {
     "ceiling_depth": "How does the ceiling fall with depth?",
     "ceiling_width": "How does it move with width?",
     "ceiling_targets": "SpanNorm with the factor on both output projections",
-    "ceiling_held": "Output projections that keep their norm",
+    "ceiling_held": "Weights that keep their norm",
     "ceiling_warmup": "Does a warm-up over half of the steps lift it?",
     "ceiling_parametrisation": "Does CompleteP keep it where width and depth grow?",
     "ceiling_batch": "How does it move with gradient noise?",
@@ -149,6 +150,7 @@ def ceilings_of(sweep: str, study: Study) -> list[Ceiling]:
         options = dotted(to_dict(first))
         own = reading(first.model.init, first.model.variance_exponent, first.model.depth_factor)
         values = {name: options[key] for name, key in COLUMNS.items()} | {"init": own}
+        values["held"] = ", ".join(values["held"])
         values["stream"] = STREAMS.get(values["placement"], "added to")
         ends = [cell.rungs[rung][0].config.optim.lr if 0 <= rung < len(cell.rungs) else None for rung in (low, high)]
         runs = sum(run.name in outcomes for rung in cell.rungs for run in rung)

@@ -109,7 +109,14 @@ def test_an_attenuation_is_counted_from_that_without_an_update():
 
 def test_the_law_of_growth_goes_by_width_and_a_fourth_root_of_depth():
     """From SpanNorm's ceiling at 24 blocks of width 64; PreNorm has none there, nor a long warm-up."""
-    same = {"placement": "span", "init": "scale-L1", "parametrisation": "standard", "warm-up": 0.1, "rows": 8}
+    same = {
+        "placement": "span",
+        "init": "scale-L1",
+        "parametrisation": "standard",
+        "warm-up": 0.1,
+        "rows": 8,
+        "held": "",
+    }
 
     def cell(blocks, width, low=0.01, high=0.04, **other):
         return Ceiling("x", same | {"blocks": blocks, "width": width} | other, low, high, 1)
