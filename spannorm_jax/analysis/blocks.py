@@ -210,13 +210,9 @@ def forward(model: Model, inputs: Array, targets: Array, keys_LxP: Array) -> tup
     whole = {"loss": mean_nll(model, features, targets), "entry_variance": entry}
     if stats is None:
         return whole, of_blocks
-    load = stats["counts"] / jnp.sum(stats["counts"], axis=-1, keepdims=True)
+    of_blocks["expert_load"] = stats["counts"] / jnp.sum(stats["counts"], axis=-1, keepdims=True)
     routers = router_metrics(stats)
-    return whole, of_blocks | {
-        "expert_load": load,
-        "expert_load_max": routers["expert_load_max"],
-        "router_entropy": routers["router_entropy"],
-    }
+    return whole, of_blocks | {name: routers[name] for name in ("expert_load_max", "router_entropy")}
 
 
 def traced(model: Model, inputs: Array) -> tuple[Any, Any]:

@@ -14,6 +14,8 @@ from spannorm_jax.report.palette import GREY, PLACEMENT_ORDER, colours, ranked
 
 _KINDS = {"measured": [1, 0], "predicted": [5, 4]}  # dashes
 _PNG_SCALE = 2
+# What the title of a panel says of the settings that vary.
+_PANEL = dict(init="{}", ffn="{}", depth="{} blocks", width="width {}", tokens="{} tokens", step="step {}")
 
 
 def draw(records: list[dict[str, Any]], out: Path) -> list[Path]:
@@ -48,15 +50,7 @@ def lines_of(records: list[dict[str, Any]], key: str) -> pl.DataFrame:
     rows = []
     for record in records:
         about = record["about"]
-        words = {
-            "init": "{}",
-            "ffn": "{}",
-            "depth": "{} blocks",
-            "width": "width {}",
-            "tokens": "{} tokens",
-            "step": "step {}",
-        }
-        shown = [text.format(about[name]) for name, text in words.items() if name in varying]
+        shown = [text.format(about[name]) for name, text in _PANEL.items() if name in varying]
         for block, value in enumerate(record.get(key, ()), 1):
             # What is not above zero has no place on a logarithmic axis.
             if value is not None and (value > 0 or not QUANTITIES[key][1]):

@@ -98,7 +98,7 @@ def probe_batch(config: Config, data: Any, settings: Settings) -> tuple[Batch, B
     if "affine" not in settings.only:
         return batch, None, dataclasses.replace(settings, tokens=T, fit_tokens=0)
     model = task.define(config)
-    shapes = jax.eval_shape(lambda p: model.bind(p).run(task.inputs(batch)).stream, _abstract(model))
+    shapes = jax.eval_shape(lambda key: model.bind(model.init(key)).run(task.inputs(batch)).stream, jax.random.key(0))
     needed = replaced.unknowns(shapes)
     rows = -(-(settings.fit_tokens or 4 * needed) // T)
     replaced.check_tokens(rows * T, needed)
@@ -116,10 +116,6 @@ def _distinct(config: Config, T: int, rows: int) -> np.ndarray:
         )
     rng = np.random.default_rng(config.seed)
     return np.stack([rng.permutation(vocabulary)[: T + 1] for _ in range(rows)]).astype(np.int32)
-
-
-def _abstract(model: ModelDef) -> Any:
-    return model.map_weights(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
 
 
 # ---- groups ---------------------------------------------------------------------------------------------

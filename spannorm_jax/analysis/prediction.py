@@ -6,8 +6,9 @@ their arrays, and `covariances.py` for their sub-layers. Sizes of weights and ga
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -219,8 +220,9 @@ class _Weights:
             return _at(self._sizes[name], layer)
 
         centred = self.cfg.norm == "layernorm"
-        made = {name: _norm(gain(name), eps, centred) for name in (*placement.block_norms, *placement.end_norms)}
-        return SimpleNamespace(**made | {name: _gain(gain(name)) for name in placement.block_gains})
+        sites = (*placement.block_norms, *placement.end_norms)
+        made = {name: partial(Field.normed, gain=gain(name), eps=eps, centred=centred) for name in sites}
+        return SimpleNamespace(**made | {n: partial(Field.scaled, factor=gain(n)) for n in placement.block_gains})
 
     def attention(self, layer: int) -> AttentionKernel:
         q, k, v, out = (
@@ -232,16 +234,9 @@ class _Weights:
             q = dataclasses.replace(q, factor=q.factor * multiplier**2)
         else:
             q = dataclasses.replace(q, gain=q.gain * multiplier)
-        return AttentionKernel(
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            head_dim=self.cfg.width // self.cfg.num_heads,
-            rope_theta=self.cfg.rope_theta if self.causal else None,
-            draws=max(12, 512 // self.tokens),  # few tokens average less, and cost less
-            seed=layer,
-        )
+        head_dim, rope_theta = self.cfg.width // self.cfg.num_heads, self.cfg.rope_theta if self.causal else None
+        draws = max(12, 512 // self.tokens)  # few tokens average less, and cost less
+        return AttentionKernel(q, k, v, out, head_dim, rope_theta, draws, seed=layer)
 
     def feed_forward(self, layer: int) -> FeedForwardKernel | MixtureKernel:
         moe = self.cfg.moe
@@ -266,14 +261,6 @@ class _Weights:
 def _at(size: ndarray, layer: int) -> float:
     """Of one block, where `size` is () or (L,)."""
     return float(size if size.ndim == 0 else size[layer])
-
-
-def _norm(gain: float, eps: float, centred: bool) -> Callable[[Field], Field]:
-    return lambda x: x.normed(gain, eps, centred)
-
-
-def _gain(gain: float) -> Callable[[Field], Field]:
-    return lambda x: x.scaled(gain)
 
 
 def _notes(cfg: ModelConfig, tokens: int, leaves: int, correlation: float) -> list[str]:

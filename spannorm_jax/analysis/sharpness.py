@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from optax.tree import vdot
 
 from spannorm_jax.config import Config, MeshConfig, replace
 from spannorm_jax.model.definition import ModelDef
@@ -95,11 +96,6 @@ def _adam(opt_state: Any) -> optax.ScaleByAdamState:
 # ---- Lanczos --------------------------------------------------------------------------------------------
 
 
-def _dot(a: Any, b: Any) -> Array:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST), a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
-
-
 def lanczos(matvec: MatVec, like: Any, key: Array, iterations: int) -> tuple[Array, Array]:
     """The diagonal (m,) and what is beside it (m,) of a symmetric matrix on m orthonormal vectors, trees like `like`.
 
@@ -108,19 +104,19 @@ def lanczos(matvec: MatVec, like: Any, key: Array, iterations: int) -> tuple[Arr
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     start = jax.tree.unflatten(structure, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-    start = jax.tree.map(lambda x: x / jnp.sqrt(_dot(start, start)), start)
+    start = jax.tree.map(lambda x: x / jnp.sqrt(vdot(start, start)), start)
     basis = jax.tree.map(lambda x: jnp.zeros((iterations + 1, *x.shape)).at[0].set(x), start)
 
     def step(j: Array, carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
         basis, alphas, betas = carry
         v = jax.tree.map(lambda x: x[j], basis)
         w = matvec(v)
-        alphas = alphas.at[j].set(_dot(v, w))
+        alphas = alphas.at[j].set(vdot(v, w))
         for _ in range(2):
-            shares = jax.vmap(_dot, in_axes=(0, None))(basis, w)
+            shares = jax.vmap(vdot, in_axes=(0, None))(basis, w)
             within = jax.tree.map(partial(jnp.tensordot, shares, axes=1, precision=jax.lax.Precision.HIGHEST), basis)
             w = jax.tree.map(jnp.subtract, w, within)
-        beta = jnp.sqrt(_dot(w, w))
+        beta = jnp.sqrt(vdot(w, w))
         w = jax.tree.map(lambda x: jnp.where(beta > 0, x / beta, 0), w)
         return jax.tree.map(lambda b, x: b.at[j + 1].set(x), basis, w), alphas, betas.at[j].set(beta)
 

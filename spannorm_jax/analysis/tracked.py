@@ -1,7 +1,8 @@
 """Arrays that a placement's own equation is run on, to see what it adds to what."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -27,22 +28,21 @@ class _Notes:
         self.additions: dict[str, Addition] = {}
 
 
-@jax.tree_util.register_pytree_node_class
+@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["notes", "branch"])
+@dataclass(frozen=True, eq=False)
 class Tracked:
     """An array that knows which branch's output it is, if it is one: "attn", "ffn" or "".
 
     Norms, gains and factors leave it that; a sum ends it, and is noted if it is its branch's first.
     """
 
-    def __init__(self, value: Array, notes: _Notes, branch: str = ""):
-        self.value, self.notes, self.branch = value, notes, branch
+    value: Array
+    notes: _Notes
+    branch: str = ""
 
     @property
     def dtype(self) -> Any:
         return self.value.dtype
-
-    def with_value(self, value: Array) -> "Tracked":
-        return Tracked(value, self.notes, self.branch)
 
     def __add__(self, other: "Tracked") -> "Tracked":
         skip, branch = (other, self) if self.branch else (self, other)
@@ -51,19 +51,12 @@ class Tracked:
         return Tracked(self.value + other.value, self.notes)
 
     def __mul__(self, factor: Any) -> "Tracked":
-        return self.with_value(self.value * factor)
+        return replace(self, value=self.value * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> "Tracked":
-        return self.with_value(self.value / factor)
-
-    def tree_flatten(self) -> tuple[tuple[Array], tuple[_Notes, str]]:
-        return (self.value,), (self.notes, self.branch)
-
-    @classmethod
-    def tree_unflatten(cls, about: tuple[_Notes, str], values: tuple[Array]) -> "Tracked":
-        return cls(values[0], *about)
+        return replace(self, value=self.value / factor)
 
 
 class _Norms:
@@ -74,7 +67,7 @@ class _Norms:
 
     def __getattr__(self, name: str) -> Callable[[Tracked], Tracked]:
         norm = getattr(self._norms, name)
-        return lambda x: x.with_value(norm(x.value))
+        return lambda x: replace(x, value=norm(x.value))
 
 
 def run_block(
