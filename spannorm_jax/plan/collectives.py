@@ -122,10 +122,8 @@ def _group(start: Instruction, num_devices: int) -> int:
     if match := re.match(r"\{\{([\d,]+)\}", text):
         return len(match[1].split(","))
     if match := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):  # mesh['a'=2,'b'=4] {'b'}, or {'b':(1)2}, a part
-        sizes, axes = (
-            dict(re.findall(r"'([^']*)'=(\d+)", match[1])),
-            re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2]),
-        )
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if text.startswith("{}") or not text:
         return num_devices

@@ -76,7 +76,6 @@ def cost_of(compiled: Any, platform: str, flops_a_cycle: float) -> TargetCost:
 
 
 def _tpu(module: Module, flops_a_cycle: float) -> dict[str, Any]:
-    kernels: dict[str, float] = {}
     unknown = {f"loop {loop.name}" for loop in module.loops() if module.trips(loop) is None}
 
     def kernel(made: Instruction) -> str:
@@ -97,9 +96,7 @@ def _tpu(module: Module, flops_a_cycle: float) -> dict[str, Any]:
 
     names = {kernel(made) for home in module.computations.values() for made in home.values()} - {""}
     fused = not any("_dq" in name for name in names)
-    for name in names:
-        if "metadata" not in name:
-            kernels[name] = module.total(partial(cycles_if, name))
+    kernels = {name: module.total(partial(cycles_if, name)) for name in names if "metadata" not in name}
     cycles = module.total(lambda made: int(found[1]) if (found := _CYCLES.search(made.attributes)) else 0)
     return {"cycles": cycles, "kernel_cycles": kernels, "unknown": tuple(sorted(unknown))}
 

@@ -246,15 +246,10 @@ def _place(name: str) -> str:
 
 
 def _rows(found: list[Collective]) -> list[str]:
-    counts: Counter[tuple[int, bool, int]] = Counter()
-    sizes: Counter[tuple[int, bool, int]] = Counter()
-    for one in found:
-        key = (KINDS.index(one.kind), one.sliced, one.group)
-        counts[key] += one.count
-        sizes[key] += one.received
-    rows = []
-    for key in sorted(counts):
-        kind, sliced, group = key
-        title = f"{KINDS[kind].replace('_', '-')}{', then sliced' if sliced else ''}, among {group}"
-        rows.append(f"  {title:<44}{counts[key]:>8,}{size_words(sizes[key]):>12}")
-    return rows
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for one in sorted(found, key=lambda one: (KINDS.index(one.kind), one.sliced, one.group)):
+        title = f"{one.kind.replace('_', '-')}{', then sliced' if one.sliced else ''}, among {one.group}"
+        counts[title] += one.count
+        sizes[title] += one.received
+    return [f"  {title:<44}{counts[title]:>8,}{size_words(size):>12}" for title, size in sizes.items()]

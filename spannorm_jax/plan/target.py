@@ -44,12 +44,12 @@ class Target:
         return self.devices[0].platform
 
 
+@dataclass(eq=False)
 class DoesNotFit(Exception):
-    """The compiler refuses a program for lack of memory; `needed` and `available` are bytes."""
+    """The compiler refuses a program for lack of memory."""
 
-    def __init__(self, needed: float, available: float):
-        super().__init__()
-        self.needed, self.available = needed, available
+    needed: float  # bytes
+    available: float
 
 
 def open_target(name: str, slices: int) -> Target:
