@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import functools
 import json
 import os
 import pickle
@@ -138,13 +137,8 @@ def load(source: str, vocab_size: int) -> Tokenizer:
     return Tokenizer(source, words, vocab_size, end_of_text, dtype, lengths(words, vocab_size), encode)
 
 
-@functools.cache
-def _byte_of() -> dict[str, int]:
-    return {character: byte for byte, character in enumerate(byte_characters())}
-
-
 def _of_bytes(token: str) -> bytes:
-    return bytes(_byte_of()[character] for character in token)
+    return bytes(_BYTE_OF[character] for character in token)
 
 
 def _of_characters(token: str) -> bytes:
@@ -157,3 +151,6 @@ def byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +105,20 @@ def open_split(
         fault = "is not text" if data.text_feature in features else "is unknown"
         hint = did_you_mean(data.text_feature, text_features) if text_features else "it has no text"
         raise UserError(f"config key data.text_feature={data.text_feature!r} {fault} in {full_name}; {hint}")
-    if num_examples and _format(builder) is tfds.core.FileFormat.ARRAY_RECORD:
-        damage.check_records(builder, split)
-    # A part of a split with fewer examples than shards may have none.
-    return _texts(builder, part, data.text_feature) if num_examples else iter(())
+    if not num_examples:  # a part of a split with fewer examples than shards may have none
+        return iter(())
+    if _format(builder) is tfds.core.FileFormat.TFRECORD:
+        # A Translation, whose features are all text, is no FeaturesDict of which TFDS could decode a part.
+        whole = type(features) is not tfds.features.FeaturesDict
+        decoders = None if whole else tfds.decode.PartialDecoding({data.text_feature: True})
+        return (example[data.text_feature] for example in _decoded(builder, part, decoders))
+
+    def read(record: bytes) -> bytes:
+        values = tf_example_pb2.Example.FromString(record).features.feature[data.text_feature].bytes_list.value
+        return values[0] if values else b""  # an example that lacks the text has an empty one
+
+    damage.check_records(builder, split)
+    return _records(builder, part, read)
 
 
 def open_encoded(
@@ -125,9 +134,8 @@ def open_encoded(
     if not number:
         return iter(()), 0
     if _format(builder) is tfds.core.FileFormat.TFRECORD:
-        decoders = {image: tfds.decode.SkipDecoding()}
-        dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=_in_order(), decoders=decoders)
-        return ((example[image], int(example[label])) for example in tfds.as_numpy(dataset)), number
+        examples = _decoded(builder, split, {image: tfds.decode.SkipDecoding()})
+        return ((example[image], int(example[label])) for example in examples), number
 
     def read(record: bytes) -> tuple[bytes, int]:
         values = tf_example_pb2.Example.FromString(record).features.feature
@@ -163,10 +171,11 @@ def _format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat | None:
     return next((f for f in _FORMATS if f in available), None)
 
 
-def _texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
-    if _format(builder) is tfds.core.FileFormat.TFRECORD:
-        return _tfrecord_texts(builder, split, feature)
-    return _records(builder, split, partial(_text, feature))
+def _decoded(builder: tfds.core.DatasetBuilder, split: Any, decoders: Any) -> Iterator[dict[str, Any]]:
+    """Examples of files in TFRECORD, one file after another: TFDS interleaves them unless it is told otherwise, and a
+    split would not be its shards in a row."""
+    in_order = tfds.ReadConfig(interleave_cycle_length=1)
+    return tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=in_order, decoders=decoders))
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: Any, read: Callable[[bytes], Any]) -> Iterator[Any]:
@@ -185,30 +194,6 @@ def _records(builder: tfds.core.DatasetBuilder, split: Any, read: Callable[[byte
             damage.check_records(builder, split, whole=True)
             raise  # no file is damaged: it failed this once
         yield from found
-
-
-def _text(feature: str, record: bytes) -> bytes:
-    """The text of a serialised tf.train.Example; one that lacks it has an empty one."""
-    values = tf_example_pb2.Example.FromString(record).features.feature[feature].bytes_list.value
-    return values[0] if values else b""
-
-
-def _tfrecord_texts(builder: tfds.core.DatasetBuilder, split: Any, feature: str) -> Iterator[bytes]:
-    # A Translation, whose features are all text, is no FeaturesDict of which TFDS could decode a part.
-    part = type(builder.info.features) is tfds.features.FeaturesDict
-    dataset = builder.as_dataset(
-        split=split,
-        shuffle_files=False,
-        read_config=_in_order(),
-        decoders=tfds.decode.PartialDecoding({feature: True}) if part else None,
-    )
-    for example in tfds.as_numpy(dataset):
-        yield example[feature]
-
-
-def _in_order() -> tfds.ReadConfig:
-    """One file after another: by default TFDS interleaves them, and a split would not be its shards in a row."""
-    return tfds.ReadConfig(interleave_cycle_length=1)
 
 
 def identity(builder: tfds.core.DatasetBuilder) -> str:
