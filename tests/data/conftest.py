@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import LIMIT_S
 from tiny import prepare
 
 import spannorm_jax
@@ -36,23 +35,25 @@ def tiny(tiny_dir, tmp_path) -> DataConfig:
     return DataConfig(**names, data_dir=tiny_dir, cache_dir=str(tmp_path / "cache"))
 
 
+DIE = """
+import os, signal
+from spannorm_jax import durable
+durable.publish = lambda folder, target: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 @pytest.fixture
 def start_python():
-    """Starts `python -c code args...`, where `data` is the first argument, a config."""
+    """Starts `python -c code args...`, where `data` is the first argument, a config; `die`: before it publishes."""
 
-    def start(code, data, *args):
+    def start(code, data, *args, die=False):
         env = os.environ | {"PYTHONPATH": str(Path(spannorm_jax.__file__).parents[1])}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         begin = f"import sys; from spannorm_jax.config import DataConfig; data = {data}\n"
+        begin += DIE if die else ""
         return subprocess.Popen([sys.executable, "-c", begin + code, *map(str, args)], env=env, **pipes)
 
     return start
-
-
-@pytest.fixture
-def run_python(start_python):
-    """What `start_python` prints: (standard output, standard error)."""
-    return lambda *args: start_python(*args).communicate(timeout=LIMIT_S)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from tiny import prepare
 from spannorm_jax.config import DataConfig, ImageConfig
 from spannorm_jax.data import images
 from spannorm_jax.data.images import fingerprint, held_out_rows, open_images, rows_of
-from spannorm_jax.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(256, size=(5, 6, 6, 3), dtype=np.uint8)
 
@@ -63,12 +62,12 @@ def test_a_picture_is_cut_square_and_scaled(data):
     np.testing.assert_array_equal(images._fit(even, 4, 3), np.full((4, 4, 3), 77))
 
 
-def test_a_damaged_store_is_one_line(data, tmp_path):
+def test_a_damaged_store_is_one_line(data, tmp_path, refused):
     open_images(data, ImageConfig(), "train")
     [path] = (tmp_path / "cache").rglob("images.npy")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"image store .* is damaged .* delete it, and it is rebuilt"):
-        open_images(data, ImageConfig(), "train")
+    line = refused(open_images, data, ImageConfig(), "train")
+    assert f"image store {path.parent} is damaged" in line and "delete it, and it is rebuilt" in line
 
 
 @pytest.mark.parametrize(
@@ -76,16 +75,14 @@ def test_a_damaged_store_is_one_line(data, tmp_path):
     [
         ({"dataset": "tiny_image"}, "did you mean 'tiny_images'"),
         ({"eval_split": "tests"}, "data.eval_split='tests' is no split of tiny_images"),
-        ({"eval_split": "test[:1%]"}, "data.eval_split='test.:1%.' of tiny_images/1.2.3 has no images"),
+        ({"eval_split": "test[:1%]"}, "data.eval_split='test[:1%]' of tiny_images/1.2.3 has no images"),
         ({"dataset": "digits/other"}, "there is one digits"),
         ({"dataset": "digits:2.0.0"}, "there is one digits"),
     ],
 )
-def test_what_is_not_there_is_one_line(data, changes, says):
+def test_what_is_not_there_is_one_line(data, changes, says, refused):
     asked = DataConfig(**vars(data) | changes)
-    with pytest.raises(UserError, match=says) as refused:
-        open_images(asked, ImageConfig(), asked.eval_split)
-    assert "\n" not in str(refused.value)
+    assert says in refused(open_images, asked, ImageConfig(), asked.eval_split)
 
 
 def test_colours_with_a_fourth_channel_are_three(tmp_path):
@@ -97,22 +94,19 @@ def test_colours_with_a_fourth_channel_are_three(tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"label": -1}, r"image 0 of split 'test' of tiny_images/1.2.3 has class -1 of 3"),
-        ({"spoil": lambda file: io.BytesIO(file.read()[:40])}, "image 0 .* cannot be read"),
-        ({"spoil": lambda file: io.BytesIO(b"no image")}, "image 0 .* cannot be read"),
+        ({"label": -1}, "has class -1 of 3"),
+        ({"spoil": lambda file: io.BytesIO(file.read()[:40])}, "cannot be read"),
+        ({"spoil": lambda file: io.BytesIO(b"no image")}, "cannot be read"),
     ],
 )
-def test_an_image_that_cannot_be_used_is_named(more, says, tmp_path):
-    with pytest.raises(UserError, match=says) as refused:
-        open_images(prepared(tmp_path, **more), ImageConfig(), "test")
-    assert "\n" not in str(refused.value)
+def test_an_image_that_cannot_be_used_is_named(more, says, tmp_path, refused):
+    line = refused(open_images, prepared(tmp_path, **more), ImageConfig(), "test")
+    assert f"image 0 of split 'test' of tiny_images/1.2.3 {says}" in line
     assert list((tmp_path / "cache").rglob("images.npy")) == []
 
 
-def test_text_is_no_image(tmp_path):
-    prepare(tmp_path)
-    with pytest.raises(UserError, match="has no image with one class"):
-        open_images(DataConfig("tiny_lines", data_dir=str(tmp_path)), ImageConfig(), "train")
+def test_text_is_no_image(tiny, refused):
+    assert "has no image with one class" in refused(open_images, tiny, ImageConfig(), "train")
 
 
 def idx(path, array):
@@ -120,7 +114,7 @@ def idx(path, array):
     path.write_bytes(gzip.compress(sizes + array.tobytes()))
 
 
-def test_fashion_mnist_is_debians_where_tfds_has_none(tmp_path, monkeypatch):
+def test_fashion_mnist_is_debians_where_tfds_has_none(tmp_path, monkeypatch, refused):
     rng = np.random.default_rng(0)
     wanted = {}
     for part, n in (("train", 12), ("t10k", 4)):
@@ -136,8 +130,7 @@ def test_fashion_mnist_is_debians_where_tfds_has_none(tmp_path, monkeypatch):
         np.testing.assert_array_equal(store.labels, wanted[part][1][which])
     assert store.num_classes == 10
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="install dataset-fashion-mnist again"):
-        open_images(data, ImageConfig(), "train")
+    assert "install dataset-fashion-mnist again" in refused(open_images, data, ImageConfig(), "train")
 
 
 def test_rows_are_a_function_of_seed_and_step_and_held_out_ones_come_once():
