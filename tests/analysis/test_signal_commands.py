@@ -9,14 +9,13 @@ import pytest
 
 from spannorm_jax import evaluate
 from spannorm_jax.analysis import figures, signal
-from spannorm_jax.analysis.groups import USUAL, Settings
+from spannorm_jax.analysis.groups import Settings
 from spannorm_jax.analysis.measure import probe_batch
 from spannorm_jax.analysis.quantities import QUANTITIES
 from spannorm_jax.command import run_command
 from spannorm_jax.config import CheckpointConfig, to_dict
 from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.durable import write_json
-from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.run.checkpoint import Checkpoints
 from spannorm_jax.run.folder import CHECKPOINTS, CONFIG
@@ -25,6 +24,7 @@ from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.training.optimizer import make_optimizer
 
 SPEC = "configs/dense.py:depth=2,width=16,placement=span,init=plain"
+PREDICTION = {"placement": "span", "init": "plain", "ffn": "swiglu", "depth": 2, "width": 16, "tokens": 16}
 
 
 @pytest.fixture
@@ -45,13 +45,16 @@ def command(monkeypatch, capsys):
 def run_of(folder, spec=SPEC, factor=1.0):
     """A run's folder with one checkpoint, of step 5: initial weights times a factor."""
     config = resolve_without_data(load(spec), platform="cpu")
+    model = define(config.model)
+    params = jax.tree.map(lambda x: factor * x, jax.jit(model.init)(jax.random.key(3)))
+    return saved(folder, config, TrainState(np.int32(5), params, {}, model.init_model_state()))
+
+
+def saved(folder, config, state):
     folder.mkdir()
     write_json(folder / CONFIG, to_dict(config))
     saving = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
-    model = define(config.model)
-    params = jax.tree.map(lambda x: factor * x, jax.jit(model.init)(jax.random.key(3)))
-    state = TrainState(np.int32(5), params, {}, model.init_model_state())
-    saving.save(5, state, {"step": 5, "config": to_dict(config)})
+    saving.save(int(state.step), state, {"step": int(state.step), "config": to_dict(config)})
     saving.close()
     return folder
 
@@ -74,9 +77,8 @@ def test_a_record_of_a_checkpoint_and_its_figures(command, workdir, tmp_path):
     assert record["settings"] == vars(settings)
     assert len(record["stream_variance"]) == 2 and record["stream_grad_norm"][-1] == 1
     assert "skip_loss_change" not in record
-    prediction = {"placement": "span", "init": "plain", "ffn": "swiglu", "depth": 2, "width": 16, "tokens": 16}
     predicted = tmp_path / "predicted.json"
-    predicted.write_text(json.dumps(prediction | {"stream_variance": [1.0, 1.0]}))
+    predicted.write_text(json.dumps(PREDICTION | {"stream_variance": [1.0, 1.0]}))
     drawn = command(figures, out, predicted, "--out", tmp_path / "figures").split()
     assert str(tmp_path / "figures" / "stream_variance.svg") in drawn
     assert (tmp_path / "figures" / "stream_variance.png").stat().st_size > 1000
@@ -141,6 +143,7 @@ def test_an_image_has_all_its_patches(command, options, says):
         (["--only", "forwards"], ["'forwards'", "'forward'"]),
         (["--only", ","], ["--only", "forward, sharpness, skip"]),
         (["--probes", 0], ["--probes 0", "1 or more"]),
+        (["--blocks", -1], ["--blocks -1 must be 0 or more"]),
         (["--step", 3], ["--step", "--workdir"]),
         (["--workdir", "runs/none"], ["--config", "--workdir"]),
     ],
@@ -165,21 +168,14 @@ def test_a_checkpoint_that_is_not_there_or_of_another_run(command, workdir):
 def test_files_without_a_record_or_without_a_number_make_no_figures(command, tmp_path):
     path = tmp_path / "x.json"
     assert "cannot be read" in command(figures, path, "--out", tmp_path, code=2)
-    empty = {"placement": "span", "init": "plain", "ffn": "swiglu", "depth": 2, "width": 16, "tokens": 16}
     for text, says in (
         ("{", "is no record of analysis.signal"),
         ('{"depth": 3}', "is no record of analysis.signal"),
         ("3", "is no record of analysis.signal"),
-        (json.dumps(empty | {"stream_variance": [None, None]}), "nothing to draw"),
+        (json.dumps(PREDICTION | {"stream_variance": [None, None]}), "nothing to draw"),
     ):
         path.write_text(text)
         assert says in command(figures, path, "--out", tmp_path, code=2)
-
-
-def test_settings_have_all_groups_by_default():
-    assert Settings().only == USUAL
-    with pytest.raises(UserError, match="--blocks -1 must be 0 or more"):
-        Settings(blocks=-1)
 
 
 def test_sharpness_of_a_checkpoint_takes_its_own_moments(command, tmp_path):
@@ -190,12 +186,7 @@ def test_sharpness_of_a_checkpoint_takes_its_own_moments(command, tmp_path):
     optimizer = make_optimizer(config.optim, model, numbers_of(config))
     ones = jax.tree.map(np.ones_like, params)
     _, opt_state = optimizer.update(ones, optimizer.init(params), params)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    write_json(folder / CONFIG, to_dict(config))
-    saving = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
-    saving.save(1, TrainState(np.int32(1), params, opt_state, {}), {"step": 1, "config": to_dict(config)})
-    saving.close()
+    folder = saved(tmp_path / "run", config, TrainState(np.int32(1), params, opt_state, {}))
     found = json.loads(command(signal, "--workdir", folder, "--only", "sharpness", "--tokens", 8, "--json"))
     # Every gradient was alike, so that P is a number: that after one update of the clipped gradient.
     P = (1 - 0.9) / np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
