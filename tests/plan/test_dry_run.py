@@ -5,14 +5,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from planned import CONFIGS
 from processes import LIMIT_S
 
-import spannorm_jax
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import load, resolve_without_data
 from spannorm_jax.errors import UserError
@@ -22,7 +21,6 @@ from spannorm_jax.plan import dry_run
 from spannorm_jax.resolution import resolve
 from spannorm_jax.training.step import make_program
 
-CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
 DEPTH, WIDTH, HIDDEN, VOCAB, ROWS, TIME = 5, 64, 192, 512, 16, 32
 MATRICES = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN  # of a block
 GAINS = 2 * WIDTH
