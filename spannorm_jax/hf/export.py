@@ -45,18 +45,17 @@ def export(config: Config, workdir: Path, step: int | None, out: Path, arch: str
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         trained = restore(config, task_of(config).define(config), mesh)
         params, model_state = jax.device_get((trained.params, trained.model_state))
-        said = (workdir, config, trained.model, trained.step, architecture, dtype)
         if architecture is None:
-            weights, files = vit.named_tensors(config, params, model_state), vit.files(config, dtype)
-            texts = {"README.md": card(*said)}
+            weights, files, num_ids = vit.named_tensors(config, params, model_state), vit.files(config, dtype), 0
         else:
             tokenizer = run_tokenizer(config, workdir)
             weights = named_tensors(config, params, model_state, architecture)
             ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
             files = tokenizer_files(tokenizer, config.data.seq_len)
             files["config.json"] = config_json(config, architecture, dtype) | ids
-            files["generation_config.json"] = ids | _generation(config, tokenizer.num_ids)
-            texts = {"README.md": card(*said, tokenizer.num_ids)}
+            num_ids = tokenizer.num_ids
+            files["generation_config.json"] = ids | _generation(config, num_ids)
+        texts = {"README.md": card(workdir, trained, architecture, dtype, num_ids)}
         if architecture is CUSTOM:
             texts[FILE] = modelling_file()
         with temporary_folder(out.parent, "--out") as folder:
