@@ -4,7 +4,6 @@ Its config.json is read key by key: what says something of the model must be wha
 """
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +59,11 @@ _MUST: dict[str, tuple[Any, ...]] = {  # key -> what our model has, if it is sai
 }
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """An architecture that is read, and what transformers takes for keys that its config.json leaves out."""
-
-    name: str
-    defaults: dict[str, Any]
-
-    @property
-    def architecture(self) -> Architecture:
-        return next(one for one in STOCK if one.name == self.name)
-
-
-LAYOUTS = {
-    "llama": _Layout("LlamaForCausalLM", {"rope_theta": 1e4, "rms_norm_eps": 1e-6}),
-    "qwen3": _Layout("Qwen3ForCausalLM", {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "head_dim": 128}),
-    "mixtral": _Layout(
-        "MixtralForCausalLM",
-        {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
-    ),
+# model_type of an architecture that is read -> what transformers takes for keys that its config.json leaves out.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+    "qwen3": {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "head_dim": 128},
+    "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 
 
@@ -97,14 +82,14 @@ def import_model(
     check_overridable(overrides, _OVERRIDABLE, "import")
     check_new(workdir, "--workdir")
     values = read_json(source / CONFIG)
-    layout, config = model_config(source, values)
+    architecture, config = model_config(source, values)
     text, num_ids = _tokenizer(source, values, tokenizer or source / TOKENIZER)
     config = override(config, overrides)
     if text:
         own = {"data__tokenizer": "bpe", "data__bpe_vocab_size": num_ids}
         config = replace(config, **own, data__tokenizer_file=str((workdir / TOKENIZER).absolute()))
     start_jax(config.platform)
-    params = read_params(config, TensorFiles(source), layout, bool(values.get("tie_word_embeddings")))
+    params = read_params(config, TensorFiles(source), architecture, bool(values.get("tie_word_embeddings")))
     with temporary_folder(workdir.absolute().parent, "--workdir") as temp:
         write_text(temp / TOKENIZER, text)
         here = {"data__tokenizer_file": str(temp / TOKENIZER)} if text else {}
@@ -121,8 +106,8 @@ def import_model(
     return made
 
 
-def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]:
-    """The layout that a config.json names, and a config with its model.
+def model_config(source: Path, values: dict[str, Any]) -> tuple[Architecture, Config]:
+    """The architecture that a config.json names, and a config with its model.
 
     Raises:
       UserError: a key is missing, or says what our model has not.
@@ -131,9 +116,8 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
     kind = values.get("model_type")
     if kind not in LAYOUTS:
         raise UserError(f"{path}: model_type={kind!r} cannot be imported; {did_you_mean(str(kind), LAYOUTS)}")
-    layout = LAYOUTS[kind]
-    said = {key: value for key, value in values.items() if value is not None}
-    said = layout.defaults | said
+    architecture = next(one for one in STOCK if one.model_type == kind)
+    said = LAYOUTS[kind] | {key: value for key, value in values.items() if value is not None}
 
     def refuse(key: str, value: Any, why: str = "which our model has not") -> UserError:
         return UserError(f"{path}: {key}={value!r}, {why}; take the key out if it says nothing of the model")
@@ -162,13 +146,13 @@ def model_config(source: Path, values: dict[str, Any]) -> tuple[_Layout, Config]
         "placement": "pre",
         "init": "gpt2",
         "rope_theta": rope.get("rope_theta", said["rope_theta"]),
-        "qk_norm": True in layout.architecture.has["qk_norm"],
+        "qk_norm": True in architecture.has["qk_norm"],
         "moe__expert_dim": ours["ffn_dim"] if "moe__num_experts" in ours else 0,
     }
     changes = {f"model__{name}": value for name, value in model.items()}
     longest = said.get("max_position_embeddings")
     changes["data__seq_len"] = min(longest, _LONGEST) if isinstance(longest, int) else _LONGEST
-    return layout, replace(Config(), **changes)
+    return architecture, replace(Config(), **changes)
 
 
 def _tokenizer(source: Path, values: dict[str, Any], path: Path) -> tuple[str, int]:
@@ -186,12 +170,12 @@ def _tokenizer(source: Path, values: dict[str, Any], path: Path) -> tuple[str, i
         raise UserError(f"tokenizer {path} cannot be used ({error}); give another --tokenizer") from error
 
 
-def read_params(config: Config, tensors: TensorFiles, layout: _Layout, tied: bool) -> dict[str, Any]:
+def read_params(config: Config, tensors: TensorFiles, architecture: Architecture, tied: bool) -> dict[str, Any]:
     """The model's parameters, float32. Raises UserError for a tensor that is missing, or more than the model has.
 
     A tied head becomes a matrix of its own, for embeddings are not multiplied there.
     """
-    names = layout.architecture.their_name
+    names = architecture.their_name
 
     def tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
         theirs = names("embed" if tied and name == "head" else name)
