@@ -97,7 +97,7 @@ def traits(cfg: ModelConfig) -> dict[str, Any]:
 
 def _like_llama(**more: Any) -> dict[str, Collection[Any]]:
     usual: dict[str, Collection[Any]] = {
-        "placement": tuple(_TO_PRE),
+        "placement": ("pre", *_TO_PRE),
         "ffn": ("swiglu",),
         "norm": ("rmsnorm",),
         "qk_norm": (False,),
@@ -128,9 +128,8 @@ def _normed_embeddings(cfg: ModelConfig, blocks: list[Tensors], ends: Tensors) -
     ends["embed"] = (x * gain).astype(np.float32)
 
 
-# Placements that are PreNorm with what each does to the weights.
+# Placements beside PreNorm that it carries, and what folds each into its weights.
 _TO_PRE: dict[str, Callable[[ModelConfig, list[Tensors], Tensors], None]] = {
-    "pre": lambda cfg, blocks, ends: None,
     "lns": _lns,
     "layerscale": _layerscale,
     "pre_embnorm": _normed_embeddings,
@@ -199,6 +198,7 @@ def _mixtral(cfg: ModelConfig) -> dict[str, Any]:
     return experts | {"intermediate_size": cfg.moe.expert_dim, "sliding_window": None}
 
 
+_GEMMA_SCALES: dict[str, Any] = {"minus": 1.0, "scales": True, "tied": _untouched}
 _SOME = range(1, 2**31)
 _SOFTMAX: dict[str, Collection[Any]] = {
     "moe.num_experts": _SOME,
@@ -243,9 +243,7 @@ STOCK = (
         _like_llama(placement=("peri",)),
         DENSE | _GEMMA_NORMS,
         _gemma,
-        minus=1.0,
-        scales=True,
-        tied=_untouched,
+        **_GEMMA_SCALES,
     ),
     Architecture(
         "Gemma3ForCausalLM",
@@ -253,9 +251,7 @@ STOCK = (
         _like_llama(placement=("peri",), qk_norm=(True,)),
         DENSE | _GEMMA_NORMS,
         lambda cfg: _gemma(cfg) | {"rope_local_base_freq": cfg.rope_theta},
-        minus=1.0,
-        scales=True,
-        tied=_untouched,
+        **_GEMMA_SCALES,
     ),
     Architecture("BitNetForCausalLM", "bitnet", _like_llama(placement=("subln",)), DENSE | _LLAMA_NORMS),
     Architecture(
@@ -321,4 +317,5 @@ def stock_for(cfg: ModelConfig) -> tuple[Architecture | None, str]:
 
 def as_pre(cfg: ModelConfig, blocks: list[Tensors], ends: Tensors) -> None:
     """Folds what a placement adds to PreNorm into the weights, where that is all it does."""
-    _TO_PRE.get(cfg.placement, _TO_PRE["pre"])(cfg, blocks, ends)
+    if cfg.placement in _TO_PRE:
+        _TO_PRE[cfg.placement](cfg, blocks, ends)

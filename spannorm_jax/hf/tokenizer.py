@@ -39,17 +39,12 @@ def _bytes() -> dict[str, Any]:
     vocab = {character: byte for byte, character in enumerate(byte_characters()[:-1])} | {END_OF_TEXT: 255}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "normalizer": None,
+        **dict.fromkeys(("truncation", "padding", "normalizer")),
         "pre_tokenizer": _byte_level(use_regex=False),
         "post_processor": None,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,

@@ -24,10 +24,9 @@ _HAS: dict[str, tuple[Any, ...]] = {  # what it has of a model's options
     "image.pool": ("token",),  # its classifier reads the token alone
 }
 _BLOCK = {
-    **{
-        f"attn.{ours}": f"attention.attention.{name}"
-        for ours, name in zip("qkv", ("query", "key", "value"), strict=True)
-    },
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
     "attn.out": "attention.output.dense",
     "norms.before_attn": "layernorm_before",
     "norms.before_ffn": "layernorm_after",
