@@ -1,7 +1,5 @@
 """The decoder-only Transformer: tokens in, logits out, and the trunk between them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,14 +8,14 @@ from spannorm_jax.config import ExecutionConfig, ModelConfig
 from spannorm_jax.model.kernels.cross_entropy import head_logits
 from spannorm_jax.model.layers import rotary_angles
 from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.stack import ACTIVATION, Step
-from spannorm_jax.model.trunk import Pass, Trunk
+from spannorm_jax.model.stack import ACTIVATION
+from spannorm_jax.model.trunk import Trunk
 from spannorm_jax.model.weights import weight
 from spannorm_jax.parallel.mesh import constrain
 
 
 class Decoder(Trunk):
-    """Tokens -> logits."""
+    """Tokens (B, T) -> logits (B, T, V) in float32; position t sees tokens 0..t."""
 
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig):
         super().__init__(cfg, execution)
@@ -43,38 +41,17 @@ class Decoder(Trunk):
                 x = x * jnp.asarray(cfg.width**0.5 * forward(cfg).embedding, x.dtype)
             return constrain(x, ACTIVATION)
 
-    def run(
-        self,
-        tokens_BxT: Array,
-        step: Step | None = None,
-        per_layer: Any = None,
-        angles: Array | None = None,
-        remat: str = "",
-        carried: Any = None,
-    ) -> Pass:
-        """One pass over tokens, at positions 0..T-1 unless `angles` say others. The rest is `Trunk.run_from`'s."""
-        if angles is None:
-            angles = self.angles(tokens_BxT.shape[1])
-        return self.run_from(self.enter(self.embeddings(tokens_BxT)), angles, step, per_layer, remat, carried)
-
     def angles(self, length: int) -> Array:
         return rotary_angles(length, self.cfg.width // self.cfg.num_heads, self.cfg.rope_theta)
 
-    def head_matrix(self) -> Array:
-        """(D, V) in float32."""
-        return self.embed[...].T if self.cfg.tied_head else self.head[...]
-
     def head_inputs(self, features: Array) -> tuple[Array, Array]:
-        """The two factors of the logits: features (..., D) with their multiplier, and the head's matrix (D, V)."""
+        """The factors of the logits: features (..., D) with their multiplier, and the head's matrix (D, V), float32."""
         multiplier = forward(self.cfg).logits
-        return features if multiplier == 1 else features * multiplier, self.head_matrix()
+        features = features if multiplier == 1 else features * multiplier
+        return features, self.embed[...].T if self.cfg.tied_head else self.head[...]
 
     def logits(self, features: Array) -> Array:
         """(..., D) -> (..., V) in float32, whatever the compute dtype."""
         with jax.named_scope("head"):
             features, matrix = self.head_inputs(features)
             return head_logits(features, matrix.astype(features.dtype))
-
-    def __call__(self, tokens_BxT: Array) -> Array:
-        """Logits (B, T, V) in float32; position t sees tokens 0..t."""
-        return self.logits(self.run(tokens_BxT).features)

@@ -1,6 +1,7 @@
 """What a model has between its ends: blocks, a scan over them all, and the placement's norms before and behind."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +27,14 @@ class Pass(NamedTuple):
 
 
 class Trunk(nnx.Module):
-    """Embeddings -> features. A model adds its ends: what embeds its inputs, and what reads the features.
+    """Embeddings -> features. A model adds its ends: `embeddings` of its inputs, (B, T, D), and `logits` of features.
 
     It declares one dense block and one with experts. `ModelDef.bind` fills them with the weights of all, stacked on a
     layer axis.
     """
+
+    embeddings: Callable[[Array], Array]
+    logits: Callable[[Array], Array]
 
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, causal: bool = True):
         self.cfg, self.execution, self.causal = cfg, execution, causal
@@ -48,6 +52,9 @@ class Trunk(nnx.Module):
         """Rotary angles (T, K / 2) of the positions 0..length-1; None where attention has none."""
         return None
 
+    def __call__(self, inputs: Array) -> Array:
+        return self.logits(self.run(inputs).features)
+
     def enter(self, x_BxTxD: Array) -> Any:
         """The stream that enters the first block, of the embeddings."""
         return placement_of(self.cfg).enter(x_BxTxD, self.ends)
@@ -55,6 +62,20 @@ class Trunk(nnx.Module):
     def leave(self, stream: Any) -> Array:
         """What the head reads, (B, T, D), of the stream that leaves the last block."""
         return placement_of(self.cfg).leave(stream, self.ends)
+
+    def run(
+        self,
+        inputs: Array,
+        step: Step | None = None,
+        per_layer: Any = None,
+        angles: Array | None = None,
+        remat: str = "",
+        carried: Any = None,
+    ) -> Pass:
+        """One pass over inputs (B, T, ...), at positions 0..T-1 unless `angles` say others; `run_from` has the rest."""
+        if angles is None:
+            angles = self.angles(inputs.shape[1])
+        return self.run_from(self.enter(self.embeddings(inputs)), angles, step, per_layer, remat, carried)
 
     def run_from(
         self,

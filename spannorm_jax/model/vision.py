@@ -4,8 +4,6 @@ As in Beyer et al. 2022 (arXiv 2205.01580): fixed sines and cosines for position
 which starts at zero. Attention has no mask and no rotary positions.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +11,14 @@ from jax import Array
 
 from spannorm_jax.config import ExecutionConfig, ImageConfig, ModelConfig
 from spannorm_jax.model.parametrisation import forward
-from spannorm_jax.model.stack import ACTIVATION, Step
-from spannorm_jax.model.trunk import Pass, Trunk
+from spannorm_jax.model.stack import ACTIVATION
+from spannorm_jax.model.trunk import Trunk
 from spannorm_jax.model.weights import weight
 from spannorm_jax.parallel.mesh import constrain
 
 
 class Encoder(Trunk):
-    """Images, (B, S, S, C) of bytes -> logits of the classes, of which there are `vocab_size`."""
+    """Images, (B, S, S, C) of bytes -> float32 logits (B, classes), of which there are `vocab_size`."""
 
     def __init__(self, cfg: ModelConfig, execution: ExecutionConfig, image: ImageConfig):
         super().__init__(cfg, execution, causal=False)
@@ -47,10 +45,6 @@ class Encoder(Trunk):
                 x = jnp.concatenate([token, x], axis=1)
             return constrain(x, ACTIVATION)
 
-    def run(self, images_BxSxSxC: Array, step: Step | None = None, per_layer: Any = None, remat: str = "") -> Pass:
-        """One pass over images. The rest is `Trunk.run_from`'s."""
-        return self.run_from(self.enter(self.embeddings(images_BxSxSxC)), None, step, per_layer, remat)
-
     def logits(self, features_BxTxD: Array) -> Array:
         """(B, C) in float32, of the mean over the patches or of the token's features."""
         with jax.named_scope("head"):
@@ -58,10 +52,6 @@ class Encoder(Trunk):
             pooled = features_BxTxD[:, 0] if token else jnp.mean(features_BxTxD, axis=1, dtype=jnp.float32)
             product = pooled.astype(features_BxTxD.dtype) @ self.head[...].astype(features_BxTxD.dtype)
             return product.astype(jnp.float32) * forward(self.cfg).logits
-
-    def __call__(self, images_BxSxSxC: Array) -> Array:
-        """Logits (B, classes) in float32."""
-        return self.logits(self.run(images_BxSxSxC).features)
 
 
 def patches(images_BxSxSxC: Array, patch: int) -> Array:
