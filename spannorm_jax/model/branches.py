@@ -37,16 +37,14 @@ def multiplied_branches(
     def added(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return _times(_times(layer, constant), warmup)
 
-    after_norm = {size for size in placement.additions.values() if size in placement.block_norms}
-    own = {branch for branch, size in placement.additions.items() if size not in after_norm}
-
-    def of_branch(name: str, layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        multiplied = _times(layer, factors.get(name, 1.0))
-        return added(multiplied) if name in own else multiplied
-
+    branches = {name: _times(layer, factors.get(name, 1.0)) for name, layer in (("attn", attn), ("ffn", ffn))}
     own_norms = {name: getattr(norms, name) for name in (*placement.block_norms, *placement.block_gains)}
-    own_norms |= {name: added(own_norms[name]) for name in after_norm}
-    return of_branch("attn", attn), of_branch("ffn", ffn), SimpleNamespace(**own_norms)
+    for branch, size in placement.additions.items():
+        if size in placement.block_norms:
+            own_norms[size] = added(own_norms[size])
+        else:
+            branches[branch] = added(branches[branch])
+    return branches["attn"], branches["ffn"], SimpleNamespace(**own_norms)
 
 
 def _times(layer: Callable[[Any], Any], factor: Any) -> Callable[[Any], Any]:

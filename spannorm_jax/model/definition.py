@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -50,7 +51,7 @@ class ModelDef:
         def draw(path: tuple[Any, ...], spec: WeightSpec) -> Array:
             return _draw(key, [entry.key for entry in path], spec, initial_size(self.cfg, spec))
 
-        return jax.tree_util.tree_map_with_path(draw, self.weights, is_leaf=_is_spec)
+        return jax.tree.map_with_path(draw, self.weights)
 
     def init_model_state(self) -> dict[str, Any]:
         """Biases of zero, and the warm-up's factors in the first update."""
@@ -69,7 +70,7 @@ class ModelDef:
                 return warmup_factor(self.cfg, update, np.array(layers[stack]))
             return balanced(old)
 
-        return jax.tree_util.tree_map_with_path(of, model_state)
+        return jax.tree.map_with_path(of, model_state)
 
     def bind(self, params: dict[str, Any], model_state: dict[str, Any] | None = None) -> Any:
         """The modules with these weights and this state, which most models lack."""
@@ -77,14 +78,10 @@ class ModelDef:
 
     def map_weights(self, fn: Any, *rest: Any) -> Any:
         """`jax.tree.map` over the table, each WeightSpec a leaf."""
-        return jax.tree.map(fn, self.weights, *rest, is_leaf=_is_spec)
+        return jax.tree.map(fn, self.weights, *rest)
 
     def specs(self) -> list[WeightSpec]:
-        return jax.tree.leaves(self.weights, is_leaf=_is_spec)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, WeightSpec)
+        return jax.tree.leaves(self.weights)
 
 
 def _draw(key: Array, path: list[str], spec: WeightSpec, size: float | np.ndarray) -> Array:
@@ -154,7 +151,7 @@ def make_block(cfg: ModelConfig, layer: int, key: Array, causal: bool = True) ->
         own = dataclasses.replace(spec, shape=(1, *spec.shape[1:]), layers=(layer,))
         return _draw(key, [entry.key for entry in path], own, initial_size(cfg, own))[0]
 
-    drawn = jax.tree_util.tree_map_with_path(draw, define(cfg).weights[STACKS[moe]], is_leaf=_is_spec)
+    drawn = jax.tree.map_with_path(draw, define(cfg).weights[STACKS[moe]])
     params = nnx.state(block, nnx.Param)
     nnx.replace_by_pure_dict(params, drawn)
     nnx.update(block, params)
@@ -171,13 +168,7 @@ def stack_layers(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _nested(state: nnx.State, fn: Any) -> dict[str, Any]:
     """A nested dict of fn(path, variable)."""
-    table: dict[Any, Any] = {}
-    for path, variable in nnx.to_flat_state(state):
-        node = table
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = fn(path, variable)
-    return table
+    return unflatten_dict({path: fn(path, variable) for path, variable in nnx.to_flat_state(state)})
 
 
 def abstract_params(model: ModelDef, mesh: Mesh) -> Any:

@@ -60,14 +60,6 @@ class Parametrisation:
     base: tuple[str, ...] = ()
 
 
-def _width_ratio(cfg: ModelConfig) -> float:
-    return cfg.width / cfg.base_width
-
-
-def _depth_ratio(cfg: ModelConfig) -> float:
-    return cfg.depth / cfg.base_depth
-
-
 # ---- the table --------------------------------------------------------------------------------------
 
 
@@ -77,7 +69,7 @@ def _mup_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
     Decay is x m where the rate is / m: their product, by which a weight shrinks, stays. A gradient's entries are / m,
     and eps with them (Dey et al. 2025, arXiv 2505.01618, table 1). Others have the base's rate and variance.
     """
-    m = _width_ratio(cfg)
+    m = cfg.width / cfg.base_width
     if spec.role in MATRICES:
         return Multipliers(init=m**-0.5, lr=1 / m, decay=m, eps=1 / m)
     return Multipliers(eps=1 / m)
@@ -86,7 +78,7 @@ def _mup_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
 def _mup_forward(cfg: ModelConfig) -> Forward:
     """Output logits / m; attention logits by 1 / K. A tied embedding keeps the base's std, and so its lookup the base's
     factor sqrt(base_width), where the width's own would let the stream grow by sqrt(m)."""
-    m = _width_ratio(cfg)
+    m = cfg.width / cfg.base_width
     head_dim = cfg.width // cfg.num_heads
     attention = ((cfg.base_head_dim or head_dim) / head_dim) ** 0.5
     return Forward(embedding=m**-0.5, attention=attention, logits=1 / m)
@@ -99,7 +91,7 @@ def _everett_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
     The gradient's entries, and eps with them, are m^-1/2 of the base's but for the head's own. A tied embedding goes by
     the head's rule, and as a lookup moves by m^-1/2 less than the base's: no one rate serves both.
     """
-    m = _width_ratio(cfg)
+    m = cfg.width / cfg.base_width
     if spec.role in (*MATRICES, "output"):
         return Multipliers(init=m**-0.5, lr=1 / m, decay=m, eps=1.0 if spec.role == "output" else m**-0.5)
     return Multipliers(eps=m**-0.5)
@@ -110,13 +102,13 @@ def _completep_weight(cfg: ModelConfig, spec: "WeightSpec") -> Multipliers:
     of_width = _mup_weight(cfg, spec)
     if not spec.layers:
         return of_width
-    l, a = _depth_ratio(cfg), cfg.depth_exponent
+    l, a = cfg.depth / cfg.base_depth, cfg.depth_exponent
     return dataclasses.replace(of_width, lr=of_width.lr * l ** (a - 1), eps=of_width.eps * l**-a)
 
 
 def _completep_forward(cfg: ModelConfig) -> Forward:
     """muP's, and each branch that is added to the stream times l^-a."""
-    return dataclasses.replace(_mup_forward(cfg), branch=_depth_ratio(cfg) ** -cfg.depth_exponent)
+    return dataclasses.replace(_mup_forward(cfg), branch=(cfg.depth / cfg.base_depth) ** -cfg.depth_exponent)
 
 
 PARAMETRISATIONS = {
@@ -153,7 +145,7 @@ def at_base(cfg: ModelConfig, spec: "WeightSpec") -> tuple[ModelConfig, "WeightS
     are those of the base in their places.
     """
     if "width" in PARAMETRISATIONS[cfg.parametrisation].base:
-        m = _width_ratio(cfg)
+        m = cfg.width / cfg.base_width
         if spec.role in (*MATRICES, "output"):
             spec = dataclasses.replace(spec, fan_in=spec.fan_in / m)
         if spec.role in ("embedding", "hidden", "expert"):
