@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from test_decoder import count_equations
 
 from spannorm_jax.config import ExecutionConfig, MeshConfig, ModelConfig
 from spannorm_jax.errors import UserError
@@ -129,10 +129,9 @@ def test_auto_is_blocked_on_a_cpu_and_names_are_taken_or_refused():
         return attention_for(ExecutionConfig(attention=name), cfg, seq_len)
 
     assert named("auto") == ("blocked", "")
-    assert named("splash") == ("splash", "")
+    assert named("splash") == named("splash", seq_len=100) == ("splash", "")  # the positions are filled up
     with pytest.raises(UserError, match="cudnn cannot run here: there is no GPU"):
         named("cudnn")
-    assert named("splash", seq_len=100) == ("splash", "")  # the positions are filled up
 
 
 def test_a_kernel_that_asks_where_it_is_can_be_tried_within_a_trace():
@@ -155,12 +154,6 @@ def test_a_kernel_that_asks_where_it_is_can_be_tried_within_a_trace():
     assert found[0] == "" and "divisible" in found[1]
 
 
-def count(jaxpr, name):
-    """Equations of the primitive in a jaxpr and all jaxprs inside."""
-    inner = (x for eqn in jaxpr.eqns for x in jaxprs_in_params(eqn.params))
-    return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(count(x, name) for x in inner)
-
-
 def test_remat_runs_cudnns_forward_pass_once(monkeypatch):
     """As a program, which needs no GPU once JAX's look for cuDNN is answered."""
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
@@ -173,7 +166,7 @@ def test_remat_runs_cudnns_forward_pass_once(monkeypatch):
             return jnp.sum(jnp.sin(attention(*x, "cudnn").astype(jnp.float32)))
 
         grad = jax.grad(jax.checkpoint(value, policy=policy), (0, 1, 2))
-        return count(jax.make_jaxpr(grad)(q, k, v).jaxpr, "dot_product_attention_fwd_wrapper")
+        return count_equations(jax.make_jaxpr(grad)(q, k, v).jaxpr, "dot_product_attention_fwd_wrapper")
 
     assert forward_passes(jax.checkpoint_policies.nothing_saveable) == 2
     assert forward_passes(keep_attention) == 1

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import reference
 from jax.extend.core import jaxprs_in_params
+from small_model import assert_trees_close, configure, program_of
 
 import spannorm_jax
 from spannorm_jax import config_file
-from spannorm_jax.config import Config, ExecutionConfig, replace
+from spannorm_jax.config import ExecutionConfig
 from spannorm_jax.model import layers
 from spannorm_jax.model.definition import count_params, define, flops_per_token
 from spannorm_jax.model.placement import PLACEMENTS
-from spannorm_jax.parallel.mesh import make_mesh
-from spannorm_jax.resolution import resolve
 from spannorm_jax.training.numbers import numbers_of
-from spannorm_jax.training.step import make_program
 from spannorm_jax.training.tasks.text import loss_sums
 
 CONFIGS = Path(spannorm_jax.__file__).parents[1] / "configs"
@@ -28,12 +26,8 @@ PRESETS = [("dense", preset) for preset in ("tiny", "124m", "350m", "1b")]
 PRESETS += [("moe", preset) for preset in ("tiny", "8x124m", "64x8-124m", "16b")]
 
 
-def resolved(config, vocab_size=256):
-    return resolve(config, vocab_size=vocab_size, platform="cpu", fingerprint="none")
-
-
 def small(**changes):
-    return resolved(replace(Config(), model__depth=4, model__width=16, model__vocab_size=32, **changes), 32).model
+    return configure(model__depth=4, **changes).model
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------
@@ -137,21 +131,14 @@ def test_unroll_and_remat_change_nothing(changes, looped):
     without compiler optimisation; a few parts in 10^7 of a weight's largest gradient are legal with it."""
     loss, grads = loss_and_gradients(small(), **changes)
     np.testing.assert_allclose(loss, looped[0], rtol=1e-6)
-
-    def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
-
-    jax.tree.map(close, grads, looped[1])
+    assert_trees_close(grads, looped[1], 1e-5)
 
 
 def count_equations(jaxpr, name=None):
     """Equations of a jaxpr and of all jaxprs inside; only those of one primitive if `name` is given."""
-    n = 0
-    for eqn in jaxpr.eqns:
-        n += name is None or eqn.primitive.name == name
-        for inner in jaxprs_in_params(eqn.params):
-            n += count_equations(inner, name)
-    return n
+    inner = (x for eqn in jaxpr.eqns for x in jaxprs_in_params(eqn.params))
+    own = sum(name in (None, eqn.primitive.name) for eqn in jaxpr.eqns)
+    return own + sum(count_equations(x, name) for x in inner)
 
 
 def test_remat_recomputes_what_it_says():
@@ -179,11 +166,8 @@ def test_a_train_steps_program_is_as_long_whatever_the_depth():
     """This is what keeps compile time flat in depth; seconds would depend on the machine."""
 
     def length(depth):
-        config = replace(Config(), model__depth=depth, model__width=16, data__seq_len=8, training__num_microbatches=2)
-        config = resolved(config)
-        program = make_program(
-            config, define(config.model, config.execution), make_mesh(config.mesh, jax.devices()[:1])
-        )
+        config = configure(model__depth=depth, training__num_microbatches=2)
+        program = program_of(config)
         args = program.abstract_state, program.abstract_batch, numbers_of(config)
         return count_equations(program.train.trace(*args).jaxpr.jaxpr)
 

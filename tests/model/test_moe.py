@@ -12,8 +12,9 @@ import pytest
 from absl import flags
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from small_model import configure
 
-from spannorm_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, moe_layers, replace
+from spannorm_jax.config import MeshConfig, ModelConfig, MoEConfig, moe_layers
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.definition import define
 from spannorm_jax.model.initialisation import mixture_gain, predicted_branch_variance
@@ -23,16 +24,14 @@ from spannorm_jax.model.moe.grouped_matmul import _tokamax_problem, grouped_matm
 from spannorm_jax.model.moe.router import balanced_bias, route, router_stats
 from spannorm_jax.model.placement import INNER_NORMS, PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
-from spannorm_jax.resolution import resolve
 
 N, D, F, E, K = 40, 6, 5, 4, 2
 BACKENDS = ("padded", "ragged_dot")
 
 
 def resolved(**changes):
-    small = {"depth": 4, "width": 16, "num_heads": 2, "vocab_size": 32}
-    config = replace(Config(), **{f"model__{key}": value for key, value in (small | changes).items()})
-    return resolve(config, vocab_size=32, platform="cpu", fingerprint="").model
+    small = {"depth": 4, "num_heads": 2}
+    return configure(**{f"model__{key}": value for key, value in (small | changes).items()}).model
 
 
 # ---- grouped matmul -----------------------------------------------------------------------------------------

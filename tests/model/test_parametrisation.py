@@ -1,12 +1,11 @@
 """Parametrisations against a table that was written by hand, and against the standard model with rescaled weights."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from small_model import batch, configure, program_of, start
 
 from spannorm_jax.config import Config, ModelConfig, replace
 from spannorm_jax.errors import UserError
@@ -16,9 +15,6 @@ from spannorm_jax.model.parametrisation import PARAMETRISATIONS, forward, multip
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.training.numbers import numbers_of
 from spannorm_jax.validation import notices, validate
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-from small_model import batch, configure, program_of, start
 
 BASE = {"base_width": 8, "base_depth": 1}
 
