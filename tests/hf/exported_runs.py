@@ -7,6 +7,7 @@ from spannorm_jax.config import CheckpointConfig, Config, replace, to_dict
 from spannorm_jax.config_file import check, override, resolve_without_data
 from spannorm_jax.data import bpe
 from spannorm_jax.durable import write_json
+from spannorm_jax.hf.export import export
 from spannorm_jax.hf.files import TensorFiles, read_json
 from spannorm_jax.hf.importing import model_config, read_params
 from spannorm_jax.run.checkpoint import Checkpoints
@@ -76,6 +77,17 @@ def save(workdir, config, params, model_state, step=1, tokenizer=""):
     checkpoints = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(step, TrainState(np.int32(step), params, {"none": np.zeros(1)}, model_state), {"step": step})
     checkpoints.close()
+
+
+def export_run(folder, changes, arch="", dtype="float32", text=""):
+    """Config, parameters and state of a model in folder/run, which is exported to folder/out; its BPE is of `text`."""
+    config, source = configure(**changes), ""
+    if text:
+        config, source = with_bpe(config, text)
+    _, params, state = draw(config)
+    save(folder / "run", config, params, state, tokenizer=source)
+    export(config, folder / "run", None, folder / "out", arch, dtype)
+    return config, params, state
 
 
 def read_model(folder):

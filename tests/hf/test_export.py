@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from exported_runs import SEQ_LEN, configure, configure_images, draw, experts, save, with_bpe
+from exported_runs import SEQ_LEN, configure, configure_images, draw, experts, export_run, save
 from safetensors.numpy import load_file
 
 from spannorm_jax import export as command
@@ -30,21 +30,9 @@ ROOM = 1e-6  # of a float32 product of two float32 numbers, relatively: a few un
 def exported(tmp_path):
     """(options of the model, how) -> config, parameters, state, tensors and config.json of an export."""
 
-    def run(changes, arch="", dtype="float32", tokenizer_text=""):
-        config, source = configure(**changes), ""
-        if tokenizer_text:
-            config, source = with_bpe(config, tokenizer_text)
-        _, params, state = draw(config)
-        save(tmp_path / "run", config, params, state, tokenizer=source)
-        out = tmp_path / "out"
-        export(config, tmp_path / "run", None, out, arch, dtype)
-        return (
-            config,
-            params,
-            state,
-            load_file(out / "model.safetensors"),
-            json.loads((out / "config.json").read_text()),
-        )
+    def run(changes, **how):
+        made, out = export_run(tmp_path, changes, **how), tmp_path / "out"
+        return *made, load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
 
     return run
 
@@ -189,7 +177,7 @@ TEXT = "def f(x):\n    return 'é 漢字 🙂\0' + \"<|endoftext|>\"\n" * 20
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_tokenizer_gives_the_runs_ids_and_no_text_forges_an_end(exported, tmp_path, trained):
-    exported({"placement": "span"}, tokenizer_text=TEXT if trained else "")
+    exported({"placement": "span"}, text=TEXT if trained else "")
     read = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     read.encode_special_tokens = True  # what transformers does for split_special_tokens
     said = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
@@ -205,7 +193,7 @@ def test_the_tokenizer_gives_the_runs_ids_and_no_text_forges_an_end(exported, tm
 
 
 def test_rows_that_fill_up_the_vocabulary_are_never_drawn(exported, tmp_path):
-    config, *_ = exported({"placement": "span"}, tokenizer_text=TEXT)
+    config, *_ = exported({"placement": "span"}, text=TEXT)
     said = json.loads((tmp_path / "out/generation_config.json").read_text())
     unused = said["suppress_tokens"]
     assert unused == list(range(unused[0], config.model.vocab_size)) and said["eos_token_id"] == unused[0] - 1
@@ -315,37 +303,24 @@ def test_images_by_their_names_in_transformers_and_a_card(tmp_path):
     config = configure_images(image__channels=1)
     _, params, state = draw(config)
     save(tmp_path / "run", config, params, state)
-    append_line(
-        tmp_path / "run" / "eval.jsonl", {"step": 1, "loss": 0.5, "accuracy": 0.75, "images": 9, "split": "test"}
-    )
+    measured = {"step": 1, "loss": 0.5, "accuracy": 0.75, "images": 9, "split": "test"}
+    append_line(tmp_path / "run" / "eval.jsonl", measured)
     assert export(config, tmp_path / "run", None, tmp_path / "out", "stock", "float32") == "ViTForImageClassification"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     kernel = tensors["vit.embeddings.patch_embeddings.projection.weight"]
     assert kernel.shape == (32, 1, 4, 4)
     np.testing.assert_array_equal(kernel[7, 0, 2, 3], params["embed"][2 * 4 + 3, 7])
     np.testing.assert_array_equal(tensors["vit.embeddings.position_embeddings"][0, 0], np.zeros(32))
-    names = ("query", "key", "value")
-    block = [f"attention.attention.{name}.weight" for name in names]
-    block += [
-        f"{name}.{kind}"
-        for name in (
-            "attention.output.dense",
-            "layernorm_before",
-            "layernorm_after",
-            "intermediate.dense",
-            "output.dense",
-        )
-        for kind in ("weight", "bias")
-    ]
+    biased = ("attention.output.dense", "layernorm_before", "layernorm_after", "intermediate.dense", "output.dense")
+    block = [f"attention.attention.{name}.weight" for name in ("query", "key", "value")]
+    block += [f"{name}.{kind}" for name in biased for kind in ("weight", "bias")]
     assert {name for name in tensors if ".layer.1." in name} == {f"vit.encoder.layer.1.{name}" for name in block}
     assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("bias"))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("image-classification", "AutoModelForImageClassification", "32 images in 1 updates"):
         assert words.replace("32", str(config.training.batch_size)) in card
-    assert (
-        "0.5000 nats an image, 0.7500 accuracy (9 images of `test`)" in card
-        and "token" not in card.split("## Config")[0]
-    )
+    assert "0.5000 nats an image, 0.7500 accuracy (9 images of `test`)" in card
+    assert "token" not in card.split("## Config")[0]
 
 
 @pytest.mark.parametrize(

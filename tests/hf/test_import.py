@@ -2,13 +2,14 @@
 everything that a run is for."""
 
 import json
+from operator import attrgetter
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from exported_runs import configure, draw, experts, read_model, save, with_bpe
+from exported_runs import configure, experts, export_run, read_model
 from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -19,7 +20,6 @@ from spannorm_jax.command import run_command
 from spannorm_jax.config import DataConfig
 from spannorm_jax.data.tokens import open_tokenizer
 from spannorm_jax.errors import UserError
-from spannorm_jax.hf.export import export
 from spannorm_jax.hf.files import read_json
 from spannorm_jax.hf.tokenizer import run_tokenizer_json
 
@@ -31,14 +31,9 @@ LAYOUTS = [LLAMA, LLAMA | {"qk_norm": True}, LLAMA | experts()]
 def exported(tmp_path):
     """options of a model -> its parameters and the folder that it was exported to."""
 
-    def run(changes, arch="stock", text=""):
-        config, source = configure(**changes), ""
-        if text:
-            config, source = with_bpe(config, text)
-        _, params, state = draw(config)
-        save(tmp_path / "run", config, params, state, tokenizer=source)
-        export(config, tmp_path / "run", None, tmp_path / "hf", arch, "float32")
-        return params, tmp_path / "hf"
+    def run(changes, text=""):
+        _, params, _ = export_run(tmp_path, changes, "stock", text=text)
+        return params, tmp_path / "out"
 
     return run
 
@@ -57,13 +52,9 @@ def test_what_leaves_comes_back_to_the_bit(exported, changes):
     model, back = read_model(folder)
     chex.assert_trees_all_equal(back, params)
     want = configure(**changes).model
-    for name in ("depth", "width", "num_heads", "num_kv_heads", "vocab_size", "placement", "norm_eps", "rope_theta"):
-        assert getattr(model, name) == getattr(want, name), name
-    assert (model.qk_norm, model.moe.num_experts, model.moe.top_k) == (
-        want.qk_norm,
-        want.moe.num_experts,
-        want.moe.top_k,
-    )
+    names = ("depth", "width", "num_heads", "num_kv_heads", "vocab_size", "placement", "norm_eps", "rope_theta")
+    names += ("qk_norm", "moe.num_experts", "moe.top_k")
+    assert {name: attrgetter(name)(model) for name in names} == {name: attrgetter(name)(want) for name in names}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])

@@ -14,6 +14,7 @@ from small_run import SEQ_LEN, small_config, write_small_run
 
 from spannorm_jax import evaluate as command
 from spannorm_jax import train
+from spannorm_jax.config import DataConfig
 from spannorm_jax.data import bpe
 from spannorm_jax.data.tokenizer import vocab_size
 from spannorm_jax.errors import UserError
@@ -77,7 +78,7 @@ def bpe_lm(tmp_path_factory):
     from spannorm_jax.inference.harness import SpanNormLM
 
     data = {"data__tokenizer": "bpe", "data__bpe_vocab_size": 300}
-    size = vocab_size(small_config(vocab_size=0).data.__class__(tokenizer="bpe", bpe_vocab_size=300))
+    size = vocab_size(DataConfig(tokenizer="bpe", bpe_vocab_size=300))
     source = bpe.train([b"foobar foobar foobar barfoo ab ab ab"] * 20, 300, 0)
     config = small_config(size, **data, data__tokenizer_hash=bpe.load(source, size).hash)
     workdir = write_small_run(tmp_path_factory.mktemp("runs") / "bpe", config)
@@ -138,19 +139,6 @@ def test_rolling_begins_each_document_once_and_is_evaluates_loss(lm):
     assert values[1] == 0
     for value, loss in zip((values[0], values[2]), want, strict=True):
         assert -value == pytest.approx(loss["loss"] * loss["tokens"], rel=CLOSE)
-
-
-def test_a_shape_compiles_once_and_answers_keep_their_order(workdir, caplog):
-    from spannorm_jax.inference.harness import SpanNormLM
-
-    lm, rng = SpanNormLM(str(workdir)), np.random.default_rng(0)
-    pairs = [("a" * int(rng.integers(1, 60)), chr(97 + i % 26) * int(rng.integers(1, 50))) for i in range(40)]
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        together = lm.loglikelihood(asked(*pairs))
-    compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling") and "score" in r.getMessage()]
-    assert len(compiled) == 1  # all lengths are padded to 32
-    alone = [lm.loglikelihood(asked(pair))[0] for pair in pairs]
-    np.testing.assert_allclose([v for v, _ in together], [v for v, _ in alone], rtol=CLOSE)
 
 
 def test_texts_are_made_in_order_until_a_stop_and_a_shape_compiles_once(lm, caplog):

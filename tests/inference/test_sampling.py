@@ -71,17 +71,11 @@ def as_lists(rows):
     return [row.tolist() for row in rows]
 
 
-def test_temperature_zero_is_the_argmax_of_the_full_forward_pass(model, params, greedy):
-    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, SampleOptions(12, temperature=0))) == greedy
-
-
-def test_top_1_is_greedy_at_any_temperature_and_seed(model, params, greedy):
-    options = SampleOptions(12, temperature=5.0, top_k=1, seed=7)
-    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, options)) == greedy
-
-
-def test_a_temperature_near_zero_is_greedy(model, params, greedy):
-    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, SampleOptions(12, temperature=1e-45))) == greedy
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 5.0, "top_k": 1, "seed": 7}, {"temperature": 1e-45}]
+)
+def test_temperature_near_zero_or_top_1_is_the_argmax_of_the_full_forward_pass(model, params, greedy, options):
+    assert as_lists(generate(model, params, {}, BYTES, PROMPTS, SampleOptions(12, **options))) == greedy
 
 
 def test_a_row_ends_at_the_end_of_text_and_the_others_go_on(model, params, greedy):
@@ -144,23 +138,17 @@ def test_frequencies_are_those_of_the_softmax(top_k):
 # ---- text -----------------------------------------------------------------------------------------------
 
 
-def test_a_stream_writes_whole_characters_as_they_come():
-    text = "aé€😀\n"
+# A byte that UTF-8 never has is replaced, and so is a character that is cut short.
+@pytest.mark.parametrize(
+    ("made", "shown"), [("aé€😀\n".encode(), [*"aé€😀\n"]), (b"a\xc0b\xe2\x82", ["a", "\ufffdb", "\ufffd"])]
+)
+def test_a_stream_writes_whole_characters_as_they_come(made, shown):
     pieces = []
     stream = TextStream(BYTES, pieces.append)
-    for byte in text.encode():
+    for byte in made:
         stream.add(np.array([byte]))
     stream.close()
-    assert pieces == list(text)
-
-
-def test_a_stream_replaces_what_is_no_character():
-    pieces = []
-    stream = TextStream(BYTES, pieces.append)
-    for byte in b"a\xc0b\xe2\x82":  # a byte that UTF-8 never has, and a character that is cut short
-        stream.add(np.array([byte]))
-    stream.close()
-    assert "".join(pieces) == "a\ufffdb\ufffd" == b"a\xc0b\xe2\x82".decode(errors="replace")
+    assert pieces == shown
 
 
 def test_an_empty_prompt_begins_a_document():
