@@ -152,9 +152,7 @@ def make_block(cfg: ModelConfig, layer: int, key: Array, causal: bool = True) ->
         return _draw(key, [entry.key for entry in path], own, initial_size(cfg, own))[0]
 
     drawn = jax.tree.map_with_path(draw, define(cfg).weights[STACKS[moe]])
-    params = nnx.state(block, nnx.Param)
-    nnx.replace_by_pure_dict(params, drawn)
-    nnx.update(block, params)
+    nnx.update(block, drawn)
     if cfg.branch_warmup_steps:
         block.warmup_factor[...] = jnp.ones(())
     return block

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -253,7 +253,7 @@ def initial_size(cfg: ModelConfig, spec: "WeightSpec") -> Size:
 # ---- what follows for the branches ----------------------------------------------------------------------
 
 
-def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def predicted_branch_variance(cfg: ModelConfig, specs: Sequence["WeightSpec"]) -> dict[str, np.ndarray]:
     """Output variance of the branches `attn`, `ffn` and `moe` at initialisation, for unit-variance input, (L,).
 
     Attention's is that of the first position, where a token attends to itself alone, and bounds the
@@ -272,13 +272,12 @@ def predicted_branch_variance(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -
     return {branch: np.broadcast_to(v * factors.get(branch, 1.0) ** 2, (cfg.depth,)) for branch, v in variance.items()}
 
 
-def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def predicted_additions(cfg: ModelConfig, specs: Sequence["WeightSpec"]) -> dict[str, np.ndarray]:
     """Variance that each addition of a block brings to the stream at initialisation, by branch, (L,).
 
     A branch that ends in a norm has its gain's square, whatever its weights are. Constants of the
     placement's block (DeepScaleLM's beta) are left out.
     """
-    specs = list(specs)
     placement, variance = placement_of(cfg), predicted_branch_variance(cfg, specs)
     sizes = site_sizes(cfg, specs)
     if "moe" in variance:
@@ -291,16 +290,15 @@ def predicted_additions(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict
     return added
 
 
-def site_sizes(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def site_sizes(cfg: ModelConfig, specs: Sequence["WeightSpec"]) -> dict[str, np.ndarray]:
     """Size of each site's weights, in all layers alike as if every block had them: () or (L,)."""
     layers = tuple(range(cfg.depth))
     alike = (dataclasses.replace(spec, layers=layers) if spec.layers else spec for spec in specs)
     return {spec.site: np.asarray(initial_size(cfg, spec)) for spec in alike}
 
 
-def variance_factors(cfg: ModelConfig, specs: Iterable["WeightSpec"]) -> dict[str, np.ndarray]:
+def variance_factors(cfg: ModelConfig, specs: Sequence["WeightSpec"]) -> dict[str, np.ndarray]:
     """Factor by which each site's matrix multiplies the variance: fan_in x std^2."""
-    specs = list(specs)
     sizes = site_sizes(cfg, specs)
     return {spec.site: spec.fan_in * sizes[spec.site] ** 2 for spec in specs if spec.fan_in}
 
