@@ -74,11 +74,6 @@ class Results:
         return min(self.study.runs["bits_per_byte"].drop_nulls(), default=math.inf)
 
     @property
-    def greatest(self) -> float:
-        """The greatest loss of any run; infinity if one has none."""
-        return max(self.study.runs["bits_per_byte"].fill_null(math.inf), default=math.inf)
-
-    @property
     def placements(self) -> list[str]:
         return list(dict.fromkeys(method.placement for method in self.study.methods))
 

@@ -14,9 +14,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import chdir, closing, contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -46,14 +48,8 @@ MAX_LINE = 1000
 def make_cases(count: int, seed: int) -> list[tuple[str, list[str]]]:
     """`count` pairs of (kind, train's arguments), the kinds in turn."""
     rng = random.Random(seed)
-    kinds = [name for _, name in zip(range(count), _cycle(list(MUTATIONS)), strict=False)]
     base = ["--config", f"{CONFIG}:{','.join(BASE)}", "--workdir", FOLDER]
-    return [(kind, [*base, *MUTATIONS[kind](rng)]) for kind in kinds]
-
-
-def _cycle(items):
-    while True:
-        yield from items
+    return [(kind, [*base, *mutation(rng)]) for kind, mutation in islice(cycle(MUTATIONS.items()), count)]
 
 
 class _TooLong(BaseException):
@@ -79,14 +75,11 @@ def keep_and_find(workdir: Path) -> None:
     state = jax.device_put(TrainState(np.int32(1), {"w": np.ones(2, np.float32)}, {"m": np.ones(2, np.float32)}, {}))
     with open_run(workdir, Config()):
         for config in (CheckpointConfig(), None):  # a trainer's, a reader's
-            checkpoints = Checkpoints(workdir / CHECKPOINTS, config)
-            try:
+            with closing(Checkpoints(workdir / CHECKPOINTS, config)) as checkpoints:
                 if config:
                     checkpoints.save(1, state, {})
                 else:
                     checkpoints.find(1)
-            finally:
-                checkpoints.close()
 
 
 def start(argv: list[str]) -> None:
@@ -135,24 +128,19 @@ def attempt(argv: list[str], limit_s: float = LIMIT_S) -> tuple[str, str]:
 def campaign(count: int, seed: int, show: Callable[[str], Any] = print) -> list[dict[str, Any]]:
     """Runs the cases in a folder of their own; token stores that they make do not outlive it."""
     made, began = [], time.monotonic()
-    here, cache = os.getcwd(), os.environ.get("XDG_CACHE_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # odd values of data.data_dir are folders here
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-        try:
-            for number, (kind, argv) in enumerate(make_cases(count, seed), 1):
-                outcome, seen = attempt(argv)
-                shown = [ascii(a)[1:-1][:120] for a in argv[4:]]
-                made.append({"kind": kind, "arguments": shown, "outcome": outcome, "seen": ascii(seen)[1:-1]})
-                if outcome == "hole":
-                    show(f"HOLE {kind}: {shown}: {seen}")
-                if number % 50 == 0:
-                    show(f"{number}/{count} cases, {time.monotonic() - began:.0f} s")
-        finally:
-            os.chdir(here)
-            os.environ.pop("XDG_CACHE_HOME")
-            if cache is not None:
-                os.environ["XDG_CACHE_HOME"] = cache
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, XDG_CACHE_HOME=f"{folder}/cache"),
+        chdir(folder),  # odd values of data.data_dir are folders here
+    ):
+        for number, (kind, argv) in enumerate(make_cases(count, seed), 1):
+            outcome, seen = attempt(argv)
+            shown = [ascii(a)[1:-1][:120] for a in argv[4:]]
+            made.append({"kind": kind, "arguments": shown, "outcome": outcome, "seen": ascii(seen)[1:-1]})
+            if outcome == "hole":
+                show(f"HOLE {kind}: {shown}: {seen}")
+            if number % 50 == 0:
+                show(f"{number}/{count} cases, {time.monotonic() - began:.0f} s")
     return made
 
 

@@ -8,103 +8,23 @@ from spannorm_jax.config import Config, flatten
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "dense.py")
 DEFAULTS = {key: value for key, value in flatten(Config()).items() if key != "platform"}
-HUGE = (
-    "2147483647",
-    "2147483646",
-    "2147483648",
-    "1000000007",
-    "99999999999999999999",
-    "9" * 5000,
-    "1e38",
-    "1e39",
-    "1e308",
-)
-HUGE += ("1e309", "-1e308", "1e-38", "1e-46", "1e-320", "0.99999999999999", "-99999999999999999999")
-NUMBERS = (
-    "0",
-    "-0",
-    "1",
-    "2",
-    "3",
-    "7",
-    "64",
-    "-1",
-    "-2",
-    "0.5",
-    "1.0",
-    "1.5",
-    "-0.1",
-    "nan",
-    "inf",
-    "-inf",
-    "1_000",
-    "0x10",
-    "1e3",
-)
-WORDS = (
-    "",
-    " ",
-    "none",
-    "None",
-    "true",
-    "False",
-    "yes",
-    "[]",
-    "[1,2]",
-    "()",
-    "{}",
-    "a,b",
-    ",",
-    "=",
-    "..",
-    "null",
-    "ffn_out,,attn_out",
-)
-UNICODE = (
-    "é",
-    "12",
-    "①",
-    "−1",
-    "２",
-    "☃",
-    "\u202e",
-    "\x00",
-    "\ud800",
-    "a\nb",
-    "\t",
-    "\x1b[31m",
-    "𝟛",
-    "ｔｒｕｅ",
-    "Ｓpan",
-    "x" * 5000,
-)
-NAMES = (
-    "pre",
-    "post",
-    "span",
-    "plain",
-    "gpt2",
-    "scale",
-    "gelu",
-    "layernorm",
-    "bfloat16",
-    "block",
-    "dots",
-    "xla",
-    "train[:10%]",
-)
+HUGE = ("2147483647", "2147483646", "2147483648", "1000000007", "99999999999999999999", "9" * 5000, "1e38", "1e39")
+HUGE += ("1e308", "1e309", "-1e308", "1e-38", "1e-46", "1e-320", "0.99999999999999", "-99999999999999999999")
+NUMBERS = ("0", "-0", "1", "2", "3", "7", "64", "-1", "-2", "0.5", "1.0", "1.5", "-0.1", "nan", "inf", "-inf")
+NUMBERS += ("1_000", "0x10", "1e3")
+WORDS = ("", " ", "none", "None", "true", "False", "yes", "[]", "[1,2]", "()", "{}", "a,b", ",", "=", "..", "null")
+WORDS += ("ffn_out,,attn_out",)
+UNICODE = ("é", "12", "①", "−1", "２", "☃", "\u202e", "\x00", "\ud800", "a\nb", "\t", "\x1b[31m", "𝟛", "ｔｒｕｅ")
+UNICODE += ("Ｓpan", "x" * 5000)
+NAMES = ("pre", "post", "span", "plain", "gpt2", "scale", "gelu", "layernorm", "bfloat16", "block", "dots", "xla")
+NAMES += ("train[:10%]",)
 
 
 def misspelt(rng: random.Random, word: str) -> str:
     i = rng.randrange(len(word))
     letter = rng.choice("abcxyz_.-0É ")
-    made = (
-        word[:i] + word[i + 1 :],
-        word[:i] + letter + word[i:],
-        word[:i] + word[i] + word[i:],
-        word[:i] + letter + word[i + 1 :],
-    )
-    made += (word.upper(), word[: i + 1], word + "." + word, "config." + word)
+    made = (word[:i] + word[i + 1 :], word[:i] + letter + word[i:], word[:i] + word[i] + word[i:])
+    made += (word[:i] + letter + word[i + 1 :], word.upper(), word[: i + 1], word + "." + word, "config." + word)
     return rng.choice([other for other in made if other != word])  # a letter may have replaced itself
 
 
@@ -136,24 +56,10 @@ def _unicode(rng):
 
 
 def _contradictory(rng):
-    sizes = (
-        "model.width",
-        "model.num_heads",
-        "model.num_kv_heads",
-        "model.depth",
-        "execution.scan_unroll",
-        "model.ffn_dim",
-    )
-    sizes += (
-        "training.batch_size",
-        "training.num_microbatches",
-        "data.seq_len",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.expert",
-        "mesh.tensor",
-    )
-    sizes += ("model.vocab_size", "eval.batch_size", "optim.warmup_fraction", "training.steps")
+    sizes = ("model.width", "model.num_heads", "model.num_kv_heads", "model.depth", "execution.scan_unroll")
+    sizes += ("model.ffn_dim", "training.batch_size", "training.num_microbatches", "data.seq_len", "mesh.data")
+    sizes += ("mesh.fsdp", "mesh.expert", "mesh.tensor", "model.vocab_size", "eval.batch_size")
+    sizes += ("optim.warmup_fraction", "training.steps")
     values = ("-1", "0", "1", "2", "3", "5", "6", "8", "30", "48", "64", "97", "255", "257", "65536", "1048576")
     return [override(rng, values, key) for key in rng.sample(sizes, rng.randint(2, 5))]
 
@@ -177,28 +83,11 @@ def _spaces(rng):
 
 def _shape_of_argument(rng):
     key = rng.choice(list(DEFAULTS))
-    odd = [
-        [f"--config.{key}"],
-        [f"--config.{key}", "--config.seed=1"],
-        ["--config."],
-        ["--config.="],
-        [f"-config.{key}=1"],
-    ]
-    odd += [
-        [f"--{key}=1"],
-        [f"--confg.{key}=1"],
-        ["--config..=1"],
-        [f"--config.{key.split('.')[0]}=1"],
-        [f"--config.{key}.x=1"],
-    ]
-    odd += [
-        ["--config", ""],
-        ["--config", "configs"],
-        ["--config", "/dev/null"],
-        ["--config", "\x00.py"],
-        ["stray"],
-        ["--workdri", "x"],
-    ]
+    group = key.split(".")[0]
+    odd = [[f"--config.{key}"], [f"--config.{key}", "--config.seed=1"], ["--config."], ["--config.="]]
+    odd += [[f"-config.{key}=1"], [f"--{key}=1"], [f"--confg.{key}=1"], ["--config..=1"], [f"--config.{group}=1"]]
+    odd += [[f"--config.{key}.x=1"], ["--config", ""], ["--config", "configs"], ["--config", "/dev/null"]]
+    odd += [["--config", "\x00.py"], ["stray"], ["--workdri", "x"]]
     odd += [["--config", "x" * 5000], ["--config", CONFIG + "::"], ["--workdir"], ["--config", CONFIG + ":tiny:tiny"]]
     return rng.choice(odd)
 
@@ -206,9 +95,8 @@ def _shape_of_argument(rng):
 def _config_argument(rng):
     name = rng.choice(("depth", "width", "placement", "init", "preset"))
     value = rng.choice(HUGE + NUMBERS + WORDS + UNICODE + NAMES + ("tiny", "350m", "1b"))
-    item = rng.choice(
-        [f"{name}={value}", f"{misspelt(rng, name)}={value}", value, f"{name}", f"{name}={value},{name}={value}"]
-    )
+    items = [f"{name}={value}", f"{misspelt(rng, name)}={value}", value, f"{name}", f"{name}={value},{name}={value}"]
+    item = rng.choice(items)
     return ["--config", f"{CONFIG}:{item}"]
 
 
@@ -225,20 +113,12 @@ def _data_folder(rng):
 
 
 def _legal(rng):
-    choices = [
-        "--config.model.depth=4",
-        "--config.model.width=64",
-        "--config.model.qk_norm=true",
-        "--config.model.ffn=gelu",
-    ]
-    choices += ["--config.model.norm=layernorm", "--config.model.tied_head=true", "--config.optim.clip_norm=0"]
-    choices += ["--config.optim.name=lion"]
-    choices += ["--config.training.batch_size=16", "--config.execution.remat=block", "--config.model.dtype=bfloat16"]
-    choices += [
-        "--config.model.init_targets=ffn_out,attn_out",
-        "--config.data.seq_len=77",
-        "--config.training.z_loss=1e-4",
-    ]
+    choices = ["--config.model.depth=4", "--config.model.width=64", "--config.model.qk_norm=true"]
+    choices += ["--config.model.ffn=gelu", "--config.model.norm=layernorm", "--config.model.tied_head=true"]
+    choices += ["--config.optim.clip_norm=0", "--config.optim.name=lion", "--config.training.batch_size=16"]
+    choices += ["--config.execution.remat=block", "--config.model.dtype=bfloat16"]
+    choices += ["--config.model.init_targets=ffn_out,attn_out", "--config.data.seq_len=77"]
+    choices += ["--config.training.z_loss=1e-4"]
     return rng.sample(choices, rng.randint(1, 5))
 
 
