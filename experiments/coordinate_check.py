@@ -44,6 +44,7 @@ from spannorm_jax.model.parametrisation import PARAMETRISATIONS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
 from spannorm_jax.paths import user_path
+from spannorm_jax.report.tables import markdown
 from spannorm_jax.resolution import fill_sizes
 from spannorm_jax.training.numbers import numbers_of, on_devices
 from spannorm_jax.training.step import make_program
@@ -144,11 +145,8 @@ def slopes(sizes: Sequence[int], found: Sequence[Sequence[Sizes]], name: str, up
 
 def table(results: list[dict[str, Any]], bound: float) -> tuple[list[str], int]:
     """Lines of Markdown, one a slope after the last update, and how many of those that are promised are beyond."""
-    lines = [
-        "| axis | parametrisation | of | slope (mean ± sd of seeds) | promised |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    failed = 0
+    heads = ("axis", "parametrisation", "of", "slope (mean ± sd of seeds)", "promised")
+    lines, failed = [], 0
     for result in results:
         for name, by_update in result["slopes"].items():
             last = by_update[-1]
@@ -159,9 +157,8 @@ def table(results: list[dict[str, Any]], bound: float) -> tuple[list[str], int]:
             beyond = result["promised"] and not least <= mean <= bound
             failed += beyond
             promise = "no" if not result["promised"] else f"broken (bound {bound})" if beyond else "kept"
-            row = (result["axis"], result["parametrisation"], name, f"{mean:+.3f} ± {spread:.3f}", promise)
-            lines.append(f"| {' | '.join(row)} |")
-    return lines, failed
+            lines.append([result["axis"], result["parametrisation"], name, f"{mean:+.3f} ± {spread:.3f}", promise])
+    return markdown([(head, False) for head in heads], lines).splitlines(), failed
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:

@@ -216,17 +216,16 @@ def activations_table(records: list[dict[str, Any]], key: str, block: int, form:
 def widths_table(records: list[dict[str, Any]], key: str, block: int) -> str:
     """A line a collapsing model, a column a width: measured over predicted, geometric mean and range over seeds."""
     values = Values(records, key, block)
-    lines = []
-    for placement, ffn in COLLAPSING:
-        cells = []
-        for width in WIDTHS:
-            ratios = values.ratios(Case(placement, "plain", 64, ffn, width))
-            cells.append(_spread(ratios) if ratios else "–")
-        lines.append([f"`{placement}`", ffn, *cells])
+    lines = [
+        [f"`{placement}`", ffn, *(_spread(values.ratios(Case(placement, "plain", 64, ffn, width))) for width in WIDTHS)]
+        for placement, ffn in COLLAPSING
+    ]
     return _table(["placement", "ffn", *(f"width {width}" for width in WIDTHS)], lines)
 
 
 def _spread(ratios: list[float]) -> str:
+    if not ratios:
+        return "–"
     mean = statistics.geometric_mean(ratios)
     return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})"
 

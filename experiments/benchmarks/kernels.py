@@ -14,14 +14,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.timing import median_ratio, step_times, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks import timing
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.model import layers
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 
 PLAIN = {
     "linear": lambda x, w: jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ()))),
@@ -31,12 +30,7 @@ PLAIN = {
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.kernels", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=10, help="times that each variant is measured, in turn")
-    parser.add_argument("--steps", type=int, default=2, help="steps a round")
-    args = parser.parse_args(rest)
+    args = timing.benchmark_parser("kernels", __doc__, rounds=10, steps=2).parse_args(rest)
     config = load(args.config, overrides)
     start_jax(config.platform)
     data, config = open_data(config)
@@ -46,15 +40,14 @@ def main(argv: list[str]) -> int:
     if config.model.ffn == "gelu":
         variants["gelu"] = with_all
     variants["none"] = with_xla
-    record = step_times(variants, train_loader(config, data), args.rounds, args.steps, while_traced=_without)
+    loader = timing.train_loader(config, data)
+    record = timing.step_times(variants, loader, args.rounds, args.steps, while_traced=_without)
     for name, got in record.items():
-        got["times_as_long"] = median_ratio(got["step_times_s"], record["all"]["step_times_s"])
+        got["times_as_long"] = timing.median_ratio(got["step_times_s"], record["all"]["step_times_s"])
         words = {"all": "with all of them", "none": "without any"}.get(name, f"without {name}")
-        ratio, interval = got["times_as_long"], ""
-        if ratio["low"]:
-            interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        print(f"{words:<26}{got['step_s'] * 1e3:>9.1f} ms   {ratio['median']:.2f}{interval} times as long")
-    write_record(args.json, "experiments.benchmarks.kernels", argv, data, config, {"variants": record})
+        ratio = timing.ratio_text(got["times_as_long"], ".2f")
+        print(f"{words:<26}{got['step_s'] * 1e3:>9.1f} ms   {ratio} times as long")
+    timing.write_record(args.json, "experiments.benchmarks.kernels", argv, data, config, {"variants": record})
     return 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmarks.timing import median_ratio, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks.timing import benchmark_parser, median_ratio, ratio_text, train_loader, write_record
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
@@ -21,7 +21,6 @@ from spannorm_jax.data.open import open_data
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 from spannorm_jax.training.lanes import LaneProgram, stacked_numbers
 from spannorm_jax.training.numbers import numbers_of, on_devices
 from spannorm_jax.training.program_key import check_lanes
@@ -61,12 +60,9 @@ class Timed:
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.lanes", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
+    steps_are = "steps of K lanes a round, against as many of K runs"
+    parser = benchmark_parser("lanes", __doc__, rounds=10, steps=1, steps_are=steps_are)
     parser.add_argument("--lanes", default="1,2,4,8", help="numbers of lanes, with commas between")
-    parser.add_argument("--rounds", type=int, default=10, help="times that each is measured, in turn")
-    parser.add_argument("--steps", type=int, default=1, help="steps of K lanes a round, against as many of K runs")
     args = parser.parse_args(rest)
     if not all(text.isdecimal() and int(text) for text in args.lanes.split(",")):
         parser.error(f"--lanes {args.lanes!r} must be numbers from 1 on, with commas between")
@@ -82,17 +78,14 @@ def main(argv: list[str]) -> int:
         together = Timed(config, loader, lanes)
         times: dict[str, list[float]] = {"alone": [], "together": []}
         for counted in (False, *[True] * args.rounds):
-            for name, seconds in (
-                ("alone", alone.seconds(lanes * args.steps)),
-                ("together", together.seconds(args.steps)),
-            ):
-                if counted:  # the first round fills caches and the allocator
-                    times[name].append(seconds)
+            seconds = {"alone": alone.seconds(lanes * args.steps), "together": together.seconds(args.steps)}
+            if counted:  # the first round fills caches and the allocator
+                for name, measured in times.items():
+                    measured.append(seconds[name])
         gain = median_ratio(times["alone"], times["together"])
         record["lanes"][str(lanes)] = times | {"compile_s": together.compile_s, "gain": gain}
-        interval = f" ({gain['low']:.2f} to {gain['high']:.2f})" if gain["low"] else ""
         print(
-            f"{lanes:>3} lanes: {gain['median']:.2f}{interval} times as many steps a second; "
+            f"{lanes:>3} lanes: {ratio_text(gain, '.2f')} times as many steps a second; "
             f"compiled in {together.compile_s:.1f} s, a single run in {alone.compile_s:.1f} s",
             flush=True,
         )

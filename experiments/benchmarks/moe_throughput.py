@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 
-from experiments.benchmarks.timing import matmul_peak, median_ratio, step_times, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks import timing
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, replace, rules
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.model.moe.grouped_matmul import grouped_matmul_for
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 from spannorm_jax.validation import validate
 
 CHOICES = rules()["execution.grouped_matmul"].choices
@@ -28,31 +27,27 @@ CHOICES = rules()["execution.grouped_matmul"].choices
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.moe_throughput", description=__doc__)
-    parser.add_argument("--config", required=True, help="of the dense model: FILE.py or FILE.py:arg, see configs/")
+    parser = timing.benchmark_parser("moe_throughput", __doc__, rounds=5, steps=5, config_is="of the dense model: ")
     parser.add_argument("--experts", default="8,32", help="numbers of experts, with commas between")
     parser.add_argument("--top_k", type=int, default=2, help="experts that a token goes to")
     parser.add_argument("--grouped_matmul", default="auto", help=f"of {', '.join(CHOICES)}, with commas between")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each model is measured, in turn")
-    parser.add_argument("--steps", type=int, default=5, help="steps a round")
     args = parser.parse_args(rest)
     config = load(args.config, overrides)
     start_jax(config.platform)
     data, config = open_data(config)
     variants = models(config, args.experts.split(","), args.top_k, args.grouped_matmul.split(","))
     record = {
-        "peak_flops_per_s": matmul_peak(config.model.dtype) * jax.device_count(),
+        "peak_flops_per_s": timing.matmul_peak(config.model.dtype) * jax.device_count(),
         "tokens_per_step": config.training.batch_size * config.data.seq_len,
-        "models": step_times(variants, train_loader(config, data), args.rounds, args.steps),
+        "models": timing.step_times(variants, timing.train_loader(config, data), args.rounds, args.steps),
     }
     dense = record["models"]["dense"]
     for got in record["models"].values():
         flops = got["model_flops_per_s"] * got["step_s"] / (dense["model_flops_per_s"] * dense["step_s"])
-        got["rate_over_dense"] = flops * median_ratio(dense["step_times_s"], got["step_times_s"])["median"]
+        got["rate_over_dense"] = flops * timing.median_ratio(dense["step_times_s"], got["step_times_s"])["median"]
         got["peak_share_active_flops"] = got["model_flops_per_s"] / record["peak_flops_per_s"]
     print_table(record)
-    write_record(args.json, "experiments.benchmarks.moe_throughput", argv, data, config, record)
+    timing.write_record(args.json, "experiments.benchmarks.moe_throughput", argv, data, config, record)
     return 0
 
 

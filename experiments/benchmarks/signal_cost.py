@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from experiments.benchmarks.timing import median_ratio, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks.timing import benchmark_parser, median_ratio, train_loader, write_record
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
@@ -24,7 +24,6 @@ from spannorm_jax.data.open import open_data
 from spannorm_jax.model.definition import define
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 from spannorm_jax.training.numbers import numbers_of, on_devices
 from spannorm_jax.training.step import make_program, train_step
 from spannorm_jax.training.tasks.text import TEXT
@@ -34,12 +33,7 @@ CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.signal_cost", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=8, help="times that each is measured, in turn")
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
-    args = parser.parse_args(rest)
+    args = benchmark_parser("signal_cost", __doc__, rounds=8, steps=3).parse_args(rest)
     config = load(args.config, overrides)
     start_jax(config.platform)
     data, config = open_data(config)

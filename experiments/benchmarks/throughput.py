@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.timing import matmul_peak, median_ratio, seconds, step_times, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks import timing
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, replace
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.loader import TrainLoader
@@ -32,7 +32,6 @@ from spannorm_jax.model.layers import Norm
 from spannorm_jax.model.placement import PLACEMENTS
 from spannorm_jax.parallel.mesh import make_mesh
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 from spannorm_jax.run.state import TrainState
 from spannorm_jax.training.numbers import Numbers, numbers_of, on_devices
 from spannorm_jax.training.optimizer import make_optimizer
@@ -43,11 +42,7 @@ MAIN = "pre,post,span"
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.throughput", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each placement is measured, in turn")
-    parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser = timing.benchmark_parser("throughput", __doc__, rounds=5, steps=5)
     parser.add_argument("--placements", default=MAIN, help=f"beside pre, or all (default {MAIN})")
     parser.add_argument(
         "--only_steps", action="store_true", help="neither parts of a step, nor a warm start, nor other depths"
@@ -68,11 +63,11 @@ def main(argv: list[str]) -> int:
     record = measure(config, data, names, args.rounds, args.steps)
     if not args.only_steps:
         with jax.set_mesh(make_mesh(config.mesh)):
-            more["time_split_s"] = time_split(config, train_loader(config, data))
+            more["time_split_s"] = time_split(config, timing.train_loader(config, data))
         more["compile_s_by_depth"] = compile_by_depth(config)
     record |= more
     print_table(record)
-    write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
+    timing.write_record(args.json, "experiments.benchmarks.throughput", argv, data, config, record)
     return 0
 
 
@@ -119,11 +114,11 @@ def variants(config: Config, names: Sequence[str]) -> dict[str, Config]:
 
 def measure(config: Config, data: OpenData, names: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
     """One record: `peak_flops_per_s`, `tokens_per_step` and `placements`, a dict of numbers for each."""
-    loader = train_loader(config, data)
-    peak = matmul_peak(config.model.dtype) * jax.device_count()
-    placements = step_times(variants(config, names), loader, rounds, steps)
+    loader = timing.train_loader(config, data)
+    peak = timing.matmul_peak(config.model.dtype) * jax.device_count()
+    placements = timing.step_times(variants(config, names), loader, rounds, steps)
     for got in placements.values():
-        ratio = median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
+        ratio = timing.median_ratio(got["step_times_s"], placements["pre"]["step_times_s"])
         got |= {
             "peak_share_6N": 6 * got["num_params"] * got["tokens_per_s"] / peak,
             "peak_share_model_flops": got["model_flops_per_s"] / peak,
@@ -158,7 +153,7 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
             return jnp.sum(fn(*xs).astype(jnp.float32))
 
         grad = jax.jit(jax.grad(scalar, argnums=tuple(range(len(inputs)))))
-        return seconds(lambda: grad(*inputs))
+        return timing.seconds(lambda: grad(*inputs))
 
     x = normal(B * T, D)
     parts = 2 if m.ffn == "swiglu" else 1
@@ -184,7 +179,7 @@ def time_split(config: Config, loader: TrainLoader) -> dict[str, float]:
         "matmuls": microbatches * matmuls,
         "attention": microbatches * m.depth * forward_backward(attend, q, k, v),
         "norms": microbatches * 2 * m.depth * forward_backward(norm, normal(B, T, D)),
-        "optimizer": seconds(lambda: update(state, numbers)),
+        "optimizer": timing.seconds(lambda: update(state, numbers)),
         "input": _input_seconds(loader),
     }
 

@@ -13,16 +13,30 @@ import jax
 import jax.numpy as jnp
 from scipy.stats import quantile_test
 
+from experiments.record import save_record
+from spannorm_jax.command import Parser
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.data.loader import TrainLoader
 from spannorm_jax.data.open import OpenData
-from spannorm_jax.durable import write_json
 from spannorm_jax.model.definition import ModelDef, count_params, define, flops_per_token
 from spannorm_jax.parallel.mesh import check_divisible, make_mesh
+from spannorm_jax.paths import user_path
 from spannorm_jax.run.provenance import start_record
 from spannorm_jax.training.numbers import numbers_of, on_devices
 from spannorm_jax.training.step import make_program
 from spannorm_jax.training.tasks.text import TEXT, loss_sums
+
+
+def benchmark_parser(
+    name: str, description: str | None, rounds: int, steps: int, config_is: str = "", steps_are: str = "steps a round"
+) -> Parser:
+    """The options that all benchmarks of the train step have, with the defaults of one of them."""
+    parser = Parser(prog=f"python -m experiments.benchmarks.{name}", description=description)
+    parser.add_argument("--config", required=True, help=f"{config_is}FILE.py or FILE.py:arg, see configs/")
+    parser.add_argument("--json", type=user_path, help="where the record goes")
+    parser.add_argument("--rounds", type=int, default=rounds, help="times that each is measured, in turn")
+    parser.add_argument("--steps", type=int, default=steps, help=steps_are)
+    return parser
 
 
 def write_record(
@@ -31,8 +45,7 @@ def write_record(
     """Writes a record with what made it, if it was asked for."""
     if path:
         start = start_record(module, argv, TEXT.facts(data), {"config": to_dict(config)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, start | record)
+        save_record(path, start | record)
 
 
 def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
@@ -68,6 +81,12 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, A
         interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
         found |= {"low": float(interval.low), "high": float(interval.high)}
     return found
+
+
+def ratio_text(ratio: dict[str, Any], form: str) -> str:
+    """A ratio of `median_ratio` with its interval, where it has one."""
+    interval = f" ({ratio['low']:{form}} to {ratio['high']:{form}})" if ratio["low"] else ""
+    return f"{ratio['median']:{form}}{interval}"
 
 
 def train_loader(config: Config, data: OpenData) -> TrainLoader:

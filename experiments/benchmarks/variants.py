@@ -7,14 +7,13 @@ Prints a table and writes the record.
 
 import jax
 
-from experiments.benchmarks.timing import median_ratio, step_times, train_loader, write_record
-from spannorm_jax.command import Parser, run_command
+from experiments.benchmarks import timing
+from spannorm_jax.command import run_command
 from spannorm_jax.config import Config
 from spannorm_jax.config_file import load, split_overrides
 from spannorm_jax.data.open import open_data
 from spannorm_jax.errors import UserError
 from spannorm_jax.parallel.platform import start_jax
-from spannorm_jax.paths import user_path
 
 
 def variants(config: str, option: str, overrides: list[tuple[str, str]]) -> dict[str, Config]:
@@ -27,12 +26,8 @@ def variants(config: str, option: str, overrides: list[tuple[str, str]]) -> dict
 
 def main(argv: list[str]) -> int:
     rest, overrides = split_overrides(argv)
-    parser = Parser(prog="python -m experiments.benchmarks.variants", description=__doc__)
-    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg, see configs/")
+    parser = timing.benchmark_parser("variants", __doc__, rounds=10, steps=5)
     parser.add_argument("--option", required=True, metavar="KEY=A,B", help="an option and the values to compare")
-    parser.add_argument("--json", type=user_path, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=10, help="times that each is measured, in turn")
-    parser.add_argument("--steps", type=int, default=5, help="steps a round")
     args = parser.parse_args(rest)
     configs = variants(args.config, args.option, overrides)
     first = next(iter(configs))
@@ -41,13 +36,13 @@ def main(argv: list[str]) -> int:
     opened = {value: open_data(config) for value, config in configs.items()}
     data, config = opened[first]
     resolved = {value: config for value, (_, config) in opened.items()}
-    record = step_times(resolved, train_loader(config, data), args.rounds, args.steps)
+    record = timing.step_times(resolved, timing.train_loader(config, data), args.rounds, args.steps)
     for value, got in record.items():
-        got["times_as_long"] = ratio = median_ratio(got["step_times_s"], record[first]["step_times_s"])
-        interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio["low"] else ""
-        print(f"{value:<12}{got['step_s'] * 1e3:>9.1f} ms   {ratio['median']:.3f}{interval} times as long")
+        got["times_as_long"] = timing.median_ratio(got["step_times_s"], record[first]["step_times_s"])
+        ratio = timing.ratio_text(got["times_as_long"], ".3f")
+        print(f"{value:<12}{got['step_s'] * 1e3:>9.1f} ms   {ratio} times as long")
     measured = {"option": args.option, "variants": record}
-    write_record(args.json, "experiments.benchmarks.variants", argv, data, config, measured)
+    timing.write_record(args.json, "experiments.benchmarks.variants", argv, data, config, measured)
     return 0
 
 

@@ -2,10 +2,8 @@
 run, evaluations that cannot be recorded, and runs that diverged."""
 
 import json
-import resource
 import shutil
 import signal
-from pathlib import Path
 
 from experiments.campaigns.fault_runs import ROOT, STEPS, TINY, Campaign, ended, metrics, refused, until
 
@@ -20,25 +18,24 @@ DIVERGES = (
 
 def removed_folder(c: Campaign) -> None:
     for when, every in (("before its end", 0), ("between saves", 4), ("while it saves", 1)):
-        for way in (shutil.rmtree, Path.unlink, Path.rename):
-            what = {shutil.rmtree: "removed", Path.unlink: "without its LOCK", Path.rename: "moved away"}[way]
+        for what in ("removed", "without its LOCK", "moved away"):
             workdir = c.folder / f"{what} {when}"
             more = (f"--config.checkpoint.every_steps={every}", "--config.training.steps=400")
             process = c.start(c.command("train", *TINY, *more, "--workdir", workdir))
             until(process, "step 5/")
             process.send_signal(signal.SIGSTOP)  # `rm -r` fails where a save puts a file into a folder meanwhile
-            if way is Path.unlink:
+            if what == "without its LOCK":
                 (workdir / "LOCK").unlink()
-            elif way is Path.rename:
+            elif what == "moved away":
                 workdir.rename(f"{workdir} to here")
             else:
                 shutil.rmtree(workdir)
             process.send_signal(signal.SIGCONT)
             code, out = ended(process)
             said = refused(code, out, workdir, "was removed or replaced", noisy=True)
-            left = workdir.exists() == (way is Path.unlink) and not (workdir / "DONE").exists()
+            left = workdir.exists() == (what == "without its LOCK") and not (workdir / "DONE").exists()
             c.check(f"a folder {what} {when}", "one line, exit code 2; nothing is made anew", said and left, out)
-            if way is shutil.rmtree:
+            if what == "removed":
                 c.check_finishes(f"a folder {what} {when}, and the same command again", workdir)
 
 
@@ -47,10 +44,8 @@ def other_checkpoints(c: Campaign) -> None:
     code, out = c.train(other, "--config.seed=1")
     assert code == 0, out
     newest = f"checkpoints/{STEPS}"
-    for case, name, says in (
-        ("renamed", STEPS + 1, f"of step {STEPS} under another name"),
-        ("foreign", STEPS, "seed=1"),
-    ):
+    kinds = (("renamed", STEPS + 1, f"of step {STEPS} under another name"), ("foreign", STEPS, "seed=1"))
+    for case, name, says in kinds:
         workdir = c.copy(f"a {case} checkpoint")
         if case == "renamed":
             (workdir / newest).rename(workdir / "checkpoints" / str(name))
@@ -62,9 +57,8 @@ def other_checkpoints(c: Campaign) -> None:
             ok = code == 0 and says in out and f"step {STEPS - 2}" in out
             c.check(f"{module} beside a {case} checkpoint", f"says so, takes step {STEPS - 2}", ok, out)
             code, out = c.run(c.command(module, "--workdir", workdir, f"--step={name}"))
-            c.check(
-                f"{module} --step of a {case} checkpoint", "refused, the reason named", refused(code, out, says), out
-            )
+            ok = refused(code, out, says)
+            c.check(f"{module} --step of a {case} checkpoint", "refused, the reason named", ok, out)
         code, out = c.train(workdir)
         ok = code == 0 and says in out and f"continuing after step {STEPS - 2}" in out
         ok = ok and metrics(workdir) == c.expected and (workdir / "damaged" / str(name)).is_dir()
@@ -72,13 +66,10 @@ def other_checkpoints(c: Campaign) -> None:
 
 
 def unrecorded(c: Campaign) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
     workdir = c.copy("nothing may be written", done=True)
     c.evaluate(workdir, "--out=none")  # so that its program is compiled
     command = c.command("evaluate", "--workdir", workdir, "--json")
-    code, out = c.run(command, preexec_fn=limit)
+    code, out = c.run(command, largest_file=0)
     ok = refused(code, out, "not recorded", "eval.jsonl", noisy=True) and f'"step": {STEPS}' in out
     ok = ok and not (workdir / "eval.jsonl").exists()
     c.check("evaluation with a size limit of 0", "the result, one line, exit code 2; no empty file", ok, out)
@@ -90,9 +81,8 @@ def diverged(c: Campaign) -> None:
         code, out = c.train(workdir, *DIVERGES, f"--config.checkpoint.keep_last={keep}")
         mark = json.loads((workdir / "DIVERGED").read_text(encoding="utf-8"))
         good = mark["last_good_checkpoint"]
-        c.check(
-            f"a run that diverges, keep_last={keep}", "exit code 3, a good checkpoint", code == 3 and bool(good), out
-        )
+        ok = code == 3 and bool(good)
+        c.check(f"a run that diverges, keep_last={keep}", "exit code 3, a good checkpoint", ok, out)
         code, out = c.evaluate(workdir)
         ok = code == 0 and f"step {good}, its last good checkpoint" in out and f'"step": {good},' in out
         c.check(f"evaluate it, keep_last={keep}", "takes the last good checkpoint and says so", ok, out)

@@ -1,8 +1,9 @@
 """What a fault campaign works with: an unbroken run to compare with, processes that may not hang, damage to files."""
 
-import json
+import functools
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from experiments.record import read_records
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -47,7 +50,6 @@ class Campaign:
         self.env.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
         self.env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.unbroken = folder / "unbroken"
-        began = time.monotonic()
         code, out = self.train(self.unbroken)
         assert code == 0, out
         began, (code, out) = time.monotonic(), self.train(folder / "again")
@@ -59,7 +61,11 @@ class Campaign:
     def command(self, module: str, *argv: object) -> list[str]:
         return [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)]
 
-    def start(self, command: list[str], **more: Any) -> subprocess.Popen:
+    def start(self, command: list[str], largest_file: int | None = None, **more: Any) -> subprocess.Popen:
+        """`largest_file`: bytes beyond which no file grows. Python ignores SIGXFSZ, so that a longer write fails."""
+        if largest_file is not None:
+            limits = (largest_file, largest_file)
+            more["preexec_fn"] = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
         usual = {"env": self.env, "cwd": self.folder, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", **usual | more)
 
@@ -130,7 +136,7 @@ def until(process: subprocess.Popen, text: str) -> str:
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the machine and the moment."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_records(workdir / "metrics.jsonl")
     return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, ended, filling, metrics, refused, until
+from experiments.record import read_records
 
 NAMES = ("seed[0]", "team [ml]/run", "[!a]", "a*", "a?", "{a,b}", "$HOME", "a b", " lead", "a%20b", "a#b", "a:b")
 NAMES += ("a'b", 'a"b', "-dash", "é", "e\u0301", "日本", "\U0001f9ea", "line\nend", "tab\tx", "esc\x1b[31m")
@@ -57,9 +58,8 @@ def folder_names(c: Campaign) -> None:
         base = c.folder / f"refused{number}"
         base.mkdir()
         code, out = c.run(c.command("train", *TINY, f"--workdir={name}"), cwd=base)
-        c.check(
-            f"a run in {ascii(name)[:40]}", "refused, nothing made", refused(code, out) and not any(base.iterdir()), out
-        )
+        ok = refused(code, out) and not any(base.iterdir())
+        c.check(f"a run in {ascii(name)[:40]}", "refused, nothing made", ok, out)
 
 
 def locales(c: Campaign) -> None:
@@ -82,10 +82,7 @@ def outputs(c: Campaign) -> None:
         done = (workdir / "DONE").exists() and metrics(workdir) == c.expected
         c.check(f"train {redirection}", "the run ends as unbroken", done)
         c.run([*shell, *c.command("evaluate", "--workdir", workdir)])
-        recorded = (workdir / "eval.jsonl").exists() and len(
-            (workdir / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-        ) == 1
-        c.check(f"evaluate {redirection}", "one line in eval.jsonl", recorded)
+        c.check(f"evaluate {redirection}", "one line in eval.jsonl", len(read_records(workdir / "eval.jsonl")) == 1)
     workdir = c.folder / "hung up"
     process = c.start(c.command("train", *TINY, "--workdir", workdir))
     until(process, "step 3/")
@@ -110,11 +107,8 @@ def live_folder(c: Campaign, readers: int = 10) -> None:
     trainer.send_signal(signal.SIGTERM)
     code, _ = ended(trainer)
     left = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    c.check(
-        "the trainer beside its readers",
-        "saves at the end; no more than keep_last and one held",
-        code == 0 and len(left) <= 3,
-    )
+    expected = "saves at the end; no more than keep_last and one held"
+    c.check("the trainer beside its readers", expected, code == 0 and len(left) <= 3)
 
 
 def switches(c: Campaign) -> None:
@@ -137,10 +131,8 @@ def nobody_at_home(c: Campaign) -> None:
     env |= {"PYTHONPATH": f"{folder}{os.pathsep}{c.env['PYTHONPATH']}"}
     code, out = c.run(c.command("train", *TINY, "--workdir", folder / "run"), env=env)
     c.check("no home", "refused, what to set named", refused(code, out, "data.cache_dir"), out)
-    places = (
-        f"--config.data.cache_dir={Path(c.env['XDG_CACHE_HOME'], 'spannorm_jax', 'tokens')}",
-        f"--config.data.data_dir={c.env['TFDS_DATA_DIR']}",
-    )
+    cache = Path(c.env["XDG_CACHE_HOME"], "spannorm_jax", "tokens")
+    places = (f"--config.data.cache_dir={cache}", f"--config.data.data_dir={c.env['TFDS_DATA_DIR']}")
     code, out = c.run(c.command("train", *TINY, *places, "--workdir", folder / "run"), env=env)
     done = code == 0 and metrics(folder / "run") == c.expected
     c.check("no home, with data_dir and cache_dir", "metrics bitwise as with one", done, out)
@@ -157,12 +149,8 @@ def foreign_configs(c: Campaign) -> None:
         (workdir / "config.json").write_text(json.dumps(newer), encoding="utf-8")
         for module in ("evaluate", "sample"):
             code, out = c.run(c.command(module, "--workdir", workdir))
-            c.check(
-                f"{module} of a run with {key}={value}",
-                "refused, file and key named",
-                refused(code, out, "config.json", key),
-                out,
-            )
+            ok = refused(code, out, "config.json", key)
+            c.check(f"{module} of a run with {key}={value}", "refused, file and key named", ok, out)
     older = config | {"model": {k: v for k, v in config["model"].items() if k != "moe"}}
     (workdir / "config.json").write_text(json.dumps(older), encoding="utf-8")
     (workdir / "DONE").unlink()

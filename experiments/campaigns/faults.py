@@ -4,13 +4,11 @@
 
 A run of a tiny model with a checkpoint at every second step is killed at random moments, stopped, starved of disk
 space, damaged file by file, taken for what they are not (`fault_records`), and run in odd surroundings
-(`fault_surroundings`). Every case says what it expects and
-what it saw; exit code 1 if one differs. CPU only.
+(`fault_surroundings`). Every case says what it expects and what it saw; exit code 1 if one differs. CPU only.
 """
 
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -22,7 +20,7 @@ from typing import Any
 
 from experiments.campaigns import fault_records, fault_surroundings
 from experiments.campaigns.fault_runs import STEPS, TINY, Campaign, cut, ended, filling, flip, metrics, refused, until
-from experiments.record import about, save_record
+from experiments.record import about, read_records, save_record
 from spannorm_jax.command import Parser, run_command
 from spannorm_jax.paths import user_path
 
@@ -88,7 +86,7 @@ def stops(c: Campaign) -> None:
     process.send_signal(signal.SIGTERM)
     code, _ = ended(process)
     written = (workdir / "eval.jsonl").read_text(encoding="utf-8") if (workdir / "eval.jsonl").exists() else ""
-    whole = not written or (written.endswith("\n") and all(json.loads(line) for line in written.splitlines()))
+    whole = not written or (written.endswith("\n") and all(read_records(workdir / "eval.jsonl")))
     c.check("SIGTERM in evaluation", "ends; no part of a line", code in (-signal.SIGTERM, 0) and whole, f"exit {code}")
 
 
@@ -97,9 +95,8 @@ def two_trainers(c: Campaign) -> None:
     first = c.start(c.command("train", *TINY, "--config.training.steps=2000000", "--workdir", workdir))
     until(first, "step 1/")
     code, out = c.train(workdir, "--config.training.steps=2000000")
-    c.check(
-        "a second trainer in the folder", "refused, the first named", refused(code, out, f"process {first.pid}"), out
-    )
+    ok = refused(code, out, f"process {first.pid}")
+    c.check("a second trainer in the folder", "refused, the first named", ok, out)
     first.kill()
     first.communicate()
     shutil.rmtree(workdir)
@@ -167,12 +164,8 @@ def damaged_dataset(c: Campaign) -> None:
             same = code == 0 and metas and json.loads(metas[0].read_text(encoding="utf-8"))["sha256"] == sound
             said = refused(code, out, dataset)
             expected = "refused, the file named; or not a token is changed by it"
-            c.check(
-                f"{way.__name__} {path.name} of the dataset",
-                expected,
-                said or bool(same),
-                out if said else "no token is changed",
-            )
+            seen = out if said else "no token is changed"
+            c.check(f"{way.__name__} {path.name} of the dataset", expected, said or bool(same), seen)
             path.write_bytes(kept)
 
 
@@ -183,43 +176,28 @@ def half_lines(c: Campaign) -> None:
             file.write('{"step": 41, "lo')
     c.check_finishes("half a line at the end of each .jsonl", workdir)
     code, out = c.evaluate(workdir)
-    whole = all(
-        json.loads(x)
-        for n in ("starts.jsonl", "eval.jsonl")
-        for x in (workdir / n).read_text(encoding="utf-8").splitlines()
-    )
+    whole = all(record for name in ("starts.jsonl", "eval.jsonl") for record in read_records(workdir / name))
     c.check("evaluation after half a line", "appends a whole one", code == 0 and whole)
     workdir = c.copy("broken line")
     lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join([*lines[:9], lines[9][:20] + "\n", *lines[10:]]), encoding="utf-8")
     code, out = c.train(workdir)
-    c.check(
-        "a damaged line within metrics.jsonl",
-        "refused, file and line named",
-        refused(code, out, "metrics.jsonl line 10"),
-        out,
-    )
+    ok = refused(code, out, "metrics.jsonl line 10")
+    c.check("a damaged line within metrics.jsonl", "refused, file and line named", ok, out)
 
 
 def no_room(c: Campaign) -> None:
-    def limit() -> None:  # Python ignores SIGXFSZ, so that a write that is too long fails
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
     workdir = c.copy("no room for a save")
     for step in (STEPS, STEPS - 2):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    code, out = c.train(workdir, preexec_fn=limit)
+    code, out = c.train(workdir, largest_file=20_000)
     c.check("a size limit below a checkpoint's", "one line, exit code 2", refused(code, out, workdir, noisy=True), out)
     c.check_finishes("with the limit lifted", workdir)
     argv = (f"--config.data.cache_dir={c.folder / 'small cache'}",)
-    code, out = c.train(c.folder / "no store", *argv, preexec_fn=limit)
+    code, out = c.train(c.folder / "no store", *argv, largest_file=20_000)
     left = [p for p in (c.folder / "small cache").rglob("*") if p.is_file()]
-    c.check(
-        "a size limit below a token store's",
-        "one line; nothing left behind",
-        refused(code, out, "data.cache_dir") and not left,
-        out,
-    )
+    ok = refused(code, out, "data.cache_dir") and not left
+    c.check("a size limit below a token store's", "one line; nothing left behind", ok, out)
     kept = c.folder / "kept"
     argv = ("--config.checkpoint.keep_last=100",)
     seen = filling(c, "1m", kept, lambda point: c.command("train", *TINY, *argv, "--workdir", point / "run"))
@@ -256,14 +234,9 @@ def clock_back(c: Campaign) -> None:
     argv = [sys.executable, "-c", CLOCK, "spannorm_jax.train", *TINY, "--workdir", str(workdir)]
     code, out = c.run(argv)
     ok = code == 0 and metrics(workdir) == c.expected
-    times = [
-        json.loads(line)["step_time_s"] for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    c.check(
-        "a clock that falls back",
-        "bitwise as unbroken, no negative time",
-        ok and min(times) > 0 and "-" not in out.split("step 2/")[-1].split("done")[0],
-    )
+    times = [record["step_time_s"] for record in read_records(workdir / "metrics.jsonl")]
+    ok = ok and min(times) > 0 and "-" not in out.split("step 2/")[-1].split("done")[0]
+    c.check("a clock that falls back", "bitwise as unbroken, no negative time", ok)
 
 
 def campaign(folder: Path, num_kills: int, seed: int, show: Callable[[str], Any]) -> list[dict[str, Any]]:
