@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from experiments.record import read_records
 from experiments.results_page import FAILED, Results, Wanted, read
 from experiments.stability_records import ceilings_of
 from spannorm_jax.report import stats
@@ -287,7 +288,7 @@ def claims(sweeps: Mapping[str, Results]) -> list[Claim]:
 
 def _signal() -> list[Claim]:
     """Of trained models, one seed each: what is told of them is a number, and no verdict on a collapse."""
-    lines = [json.loads(line) for line in (RECORDS / "signal/trained.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_records(RECORDS / "signal/trained.jsonl")
     ends = {
         (model["placement"], model["init"]): line
         for line in lines

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spannorm_jax.durable import to_json, write_json
+from spannorm_jax.durable import append_line, write_json
 from spannorm_jax.run.provenance import machine_facts
 
 
@@ -17,8 +17,7 @@ def about(module: str, argv: list[str]) -> dict[str, Any]:
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Adds a line to a file of records, which it makes where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
+    append_line(path, record)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

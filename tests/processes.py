@@ -98,12 +98,17 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the machine and the moment."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = lines_of(workdir / "metrics.jsonl")
     return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 
 def values_of(path: Path, key: str) -> list[Any]:
     """Of each line of a file of JSON lines its value of `key`."""
-    return [json.loads(line)[key] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line[key] for line in lines_of(path)]

@@ -76,15 +76,14 @@ def attention(w, x_TxD, options):
     H, K = w["q"].shape[1:]
     G = w["k"].shape[1]
     heads = np.zeros((T, H, K))
+
+    def project(name, head):
+        x_TxK = x_TxD @ w[name][:, head]
+        return rms_norm(x_TxK, w[f"{name}_norm"]["gain"], options.eps) if f"{name}_norm" in w else x_TxK
+
     for h in range(H):
         g = h // (H // G)
-        q, k, v = x_TxD @ w["q"][:, h], x_TxD @ w["k"][:, g], x_TxD @ w["v"][:, g]
-        if "q_norm" in w:
-            q = rms_norm(q, w["q_norm"]["gain"], options.eps)
-        if "k_norm" in w:
-            k = rms_norm(k, w["k_norm"]["gain"], options.eps)
-        if "v_norm" in w:
-            v = rms_norm(v, w["v_norm"]["gain"], options.eps)
+        q, k, v = project("q", h), project("k", g), project("v", g)
         if options.causal:
             q = np.stack([rope(q[t], t, options.theta) for t in range(T)])
             k = np.stack([rope(k[t], t, options.theta) for t in range(T)])
@@ -325,13 +324,6 @@ def warmed(A, F, n, l, options):
     )
 
 
-def _stream(params, tokens_T, options, seen):
-    x = params["embed"][tokens_T]
-    if "head" not in params:
-        x = x * math.sqrt(x.shape[-1])
-    return features(params, x, options, seen)
-
-
 def features(params, x_TxD, options, seen=None):
     """What the head reads of one sequence's embeddings; seen[layer] grows by what its router did."""
     norm_fn = {"rmsnorm": rms_norm, "layernorm": layer_norm}[options.norm]
@@ -344,13 +336,7 @@ def features(params, x_TxD, options, seen=None):
     equation = EQUATIONS[options.placement]
     stream = equation.enter(x_TxD, end_norm)
     for layer in range(depth):
-        w = {
-            part: {
-                name: leaf["gain"][layer] if part == "norms" else _at(leaf, layer)
-                for name, leaf in blocks[part].items()
-            }
-            for part in ("attn", "ffn", "norms")
-        }
+        w = _at(blocks, layer)
 
         def attn(x, w=w):
             return attention(w["attn"], x, options)
@@ -361,10 +347,10 @@ def features(params, x_TxD, options, seen=None):
             return feed_forward(w["ffn"], x, options)
 
         def n(name, x, w=w):
-            return norm_fn(x, w["norms"][name], options.eps)
+            return norm_fn(x, w["norms"][name]["gain"], options.eps)
 
         def g(name, x, w=w):
-            return w["norms"][name] * x
+            return w["norms"][name]["gain"] * x
 
         functions = warmed(attn, ffn, n, layer, options) if options.warmup else (attn, ffn, n)
         stream = equation.block(stream, *functions, g, layer, depth)
@@ -378,9 +364,9 @@ def _at(leaf, layer):
 
 
 def logits(params, tokens_BxT, options, seen=None):
-    head = params["head"] if "head" in params else params["embed"].T
-    seen = {} if seen is None else seen
-    return np.stack([_stream(params, tokens, options, seen) @ head for tokens in tokens_BxT])
+    embed, seen = params["embed"], {} if seen is None else seen
+    head, scale = (params["head"], 1.0) if "head" in params else (embed.T, math.sqrt(embed.shape[1]))
+    return np.stack([features(params, scale * embed[tokens_T], options, seen) @ head for tokens_T in tokens_BxT])
 
 
 def loss(params, tokens_BxT1, options):

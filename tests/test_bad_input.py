@@ -9,30 +9,13 @@ import pytest
 from processes import LIMIT_S
 
 from spannorm_jax import evaluate, sample, train
-from spannorm_jax.command import run_command
 from spannorm_jax.config import Config, to_dict
 from spannorm_jax.plan import __main__ as plan
 from spannorm_jax.training.tasks import text
 
+pytestmark = pytest.mark.usefixtures("own_caches")
+
 CONFIG = "configs/dense.py:depth=2,width=32,placement=span,init=scale"
-
-
-@pytest.fixture
-def refuse(monkeypatch, capsys, tmp_path):
-    """Runs a command line and returns the one line it was refused with."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(command, *argv):
-        monkeypatch.setattr("sys.argv", ["command", *map(str, argv)])
-        with pytest.raises(SystemExit) as exit_:
-            run_command(command.main)
-        printed = capsys.readouterr()
-        assert exit_.value.code == 2
-        assert printed.err.count("\n") == 1 and "Traceback" not in printed.err + printed.out
-        return printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -55,7 +38,6 @@ def refuse_train(refuse, tmp_path):
         ("--config.model.detph=4", ["model.detph", "'depth'"]),
         ("--config.optim.steps=4", ["optim.steps", "'training.steps'"]),
         ("--config.model.parametrisation=mup", ["model.base_width", "model.base_width=32"]),
-        ("--config.model.parametrisation=muP", ["parametrisation='muP'", "'mup'"]),
         ("--config.optim.decay_gains=before_attn", ["optim.decay_gains='before_attn'", "after_attn"]),
         ("--config.optim.hold_norms=out", ["optim.hold_norms='out'", "ffn_out"]),
         ("--config.training.steps=ten", ["training.steps='ten'", "an integer"]),
@@ -66,21 +48,16 @@ def refuse_train(refuse, tmp_path):
         ("--config.training.tokens=-5", ["training.tokens=-5", "0 or more"]),
         ("--config.training.tokens=5000", ["training.tokens=5000", "5 updates", "training.steps=300", "steps=0"]),
         ("--config.training.tokens=1e9", ["training.tokens='1e9'", "an integer"]),
-        ("--config.optim.schedule=wds", ["optim.schedule='wds'", "'wsd'"]),
         ("--config.optim.decay_fraction=1.5", ["optim.decay_fraction=1.5", "between 0 and 1"]),
         ("--config.metrics.wandb_project=norms", ["metrics.wandb_project='norms'", "pip install wandb"]),
         ("--config.optim.lr=fast", ["optim.lr='fast'", "a finite number"]),
         ("--config.optim.lr=nan", ["optim.lr='nan'", "a finite number"]),
         ("--config.optim.b2=1", ["optim.b2=1.0", "below 1"]),
-        ("--config.optim.warmup_fraction=3", ["optim.warmup_fraction=3.0", "between 0 and 1"]),
         ("--config.model.qk_norm=maybe", ["model.qk_norm='maybe'", "true or false"]),
         ("--config.model=small", ["config key model", "group"]),
         ("--config.model.depth.x=1", ["model.depth.x", "no further keys"]),
         ("--config.model.depth", ["--config.model.depth", "=VALUE"]),
-        ("--config.model.placement=spam", ["model.placement='spam'", "'span'"]),
-        ("--config.model.init=scaled", ["model.init='scaled'", "'scale'"]),
         ("--config.model.init_targets=ffn_uot", ["model.init_targets='ffn_uot'", "'ffn_out'"]),
-        ("--config.execution.attention=xal", ["execution.attention='xal'", "'xla'"]),
         ("--config.model.num_heads=5", ["model.num_heads=5", "model.width=32", "4 or 8"]),
         ("--config.model.num_heads=32", ["odd", "even head size"]),
         ("--config.model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=2"]),
@@ -90,7 +67,6 @@ def refuse_train(refuse, tmp_path):
         ("--config.mesh.data=3", ["mesh.data=3", "devices", "-1"]),
         ("--config.mesh.fsdp=-1", ["mesh=", "more than one -1"]),
         ("--config.mesh.tensor=0", ["mesh.tensor=0", "at least 1"]),
-        ("--config.data.tokenizer=words", ["data.tokenizer='words'", "bytes"]),
         ("--config.data.dataset=python_sauce", ["python_sauce", "python_source"]),
         ("--config.data.dataset=1_000", ["data.dataset='1_000'", "not a TFDS name"]),
         ("--config.data.tokenizer_file=x.json", ["data.tokenizer_file='", "data.tokenizer=bpe"]),
@@ -123,8 +99,6 @@ def refuse_train(refuse, tmp_path):
         *((f"--profile_steps={steps}", ["--profile_steps", "A:B"]) for steps in ("3:", "0:2", "1:2:3", "٣x")),
         ("--profile_steps=7:301", ["--profile_steps", "7:301", "300"]),
         ("--devices=8", ["--devices"]),
-        ("--device_kind=TPU v4", ["--device_kind"]),
-        ("--dry_run", ["--dry_run"]),
     ],
 )
 def test_training_that_cannot_be(refuse_train, override, says):

@@ -41,9 +41,7 @@ def test_slopes_beyond_the_bound_are_counted_where_they_are_promised(exponents, 
     assert len(lines) == 2 + len(exponents)
 
 
-def test_the_command_leaves_record_table_and_figure_and_judges_them_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+def test_the_command_leaves_record_table_and_figure_and_judges_them_again(tmp_path, capsys, own_caches):
     out, again = tmp_path / "out", tmp_path / "again"
     sizes = ["--widths=16,32", "--depths=", "--at_depth=1", "--steps=1", "--seeds=1", "--parametrisations=mup"]
     assert check.main([*SMALL, *sizes, "--bound=9", "--out", str(out)]) == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from test_documents import DOCUMENTS, ROOT
+from test_documents import DOCUMENTS, ROOT, place
 
 from experiments import claims, results_page, signal_records, stability_records, sweep_records
 from experiments.results_page import Results
@@ -50,12 +50,10 @@ def scratch():
 
 @functools.cache
 def record(path):
-    if path.suffix in (".json", ".jsonl"):
-        text = path.read_text(encoding="utf-8")
-        found = [
-            json.loads(part, object_hook=Record) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])
-        ]
-        return found if path.suffix == ".jsonl" else found[0]
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
+    if path.suffix == ".jsonl":
+        return [json.loads(line, object_hook=Record) for line in path.read_text(encoding="utf-8").splitlines()]
     folder = sweep_records.unpack_sweep(name_of(path), Path(scratch().name), SWEEPS)
     return Results(name_of(path), results_page.read(folder), folder, "")
 
@@ -124,11 +122,7 @@ def wrong(text, folder):
                 yield block.splitlines()[0], shown, value
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in DOCUMENTS if path not in (PAGE, CLAIMS, STABILITY)],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path not in (PAGE, CLAIMS, STABILITY)], ids=place)
 def test_the_numbers_beside_a_record_are_the_records(path):
     assert list(wrong(path.read_text(encoding="utf-8"), path.parent)) == []
 

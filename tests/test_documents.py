@@ -23,11 +23,11 @@ NAMED_KEY = re.compile(rf"`((?:{'|'.join(sorted(GROUPS))})\.[\w.]+?)[.*]*(?:=[^`
 FLAG = re.compile(r'"(--\w+)"')
 
 
-def shown(path):
+def place(path):
     return str(path.relative_to(ROOT))
 
 
-all_documents = pytest.mark.parametrize("path", DOCUMENTS, ids=shown)
+all_documents = pytest.mark.parametrize("path", DOCUMENTS, ids=place)
 
 
 def anchors(text):
@@ -44,7 +44,7 @@ def commands(text):
 
 
 def test_the_documents_are_found():
-    names = {str(path.relative_to(ROOT)) for path in DOCUMENTS}
+    names = set(map(place, DOCUMENTS))
     assert {"README.md", "CONTRIBUTING.md", "docs/design.md", "experiments/results/README.md"} <= names
     assert sum(len(commands(path.read_text(encoding="utf-8"))) for path in DOCUMENTS) >= 30
 

@@ -1,16 +1,15 @@
 """What surrounds a command: who reads its output, which folders, home, locale and switches it finds."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
-from processes import LIMIT_S, metrics, user_env
+from processes import LIMIT_S, finish, launch, lines_of, metrics, paused
 
+from spannorm_jax import evaluate, sample
 from spannorm_jax.errors import UserError
 
 pytestmark = pytest.mark.process
@@ -33,28 +32,16 @@ os.execv(sys.argv[2], sys.argv[2:])
 ENDLESS = ("--config.training.steps=1000000", "--config.metrics.console_every_s=0", "--config.checkpoint.every_steps=0")
 
 
-@pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    """A user with one CPU device and caches of their own, shared by this module's processes."""
-    return user_env(tmp_path_factory.mktemp("home"), os.getcwd())
-
-
-def command(module, *argv):
-    return [sys.executable, "-m", f"spannorm_jax.{module}", *map(str, argv)]
-
-
-def run(env, module, *argv, code=0, **more):
+def run(env, module, *argv, code=0, cwd=None):
     """(stdout, stderr) of a command that must end with `code`."""
-    done = subprocess.run(command(module, *argv), env=env, capture_output=True, text=True, timeout=LIMIT_S, **more)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    return finish(launch(env, module, *argv, cwd=cwd), code)
 
 
 def in_shell(env, redirection, module, *argv):
     """A command behind a shell's redirection; its code and what is left of its stderr."""
-    shell = ["sh", "-c", f'"$@" {redirection}', "sh", *command(module, *argv)]
-    done = subprocess.run(shell, env=env, capture_output=True, text=True, timeout=LIMIT_S)
-    return done.returncode, done.stderr
+    process = launch(env, module, *argv, under=["sh", "-c", f'"$@" {redirection}', "sh"])
+    _, err = process.communicate(timeout=LIMIT_S)
+    return process.returncode, err
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +73,21 @@ def test_an_evaluation_nobody_reads_is_recorded_and_one_that_cannot_be_printed_f
     code, err = in_shell(env, ">/dev/full", "evaluate", "--workdir", workdir, "--json")
     assert code == 2
     refused(err, "No space left on device")
-    assert len((workdir / "eval.jsonl").read_text().splitlines()) == 2
+    assert len(lines_of(workdir / "eval.jsonl")) == 2
 
 
 @pytest.mark.parametrize(("usual", "stops"), [("SIG_DFL", True), ("SIG_IGN", False)])
 def test_a_terminal_that_closes_stops_a_run_unless_nohup_says_otherwise(env, plain, tmp_path, usual, stops):
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HUNG_UP, usual, *command("train", *TINY, *ENDLESS, "--workdir", workdir)],
-        env=env | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with contextlib.closing(process.stdout):
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(signal.SIGHUP)
-                break
-        if not stops:  # it goes on, until something else stops it
-            first = int(next(process.stdout).split()[1].split("/")[0])
-            assert any(line.startswith(f"step {first + 20}/") for line in process.stdout)
-            process.send_signal(signal.SIGTERM)
-        out = process.stdout.read()
-    assert process.wait(timeout=LIMIT_S) == 0
+    argv = (*TINY, *ENDLESS, "--workdir", workdir)
+    process = launch(env, "train", *argv, pause_at="step 3/", under=[sys.executable, "-c", HUNG_UP, usual])
+    paused(process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGCONT)
+    if not stops:  # it goes on, until something else stops it
+        assert any(line.startswith("step 23/") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+    out, _ = finish(process)
     assert f"stopped by {'SIGHUP' if stops else 'SIGTERM'}, saved at step" in out
     assert len(list((workdir / "checkpoints").glob("*/manifest.json"))) == 1
 
@@ -243,8 +221,11 @@ def with_config(plain, folder, change):
     return folder
 
 
-def test_a_dense_run_from_before_experts_goes_on(env, plain, tmp_path):
-    workdir = with_config(plain, tmp_path / "older", lambda config: config["model"].pop("moe"))
+def test_a_dense_run_from_before_experts_and_other_options_goes_on(env, plain, tmp_path):
+    def without(config):
+        del config["model"]["moe"], config["model"]["qk_norm"], config["optim"]["schedule"]
+
+    workdir = with_config(plain, tmp_path / "older", without)
     (workdir / "DONE").unlink()
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     out, _ = run(env, "train", *TINY, "--workdir", workdir)
@@ -263,8 +244,6 @@ def test_a_dense_run_from_before_experts_goes_on(env, plain, tmp_path):
     ],
 )
 def test_a_config_that_this_version_does_not_know_is_one_line(plain, tmp_path, capsys, key, value, says):
-    from spannorm_jax import evaluate, sample
-
     workdir = with_config(plain, tmp_path / "newer", lambda config: config["model"].__setitem__(key, value))
     for module in (evaluate, sample):
         with pytest.raises(UserError) as refusal:

@@ -8,14 +8,7 @@ from experiments.benchmarks import moe_throughput
 from spannorm_jax.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-
-
-def test_experts_are_measured_against_a_dense_model_of_the_same_active_flops(tmp_path, capsys):
+def test_experts_are_measured_against_a_dense_model_of_the_same_active_flops(tmp_path, capsys, own_caches):
     path = tmp_path / "speed.json"
     config = ("--config=configs/throughput.py", "--config.model.depth=1", "--config.model.width=32")
     small = ("--config.data.seq_len=16", "--config.model.ffn_dim=64", "--config.model.num_heads=2")
@@ -28,20 +21,17 @@ def test_experts_are_measured_against_a_dense_model_of_the_same_active_flops(tmp
     assert list(record["models"]) == ["dense", "4 experts, padded", "4 experts, ragged_dot"]
     for got in others:
         assert got["active_params"] == dense["num_params"] + 32 * 4  # the router's
-        assert (
-            got["num_params"] == got["active_params"] + 2 * 32 * 64
-        )  # twice the feed-forward in all, of it half active
+        # Twice the feed-forward in all, of it half active.
+        assert got["num_params"] == got["active_params"] + 2 * 32 * 64
         flops = got["model_flops_per_s"] * got["step_s"] / dense_flops
         assert flops == pytest.approx(1 + 6 * 32 * 4 * record["tokens_per_step"] / dense_flops, rel=1e-9)
         ratios = [d / m for d, m in zip(dense["step_times_s"], got["step_times_s"], strict=True)]
         assert flops * min(ratios) <= got["rate_over_dense"] <= flops * max(ratios)
-    assert record["command"].startswith(
-        "python -m experiments.benchmarks.moe_throughput --config=configs/throughput.py"
-    )
+    assert record["command"].startswith("python -m experiments.benchmarks.moe_throughput --config=configs/throughput")
     assert "ragged_dot" in capsys.readouterr().out
 
 
-def test_experts_that_cannot_be_measured_are_refused():
+def test_experts_that_cannot_be_measured_are_refused(own_caches):
     for arguments, says in ((["--experts=four"], "'four'"), (["--top_k=7"], "--top_k=7")):
         with pytest.raises(UserError, match=says):
             moe_throughput.main(["--config=configs/throughput.py", *arguments])

@@ -39,14 +39,13 @@ TINY = ["--config.platform=cpu", "--config.eval.batch_size=8"]
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch):
+def work(tmp_path, monkeypatch, own_caches):
     """The work folder of a checkout whose sweeps have the names of the plan's first parts, and caches of its own."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "dense.py").write_text(SWEEPS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(gpu_session, "JOBS", 1)
@@ -94,7 +93,6 @@ class Alarm:
 @pytest.mark.process
 def test_a_session_ends_at_its_deadline_with_records_and_goes_on(work, monkeypatch, capfd):
     """The data come from another machine: where the session is, none can be made."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(work.parent / "tfds"))
     assert gpu_session.main(["--prepare", f"--work={work}", *TINY]) == 0
     assert f"carry along {work / 'data.tar.xz'}" in capfd.readouterr().out
     shutil.rmtree(work / "tokens")

@@ -61,9 +61,7 @@ def test_each_tokens_embedding_has_a_mean_square_of_one(model):
     assert {name for name in after if found[name] is not after[name]} == {"embed"}
 
 
-def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, capsys, own_caches):
     small = ["--config", "configs/dense.py:tiny,depth=1,width=16", "--config.training.steps=2"]
     small += ["--config.data.seq_len=8", "--config.eval.tokens=64", "--least=0.01", "--greatest=0.012", "--seeds=2"]
     assert interventions.main(["hold_norm", *small, f"--out={tmp_path / 'out'}"]) == 0

@@ -1,10 +1,10 @@
 """What the README promises: a placement is one value, and nothing else in the package asks which one it is."""
 
 import importlib.util
-import json
 import math
 
 import pytest
+from processes import values_of
 
 from spannorm_jax import sample
 from spannorm_jax.analysis.prediction import predict
@@ -54,10 +54,8 @@ def sweep_ours(size):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, own_caches):
     """A folder with the placement's file, which is imported, and a config file."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "ours.py").write_text(CONFIG)
     spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
@@ -71,7 +69,7 @@ def test_a_placement_in_a_file_of_its_own_is_swept_trained_sampled_predicted_and
     for index in ("0", "1"):
         assert sweep.main(["ours", "run", index, *ours]) == 0
     workdir = folder / "runs" / expand("ours", "cpu", ours[1]).runs[0].name
-    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = values_of(workdir / "metrics.jsonl", "loss")
     assert len(losses) == 3 and losses[-1] < losses[0] and (workdir / "DONE").exists()
 
     capsys.readouterr()

@@ -1,12 +1,10 @@
 """One run, as a user starts it, with the options that add records: tokens, wsd, a profiler trace, wandb."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from processes import LIMIT_S, user_env
+from processes import finish, launch, lines_of, user_env
 
 pytestmark = pytest.mark.process
 
@@ -53,13 +51,11 @@ def train(tmp_path_factory):
     env = user_env(home, home) | {"FAKE_WANDB": str(home / "seen.jsonl")}
 
     def run(workdir, *options, code=0, **more_env):
-        command = [sys.executable, "-m", "spannorm_jax.train", *OPTIONS, "--workdir", str(workdir), *options]
-        done = subprocess.run(command, env=env | more_env, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == code, done.stdout + done.stderr
+        out, err = finish(launch(env | more_env, "train", *OPTIONS, "--workdir", workdir, *options), code)
         path = home / "seen.jsonl"
-        seen = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        seen = lines_of(path) if path.exists() else []
         path.unlink(missing_ok=True)
-        return done.stdout, done.stderr, seen
+        return out, err, seen
 
     return run
 
@@ -70,12 +66,8 @@ def finished(train, tmp_path_factory):
     return workdir, *train(workdir)
 
 
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_tokens_decide_the_steps_and_the_schedule_follows(finished):
-    lines, config = lines_of(finished[0]), json.loads((finished[0] / "config.json").read_text())
+    lines, config = lines_of(finished[0] / "metrics.jsonl"), json.loads((finished[0] / "config.json").read_text())
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert config["training"]["steps"] == 10 and config["training"]["tokens"] == 1200
     peak, final = config["optim"]["lr"], 0.1
@@ -96,7 +88,7 @@ def test_wandb_sees_the_scalars_of_metrics_jsonl(finished):
     [init, *logs, finish] = seen
     assert init["project"] == "norms" and init["name"] == "run" and init["dir"] == str(workdir)
     assert init["steps"] == 10 and finish == {"kind": "finish"}
-    for log, line in zip(logs, lines_of(workdir), strict=True):
+    for log, line in zip(logs, lines_of(workdir / "metrics.jsonl"), strict=True):
         values = {**line, **line["machine_s"]}
         scalars = {key: x for key, x in values.items() if isinstance(x, int | float)}
         largest = {f"largest/{key}": max(x) for key, x in values.items() if isinstance(x, list)}
@@ -107,9 +99,11 @@ def test_wandb_sees_the_scalars_of_metrics_jsonl(finished):
 def test_continued_it_is_the_same_wandb_run_and_traces_nothing_twice(train, finished):
     """Killed after its last save, a run is only declared done; --profile_steps of steps that are past stop nothing."""
     workdir, _, _, before = finished
+    lines = (workdir / "metrics.jsonl").read_bytes()
     (workdir / "DONE").unlink()
     out, _, seen = train(workdir)
     assert "no trace" in out and len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+    assert (workdir / "DONE").exists() and (workdir / "metrics.jsonl").read_bytes() == lines
     assert [s["kind"] for s in seen] == ["init", "finish"]
     assert seen[0] == before[0] and seen[0]["resume"] == "allow"
 

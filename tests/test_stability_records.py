@@ -24,9 +24,8 @@ from spannorm_jax.training.flags import Flags
 from spannorm_jax.training.session import open_session
 
 
-def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, tmp_path):
+def test_a_probe_moves_the_weights_as_the_runs_next_step_does(monkeypatch, own_caches):
     """At the rate of that step, the numbers are those of the run one step later."""
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     steps, warmup = 2, 25
     rate = PROBE_LR * (steps + 1) / warmup
     monkeypatch.setattr(probes, "RATES", (rate,))
