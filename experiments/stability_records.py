@@ -68,12 +68,12 @@ def crossing(values: Sequence[float | None], level: float) -> float:
 # name -> (steps before the update, number, level; None: the rate at which the number is least). An attenuation is
 # counted from that without an update.
 QUANTITIES: dict[str, tuple[int, str, float | None]] = {
+    "tokens' correlation is 0.85, first update": (0, "token_correlation", 0.85),
     "half of what is said of tokens changes": (STEPS, "token_change", 0.5),
     "half of the logits changes": (STEPS, "logits_change", 0.5),
     "the loss is least": (STEPS, "loss", None),
     "half of what is said of tokens changes, first update": (0, "token_change", 0.5),
     "half of the logits changes, first update": (0, "logits_change", 0.5),
-    "tokens' correlation is 0.85, first update": (0, "token_correlation", 0.85),
     "tokens' correlation is 0.98, first update": (0, "token_correlation", 0.98),
     "the loss is least, first update": (0, "loss", None),
     "the sum of log(1 + f) grows by 5": (STEPS, "attenuation", 5.0),
@@ -212,11 +212,18 @@ class Ceilings:
         others = {each.cell: each for own in self.by_sweep.values() for each in own if each.cell not in known}
         return [each for each in others.values() if self.rate(each, LAW) is not None]
 
-    def within(self, name: str = LAW, sweep: str = "") -> int:
-        """Of how many of `tested`, or of a sweep's, the predicted rate is within a factor of CLOSE of the interval."""
+    def close(self, name: str = LAW, sweep: str = "") -> list[Ceiling]:
+        """Those of `tested`, or of a sweep's, whose predicted rate is within a factor of CLOSE of the interval."""
         own = self.by_sweep[sweep] if sweep else self.tested
-        off = [each.off(self.predicted(each, name) or 0) for each in own]
-        return sum(1 / CLOSE <= factor <= CLOSE for factor in off)
+        return [each for each in own if 1 / CLOSE <= each.off(self.predicted(each, name) or 0) <= CLOSE]
+
+    def within(self, name: str = LAW, sweep: str = "") -> int:
+        return len(self.close(name, sweep))
+
+    def off(self, placement: str, name: str = LAW) -> float:
+        """The factor by which a quantity's prediction is beyond a placement's ceiling."""
+        cell = self.cell(placement, sweep="ceiling_placements")
+        return cell.off(self.predicted(cell, name) or 0)
 
     def order(self, name: str = LAW) -> float:
         """Spearman's rank correlation of the quantity with the ceiling over `tested`."""
@@ -250,10 +257,10 @@ class Ceilings:
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
 
-    def cell(self, placement: str, init: str) -> Ceiling:
-        """The settled ceiling of a cell of the sweep `fitted`."""
-        own = {"placement": placement, "init": init}
-        (found,) = (each for each in self.by_sweep[self.fitted] if own.items() <= each.values.items())
+    def cell(self, placement: str, init: str = "scale-L1", sweep: str = "ceiling_factor", **values: str) -> Ceiling:
+        """The settled ceiling of a cell of a sweep."""
+        own = {"placement": placement, "init": init} | values
+        (found,) = (each for each in self.by_sweep[sweep] if own.items() <= each.values.items())
         return found
 
     def held(self, name: str) -> tuple[float | None, float | None]:

@@ -13,7 +13,7 @@ import scipy.stats
 
 from experiments import probes, stability_records
 from experiments.probes import PROBE_LR
-from experiments.stability_records import QUANTITIES, RATES, STEPS, Ceiling, Ceilings, crossing
+from experiments.stability_records import LAW, QUANTITIES, RATES, STEPS, Ceiling, Ceilings, crossing
 from spannorm_jax.analysis import blocks
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import load
@@ -76,10 +76,12 @@ def test_a_level_is_crossed_between_two_rates():
 
 
 def invented(ceilings, changes):
-    """Ceilings (low, high) of cells named by letters, and probes whose token change is `changes` times the rate."""
+    """Ceilings (low, high) of cells named by letters, and probes of the law's number: `changes` times twice its level
+    times the rate, so that a change of 100 crosses the level at 5e-3."""
     own = {name: Ceiling(name, {}, low, high, 1) for name, (low, high) in ceilings.items()}
-    probes = {(name, STEPS): {"token_change": [0, *(slope * r for r in RATES)]} for name, slope in changes.items()}
-    probes |= {("probed alone", STEPS): probes["a", STEPS]}
+    steps, key, level = QUANTITIES[LAW]
+    probes = {(name, steps): {key: [0, *(2 * level * slope * r for r in RATES)]} for name, slope in changes.items()}
+    probes |= {("probed alone", steps): probes["a", steps]}
     return own, probes
 
 
