@@ -10,19 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {
-    "spannorm_jax": 22_920,
-    "spannorm_jax/model": 3_030,
-    "spannorm_jax/report": 3_285,
-    "spannorm_jax/analysis": 2_190,
+    "spannorm_jax": 22_790,
+    "spannorm_jax/model": 2_995,
+    "spannorm_jax/report": 3_320,
+    "spannorm_jax/analysis": 2_150,
     "spannorm_jax/training": 2_320,
-    "spannorm_jax/sweep": 1_840,
-    "spannorm_jax/data": 1_840,
+    "spannorm_jax/sweep": 1_845,
+    "spannorm_jax/data": 1_820,
     "spannorm_jax/run": 1_910,
-    "spannorm_jax/parallel": 875,
-    "spannorm_jax/hf": 1_315,
+    "spannorm_jax/parallel": 860,
+    "spannorm_jax/hf": 1_250,
     "spannorm_jax/inference": 925,
-    "spannorm_jax/plan": 1_310,
-    "tests": 18_485,
+    "spannorm_jax/plan": 1_300,
+    "tests": 18_275,
 }
 LONGEST_FILE = 400
 
