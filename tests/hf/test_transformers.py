@@ -28,8 +28,9 @@ VENVS = [
     pytest.param(".venv-hf", marks=pytest.mark.process),
     pytest.param(".venv-hf4", marks=pytest.mark.slow),
 ]
-# Logits have entries up to 5. The two sides sum in other orders, and the largest difference seen was 6e-6.
-CLOSE = 1e-5
+# Logits have entries up to 5. The two sides sum in other orders. The largest difference seen was 6e-6 on one CPU, and
+# 1.2e-5 on another.
+CLOSE = 2e-5
 
 MUP = {"parametrisation": "completep", "base_width": 16, "base_depth": 2, "base_head_dim": 4}
 PRE = {"placement": "pre"}
