@@ -171,7 +171,7 @@ class Ceilings:
     watched: Sequence[dict[str, Any]] = ()
     interventions: Sequence[dict[str, Any]] = ()
     fitted: str = "ceiling_factor"
-    asks, steps = ASKS, STEPS
+    asks, steps, level = ASKS, STEPS, QUANTITIES[LAW][2]
 
     def rate(self, ceiling: Ceiling, name: str) -> float | None:
         """A quantity; None without a probe."""
