@@ -3,13 +3,13 @@
 `experiments.probes` makes the probes.
 """
 
+import functools
 import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from experiments.record import read_records
 from experiments.results_page import NAMES
 from experiments.results_page import read as read_runs
 from spannorm_jax.config import to_dict
+from spannorm_jax.errors import UserError
 from spannorm_jax.model.initialisation import reading
 from spannorm_jax.report.ceilings import bracket, interval_text, trains
 from spannorm_jax.report.runs import dotted
@@ -85,6 +86,9 @@ COLUMNS = {
     **{"parametrisation": "model.parametrisation", "warm-up": "optim.warmup_fraction", "rows": "training.batch_size"},
     "held": "optim.hold_norms",
 }
+
+# Law of growth -> the exponent of 1 / L in it.
+GROWTH = {"by growth": 0.25, "by growth that agrees": 0.5}
 
 # What the head reads was normed with the stream in every block, so that the share of the embeddings in it falls with
 # each. Of other placements some path to the head is only added to. Mix-LN has both, one after the other.
@@ -191,21 +195,21 @@ class Ceilings:
         rate = self.rate(ceiling, name)
         return None if rate is None else rate * self.factor(name)
 
-    def by_growth(self, ceiling: Ceiling) -> float | None:
-        """The law of growth, from the cell of `fitted` with 24 blocks of width 64; None where it says no number."""
+    def by_growth(self, ceiling: Ceiling, exponent: float) -> float | None:
+        """A law of GROWTH, from the cell of `fitted` with 24 blocks of width 64; None where it says no number."""
         own = {name: ceiling.values[name] for name in COLUMNS if name not in ("blocks", "width")}
         base = [each for each in self.by_sweep[self.fitted] if own.items() <= each.values.items()]
         if ceiling.values["init"] != "scale-L1" or not base or base[0].high is None:
             return None
         blocks, width = (ceiling.values[name] / base[0].values[name] for name in ("blocks", "width"))
-        return base[0].middle / width / blocks**0.25
+        return base[0].middle / width / blocks**exponent
 
     def progress(self, sweep: str) -> str:
         """How many ceilings of a sweep are settled."""
         settled = len(self.by_sweep.get(sweep, ()))
         return f"{settled} of {len(cells_of(expand(sweep, 'cpu')))}" if settled else "not run"
 
-    @cached_property
+    @functools.cached_property
     def tested(self) -> list[Ceiling]:
         """Cells that had no part in the factors, each once, with a probe."""
         known = {each.cell for each in self.by_sweep[self.fitted]}
@@ -234,9 +238,9 @@ class Ceilings:
         """A line a cell, with those of COLUMNS that differ among them."""
         own = self.by_sweep[sweep]
         columns = [name for name in own[0].values if len({each.values[name] for each in own}) > 1]
-        laws = {"predicted": self.predicted}
+        laws: dict[str, Callable[[Ceiling], float | None]] = {"predicted": self.predicted}
         if {"blocks", "width"} & set(columns):
-            laws["by growth"] = self.by_growth
+            laws |= {name: functools.partial(self.by_growth, exponent=exponent) for name, exponent in GROWTH.items()}
         lines = []
         for each in own:
             told = []
@@ -257,11 +261,17 @@ class Ceilings:
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
 
-    def cell(self, placement: str, init: str = "scale-L1", sweep: str = "ceiling_factor", **values: str) -> Ceiling:
-        """The settled ceiling of a cell of a sweep."""
+    def cell(self, placement: str, init: str = "scale-L1", sweep: str = "ceiling_factor", **values: Any) -> Ceiling:
+        """The settled ceiling of a cell of a sweep.
+
+        Raises:
+          UserError: it is not settled, or the values fit several.
+        """
         own = {"placement": placement, "init": init} | values
-        (found,) = (each for each in self.by_sweep[sweep] if own.items() <= each.values.items())
-        return found
+        found = [each for each in self.by_sweep.get(sweep, ()) if own.items() <= each.values.items()]
+        if len(found) != 1:
+            raise UserError(f"the template asks for the ceiling of {own} in {sweep}, of which {len(found)} are settled")
+        return found[0]
 
     def held(self, name: str) -> tuple[float | None, float | None]:
         """The ceiling of SpanNorm under an intervention."""

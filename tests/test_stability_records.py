@@ -17,6 +17,7 @@ from experiments.stability_records import LAW, QUANTITIES, RATES, STEPS, Ceiling
 from spannorm_jax.analysis import blocks
 from spannorm_jax.config import replace
 from spannorm_jax.config_file import load
+from spannorm_jax.errors import UserError
 from spannorm_jax.sweep.bisection import cells_of
 from spannorm_jax.sweep.expansion import expand
 from spannorm_jax.training.batches import batches_of
@@ -108,7 +109,7 @@ def test_an_attenuation_is_counted_from_that_without_an_update():
     assert rate == pytest.approx(0.005, rel=0.02)
 
 
-def test_the_law_of_growth_goes_by_width_and_a_fourth_root_of_depth():
+def test_laws_of_growth_go_by_width_and_a_root_of_depth():
     """From SpanNorm's ceiling at 24 blocks of width 64; PreNorm has none there, nor a long warm-up."""
     same = {
         "placement": "span",
@@ -123,10 +124,18 @@ def test_the_law_of_growth_goes_by_width_and_a_fourth_root_of_depth():
         return Ceiling("x", same | {"blocks": blocks, "width": width} | other, low, high, 1)
 
     lab = Ceilings({"ceiling_factor": [cell(24, 64), cell(24, 64, high=None, placement="pre")]}, {})
-    assert lab.by_growth(cell(24, 64)) == pytest.approx(0.02)  # the middle
-    assert lab.by_growth(cell(6, 128)) == pytest.approx(0.02 / 2 * 4**0.25)
+    assert lab.by_growth(cell(24, 64), 0.25) == pytest.approx(0.02)  # the middle
+    assert lab.by_growth(cell(6, 128), 0.25) == pytest.approx(0.02 / 2 * 4**0.25)
+    assert lab.by_growth(cell(6, 128), 0.5) == pytest.approx(0.02)
     for other in ({"placement": "pre"}, {"placement": "post"}, {"warm-up": 0.5}, {"init": "plain"}):
-        assert lab.by_growth(cell(6, 64, **other)) is None
+        assert lab.by_growth(cell(6, 64, **other), 0.25) is None
+
+
+def test_a_ceiling_that_a_template_asks_for_is_settled_and_one():
+    lab = Ceilings({"ceiling_held": [Ceiling("x", {"placement": "span", "init": "plain"}, 0.01, 0.02, 1)] * 2}, {})
+    for init, sweep, settled in (("plain", "ceiling_held", 2), ("other", "ceiling_held", 0), ("plain", "absent", 0)):
+        with pytest.raises(UserError, match=f"in {sweep}, of which {settled} are settled"):
+            lab.cell("span", init, sweep)
 
 
 def test_ceilings_are_read_from_the_outcomes_of_runs():
