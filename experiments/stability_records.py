@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 
 from experiments.record import read_records
-from experiments.results_page import NAMES
+from experiments.results_page import NAMES, Results
 from experiments.results_page import read as read_runs
 from spannorm_jax.config import to_dict
 from spannorm_jax.errors import UserError
@@ -260,6 +260,12 @@ class Ceilings:
         ]
         heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
         return markdown([(head, False) for head in heads], lines)
+
+    def bisected(self, results: Results) -> Results:
+        """A sweep's runs as those of its bisection, which figures of ceilings need."""
+        rungs = cells_of(expand(results.name, "cpu"))[0].rungs
+        rates = [rung[0].config.optim.lr for rung in rungs]
+        return replace(results, study=replace(results.study, ladder=rates, ladder_seeds=len(rungs[0])))
 
     def cell(self, placement: str, init: str = "scale-L1", sweep: str = "ceiling_factor", **values: Any) -> Ceiling:
         """The settled ceiling of a cell of a sweep.
