@@ -111,6 +111,9 @@ ASKS = {
 }
 
 
+KNOWN = ("ceiling_factor", "ceiling_placements", "ceiling_targets", "ceiling_held")  # when LAW was chosen
+
+
 @dataclass(frozen=True)
 class Ceiling:
     """Of a cell the highest rate that holds and the next that fails, None beyond the ladder's ends."""
@@ -209,30 +212,34 @@ class Ceilings:
         settled = len(self.by_sweep.get(sweep, ()))
         return f"{settled} of {len(cells_of(expand(sweep, 'cpu')))}" if settled else "not run"
 
-    @functools.cached_property
-    def tested(self) -> list[Ceiling]:
-        """Cells that had no part in the factors, each once, with a probe."""
-        known = {each.cell for each in self.by_sweep[self.fitted]}
+    def apart_from(self, sweeps: Sequence[str]) -> list[Ceiling]:
+        """Cells that none of these sweeps has, each once, with a probe."""
+        known = {each.cell for sweep in sweeps for each in self.by_sweep.get(sweep, ())}
         others = {each.cell: each for own in self.by_sweep.values() for each in own if each.cell not in known}
         return [each for each in others.values() if self.rate(each, LAW) is not None]
 
-    def close(self, name: str = LAW, sweep: str = "") -> list[Ceiling]:
-        """Those of `tested`, or of a sweep's, whose predicted rate is within a factor of CLOSE of the interval."""
-        own = self.by_sweep[sweep] if sweep else self.tested
-        return [each for each in own if 1 / CLOSE <= each.off(self.predicted(each, name) or 0) <= CLOSE]
+    @functools.cached_property
+    def tested(self) -> list[Ceiling]:
+        """Cells that had no part in the factors."""
+        return self.apart_from((self.fitted,))
 
-    def within(self, name: str = LAW, sweep: str = "") -> int:
-        return len(self.close(name, sweep))
+    @functools.cached_property
+    def fresh(self) -> list[Ceiling]:
+        """Cells that had no part in the choice of LAW either."""
+        return self.apart_from(KNOWN)
+
+    def close(self, own: Sequence[Ceiling], name: str = LAW) -> list[Ceiling]:
+        """Those whose predicted rate is within a factor of CLOSE of the interval."""
+        return [each for each in own if 1 / CLOSE <= each.off(self.predicted(each, name) or 0) <= CLOSE]
 
     def off(self, placement: str, name: str = LAW) -> float:
         """The factor by which a quantity's prediction is beyond a placement's ceiling."""
         cell = self.cell(placement, sweep="ceiling_placements")
         return cell.off(self.predicted(cell, name) or 0)
 
-    def order(self, name: str = LAW) -> float:
-        """Spearman's rank correlation of the quantity with the ceiling over `tested`."""
-        rates = [self.rate(each, name) for each in self.tested]
-        return float(scipy.stats.spearmanr([each.middle for each in self.tested], rates).statistic)
+    def order(self, own: Sequence[Ceiling], name: str = LAW) -> float:
+        """Spearman's rank correlation of the quantity with the ceiling."""
+        return float(scipy.stats.spearmanr([each.middle for each in own], [self.rate(each, name) for each in own])[0])
 
     def table(self, sweep: str) -> str:
         """A line a cell, with those of COLUMNS that differ among them."""
@@ -253,12 +260,15 @@ class Ceilings:
         return markdown([(head, False) for head in heads], lines)
 
     def quantities(self) -> str:
-        """A line a quantity: how it orders the tested cells, and how near it comes."""
-        lines = [
-            [name, f"{self.order(name):+.2f}", f"{self.within(name)} of {len(self.tested)}", f"{self.factor(name):.2g}"]
-            for name in QUANTITIES
-        ]
-        heads = ("the rate at which", "rank correlation", f"within a factor of {CLOSE:g}", "times")
+        """A line a quantity: how it orders the tested cells and the fresh among them, and how near it comes."""
+        lines = []
+        for name in QUANTITIES:
+            told = [name, f"{self.factor(name):.2g}"]
+            for own in (self.tested, self.fresh):
+                told += [f"{self.order(own, name):+.2f}", f"{len(self.close(own, name))} of {len(own)}"]
+            lines.append(told)
+        heads = ("rank correlation", f"within a factor of {CLOSE:g}")
+        heads = ("the rate at which", "times", *heads, *(f"{head}, fresh cells" for head in heads))
         return markdown([(head, False) for head in heads], lines)
 
     def bisected(self, results: Results) -> Results:

@@ -92,14 +92,15 @@ def test_a_prediction_is_fitted_on_one_sweep_and_tested_on_others():
     ends = {"a": (0.008, 0.0125), "b": (0.016, 0.025), "c": (0.009, 0.011), "d": (0.002, 0.003), "e": (0.055, None)}
     own, probes = invented(ends | {"f": (0.01, 0.02)}, slopes)
     fitted = [own["a"], own["b"]]
-    lab = Ceilings({"ceiling_factor": fitted, "others": [own[n] for n in "acdef"]}, probes)
+    lab = Ceilings({"ceiling_factor": fitted, "ceiling_held": [own["d"]], "others": [own[n] for n in "acdef"]}, probes)
     assert lab.factor() == pytest.approx(2, rel=0.02)  # a straight line is not one by the logarithm
-    assert [each.cell for each in lab.tested] == ["c", "d", "e"]  # f has no probe
+    assert [each.cell for each in lab.tested] == ["d", "c", "e"]  # f has no probe
+    assert [each.cell for each in lab.fresh] == ["c", "e"]  # the law was chosen when d was known
     off = [each.off(lab.predicted(each)) for each in lab.tested]
-    assert off[0] == 1 and off[1] == pytest.approx(0.02 / 0.003, rel=0.02) and off[2] == pytest.approx(0.727, rel=0.02)
-    assert lab.within() == 2 and lab.within(sweep="ceiling_factor") == 2
-    middles, rates = [math.sqrt(0.009 * 0.011), math.sqrt(0.002 * 0.003), 0.055], [0.005, 0.01, 0.02]
-    assert lab.order() == pytest.approx(scipy.stats.spearmanr(middles, rates).statistic)
+    assert off[1] == 1 and off[0] == pytest.approx(0.02 / 0.003, rel=0.02) and off[2] == pytest.approx(0.727, rel=0.02)
+    assert [each.cell for each in lab.close(lab.tested)] == ["c", "e"] and lab.close(fitted) == fitted
+    middles, rates = [math.sqrt(0.002 * 0.003), math.sqrt(0.009 * 0.011), 0.055], [0.01, 0.005, 0.02]
+    assert lab.order(lab.tested) == pytest.approx(scipy.stats.spearmanr(middles, rates).statistic)
 
 
 def test_an_attenuation_is_counted_from_that_without_an_update():
