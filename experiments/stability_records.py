@@ -233,6 +233,12 @@ class Ceilings:
         """Those whose predicted rate is within a factor of CLOSE of the interval."""
         return [each for each in own if 1 / CLOSE <= each.off(self.predicted(each, name) or 0) <= CLOSE]
 
+    def slope(self, sweep: str, placement: str, along: str) -> float:
+        """The exponent of a ceiling over `blocks` or `width`: the slope of its logarithm, by least squares."""
+        cells = [each for each in self.by_sweep[sweep] if each.values["placement"] == placement]
+        sizes, middles = np.log([[each.values[along], each.middle] for each in cells]).T
+        return float(np.polyfit(sizes, middles, 1)[0])
+
     def off(self, placement: str, name: str = LAW) -> float:
         """The factor by which a quantity's prediction is beyond a placement's ceiling."""
         cell = self.cell(placement, sweep="ceiling_placements")

@@ -132,6 +132,13 @@ def test_laws_of_growth_go_by_width_and_a_root_of_depth():
         assert lab.by_growth(cell(6, 64, **other), 0.25) is None
 
 
+def test_the_slope_of_a_ceiling_is_that_of_its_logarithm():
+    """2 / L over three depths; another placement's ceiling has no part in it."""
+    cells = [Ceiling("x", {"placement": "post", "blocks": n}, 1 / n, 4 / n, 1) for n in (6, 12, 96)]
+    lab = Ceilings({"ceiling_depth": [*cells, Ceiling("x", {"placement": "pre", "blocks": 6}, 1, 1, 1)]}, {})
+    assert lab.slope("ceiling_depth", "post", "blocks") == pytest.approx(-1)
+
+
 def test_a_ceiling_that_a_template_asks_for_is_settled_and_one():
     lab = Ceilings({"ceiling_held": [Ceiling("x", {"placement": "span", "init": "plain"}, 0.01, 0.02, 1)] * 2}, {})
     for init, sweep, settled in (("plain", "ceiling_held", 2), ("other", "ceiling_held", 0), ("plain", "absent", 0)):
