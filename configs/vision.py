@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def _recipe(size: str, **more: Any) -> list[Point]:
     """The model of images in a size: its options, and those of a sweep."""
     width, patch = {"cpu": (64, 7), "gpu": (128, 4)}[size]
-    same: dict[str, Any] = {"image.patch": patch, "checkpoint.keep_last": 1, "metrics.log_every": 10}
+    same: dict[str, Any] = {"image.patch": patch, "checkpoint.keep_last": 1}
     same |= {"image.pad": 0, "image.flip": False} if size == "cpu" else {}  # images seen once need no variants
     return fixed(f"fashion,width={width}", same | {key.replace("__", "."): value for key, value in more.items()})
 

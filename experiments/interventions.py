@@ -35,10 +35,11 @@ from spannorm_jax.model.definition import ModelDef
 from spannorm_jax.model.stack import STACKS
 from spannorm_jax.parallel.rank import ProcessFlags
 from spannorm_jax.parallel.xla_options import xla_options
+from spannorm_jax.paths import user_path
 from spannorm_jax.report.ceilings import bracket, interval_text
 from spannorm_jax.report.folders import read_run
 from spannorm_jax.report.runs import FAILED
-from spannorm_jax.run.folder import run_folder_path
+from spannorm_jax.run.folder import DIVERGED
 from spannorm_jax.sweep.definition import ladder
 from spannorm_jax.sweep.expansion import folder_name
 from spannorm_jax.training.flags import Flags
@@ -125,15 +126,15 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help=", ".join(INTERVENTIONS))
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:arg")
-    parser.add_argument("--out", required=True, type=run_folder_path, help="folder of all interventions")
+    parser.add_argument("--out", required=True, type=user_path, help="folder of all interventions")
     parser.add_argument("--seeds", type=int, default=3, help="with which a rate has to train (default %(default)s)")
     parser.add_argument("--least", type=float, default=3e-4, help="rate of the ladder (default %(default)s)")
     parser.add_argument("--greatest", type=float, default=1e-1, help="rate of the ladder (default %(default)s)")
     args = parser.parse_args(rest)
     if args.name not in INTERVENTIONS:
         raise UserError(f"no intervention {args.name!r}; {did_you_mean(args.name, INTERVENTIONS)}")
-    if not (0 < args.least < args.greatest and args.seeds > 0):
-        raise UserError("the ladder needs 0 < --least < --greatest, and --seeds 1 or more")
+    if not (0 < args.least < args.greatest <= 1e3 * args.least and args.seeds > 0):
+        raise UserError("the ladder needs 0 < --least < --greatest <= 1000 x --least, and --seeds 1 or more")
     config, rates = load(args.config, overrides), ladder(args.least, args.greatest)
     change = functools.partial(with_intervention, INTERVENTIONS[args.name])
     outcomes: dict[str, str] = {}
@@ -143,7 +144,8 @@ def main(argv: list[str]) -> int:
         one = replace(config, optim__lr=rates[rung], seed=seed)
         workdir: Path = args.out / args.name / folder_name(one)
         flags = Flags(argv, stop_code=STOPPED, module="experiments.interventions")
-        if train(one, workdir, flags, ProcessFlags(), change) == STOPPED:
+        ended = (workdir / DIVERGED).exists()  # `train` itself passes over a run that is done
+        if not ended and train(one, workdir, flags, ProcessFlags(), change) == STOPPED:
             sys.exit(STOPPED)
         outcomes[workdir.name] = read_run(workdir).outcome
         trained[rung, seed] = outcomes[workdir.name] not in FAILED
@@ -152,7 +154,11 @@ def main(argv: list[str]) -> int:
     ends = [rates[rung] if 0 <= rung < len(rates) else None for rung in (low, high)]
     print(f"{args.name}: ceiling {interval_text(*ends)}")
     record = about("experiments.interventions", argv) | {"held": args.name, "ceiling": ends, "outcomes": outcomes}
-    save_record(args.out / f"{args.name}.json", record)
+    path = args.out / f"{args.name}.json"
+    try:
+        save_record(path, record)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; mend that and repeat, the runs are done") from error
     return 0
 
 

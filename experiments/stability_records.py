@@ -231,7 +231,8 @@ class Ceilings:
 
     def close(self, own: Sequence[Ceiling], name: str = LAW) -> list[Ceiling]:
         """Those whose predicted rate is within a factor of CLOSE of the interval."""
-        return [each for each in own if 1 / CLOSE <= each.off(self.predicted(each, name) or 0) <= CLOSE]
+        told = [(each, self.predicted(each, name)) for each in own]
+        return [each for each, rate in told if rate is not None and 1 / CLOSE <= each.off(rate) <= CLOSE]
 
     def slope(self, sweep: str, placement: str, along: str) -> float:
         """The exponent of a ceiling over `blocks` or `width`: the slope of its logarithm, by least squares."""

@@ -61,7 +61,7 @@ def test_each_tokens_embedding_has_a_mean_square_of_one(model):
     assert {name for name in after if found[name] is not after[name]} == {"embed"}
 
 
-def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, capsys, own_caches):
+def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, capsys, monkeypatch, own_caches):
     small = ["--config", "configs/dense.py:tiny,depth=1,width=16", "--config.training.steps=2"]
     small += ["--config.data.seq_len=8", "--config.eval.tokens=64", "--least=0.01", "--greatest=0.012", "--seeds=2"]
     assert interventions.main(["hold_norm", *small, f"--out={tmp_path / 'out'}"]) == 0
@@ -71,5 +71,21 @@ def test_a_run_with_an_intervention_is_one_that_reports_read(tmp_path, capsys, o
     assert record["outcomes"] == {run.folder.name: "plateau" for run in runs} and len(runs) == 1
     assert record["ceiling"] == [None, 0.01] and {run.seed for run in runs} == {0}
     assert "experiments.interventions hold_norm" in runs[0].starts[0]["command"]
+
+    def trained_again(*args):
+        raise AssertionError("a run that has diverged ended then")
+
+    out = f"--out={tmp_path / 'out'}"
+    monkeypatch.setattr(interventions, "train", trained_again)
+    (runs[0].folder / "DIVERGED").write_text('{"step": 2}')
+    assert interventions.main(["hold_norm", *small, out]) == 0
+    record = json.loads((tmp_path / "out" / "hold_norm.json").read_text())
+    assert list(record["outcomes"].values()) == ["diverged"]
+    (tmp_path / "out" / "hold_norm.json").unlink()
+    (tmp_path / "out" / "hold_norm.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*hold_norm.json: Is a directory; mend that and repeat"):
+        interventions.main(["hold_norm", *small, out])
     with pytest.raises(UserError, match="no intervention 'hold'; did you mean 'hold_norm'"):
-        interventions.main(["hold", *small, f"--out={tmp_path / 'out'}"])
+        interventions.main(["hold", *small, out])
+    with pytest.raises(UserError, match="the ladder needs"):
+        interventions.main(["hold_norm", *small, out, "--greatest=inf"])

@@ -51,6 +51,8 @@ def run_folder_path(text: str) -> Path:
         raise UserError(
             f"{text!r} is neither an address nor a usual folder; write {text[:2]}://BUCKET/FOLDER, or ./{text}"
         )
+    if not text:
+        raise UserError("the name of a folder of runs is empty; write . for this folder")
     path = user_path(text, "--workdir")
     if "\\" in str(path.absolute()):
         raise UserError(

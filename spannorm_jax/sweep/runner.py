@@ -250,7 +250,7 @@ class Runner:
             with contextlib.suppress(InUse), place.claim():  # another runner may have it already
                 if place.state_at_rest() not in ENDED:
                     place.fail(_how_it_ended(code))
-        if self.left():
+        if self.at_work():  # what others are at may need it next
             self.start(worker.share)
 
     def next_group(self) -> Group:

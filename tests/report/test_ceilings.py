@@ -102,6 +102,7 @@ def test_a_report_has_each_methods_ceiling(tmp_path):
     three = study_in(tmp_path, None, None, rates, 3)
     assert ceilings(three)["settled"].to_list() == [False, True, False]
     assert "so far" in _ceilings(three)[1][0][-3]
+    assert middles(three)["beyond"].to_list() == [None, "below"]  # SpanNorm's may be anywhere yet
 
 
 def test_intervals_beyond_the_ladder_are_words():

@@ -153,6 +153,8 @@ def test_what_a_bisection_cannot_do_is_refused_in_one_line(config, tmp_path):
         expand("ceiling,many", "cpu", config)
     with pytest.raises(UserError, match=r"bisects: .* start one or more of `sweep many local` with one --out"):
         command.main(["many", "slurm", "--config", config, "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="the name of a folder of runs is empty"):
+        command.main(["many", "local", "--config", config, "--out", ""])
 
 
 def test_the_table_of_status_has_each_cell_and_its_next_run(config, tmp_path, capsys):
