@@ -166,6 +166,10 @@ def ceilings_of(sweep: str, study: Study) -> list[Ceiling]:
     return found
 
 
+def is_close(off: float) -> bool:
+    return 1 / CLOSE <= off <= CLOSE
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """All settled ceilings beside their probes, as a template asks for them.
@@ -208,6 +212,12 @@ class Ceilings:
         blocks, width = (ceiling.values[name] / base[0].values[name] for name in ("blocks", "width"))
         return base[0].middle / width / blocks**exponent
 
+    def off_growth(self, law: str, sweep: str) -> list[float]:
+        """The factors by which a law of GROWTH is beyond the ceilings of a sweep, but for those it is counted from."""
+        base = {each.cell for each in self.by_sweep[self.fitted]}
+        others = [each for each in self.by_sweep[sweep] if each.cell not in base]
+        return [each.off(rate) for each in others if (rate := self.by_growth(each, GROWTH[law]))]
+
     def progress(self, sweep: str) -> str:
         """How many ceilings of a sweep are settled."""
         settled = len(self.by_sweep.get(sweep, ()))
@@ -232,7 +242,7 @@ class Ceilings:
     def close(self, own: Sequence[Ceiling], name: str = LAW) -> list[Ceiling]:
         """Those whose predicted rate is within a factor of CLOSE of the interval."""
         told = [(each, self.predicted(each, name)) for each in own]
-        return [each for each, rate in told if rate is not None and 1 / CLOSE <= each.off(rate) <= CLOSE]
+        return [each for each, rate in told if rate is not None and is_close(each.off(rate))]
 
     def slope(self, sweep: str, placement: str, along: str) -> float:
         """The exponent of a ceiling over `blocks` or `width`: the slope of its logarithm, by least squares."""

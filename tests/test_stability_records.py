@@ -130,6 +130,9 @@ def test_laws_of_growth_go_by_width_and_a_root_of_depth():
     assert lab.by_growth(cell(6, 128), 0.5) == pytest.approx(0.02)
     for other in ({"placement": "pre"}, {"placement": "post"}, {"warm-up": 0.5}, {"init": "plain"}):
         assert lab.by_growth(cell(6, 64, **other), 0.25) is None
+    other = dataclasses.replace(cell(24, 32, 0.02, 0.025), cell="another")  # 0.04 is told
+    lab.by_sweep["ceiling_width"] = [*lab.by_sweep["ceiling_factor"], other]
+    assert lab.off_growth("by growth", "ceiling_width") == [pytest.approx(0.04 / 0.025)]
 
 
 def test_the_slope_of_a_ceiling_is_that_of_its_logarithm():
