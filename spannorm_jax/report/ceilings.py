@@ -110,8 +110,7 @@ def ceilings(study: Study) -> pl.DataFrame:
 
 def middles(study: Study) -> pl.DataFrame:
     """What figures draw: ceilings at their two rates' geometric mean, or at the ladder's end if `beyond`."""
-    both = pl.col("low").is_not_null() & pl.col("high").is_not_null()
-    table = ceilings(study).filter(pl.col("settled") | both)
+    table = ceilings(study).filter(pl.col("settled") | pl.all_horizontal(pl.col("low", "high").is_not_null()))
     low, high = pl.coalesce("low", "high"), pl.coalesce("high", "low")
     beyond = pl.when(pl.col("high").is_null()).then(pl.lit("above")).when(pl.col("low").is_null()).then(pl.lit("below"))
     return table.with_columns(
