@@ -108,12 +108,6 @@ def sweep_ceiling_batch(size: str) -> Iterable[Point]:
     return _cells(rows, arguments(depth=(12,), placement=ARMS, init=("scale-L1",)))
 
 
-@bisects(LADDER)
-def sweep_ceiling_sizes(size: str) -> Iterable[Point]:
-    """The depths with the widths that the sweeps of one alone leave out. About 177 of 2376 runs: 5.3 h, 0 h."""
-    return _cells(arguments(width=WIDTHS[::2], depth=(6, 12, 48, 96), placement=ARMS, init=("scale-L1",)))
-
-
 def _remedy(first_seed: int, num_seeds: int, *of: Iterable[Point]) -> list[Point]:
     short = {
         "training.steps": 500,

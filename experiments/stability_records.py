@@ -107,7 +107,6 @@ ASKS = {
     "ceiling_warmup": "Does a warm-up over half of the steps lift it?",
     "ceiling_parametrisation": "Does CompleteP keep it where width and depth grow?",
     "ceiling_batch": "How does it move with gradient noise?",
-    "ceiling_sizes": "The depths with the other widths",
     "ceiling_images": "Does the same hold on images?",
 }
 
